@@ -1,0 +1,89 @@
+"""Which prompts are worth training on: those whose rewards spread (RLPR, section 3.3).
+
+A group whose rewards are all alike teaches nothing. The threshold follows the policy: an exponential moving average of
+the mean spread, so that it tightens and loosens with training. Imports nothing but jax.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+KINDS = ("ema", "fixed", "off")
+
+
+@dataclasses.dataclass(frozen=True)
+class FilterConfig:
+  """Settings of the filter; the defaults are the paper's for Qwen2.5."""
+
+  kind: str = "ema"  # ema | fixed | off; non-finite spreads are dropped by all three
+  scale: float = 0.5  # ema: a prompt is kept from scale * average on (Qwen 0.5, Llama 0.9, Gemma 1.0)
+  alpha: float = 0.01  # ema: weight of the newest step in the average
+  collect_from: int = 6  # ema: steps (counted from 1) before this one ignore the spread
+  start: int = 11  # ema: first step that filters; its average starts as the mean over collect_from..start-1
+  threshold: float = 0.0  # fixed: smallest spread that is kept
+
+
+class FilterState(NamedTuple):
+  """What the filter remembers between steps; part of the checkpoint."""
+
+  step: jax.Array  # int32 scalar: training steps finished
+  average: jax.Array  # float32 scalar: beta; during the warm-up the mean of what was collected
+  collected: jax.Array  # int32 scalar: how many steps the average has seen in the warm-up
+
+
+def init(config: FilterConfig) -> FilterState:
+  """The state before the first step."""
+  if config.kind not in KINDS:
+    raise ValueError(f"filter kind {config.kind!r}: expected one of {', '.join(KINDS)}")
+  return FilterState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
+
+
+def update(state: FilterState, stds: jax.Array, config: FilterConfig) -> FilterState:
+  """Takes in the spreads of one training step; call it once a step, after the step's last draw.
+
+  beta <- (1 - alpha) beta + alpha * mean(stds). While collecting, beta is the running mean instead.
+
+  Args:
+    stds: [P] spreads of all prompts sampled in the step, dropped ones included; non-finite ones are left out.
+  """
+  finite = jnp.isfinite(stds)
+  known = jnp.any(finite)
+  mean = jnp.sum(jnp.where(finite, stds, 0.0)) / jnp.maximum(jnp.sum(finite), 1)
+  this_step = state.step + 1
+  collecting = (this_step >= config.collect_from) & (this_step < config.start)
+  # A step that starts filtering with nothing collected (every spread was non-finite) takes its own mean.
+  averaging = collecting | ((this_step >= config.start) & (state.collected == 0))
+  running = (state.average * state.collected + mean) / (state.collected + 1)
+  moving = (1 - config.alpha) * state.average + config.alpha * mean
+  average = jnp.where(averaging, running, jnp.where(this_step >= config.start, moving, state.average))
+  return FilterState(
+    step=this_step,
+    average=jnp.where(known, average, state.average).astype(jnp.float32),
+    collected=state.collected + (averaging & known).astype(jnp.int32),
+  )
+
+
+def threshold(state: FilterState, config: FilterConfig) -> jax.Array:
+  """The smallest spread that the step under way keeps; float32 scalar, -inf while nothing is filtered."""
+  if config.kind == "off":
+    return jnp.full((), -jnp.inf)
+  if config.kind == "fixed":
+    return jnp.full((), config.threshold, jnp.float32)
+  filtering = (state.step + 1 >= config.start) & (state.collected > 0)
+  return jnp.where(filtering, config.scale * state.average, -jnp.inf)
+
+
+def keep(state: FilterState, stds: jax.Array, config: FilterConfig) -> jax.Array:
+  """Prompts worth training on: those whose rewards spread at least as far as usual.
+
+  Args:
+    state: what the steps before this one left; the step's own spreads are not known yet when it refills.
+    stds: [P] unbiased standard deviation of each prompt's rewards.
+    config: `scale` multiplies the average; 0.5 in the paper for Qwen2.5.
+
+  Returns:
+    [P] True where a prompt is kept. All finite prompts are kept until the warm-up is over (section 3.3).
+  """
+  return jnp.isfinite(stds) & (stds >= threshold(state, config))
