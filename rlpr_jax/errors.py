@@ -2,7 +2,9 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+
+from absl import flags
 
 USAGE = 2  # exit status for wrong input
 
@@ -19,3 +21,12 @@ def exit_on_input_error() -> Iterator[None]:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(USAGE)
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Flags parser for `app.run`: a config file or field that cannot be taken is wrong input, not a stack trace."""
+  with exit_on_input_error():
+    try:
+      return flags.FLAGS(list(argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+      raise InputError(" ".join(str(error).split())) from None

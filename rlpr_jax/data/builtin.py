@@ -1,7 +1,7 @@
 """The built-in question set: five small domains with free-form answers, and demonstrations for a warm start.
 
-Everything is made from a seed, so it needs no download. Questions are split into training and held-out ones by a hash of
-their text: no held-out question is ever demonstrated or trained on.
+Everything is made from a seed, so it needs no download. Questions are split into training and held-out ones by a hash
+of their text: no held-out question is ever demonstrated or trained on.
 
 The demonstrations mix three ways of thinking, as text from the world does:
   careful    every step written out, right answer

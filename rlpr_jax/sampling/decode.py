@@ -105,8 +105,12 @@ def decode(
     logprobs=jnp.zeros((rows, limit), jnp.float32),
     finished=jnp.zeros(rows, bool),
   )
-  going = lambda carry: (carry[0] < limit) & ~jnp.all(carry[3].finished)
-  _, _, cache, out = jax.lax.while_loop(going, step, (jnp.zeros((), jnp.int32), hidden, cache, out))
+
+  def unfinished(carry):
+    place, _, _, out = carry
+    return (place < limit) & ~jnp.all(out.finished)
+
+  _, _, cache, out = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), hidden, cache, out))
   return out, cache
 
 

@@ -1,0 +1,25 @@
+"""Minutes on a laptop, nothing to download: a tiny policy learns to reason from reference answers alone.
+
+A warm start on demonstrations, careful and careless ones, gives a policy that answers in the right format and is often
+wrong. RLPR then rewards the thoughts that make the reference answer probable. Exact match on held-out questions
+measures it before and after; no verifier takes part in training.
+"""
+
+from rlpr_jax.config import default
+
+
+def get_config():
+  c = default()
+  c.steps = 60
+  c.prompts_per_step = 32
+  c.data.instruction = ""
+  c.data.prompt_limit = 14
+  c.data.max_reference_length = 16
+  c.rollout.max_response_length = 32
+  c.rollout.prompts_per_draw = 32
+  c.training.learning_rate = 3e-4
+  c.warm_start.steps = 400
+  c.evaluation.prompts = 400
+  c.evaluation.every = 10
+  c.log.checkpoint_every = 20
+  return c

@@ -1,0 +1,192 @@
+"""Every setting of a run, with the paper's value where it has one, and the checks on them.
+
+A recipe in configs/ calls `default()` and changes fields; the command line changes more
+(`--config.training.minibatches=2`).
+Unknown fields and values of another type are refused by `ml_collections`, impossible ones by `validate`.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from rlpr_jax import filtering, grpo, rewards
+from rlpr_jax.errors import InputError
+
+
+def default() -> ConfigDict:
+  """The method as the paper runs it on Qwen2.5 (arXiv 2506.18254, section 4.1), on data and a model to be named."""
+  c = ConfigDict()
+  c.seed = 0  # decides initial weights, data order and sampling
+  c.steps = 300  # training steps in all; a finished run goes on when this is raised
+  c.prompts_per_step = 768  # groups that an update trains on
+  c.samples_per_prompt = 8  # G, responses to each prompt
+  c.max_draws = 4  # at most this many draws of prompts a step; then it trains on what it kept, and says so
+  c.compilation_cache = "~/.cache/rlpr_jax"  # compiled programs are kept here between runs; "" for nowhere
+
+  c.model = ConfigDict()
+  c.model.path = ""  # Hugging Face directory; "" for a new policy of the sizes below
+  c.model.compute_dtype = "float32"  # float32 | bfloat16; parameters are always float32
+  c.model.embed_dim = 96  # of a new policy, here and below
+  c.model.mlp_dim = 256
+  c.model.num_layers = 3
+  c.model.num_heads = 3
+  c.model.head_dim = 32
+
+  c.data = ConfigDict()
+  c.data.path = ""  # .parquet (verl or question/answer), .jsonl or .csv; "" for the built-in questions
+  c.data.split = ""  # rows whose column "split" says so; "" for all
+  c.data.count = 2048  # of the built-in questions
+  c.data.template = "think"  # think | answer_only
+  c.data.instruction = "default"  # system message of rows without one: "default" is the template's, "" is none
+  c.data.examples = ()  # worked examples before each question: ((question, response), ...)
+  c.data.prompt_limit = 2048  # tokens, chat template included; longer prompts are dropped and counted
+  c.data.max_reference_length = 256  # tokens of a spliced reference; longer ones are dropped and counted
+
+  c.rollout = ConfigDict()
+  c.rollout.max_response_length = 3072  # tokens, EOS included
+  c.rollout.temperature = 1.0
+  c.rollout.prompts_per_draw = 768  # prompts sampled at once; refilling draws as many again
+
+  c.reward = ConfigDict()
+  c.reward.kind = "reference"  # reference | random (control: uniform in [0, 1), knows nothing)
+  c.reward.aggregate = "mean_prob"  # mean_prob | geometric_mean | product | mean_logprob
+  c.reward.shaping = "clip"  # clip | identity | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N
+  c.reward.baseline_policy = "initial"  # initial | none
+  c.reward.baseline_prefix = "bare"  # bare | tagged (with <answer> before the reference)
+  c.reward.format_coefficient = 0.1  # share of the format term; -1: a wrong format scores -1
+  c.reward.repetition_window = 10  # words
+  c.reward.repetition_limit = 10  # occurrences of one window from which on the response gets -1
+  c.reward.score_temperature = 1.0  # of the distribution in which the reference is scored
+
+  c.filter = ConfigDict()
+  c.filter.kind = "ema"  # ema | fixed | off
+  c.filter.scale = 0.5  # of the moving average; Qwen 0.5, Llama 0.9, Gemma 1.0
+  c.filter.alpha = 0.01  # weight of the newest step in the average
+  c.filter.collect_from = 6  # first step (from 1) whose spread enters the average
+  c.filter.start = 11  # first step that filters
+  c.filter.threshold = 0.0  # of kind "fixed": smallest standard deviation kept
+
+  c.training = ConfigDict()
+  c.training.minibatches = 4  # optimiser steps a training step
+  c.training.micro_batch_rows = 0  # rows whose gradients are held at once; 0 for the whole minibatch
+  c.training.advantages = "std"  # std | none (Dr. GRPO) | leave_one_out (RLOO)
+  c.training.aggregate = "token_mean"  # token_mean | seq_mean_token_sum | seq_mean_token_mean
+  c.training.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
+  c.training.clip_high = 0.27
+  c.training.entropy_coefficient = 0.001  # nats of mean token entropy
+  c.training.learning_rate = 1e-6  # AdamW, constant
+  c.training.weight_decay = 0.01
+  c.training.max_grad_norm = 1.0
+
+  c.warm_start = ConfigDict()
+  c.warm_start.steps = 0  # supervised steps on the built-in demonstrations before RLPR; 0 for none
+  c.warm_start.batch_size = 64  # sequences
+  c.warm_start.learning_rate = 0.02  # Muon, cosine to zero
+  c.warm_start.adam_learning_rate = 0.003  # of embeddings, head and norms, likewise
+
+  c.evaluation = ConfigDict()
+  c.evaluation.path = ""  # held-out questions, as data.path; "" for the built-in ones
+  c.evaluation.split = ""
+  c.evaluation.prompts = 0  # first so many of them; 0 for no evaluation
+  c.evaluation.samples = 4  # k of Avg@k
+  c.evaluation.every = 0  # training steps between evaluations; 0 for before the first and after the last alone
+  c.evaluation.prompts_per_batch = 200
+
+  c.log = ConfigDict()
+  c.log.rollouts = 16  # responses written to disk each step, whole groups first
+  c.log.checkpoint_every = 10  # training steps; the last one is always saved
+  c.log.keep_checkpoints = 2
+  return c
+
+
+_CHOICES = {
+  "model.compute_dtype": ("float32", "bfloat16"),
+  "data.template": tuple(rewards.TEMPLATE_TAGS),
+  "reward.kind": ("reference", "random"),
+  "reward.aggregate": rewards.AGGREGATES,
+  "reward.baseline_policy": ("initial", "none"),
+  "reward.baseline_prefix": ("bare", "tagged"),
+  "filter.kind": filtering.KINDS,
+  "training.advantages": grpo.NORMALIZATIONS,
+  "training.aggregate": grpo.AGGREGATES,
+}
+_AT_LEAST = {
+  0: (
+    "seed", "steps", "training.micro_batch_rows", "training.clip_low", "training.clip_high", "training.learning_rate",
+    "training.weight_decay", "training.entropy_coefficient", "warm_start.steps", "evaluation.prompts", "evaluation.every",
+    "log.rollouts", "filter.scale", "filter.threshold",
+  ),
+  1: (
+    "prompts_per_step", "max_draws", "samples_per_prompt", "model.embed_dim", "model.mlp_dim", "model.num_layers",
+    "model.num_heads", "model.head_dim", "data.count", "data.prompt_limit", "data.max_reference_length",
+    "rollout.max_response_length", "rollout.prompts_per_draw", "reward.repetition_window", "reward.repetition_limit",
+    "training.minibatches", "warm_start.batch_size", "evaluation.samples", "evaluation.prompts_per_batch",
+    "filter.collect_from", "log.checkpoint_every", "log.keep_checkpoints",
+  ),
+}  # fmt: skip
+# A resumed run may change these and still be the same run.
+_MAY_CHANGE = ("steps", "compilation_cache", "evaluation", "log")
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks what types alone cannot say.
+
+  Raises:
+    InputError: naming the field, its value and what was expected.
+  """
+  for field, choices in _CHOICES.items():
+    _expect(config, field, lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
+  for least, fields in _AT_LEAST.items():
+    for field in fields:
+      _expect(config, field, lambda value, least=least: value >= least, f"at least {least}")
+  _expect(config, "reward.score_temperature", lambda value: value > 0, "more than 0")
+  _expect(config, "rollout.temperature", lambda value: value > 0, "more than 0")
+  _expect(config, "training.max_grad_norm", lambda value: value > 0, "more than 0")
+  _expect(config, "filter.alpha", lambda value: 0 < value <= 1, "more than 0 and at most 1")
+  _expect(config, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
+  _expect(config, "reward.format_coefficient", lambda value: value == -1 or 0 <= value <= 1, "-1, or between 0 and 1")
+  try:
+    rewards.parse_shaping(config.reward.shaping)
+  except ValueError as error:
+    raise InputError(f"config.reward.shaping: {error}") from None
+  if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in config.data.examples):
+    raise InputError("config.data.examples: expected pairs of question and response texts")
+  minibatches, rows = config.training.minibatches, config.training.micro_batch_rows
+  if config.prompts_per_step % minibatches:
+    raise InputError(
+      f"config.training.minibatches: {minibatches} does not divide config.prompts_per_step {config.prompts_per_step}"
+    )
+  minibatch_rows = config.prompts_per_step // minibatches * config.samples_per_prompt
+  if rows and minibatch_rows % rows:
+    raise InputError(f"config.training.micro_batch_rows: {rows} does not divide the {minibatch_rows} rows of a minibatch")
+
+
+def to_json(config: ConfigDict) -> str:
+  """The whole config, sorted, as it stands in WORKDIR/config.json."""
+  return json.dumps(config.to_dict(), indent=2, sort_keys=True)
+
+
+def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
+  """Where a saved config says another run: "field: saved value, not value"; None if a run may be resumed with it."""
+  now = json.loads(to_json(config))
+
+  def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+      flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+  before, after = flatten(saved), flatten(now)
+  for field in sorted(before | after):
+    if field.split(".")[0] not in _MAY_CHANGE and before.get(field) != after.get(field):
+      return f"config.{field} is {before.get(field)!r} there, {after.get(field)!r} here"
+  return None
+
+
+def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:
+  value = config
+  for name in field.split("."):
+    value = value[name]
+  if not holds(value):
+    raise InputError(f"config.{field}: {value!r}, expected {expected}")

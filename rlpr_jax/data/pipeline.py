@@ -1,0 +1,117 @@
+"""Prompts in token ids, and the order in which a run draws them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlpr_jax.data.sources import Example
+from rlpr_jax.data.templates import build_messages, render
+from rlpr_jax.errors import InputError
+from rlpr_jax.splicing import TAGS, baseline_suffix, splice
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity: == on arrays has no single answer
+class Prompt:
+  """A question ready to be answered."""
+
+  ids: np.ndarray  # int32[length], ending where the assistant begins to write
+  reference: str  # the reference answer
+  question: str  # text of the last user message
+  source: str  # where the question comes from
+  row: int  # index into the list of prompts, by which per-prompt state such as r' is kept
+
+
+def prepare(
+  examples: Sequence[Example],
+  tokenizer: PreTrainedTokenizerBase,
+  *,
+  template: str,
+  instruction: str | None,
+  worked_examples: Sequence[tuple[str, str]],
+  prompt_limit: int,
+  max_reference_length: int,
+) -> tuple[list[Prompt], dict[str, int]]:
+  """Turns questions into prompts and drops those that are too long.
+
+  Args:
+    examples: the questions.
+    tokenizer: a tokenizer that passed `splicing.check_tokenizer`, with a chat template.
+    template: `think` or `answer_only`.
+    instruction: system message for rows without one; None for the template's, "" for none.
+    worked_examples: pairs of user and assistant text, turns before each question.
+    prompt_limit: most tokens of a prompt, after the chat template.
+    max_reference_length: most tokens that scoring a reference may take, as `reference_length` counts them.
+
+  Returns:
+    The prompts, in the order of the examples, and how many were dropped as `prompt_too_long` and, of the others, as
+    `reference_too_long`.
+
+  Raises:
+    InputError: no prompt is left.
+  """
+  prompts: list[Prompt] = []
+  dropped = {"prompt_too_long": 0, "reference_too_long": 0}
+  for example in examples:
+    ids = render(tokenizer, build_messages(example, template, worked_examples, instruction))
+    if len(ids) > prompt_limit:
+      dropped["prompt_too_long"] += 1
+    elif reference_length(tokenizer, example.reference, template) > max_reference_length:
+      dropped["reference_too_long"] += 1
+    else:
+      question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
+      prompts.append(Prompt(np.array(ids, np.int32), example.reference, question, example.source, row=len(prompts)))
+  if not prompts:
+    raise InputError(
+      f"none of {len(examples)} prompts is left: {dropped['prompt_too_long']} have over {prompt_limit} tokens "
+      f"(prompt_limit), {dropped['reference_too_long']} a reference over {max_reference_length} (max_reference_length)"
+    )
+  return prompts, dropped
+
+
+def reference_length(tokenizer: PreTrainedTokenizerBase, reference: str, template: str) -> int:
+  """Tokens that scoring a reference takes: the `>` of `<answer>`, the reference, `</answer>` and EOS.
+
+  Counted on a response with nothing in it but the template's tags, or on the longer baseline if that takes more. What
+  a policy writes around `<answer>` moves this by a token or so, by more if it writes lines of whitespace.
+  """
+  ids = tokenizer.encode("".join(TAGS[template]), add_special_tokens=False)
+  spliced = splice(tokenizer, (), ids, reference, template)
+  return max(len(spliced.suffix_ids), len(baseline_suffix(tokenizer, reference, "tagged")[0]))
+
+
+class PromptStream:
+  """Draws prompts for ever: every prompt once an epoch, each epoch in another order.
+
+  The order follows from the seed and the number of prompts alone, so `state` is a position and nothing more.
+  """
+
+  def __init__(self, prompts: Sequence[Prompt], seed: int):
+    self._prompts = prompts
+    self._seed = seed
+    indices = grain.MapDataset.range(len(prompts)).seed(seed).shuffle().repeat()
+    # An index is in memory already: no threads, no buffer.
+    read_options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    self._draws = iter(indices.map_with_index(lambda draw, row: (draw, row)).to_iter_dataset(read_options))
+
+  def next_batch(self, n: int) -> list[tuple[int, Prompt]]:
+    """The next `n` draws: the draw's number, counted from 0 over the whole run, and its prompt."""
+    return [(int(draw), self._prompts[row]) for draw, row in (next(self._draws) for _ in range(n))]
+
+  def state(self) -> dict[str, Any]:
+    """The position, as JSON can hold it."""
+    return {"prompts": len(self._prompts), "seed": self._seed, "position": self._draws.get_state()}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Goes on exactly where `state` was taken.
+
+    Raises:
+      InputError: the state is from another number of prompts or another seed, whose order was another.
+    """
+    for name, now in (("prompts", len(self._prompts)), ("seed", self._seed)):
+      if state[name] != now:
+        raise InputError(f"saved data position: expected {name} {now}, as in this run; found {state[name]}")
+    self._draws.set_state(state["position"])

@@ -1,0 +1,91 @@
+"""From a question to the token ids a policy continues: instruction, worked examples, chat template."""
+
+from collections.abc import Sequence
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from rlpr_jax.data.sources import Example
+from rlpr_jax.errors import InputError
+
+Message = dict[str, str]  # {role: system | user | assistant, content}
+
+# The system message of a row that brings none. The formats are DeepSeek-R1's (think) and RLPR's for Gemma and Llama.
+INSTRUCTIONS = {
+  "think": (
+    "Think the question through before you answer it. Write your reasoning between <think> and </think>, then your "
+    "final answer, and nothing else, between <answer> and </answer>, like this: "
+    "<think> your reasoning </think> <answer> your final answer </answer>"
+  ),
+  "answer_only": (
+    "Work through the question step by step. End with your final answer, and nothing else, between <answer> and "
+    "</answer>, like this: your reasoning <answer> your final answer </answer>"
+  ),
+}
+
+# Llama 3's templates print today's date unless told one. This is the one they fall back on: a prompt stays the same
+# from day to day, and so does what was computed for it.
+DATE = "26 Jul 2024"
+
+
+def build_messages(
+  example: Example,
+  template: str,
+  examples: Sequence[tuple[str, str]] = (),
+  instruction: str | None = None,
+) -> list[Message]:
+  """The chat of one question.
+
+  Args:
+    example: the question.
+    template: `think` or `answer_only`; chooses the instruction.
+    examples: worked examples, each what the user says and how the assistant responds. They become turns before the
+      question, the last message of the user.
+    instruction: system message instead of the template's; "" for none. A row's own system message goes before either.
+  """
+  if template not in INSTRUCTIONS:
+    raise InputError(f"template {template!r}: expected one of {', '.join(INSTRUCTIONS)}")
+  messages = [dict(message) for message in example.messages]
+  question = max(i for i, message in enumerate(messages) if message["role"] == "user")
+  turns = [
+    {"role": role, "content": content}
+    for pair in examples
+    for role, content in zip(("user", "assistant"), pair, strict=True)
+  ]
+  messages[question:question] = turns
+  instruction = INSTRUCTIONS[template] if instruction is None else instruction
+  if instruction and all(message["role"] != "system" for message in messages):
+    messages.insert(0, {"role": "system", "content": instruction})
+  return messages
+
+
+def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+  """Token ids of the chat, ending where the assistant begins to write.
+
+  A template that rejects system messages (Gemma 2) gets the system message at the start of the first user message.
+
+  Raises:
+    InputError: the tokenizer has no chat template, or its template rejects the messages.
+  """
+  name = tokenizer.name_or_path or type(tokenizer).__name__
+  if not tokenizer.chat_template:
+    raise InputError(f"tokenizer {name}: expected a chat template, found none")
+  attempts = [list(messages)]
+  if messages[0]["role"] == "system":
+    attempts.append(_merge_system(messages))
+  for attempt in attempts:
+    try:
+      return tokenizer.apply_chat_template(
+        attempt, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+      )
+    except jinja2.TemplateError as error:
+      reason = " ".join(str(error).split())
+  raise InputError(f"tokenizer {name}: its chat template rejects the messages: {reason}")
+
+
+def _merge_system(messages: Sequence[Message]) -> list[Message]:
+  """Puts the leading system message before the text of the first user message."""
+  system, *rest = (dict(message) for message in messages)
+  first = next(message for message in rest if message["role"] == "user")
+  first["content"] = f"{system['content']}\n\n{first['content']}"
+  return rest

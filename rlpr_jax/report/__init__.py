@@ -1,0 +1,8 @@
+"""What people look at: one HTML file a run, and one picture of it.
+
+metrics.jsonl, config.json, rollouts/ -> records -> charts, gallery -> page -> report.html
+                                                \\-> picture -> PNG
+"""
+
+from rlpr_jax.report.page import write_report as write_report
+from rlpr_jax.report.picture import save_picture as save_picture

@@ -1,0 +1,196 @@
+"""Rollouts to look at: what was asked, what the policy wrote, and how likely it then found the reference answer."""
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+from rlpr_jax.report import style
+from rlpr_jax.report.markup import Markup, join, tag
+from rlpr_jax.report.records import Json, Run, finite, number
+
+GROUP_SIZE = 4
+TAGS = re.compile(r"(</?(?:think|answer)>)")
+
+
+def text(row: Json, key: str) -> str:
+  return str(row.get(key) or "")
+
+
+def one_a_question(rows: Iterable[Json], count: int = GROUP_SIZE) -> list[Json]:
+  """The first `count` rows whose questions differ: eight samples of one prompt look alike."""
+  by_question: dict[str, Json] = {}
+  for row in rows:
+    by_question.setdefault(text(row, "question"), row)
+  return list(itertools.islice(by_question.values(), count))
+
+
+def by_reward(rows: Iterable[Json], sign: int) -> list[Json]:
+  """Highest total reward first for sign -1, lowest first for 1. Rows without a reward are left out."""
+  rated = [(reward, row) for row in rows if (reward := number(row, "reward_total")) is not None]
+  return [row for _, row in sorted(rated, key=lambda pair: sign * pair[0])]
+
+
+def choose(run: Run) -> dict[str, list[Json]]:
+  """The groups of the gallery: title -> rollouts."""
+  rows = run.rollouts
+  newest = max((number(row, "step") or 0 for row in rows), default=0)
+  scorable = [row for row in rows if row.get("scorable")]
+  return {
+    "Newest": one_a_question(row for row in rows if (number(row, "step") or 0) == newest),
+    "Highest reward": one_a_question(by_reward(rows, -1)),
+    "Lowest reward among the scorable": one_a_question(by_reward(scorable, 1)),
+    "Not scorable: no reward for the answer": one_a_question(row for row in rows if row.get("scorable") is False),
+  }
+
+
+def is_short(row: Json) -> bool:
+  """Fits on a screen, and the reference is more than a letter."""
+  characters = len(text(row, "question")) + len(text(row, "response"))
+  return 2 <= len(row["reference_probs"]) <= 24 and characters < 900
+
+
+def featured(run: Run) -> list[Json]:
+  """What shows the reward best: two responses to one question after which the reference is likely and unlikely.
+
+  One where no question has two scored responses, none where nothing was scored.
+  """
+  scored = [row for row in run.rollouts if row.get("scorable") and row.get("reference_probs")]
+  groups: dict[tuple[object, str], list[Json]] = {}
+  for row in [row for row in scored if is_short(row)] or scored:
+    groups.setdefault((row.get("step"), text(row, "question")), []).append(row)
+
+  def probability(row: Json) -> float:
+    return number(row, "reward_reference") or 0.0
+
+  ends = [(max(group, key=probability), min(group, key=probability)) for group in groups.values()]
+  if not ends:
+    return []
+  high, low = max(ends, key=lambda pair: probability(pair[0]) - probability(pair[1]))
+  return [high] if high is low else [high, low]
+
+
+def reference_tokens(row: Json) -> list[tuple[str, float | None]]:
+  """(token, its probability) of the reference answer; None where the rollout was not scored."""
+  tokens = [str(token) for token in row.get("reference_tokens") or []]
+  probabilities = row.get("reference_probs") or []
+  known = [finite(probability) for probability in probabilities[: len(tokens)]]
+  return list(itertools.zip_longest(tokens, known))
+
+
+def token_chip(token: str, probability: float | None) -> Markup:
+  """One token of the reference, coloured by its probability."""
+  if probability is None:
+    return tag("span", tag("b", style.visible(token)), tag("small", "—"), class_="token")
+  color = style.probability_color(probability)
+  return tag(
+    "span",
+    tag("b", style.visible(token)),
+    tag("small", f"{probability:.2f}"),
+    class_="token",
+    style=f"background:{color}",
+    title=f"probability {probability:.6f}",
+  )
+
+
+def highlight(response: str) -> Markup:
+  """The response with its tags marked, and what stands in `<answer>` marked as the answer."""
+  pieces = []
+  inside = False
+  for piece in TAGS.split(response):
+    if TAGS.fullmatch(piece):
+      pieces.append(tag("span", piece, class_="tag"))
+      inside = piece == "<answer>"
+    else:
+      pieces.append(tag("span", piece, class_="answer") if inside else piece)
+  return join(*pieces)
+
+
+def share(value: float) -> str:
+  """A value in 0..1 as a CSS length."""
+  return f"{100 * style.clip(value):.1f}%"
+
+
+def track(before: float, after: float) -> Markup:
+  """A bar from 0 to 1: a tick at `before`, one at `after`, and the way between them."""
+  low, high = sorted((before, after))
+  color = style.TEAL if after >= before else style.CORAL
+  way = f"left:{share(low)};width:{share(high - low)};background:{color}"
+  ticks = (tag("u", class_="from", style=f"left:{share(before)}"), tag("u", style=f"left:{share(after)}"))
+  return tag("div", tag("i", style=way), *ticks, class_="track")
+
+
+def reward_parts(row: Json) -> Iterator[Markup]:
+  """Each part of the reward that the row has, by name."""
+  parts = {
+    "after reasoning, r": "reward_reference",
+    "without, r'": "reward_baseline",
+    "debiased": "reward_debiased",
+    "format": "reward_format",
+    "repetition": "reward_repetition",
+    "total": "reward_total",
+    "advantage": "advantage",
+    "std of group": "group_std",
+  }
+  for label, key in parts.items():
+    value = number(row, key)
+    if value is not None:
+      yield tag("span", label, " ", tag("b", f"{value:.2f}"))
+
+
+def badges(row: Json) -> Iterator[Markup]:
+  """Where the rollout comes from and how it ended."""
+  for label in (f"step {row.get('step', '?')}", text(row, "source"), f"{row.get('length', '?')} tokens"):
+    if label:
+      yield tag("span", label, class_="badge")
+  if row.get("finish") == "length":
+    yield tag("span", "cut at the limit", class_="badge warn")
+  if row.get("kept") is False:
+    yield tag("span", "group filtered out", class_="badge warn")
+
+
+def card(row: Json) -> Markup:
+  """One rollout."""
+  total = number(row, "reward_total")
+  heading = [*badges(row), tag("span", "reward ", "—" if total is None else f"{total:.2f}", class_="total")]
+  reference, baseline = number(row, "reward_reference"), number(row, "reward_baseline")
+  parts = [
+    tag("div", *heading, class_="head"),
+    tag("div", "Question", class_="label"),
+    tag("div", text(row, "question"), class_="text question"),
+    tag("div", "Reference answer, and the probability the policy gave each token", class_="label"),
+    tag("div", *(token_chip(*pair) for pair in reference_tokens(row)), class_="tokens"),
+  ]
+  if not row.get("reference_tokens"):
+    parts.append(tag("div", text(row, "reference"), class_="text"))
+  if reference is not None and baseline is not None and row.get("scorable"):
+    parts.append(track(baseline, reference))
+  parts += [
+    tag("div", *reward_parts(row), class_="sum"),
+    tag("div", "Response", class_="label"),
+    tag("div", highlight(text(row, "response")), class_="text box"),
+  ]
+  return tag("article", *parts, class_="card")
+
+
+def explanation(responses: int) -> Markup:
+  """What the colours and the bar of a card say."""
+  return tag(
+    "p",
+    "Two responses to one question. " if responses == 2 else "",
+    "The colour of a token of the reference answer is the probability the policy gave it after its own reasoning:",
+    tag("span", class_="scale"),
+    "0 to 1. Their mean (or what the config names as aggregate) is r, and r' is the same without the reasoning. "
+    "The bar runs from r' to r: how much the reasoning helped, which is what the policy is rewarded for.",
+    class_="muted",
+  )
+
+
+def gallery(run: Run) -> Markup:
+  """All groups, each rollout a card."""
+  groups = [(title, rows) for title, rows in choose(run).items() if rows]
+  if not groups:
+    return tag("p", "No rollouts were written.", class_="muted")
+  steps = [int(step) for row in run.rollouts if (step := number(row, "step")) is not None]
+  span = f" of steps {min(steps)} to {max(steps)}" if steps else ""
+  cards = [join(tag("h3", title), tag("div", *(card(row) for row in rows), class_="cards")) for title, rows in groups]
+  return join(tag("p", f"Chosen from {len(run.rollouts):,} rollouts{span}.", class_="muted"), *cards)

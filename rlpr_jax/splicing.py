@@ -1,0 +1,175 @@
+"""Where the reference answer goes in a sampled response, in token ids (RLPR, section 3.1).
+
+A response `<think> z </think> <answer> y </answer>` is scored by putting the reference y* in the place of y and asking
+the policy how probable the tokens of y* are. Everything before the `>` of `<answer>` stays as it was sampled, token by
+token; everything from there on is tokenised anew:
+
+    sampled   <think> 6 * 7 </think> <answer | >   41   </answer> EOS
+    spliced   <think> 6 * 7 </think> <answer | >   42   </answer> EOS
+    mask                                       F   T    F         F
+"""
+
+import bisect
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from rlpr_jax.errors import InputError
+
+OPEN, CLOSE = "<answer>", "</answer>"
+# The tags a scorable response holds, each exactly once and in this order.
+TAGS = {"think": ("<think>", "</think>", OPEN), "answer_only": (OPEN,)}
+
+
+class Splice(NamedTuple):
+  """A response with the reference answer in it: `response_ids[:prefix_length] + suffix_ids`."""
+
+  prefix_length: int  # how many of the sampled response ids are kept
+  suffix_ids: list[int]  # from the token that holds the `>` of `<answer>` up to and including EOS
+  answer_mask: list[bool]  # same length as suffix_ids; True on the tokens of the reference
+
+
+def splice(
+  tokenizer: PreTrainedTokenizerBase,
+  prompt_ids: Sequence[int],
+  response_ids: Sequence[int],
+  reference: str,
+  template: str = "think",
+) -> Splice | None:
+  """Puts the reference answer in the place of the response's own answer.
+
+  After `<answer>` come the whitespace the model wrote there (one space if it wrote none), the reference, one space,
+  `</answer>` and EOS. Whatever else stood after `<answer>` is gone, so it need not be well formed.
+
+  Args:
+    tokenizer: a tokenizer that passed `check_tokenizer`.
+    prompt_ids: ids of the prompt. They change nothing: tags count in the response alone, and no token of a response
+      reaches back into its prompt.
+    response_ids: sampled ids, in any tokenisation, with or without EOS at the end.
+    reference: the reference answer, without whitespace around it.
+    template: `think` or `answer_only`.
+
+  Returns:
+    The splice, or None when the response is not scorable: a tag of the template is missing, repeated or out of order.
+  """
+  del prompt_ids
+  ids = [int(i) for i in response_ids]
+  text = _decode(tokenizer, ids)
+  if not _is_scorable(text, template):
+    return None
+  end = text.index(OPEN) + len(OPEN)
+  prefix_length, head = _keep(tokenizer, ids, text, end)
+  space = re.match(r"\s*", text[end:]).group() or " "
+  before = text[len(head) : end] + space
+  suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}")
+  return Splice(prefix_length, suffix_ids, mask)
+
+
+def baseline_suffix(
+  tokenizer: PreTrainedTokenizerBase, reference: str, prefix: str = "bare"
+) -> tuple[list[int], list[bool]]:
+  """The reference straight after the assistant header, with no reasoning: what r' is measured on.
+
+  Args:
+    tokenizer: a tokenizer that passed `check_tokenizer`.
+    reference: the reference answer, without whitespace around it.
+    prefix: `bare` for the text `" " + y* + " "`, as the reference implementation has it; `tagged` puts `<answer>`
+      before it.
+
+  Returns:
+    Token ids up to and including EOS, and the mask of the reference's tokens, of the same length.
+  """
+  before = {"bare": " ", "tagged": f"{OPEN} "}
+  if prefix not in before:
+    raise InputError(f"baseline prefix {prefix!r}: expected one of {', '.join(before)}")
+  return _encode_around(tokenizer, before[prefix], reference, " ")
+
+
+def extract_answer(text: str) -> str | None:
+  """The stripped content of the first `<answer>...</answer>`, or None where there is none."""
+  found = re.search(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
+  return found.group(1).strip() if found else None
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+  """Raises `InputError` for a tokenizer that responses cannot be spliced with."""
+  name = tokenizer.name_or_path or type(tokenizer).__name__
+  if not tokenizer.is_fast:
+    raise InputError(f"tokenizer {name}: expected a fast tokenizer (tokenizer.json), only those say where a token lies")
+  if tokenizer.eos_token_id is None:
+    raise InputError(f"tokenizer {name}: expected an EOS token, found none")
+  # What a splice does, without the answer: keep the ids before the last `>`, tokenise the rest by itself. A tokenizer
+  # that puts a space before every text or between tokens, or does not know the characters, gives another text.
+  ids = 2 * tokenizer.encode(OPEN, add_special_tokens=False)
+  text = _decode(tokenizer, ids)
+  if text == 2 * OPEN:
+    length, head = _keep(tokenizer, ids, text, len(text))
+    text = _decode(tokenizer, ids[:length] + tokenizer.encode(text.removeprefix(head), add_special_tokens=False))
+  if text != 2 * OPEN:
+    raise InputError(f"tokenizer {name}: expected {2 * OPEN!r} back when tokenised in pieces, found {text!r}")
+
+
+def _is_scorable(text: str, template: str) -> bool:
+  """Whether every tag of the template occurs exactly once, in order; text may stand anywhere around them."""
+  if template not in TAGS:
+    raise InputError(f"template {template!r}: expected one of {', '.join(TAGS)}")
+  tags = TAGS[template]
+  positions = [text.find(tag) for tag in tags]
+  return all(text.count(tag) == 1 for tag in tags) and positions == sorted(positions)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+  return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _keep(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, end: int) -> tuple[int, str]:
+  """The sampled ids before the token that holds the last character of `text[:end]`.
+
+  Args:
+    ids: the sampled tokens.
+    text: what they decode to.
+    end: position after an ASCII character, here the `>` of `<answer>`.
+
+  Returns:
+    How many ids are kept and what they decode to, a proper prefix of `text[:end]`.
+  """
+
+  def tail(start: int) -> str:
+    return _decode(tokenizer, ids[start:])
+
+  # No UTF-8 sequence reaches over an ASCII character, so what follows it reads the same wherever decoding starts
+  # before it. Answers stand near the end: look in short tails first, then halve.
+  size = 16
+  while size < len(ids) and not tail(-size).endswith(text[end - 1 :]):
+    size *= 2
+  first_without = bisect.bisect_left(
+    range(len(ids)), True, lo=max(len(ids) - size, 0), key=lambda start: not tail(start).endswith(text[end - 1 :])
+  )
+  length = first_without - 1
+  # A tail that starts inside a multi-byte character reads U+FFFD there: go back to where that character starts.
+  while not text.endswith(tail(length)):
+    length -= 1
+  return length, text.removesuffix(tail(length))
+
+
+def _encode_around(
+  tokenizer: PreTrainedTokenizerBase, before: str, reference: str, after: str
+) -> tuple[list[int], list[bool]]:
+  """Ids of `before + reference + after` and EOS, and which of them hold a character of the reference."""
+  text = before + reference + after
+  encoded = tokenizer(
+    text,
+    add_special_tokens=False,
+    return_offsets_mapping=True,
+    return_attention_mask=False,
+    # A reference that spells a control token, such as "<|im_end|>", is text and never that token.
+    split_special_tokens=any(token in reference for token in tokenizer.all_special_tokens),
+    verbose=False,
+  )
+  start, end = len(before), len(before) + len(reference)
+  # ByteLevel's `trim_offsets` takes spaces off a span, down to an empty one for a token of spaces. Since a reference
+  # begins and ends with something else, a span stays inside it or outside it.
+  mask = [left < end and right > start for left, right in encoded["offset_mapping"]]
+  return [*encoded["input_ids"], tokenizer.eos_token_id], [*mask, False]

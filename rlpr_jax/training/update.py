@@ -1,0 +1,110 @@
+"""One optimiser step on one minibatch: log-probabilities, clipped loss, gradients, AdamW."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from rlpr_jax import grpo
+from rlpr_jax.models import Decoder, Params, token_logprobs
+from rlpr_jax.training.packing import PackedRows
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateSettings:
+  """What the compiled update depends on, beside its shapes."""
+
+  temperature: float  # of the sampling distribution
+  clip_low: float
+  clip_high: float
+  entropy_coefficient: float
+  micro_batch_rows: int  # 0: the whole minibatch at once
+
+
+def adamw(learning_rate: float, weight_decay: float, max_grad_norm: float) -> optax.GradientTransformation:
+  """AdamW behind a clip of the gradient's global norm."""
+  return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adamw(learning_rate, weight_decay=weight_decay))
+
+
+def row_logprobs(
+  model: nnx.GraphDef, params: Params, rows: PackedRows, temperature: float
+) -> tuple[Float[Array, "R L"], Float[Array, "R L"]]:
+  """Log-probability of the token at each place given those before it in its segment, and the entropy there.
+
+  Place 0 and the first token of a segment have no prediction; their value means nothing and no mask covers them.
+  """
+  decoder: Decoder = nnx.merge(model, params)
+  hidden = decoder(rows.tokens, rows.positions, rows.segment_ids)
+  logps, entropy = token_logprobs(decoder.head_matrix, hidden[:, :-1], rows.tokens[:, 1:], temperature)
+  shift = ((0, 0), (1, 0))  # what is predicted at place t - 1 is the token at place t
+  return jnp.pad(logps, shift), jnp.pad(entropy, shift)
+
+
+def loss(
+  model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """This micro-batch's share of the minibatch's loss, and sums over its response tokens for the metrics."""
+  logps, entropy = row_logprobs(model, params, rows, settings.temperature)
+  logps = jnp.where(rows.mask, logps, 0.0)
+  token_loss, ratio, clipped = grpo.clipped_loss(
+    logps, rows.old_logprobs, rows.advantages, settings.clip_low, settings.clip_high
+  )
+  policy_loss = jnp.sum(rows.weights * token_loss)
+  entropy = jnp.where(rows.mask, entropy, 0.0)
+  sums = {
+    "tokens": jnp.sum(rows.mask),
+    "loss": policy_loss,
+    "entropy": jnp.sum(entropy),
+    "ratio": jnp.sum(ratio * rows.mask),
+    "ratio_worst": jnp.max(jnp.abs(ratio - 1) * rows.mask),
+    "clipped": jnp.sum(clipped & rows.mask),
+  }
+  return policy_loss - settings.entropy_coefficient * jnp.sum(rows.weights * entropy), sums
+
+
+@functools.partial(jax.jit, static_argnames=("model", "optimizer", "settings"), donate_argnames=("params", "opt_state"))
+def update(
+  model: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  params: Params,
+  opt_state: optax.OptState,
+  rows: PackedRows,
+  settings: UpdateSettings,
+) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
+  """One optimiser step. Gradients of micro-batches add up, since the rows' weights already hold the minibatch's mean.
+
+  Returns:
+    parameters, optimiser state, and metrics: `loss` (without the entropy bonus), `entropy` (nats a token),
+    `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping).
+  """
+  size = settings.micro_batch_rows or rows.tokens.shape[0]
+  micro_batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+
+  def accumulate(total, micro_batch):
+    sums, gradients = total
+    (_, new), micro = jax.value_and_grad(loss, argnums=1, has_aux=True)(model, params, micro_batch, settings)
+    worst = jnp.maximum(sums["ratio_worst"], new["ratio_worst"])
+    sums = jax.tree.map(jnp.add, sums, new) | {"ratio_worst": worst}
+    return (sums, jax.tree.map(jnp.add, gradients, micro)), None
+
+  shapes = jax.eval_shape(lambda: loss(model, params, jax.tree.map(lambda x: x[0], micro_batches), settings)[1])
+  start = (
+    jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
+  )
+  (sums, gradients), _ = jax.lax.scan(accumulate, start, micro_batches)
+  steps, opt_state = optimizer.update(gradients, opt_state, params)
+  tokens = jnp.maximum(sums["tokens"], 1)
+  metrics = {
+    "loss": sums["loss"],
+    "entropy": sums["entropy"] / tokens,
+    "ratio_mean": sums["ratio"] / tokens,
+    "ratio_worst": sums["ratio_worst"],
+    "clip_fraction": sums["clipped"] / tokens,
+    "grad_norm": optax.global_norm(gradients),
+  }
+  return optax.apply_updates(params, steps), opt_state, metrics

@@ -1,0 +1,67 @@
+"""Fixtures that several test files share."""
+
+import functools
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+CACHE = Path(__file__).parents[1] / ".cache"
+# Published tokenizers, where tools/fetch_tokenizers.py and tools/smollm2.py put them.
+PUBLISHED = {
+  **{name: CACHE / "tokenizers" / name for name in ("qwen2_5", "gemma2", "gemma3", "llama3_2")},
+  "smollm2": CACHE / "smollm2-135m-instruct",
+}
+
+
+@functools.cache
+def load_published(name: str) -> PreTrainedTokenizerBase:
+  if not (PUBLISHED[name] / "tokenizer.json").exists():
+    pytest.skip(f"no tokenizer {name} under .cache: run tools/fetch_tokenizers.py or tools/smollm2.py")
+  return AutoTokenizer.from_pretrained(PUBLISHED[name])
+
+
+@functools.cache
+def train_byte_level(across_words: bool) -> PreTrainedTokenizerFast:
+  """A byte-level BPE that always can be had; its offsets leave out whitespace (`trim_offsets`).
+
+  Args:
+    across_words: lets tokens reach over words and tags: "> 4" or "2 </answer>" may be one token. Without it, text is
+      brought to NFC first, as Qwen's tokenizer does.
+  """
+  texts = [f"<think> {a} * {b} </think> <answer> {a * b} </answer>" for a in range(30) for b in range(30)]
+  texts += ["<answer>中文  is the answer</answer>", "<think>é</think>\n<answer>\n$x^2$\n</answer>"] * 50
+  inner = Tokenizer(models.BPE())
+  if not across_words:
+    inner.normalizer = normalizers.NFC()
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not across_words)
+  inner.decoder = decoders.ByteLevel()
+  inner.post_processor = processors.ByteLevel(trim_offsets=True)
+  trainer = trainers.BpeTrainer(
+    vocab_size=700,
+    special_tokens=["<|pad|>", "<|end|>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  inner.train_from_iterator(texts, trainer)
+  return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|end|>")
+
+
+@pytest.fixture(scope="session", params=["words", "across_words", *PUBLISHED])
+def tokenizer(request) -> PreTrainedTokenizerBase:
+  """Each tokenizer in turn; a published one that is not there is skipped."""
+  if request.param in PUBLISHED:
+    return load_published(request.param)
+  return train_byte_level(request.param == "across_words")
+
+
+@pytest.fixture(scope="session")
+def across_words() -> PreTrainedTokenizerFast:
+  return train_byte_level(True)
+
+
+@pytest.fixture(scope="session")
+def published():
+  """Loads a published tokenizer by name, or skips the test."""
+  return load_published

@@ -1,0 +1,141 @@
+"""data/templates.py: the chat of a question, and its token ids."""
+
+import copy
+
+import pytest
+
+from rlpr_jax.data.sources import Example
+from rlpr_jax.data.templates import INSTRUCTIONS, build_messages, render
+from rlpr_jax.errors import InputError
+
+PLAIN = (
+  "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# As Gemma 2's: no system messages, and user and assistant take turns.
+STRICT = (
+  "{% for m in messages %}"
+  "{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+  "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must\nalternate') }}{% endif %}"
+  "[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def message(role, content):
+  return {"role": role, "content": content}
+
+
+SYSTEM, QUESTION = message("system", "Be brief."), message("user", "6 * 7?")
+
+
+def example(*messages):
+  return Example(messages, "42", "test", 1)
+
+
+def with_template(tokenizer, template):
+  tokenizer = copy.copy(tokenizer)
+  tokenizer.chat_template = template
+  return tokenizer
+
+
+@pytest.mark.parametrize("template", ["think", "answer_only"])
+def test_the_instruction_comes_first(template):
+  assert build_messages(example(QUESTION), template) == [message("system", INSTRUCTIONS[template]), QUESTION]
+
+
+def test_the_instruction_can_be_changed_or_left_out():
+  assert build_messages(example(QUESTION), "think", instruction="Be kind.") == [message("system", "Be kind."), QUESTION]
+  assert build_messages(example(QUESTION), "think", instruction="") == [QUESTION]
+
+
+def test_a_system_message_of_the_row_stays():
+  for instruction in (None, "Be kind.", ""):
+    assert build_messages(example(SYSTEM, QUESTION), "think", instruction=instruction) == [SYSTEM, QUESTION]
+
+
+def test_instructions_name_the_tags_of_their_template():
+  assert all(tag in INSTRUCTIONS["think"] for tag in ("<think>", "</think>", "<answer>", "</answer>"))
+  assert all(tag in INSTRUCTIONS["answer_only"] for tag in ("<answer>", "</answer>"))
+  assert "<think>" not in INSTRUCTIONS["answer_only"]
+
+
+def test_worked_examples_come_before_the_last_user_message():
+  shown = [("1 + 1?", "<answer> 2 </answer>"), ("2 + 2?", "<answer> 4 </answer>")]
+  turns = [message(role, text) for pair in shown for role, text in zip(("user", "assistant"), pair, strict=True)]
+  earlier = [message("user", "Hello."), message("assistant", "Hello.")]
+  row = example(SYSTEM, *earlier, QUESTION)
+  assert build_messages(row, "think", shown) == [SYSTEM, *earlier, *turns, QUESTION]
+  assert build_messages(example(QUESTION), "think", shown, "Go.") == [message("system", "Go."), *turns, QUESTION]
+
+
+def test_the_row_is_not_changed():
+  row = example(dict(QUESTION))
+  built = build_messages(row, "think", instruction="")
+  built[0]["content"] = "other"
+  assert row.messages == (QUESTION,)
+
+
+def test_unknown_template():
+  with pytest.raises(InputError, match="template 'r1': expected one of think, answer_only"):
+    build_messages(example(QUESTION), "r1")
+
+
+def test_render_gives_a_list_of_ids(across_words):
+  ids = render(with_template(across_words, PLAIN), [SYSTEM, QUESTION])
+  assert type(ids) is list
+  assert all(type(i) is int for i in ids)
+  assert across_words.decode(ids) == "[system]Be brief.[user]6 * 7?[assistant]"
+
+
+def test_render_merges_a_system_message_that_the_template_rejects(across_words):
+  messages = [SYSTEM, message("user", "1?"), message("assistant", "1"), QUESTION]
+  before = copy.deepcopy(messages)
+  ids = render(with_template(across_words, STRICT), messages)
+  assert across_words.decode(ids) == "[user]Be brief.\n\n1?[assistant]1[user]6 * 7?[assistant]"
+  assert messages == before
+
+
+@pytest.mark.parametrize("messages", [[QUESTION, QUESTION], [SYSTEM, QUESTION, QUESTION]])
+def test_render_says_what_the_template_rejects(across_words, messages):
+  tokenizer = with_template(across_words, STRICT)
+  tokenizer.name_or_path = "some/model"
+  with pytest.raises(InputError) as caught:
+    render(tokenizer, messages)
+  assert str(caught.value) == "tokenizer some/model: its chat template rejects the messages: Roles must alternate"
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_render_without_a_chat_template(across_words, template):
+  tokenizer = with_template(across_words, template)
+  tokenizer.name_or_path = "some/model"
+  with pytest.raises(InputError, match="tokenizer some/model: expected a chat template, found none"):
+    render(tokenizer, [QUESTION])
+
+
+def test_qwen_prompt(published):
+  tokenizer = published("qwen2_5")
+  expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n6 * 7?<|im_end|>\n<|im_start|>assistant\n"
+  ids = render(tokenizer, [SYSTEM, QUESTION])
+  assert tokenizer.decode(ids) == expected
+  assert ids[0] == tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+
+def test_llama_prompt_has_one_bos_and_no_clock(published):
+  tokenizer = published("llama3_2")
+  ids = render(tokenizer, [SYSTEM, QUESTION])
+  assert ids.count(tokenizer.bos_token_id) == 1
+  text = tokenizer.decode(ids)
+  assert "Today Date: 26 Jul 2024\n\nBe brief.<|eot_id|>" in text
+  assert text.endswith("6 * 7?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+
+
+def test_gemma_prompt(published):
+  """With the part of Gemma 2's template that matters here; the package comes without it."""
+  template = (
+    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+  )
+  tokenizer = with_template(published("gemma2"), template)
+  ids = render(tokenizer, [SYSTEM, QUESTION])
+  assert ids.count(tokenizer.bos_token_id) == 1
+  assert tokenizer.decode(ids) == ("<bos><start_of_turn>user\nBe brief.\n\n6 * 7?<end_of_turn>\n<start_of_turn>model\n")
