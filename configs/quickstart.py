@@ -18,7 +18,7 @@ def get_config():
   c.rollout.max_response_length = 32
   c.rollout.prompts_per_draw = 32
   c.training.learning_rate = 3e-4
-  c.warm_start.steps = 400
+  c.warm_start.steps = 800
   c.evaluation.prompts = 400
   c.evaluation.every = 10
   c.log.checkpoint_every = 20

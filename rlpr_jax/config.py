@@ -114,8 +114,8 @@ _CHOICES = {
 _AT_LEAST = {
   0: (
     "seed", "steps", "training.micro_batch_rows", "training.clip_low", "training.clip_high", "training.learning_rate",
-    "training.weight_decay", "training.entropy_coefficient", "warm_start.steps", "evaluation.prompts", "evaluation.every",
-    "log.rollouts", "filter.scale", "filter.threshold",
+    "training.weight_decay", "training.entropy_coefficient", "warm_start.steps", "evaluation.prompts",
+    "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
   ),
   1: (
     "prompts_per_step", "max_draws", "samples_per_prompt", "model.embed_dim", "model.mlp_dim", "model.num_layers",
@@ -159,7 +159,9 @@ def validate(config: ConfigDict) -> None:
     )
   minibatch_rows = config.prompts_per_step // minibatches * config.samples_per_prompt
   if rows and minibatch_rows % rows:
-    raise InputError(f"config.training.micro_batch_rows: {rows} does not divide the {minibatch_rows} rows of a minibatch")
+    raise InputError(
+      f"config.training.micro_batch_rows: {rows} does not divide the {minibatch_rows} rows of a minibatch"
+    )
 
 
 def to_json(config: ConfigDict) -> str:

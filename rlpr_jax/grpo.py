@@ -26,7 +26,7 @@ def group_advantages(rewards: jax.Array, normalize: str = "std") -> tuple[jax.Ar
   rewards = rewards.astype(jnp.float32)
   size = rewards.shape[-1]
   if size == 1:
-    centred, stds = rewards, jnp.ones(rewards.shape[:-1], jnp.float32)
+    centred, stds = rewards, jnp.where(jnp.isfinite(rewards[..., 0]), 1.0, jnp.nan)
   else:
     centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
     stds = jnp.sqrt(jnp.sum(centred**2, axis=-1) / (size - 1))

@@ -99,7 +99,7 @@ def debias(score: jax.Array, baseline: jax.Array, shaping: str = "clip") -> jax.
 
 def parse_shaping(shaping: str) -> tuple[str, float]:
   """Splits `threshold_0.05` into its name and number (0 for those without one); ValueError if unknown."""
-  name, _, number = shaping.partition("_")
+  name, _, number = shaping.rpartition("_")  # from the right: Python would read threshold_0_05 as 5
   if shaping in ("clip", "identity", "one_minus"):
     return shaping, 0.0
   try:

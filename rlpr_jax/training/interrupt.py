@@ -1,0 +1,26 @@
+"""Stopping between two steps instead of in the middle of one."""
+
+import signal
+
+
+class StopRequest:
+  """Ctrl-C and SIGTERM ask the run to stop after the step under way; a second Ctrl-C interrupts at once."""
+
+  def __init__(self):
+    self._asked = False
+
+  def __bool__(self) -> bool:
+    return self._asked
+
+  def __enter__(self) -> "StopRequest":
+    self._previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  def _ask(self, number: int, _: object) -> None:
+    self._asked = True
+    signal.signal(number, self._previous[number])
+    print(f"\n{signal.Signals(number).name}: finishing the step, then saving", flush=True)

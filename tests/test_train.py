@@ -1,0 +1,261 @@
+"""The training program as a whole: it runs, stops, dies, resumes, and refuses what it cannot use."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax import config as configs
+from rlpr_jax import train as training_program
+from rlpr_jax.errors import InputError
+from rlpr_jax.training.setup import blank_state, set_up
+from rlpr_jax.training.state import Checkpoints
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPE = """
+from rlpr_jax.config import default
+
+def get_config():
+  c = default()
+  c.steps = 6
+  c.prompts_per_step = 4
+  c.samples_per_prompt = 4
+  c.max_draws = 3
+  c.model.embed_dim = 32
+  c.model.mlp_dim = 64
+  c.model.num_layers = 2
+  c.model.num_heads = 2
+  c.model.head_dim = 16
+  c.data.count = 20
+  c.data.instruction = ""
+  c.data.prompt_limit = 14
+  c.data.max_reference_length = 16
+  c.rollout.max_response_length = 32
+  c.rollout.prompts_per_draw = 3
+  c.filter.collect_from = 1
+  c.filter.start = 3
+  c.filter.scale = 1.0
+  c.training.micro_batch_rows = 2
+  c.training.learning_rate = 1e-3
+  c.warm_start.steps = 60
+  c.warm_start.batch_size = 32
+  c.evaluation.prompts = 10
+  c.evaluation.samples = 2
+  c.evaluation.prompts_per_batch = 10
+  c.log.checkpoint_every = 1
+  c.log.keep_checkpoints = 20
+  return c
+"""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> pathlib.Path:
+  path = tmp_path_factory.mktemp("recipe") / "tiny.py"
+  path.write_text(RECIPE)
+  return path
+
+
+def tiny():
+  scope: dict = {}
+  exec(RECIPE, scope)
+  return scope["get_config"]()
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(workdir: pathlib.Path) -> list[dict]:
+  """Metrics without what depends on the clock or on what was compiled before."""
+  clocks = ("seconds", "tokens_per_second", "compilations")
+  return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows(workdir)]
+
+
+def final_state(workdir: pathlib.Path, config):
+  run, params = set_up(config)
+  checkpoints = Checkpoints(workdir, 20, config.rollout.prompts_per_draw)
+  state = checkpoints.restore(blank_state(run, params))
+  checkpoints.close()
+  return state
+
+
+def start(recipe: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
+  command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
+  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+
+
+def wait_for(process: subprocess.Popen, path: pathlib.Path) -> None:
+  deadline = time.monotonic() + 240
+  while not path.exists():
+    assert process.poll() is None, process.communicate()
+    assert time.monotonic() < deadline, f"{path} never came"
+    time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> pathlib.Path:
+  """A run of six steps that nothing disturbs."""
+  workdir = tmp_path_factory.mktemp("whole")
+  training_program.train(tiny(), workdir)
+  return workdir
+
+
+def test_whole_run_writes_finite_metrics_rollouts_and_report(whole_run):
+  steps = rows(whole_run)
+  assert [row["step"] for row in steps] == [0, 1, 2, 3, 4, 5, 6]
+  assert all(np.isfinite(value) for row in steps for value in row.values())
+  assert "held_out/accuracy" in steps[0]
+  assert "held_out/accuracy" in steps[-1]
+  assert len({row["reward/total"] for row in steps[1:]}) > 1
+  assert all(row["update/sampler_gap"] < 1e-3 for row in steps if "update/sampler_gap" in row)
+  assert (whole_run / "report.html").stat().st_size > 10_000
+  rollouts = [json.loads(line) for line in (whole_run / "rollouts/step_000003.jsonl").read_text().splitlines()]
+  assert len(rollouts) == 12  # the first draw: three prompts, four samples
+  for rollout in rollouts:
+    assert rollout["reward_total"] == pytest.approx(
+      0.9 * rollout["reward_debiased"] + 0.1 * rollout["reward_format"] + rollout["reward_repetition"], abs=1e-6
+    )
+    if rollout["scorable"]:
+      assert rollout["reward_reference"] == pytest.approx(np.mean(rollout["reference_probs"]), abs=1e-6)
+      assert "".join(rollout["reference_tokens"]).strip() == rollout["reference"]
+
+
+def test_nothing_compiles_after_the_second_step(whole_run):
+  steps = rows(whole_run)[1:]
+  assert len({row["filter/drawn"] for row in steps}) > 1, "every step drew alike: other shapes were not tried"
+  assert steps[0]["compilations"] > 0
+  assert [row["compilations"] for row in steps[2:]] == [0, 0, 0, 0]
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run, recipe, tmp_path):
+  process = start(recipe, tmp_path)
+  wait_for(process, tmp_path / "checkpoints/3")
+  process.kill()
+  process.communicate()
+  assert rows(tmp_path)[-1]["step"] < 6, "killed too late to show anything"
+  with (tmp_path / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 5, "rew')  # as a crash in the middle of a write leaves it
+  training_program.train(tiny(), tmp_path)
+  assert timeless(tmp_path) == timeless(whole_run)
+  for ours, theirs in zip(
+    jax.tree.leaves(final_state(tmp_path, tiny())), jax.tree.leaves(final_state(whole_run, tiny())), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+  for file in sorted((whole_run / "rollouts").iterdir()):
+    assert (tmp_path / "rollouts" / file.name).read_text() == file.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_finishes_the_step_and_saves(whole_run, recipe, tmp_path, number):
+  process = start(recipe, tmp_path, "--config.steps=500")
+  wait_for(process, tmp_path / "rollouts/step_000002.jsonl")
+  process.send_signal(number)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  last = rows(tmp_path)[-1]["step"]
+  assert f"stopped after step {last} of 500 and saved: the same command goes on from there" in out
+  assert last < 100
+  assert final_state(tmp_path, tiny()).step == last
+  assert timeless(tmp_path)[1:3] == timeless(whole_run)[1:3]
+
+
+def test_signal_in_the_warm_start_leaves_nothing_half_done(recipe, tmp_path):
+  process = start(recipe, tmp_path, "--config.warm_start.steps=3000")
+  wait_for(process, tmp_path / "rollouts")
+  process.send_signal(signal.SIGTERM)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert "stopped before step 1" in out
+  assert not list((tmp_path / "checkpoints").iterdir())
+
+
+def test_finished_run_goes_on_when_steps_are_raised(whole_run, tmp_path):
+  config = tiny()
+  config.steps = 4
+  training_program.train(config, tmp_path)
+  config.steps = 6
+  training_program.train(config, tmp_path)
+  one, other = (
+    [{k: v for k, v in row.items() if "held_out" not in k} for row in timeless(x)] for x in (tmp_path, whole_run)
+  )
+  assert one == other
+
+
+def test_step_that_keeps_nothing_updates_nothing(tmp_path):
+  config = tiny()
+  config.steps = 2
+  config.warm_start.steps = 0
+  config.filter.kind = "fixed"
+  config.filter.threshold = 10.0
+  training_program.train(config, tmp_path)
+  steps = rows(tmp_path)[1:]
+  assert [row["filter/trained"] for row in steps] == [0, 0]
+  assert [row["filter/drawn"] for row in steps] == [9, 9]  # three draws of three, the most a step may take
+  _, params = set_up(config)
+  for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(final_state(tmp_path, config).params), strict=True):
+    np.testing.assert_array_equal(before, after)
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "named"),
+  [
+    ("training.minibatches", 3, "config.training.minibatches: 3 does not divide config.prompts_per_step 4"),
+    ("training.micro_batch_rows", 3, "config.training.micro_batch_rows: 3 does not divide the 4 rows"),
+    ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, random"),
+    ("reward.shaping", "threshold_x", "config.reward.shaping"),
+    ("filter.alpha", 0.0, "config.filter.alpha"),
+    ("steps", -1, "config.steps"),
+    ("data.path", "missing.parquet", "missing.parquet"),
+    ("model.path", "missing-model", "missing-model"),
+    ("data.prompt_limit", 3, "none of"),
+  ],
+)
+def test_wrong_config_is_refused_before_anything_is_written(tmp_path, field, value, named):
+  config = tiny()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(InputError, match=r"^[^\n]+$") as error:
+    training_program.train(config, tmp_path)
+  assert named in str(error.value)
+  assert not list(tmp_path.iterdir())
+
+
+def test_workdir_of_another_run_is_refused(tmp_path):
+  config = tiny()
+  (tmp_path / "config.json").write_text(configs.to_json(config))
+  config.reward.kind = "random"
+  with pytest.raises(InputError, match=r"holds another run: config.reward.kind is 'reference' there, 'random' here"):
+    training_program.train(config, tmp_path)
+
+
+def test_damaged_checkpoint_is_named(whole_run, tmp_path):
+  (tmp_path / "checkpoints/7/arrays").mkdir(parents=True)
+  (tmp_path / "checkpoints/7/_CHECKPOINT_METADATA").write_text("{}")
+  with pytest.raises(InputError, match=r"checkpoints/7: cannot be read"):
+    training_program.train(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "named"),
+  [
+    (["--config.rewrd.kind=random"], "rewrd"),
+    (["--config.steps=many"], "steps"),
+    (["--workdir=/dev/null/run"], "/dev/null/run"),
+    (["--config=no/such/file.py"], "no/such/file.py"),
+  ],
+)
+def test_command_line_mistake_is_one_line_and_status_2(recipe, tmp_path, arguments, named):
+  process = start(recipe, tmp_path / "run", *arguments)
+  _, err = process.communicate(timeout=120)
+  lines = [line for line in err.splitlines() if line.startswith("error: ")]
+  assert process.returncode == 2
+  assert len(lines) == 1
+  assert named in lines[0]
+  assert "Traceback" not in err
