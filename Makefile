@@ -4,10 +4,16 @@ BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: quickstart seeds control test test-slow smollm2 tokenizers lint clean
+.PHONY: quickstart seeds test test-slow smollm2 tokenizers lint clean
 
 quickstart: .venv/ready  ## a tiny policy learns to reason, in minutes
 	$(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
+
+seeds: .venv/ready  ## the quickstart over three seeds, with the random-reward control beside it
+	for seed in 0 1 2; do for kind in reference random; do \
+	  $(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=runs/$$kind-$$seed \
+	    --config.seed=$$seed --config.reward.kind=$$kind || exit; \
+	done; done
 
 test: .venv/ready-dev tokenizers smollm2  ## everything but the slow tests
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -33,7 +39,6 @@ clean:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# torch's own index is not asked: the pinned version is the CPU build where one is offered.
 .venv/ready-dev: requirements-dev.txt .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@

@@ -10,13 +10,13 @@ from rlpr_jax.config import default
 
 def get_config():
   c = default()
-  c.steps = 60
-  c.prompts_per_step = 32
+  c.steps = 40
+  c.prompts_per_step = 64
   c.data.instruction = ""
   c.data.prompt_limit = 14
   c.data.max_reference_length = 16
   c.rollout.max_response_length = 32
-  c.rollout.prompts_per_draw = 32
+  c.rollout.prompts_per_draw = 64
   c.training.learning_rate = 3e-4
   c.warm_start.steps = 800
   c.evaluation.prompts = 400

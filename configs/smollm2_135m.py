@@ -32,7 +32,7 @@ def get_config():
   c.data.path = "questions.parquet"
   c.data.instruction = "Think inside <think> </think>, then give the final answer inside <answer> </answer>."
   c.data.examples = EXAMPLES
-  c.data.prompt_limit = 256
+  c.data.prompt_limit = 320
   c.data.max_reference_length = 48
   c.rollout.max_response_length = 128
   c.rollout.prompts_per_draw = 8

@@ -36,9 +36,10 @@ def main(_: list[str]) -> None:
   with exit_on_input_error():
     if not _WORKDIR.value:
       raise InputError("--workdir: missing, expected the run's directory")
+    config = _CONFIG.value
     try:
-      config = _CONFIG.value
-    except OSError as error:  # absl puts a config file that cannot be read off until its value is asked for
+      config.keys()
+    except OSError as error:  # a config file that cannot be read is only said at the first look into it
       raise InputError(" ".join(str(error).split())) from None
     train(config, pathlib.Path(_WORKDIR.value))
 

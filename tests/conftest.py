@@ -2,10 +2,18 @@
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from rlpr_jax.data import builtin
+from rlpr_jax.models import ModelConfig, Params, abstract_params, definition
 
 CACHE = Path(__file__).parents[1] / ".cache"
 # Published tokenizers, where tools/fetch_tokenizers.py and tools/smollm2.py put them.
@@ -65,3 +73,35 @@ def across_words() -> PreTrainedTokenizerFast:
 def published():
   """Loads a published tokenizer by name, or skips the test."""
   return load_published
+
+
+class Policy(NamedTuple):
+  """A random policy over the built-in vocabulary of 64, small enough to compile in a second."""
+
+  config: ModelConfig
+  model: nnx.GraphDef
+  params: Params
+  tokenizer: PreTrainedTokenizerFast
+
+
+@pytest.fixture(scope="session")
+def policy() -> Policy:
+  """Grouped queries, norms of queries and keys, none of them all one. Calls that donate must copy the parameters."""
+  tokenizer = builtin.tokenizer()
+  config = ModelConfig(
+    vocab_size=len(tokenizer),
+    embed_dim=32,
+    mlp_dim=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    qk_norm=True,
+  )
+  rng = np.random.default_rng(0)
+
+  def make(path, leaf):
+    noise = rng.normal(size=leaf.shape).astype(np.float32)
+    return jnp.asarray(1 + 0.1 * noise if path[-1].key == "scale" else 0.18 * noise)
+
+  return Policy(config, definition(config), jax.tree.map_with_path(make, abstract_params(config)), tokenizer)

@@ -69,7 +69,18 @@ def make_holes(spreads, *steps):
 @pytest.mark.parametrize("alpha", [0.01, 0.3])
 @pytest.mark.parametrize(
   "holes",
-  [(), (3,), (6,), (8, 20), (10,), (11,), (6, 7, 8, 9), (6, 7, 8, 9, 10), (6, 7, 8, 9, 10, 11, 12), tuple(range(1, 31))],
+  [
+    (),
+    (3,),
+    (6,),
+    (8, 20),
+    (10,),
+    (11,),
+    (6, 7, 8, 9),
+    (6, 7, 8, 9, 10),
+    (6, 7, 8, 9, 10, 11, 12),
+    tuple(range(1, 31)),
+  ],
 )
 def test_thirty_steps(scale, alpha, holes):
   spreads = make_holes(make_spreads(), *holes)

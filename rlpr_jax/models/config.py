@@ -53,25 +53,30 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
   if family == "llama" and fields.get("attention_bias"):
     raise InputError(f"{where}: attention_bias is true, which is not implemented for llama")
 
-  def need(field: str) -> Any:
-    if not isinstance(fields.get(field), int):
-      raise InputError(f"{where}: {field} is {fields.get(field)!r}, expected an integer")
-    return fields[field]
+  def count(field: str, default: int | None = None) -> int:
+    value = default if fields.get(field) is None else fields[field]
+    if type(value) is not int or value < 1:
+      raise InputError(f"{where}: {field} is {value!r}, expected a positive integer")
+    return value
 
-  heads = need("num_attention_heads")
-  return ModelConfig(
-    vocab_size=need("vocab_size"),
-    embed_dim=need("hidden_size"),
-    mlp_dim=need("intermediate_size"),
-    num_layers=need("num_hidden_layers"),
-    num_heads=heads,
-    num_kv_heads=fields.get("num_key_value_heads") or heads,
-    head_dim=fields.get("head_dim") or need("hidden_size") // heads,
-    rope_theta=_rope_theta(fields, where),
-    norm_eps=fields.get("rms_norm_eps", 1e-6),
-    tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-    qkv_bias=family == "qwen2",
-  )
+  width, heads = count("hidden_size"), count("num_attention_heads")
+  config = {
+    "vocab_size": count("vocab_size"),
+    "embed_dim": width,
+    "mlp_dim": count("intermediate_size"),
+    "num_layers": count("num_hidden_layers"),
+    "num_heads": heads,
+    "num_kv_heads": count("num_key_value_heads", heads),
+    "head_dim": count("head_dim", width // heads),
+    "rope_theta": _rope_theta(fields, where),
+    "norm_eps": _number(fields, "rms_norm_eps", 1e-6, where),
+    "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
+    "qkv_bias": family == "qwen2",
+  }
+  try:
+    return ModelConfig(**config)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from None
 
 
 def _rope_theta(fields: dict[str, Any], where: str) -> float:
@@ -80,4 +85,11 @@ def _rope_theta(fields: dict[str, Any], where: str) -> float:
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind != "default":
     raise InputError(f"{where}: rope type is {kind!r}, only 'default' is implemented")
-  return float(rope.get("rope_theta", fields.get("rope_theta", 10_000.0)))
+  return _number(rope if "rope_theta" in rope else fields, "rope_theta", 10_000.0, where)
+
+
+def _number(fields: dict[str, Any], field: str, default: float, where: str) -> float:
+  value = fields.get(field, default)
+  if type(value) not in (int, float) or value <= 0:
+    raise InputError(f"{where}: {field} is {value!r}, expected a positive number")
+  return float(value)

@@ -93,8 +93,8 @@ def _tensor_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
   index = directory / "model.safetensors.index.json"
   if index.exists():
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict):
-      raise InputError(f"{index}: weight_map is missing, expected tensor names and their files")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+      raise InputError(f"{index}: no weight_map, expected tensor names and their files")
     for file in set(weight_map.values()):
       if not (directory / file).exists():
         raise InputError(f"{index}: names {file}, which is missing")

@@ -32,10 +32,9 @@ def token_logprobs(
   def one_chunk(scanned):
     hidden, targets = scanned
     logits = jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=jnp.float32) / temperature
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    logps = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0] - normalizer
-    probabilities = jnp.exp(logits - normalizer[:, None])
-    return logps, normalizer - jnp.sum(probabilities * logits, axis=-1)
+    logps = jax.nn.log_softmax(logits)
+    entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+    return jnp.take_along_axis(logps, targets[:, None], axis=-1)[:, 0], entropy
 
   logps, entropy = jax.lax.map(one_chunk, (hidden, targets))
   return logps.reshape(-1)[:tokens].reshape(shape), entropy.reshape(-1)[:tokens].reshape(shape)

@@ -1,14 +1,15 @@
 """The policy: one decoder that trains, samples and scores.
 
-Layers are stacked along a leading axis and scanned, so 28 layers compile as one. The forward pass has two forms, and
+Layers are stacked along a leading axis and scanned, so 28 layers compile as one. The forward pass has three forms, and
 they give the same numbers:
-  - without a cache, over whole packed rows (training);
-  - with a cache, over the next few tokens of each row: prefill (the whole prompt), decode (one token) and the scoring
-    of a reference answer (some tokens) are all this one call.
-In the cache, slot s of a row holds the token at position s, so what a query at position p may see is slots 0..p; a slot
-beyond is either unwritten or stale, and is overwritten before anything may see it.
+  - calling the decoder, over whole packed rows (training);
+  - `prefill`, over prompts, into a new key/value cache;
+  - `extend`, over the next few tokens of each row of a cache: one when decoding, some when scoring a reference answer.
+In the cache, slot s of a row holds the token at position s. Tokens from position p on see the slots before p; a slot
+beyond is unwritten or stale, and is overwritten before anything may see it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -112,46 +113,66 @@ class Decoder(nnx.Module):
       self.head = nnx.Param(jax.random.normal(rngs.params(), size) * config.embed_dim**-0.5)
 
   def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]):
-    """Hidden states [B, T, D] of packed rows, normed, ready for the head; layers are rematerialised backwards."""
+    """Hidden states [B, T, D] of packed rows, normed, ready for the head.
+
+    Backwards, the outputs of the weights' matrix products are kept and everything else is computed again.
+    """
     mask = segment_mask(segment_ids)
     definition, stacked = nnx.split(self.layers)
 
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     def body(x, weights):
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(layer.attention_norm(x), positions)
-      return layer.mix(x, attend(queries, keys.swapaxes(1, 2), values.swapaxes(1, 2), mask)), None
+      return layer.mix(x, attend(queries, keys, values, mask)), None
 
     x, _ = jax.lax.scan(body, self._embed(tokens), stacked)
     return self.final_norm(x)
 
-  def extend(
-    self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache
-  ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states of the next tokens of each row, and the cache with them written at their positions.
+  def prefill(self, tokens: Int[Array, "B T"], capacity: int) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Hidden states of rows read from their beginning, and a cache of `capacity` slots that holds them."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, new = self._read(tokens, positions, None)
+    pad = [(0, 0), (0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0)]
+    return hidden, jax.tree.map(lambda x: jnp.pad(x.swapaxes(2, 3), pad), new)
 
-    Positions at or beyond the cache's length are not written.
+  def extend(
+    self, tokens: Int[Array, "B T"], starts: Int[Array, "B"], cache: KVCache
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Hidden states of the next T tokens of each row, and the cache with them written in.
+
+    Args:
+      starts: the position of each row's first token here; it sees the slots before that, and no others.
+      cache: positions at or beyond its length are not written.
     """
-    slots = jnp.arange(cache.keys.shape[3])
-    mask = slots[None, None, :] <= positions[:, :, None]
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    hidden, new = self._read(tokens, positions, cache)
     rows = jnp.arange(tokens.shape[0])[:, None]
+
+    def write(old: Float[Array, "L B K S H"], new: Float[Array, "L B T K H"]) -> Float[Array, "L B K S H"]:
+      return old.at[:, rows, :, positions].set(new.transpose(1, 2, 0, 3, 4), mode="drop")
+
+    return hidden, jax.tree.map(write, cache, new)
+
+  def _read(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None):
+    """Hidden states, and the tokens' keys and values as a `KVCache` of [L, B, T, K, H].
+
+    The cache is read layer by layer and written by the caller, once: carried through the scan it would be copied.
+    """
+    mask = segment_mask(jnp.ones((1, tokens.shape[1]), jnp.int32))
     definition, stacked = nnx.split(self.layers)
 
-    def body(carry, scanned):
-      x, cache = carry
-      index, weights = scanned
+    def body(x, scanned):
+      weights, cached = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(layer.attention_norm(x), positions)
-      # The stack travels as the carry and is written in place; as scanned inputs and outputs it would be copied.
-      cache = KVCache(
-        cache.keys.at[index, rows, :, positions].set(keys, mode="drop"),
-        cache.values.at[index, rows, :, positions].set(values, mode="drop"),
-      )
-      return (layer.mix(x, attend(queries, cache.keys[index], cache.values[index], mask)), cache), None
+      if cached is not None:
+        filled = jnp.arange(cached.keys.shape[2]) < positions[:, :1]
+        cached = (cached.keys, cached.values, filled)
+      return layer.mix(x, attend(queries, keys, values, mask, cached)), KVCache(keys, values)
 
-    indices = jnp.arange(self.config.num_layers)
-    (x, cache), _ = jax.lax.scan(body, (self._embed(tokens), cache), (indices, stacked))
-    return self.final_norm(x), cache
+    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, cache))
+    return self.final_norm(x), new
 
   def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
     """Float32 logits. For whole sequences take `logprobs.token_logprobs`, which never holds them all."""

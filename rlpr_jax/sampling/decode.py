@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlpr_jax.models import Decoder, KVCache, Params, empty_cache, token_logprobs
+from rlpr_jax.models import Decoder, KVCache, Params, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,7 @@ def prefill(
     hidden state of each prompt's last token, and a cache of `capacity` slots a row that holds the prompts.
   """
   decoder: Decoder = nnx.merge(model, params)
-  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  hidden, cache = decoder.extend(tokens, positions, empty_cache(decoder.config, tokens.shape[0], capacity))
+  hidden, cache = decoder.prefill(tokens, capacity)
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
 
 
@@ -96,7 +95,7 @@ def decode(
     )
     # An ended row goes on writing into the slot after its end, which nothing reads before it is overwritten.
     positions = prompt_lengths + jnp.where(alive, place, out.lengths)
-    hidden, cache = decoder.extend(tokens[:, None], positions[:, None], cache)
+    hidden, cache = decoder.extend(tokens[:, None], positions, cache)
     return place + 1, hidden[:, 0], cache, out
 
   out = Samples(
@@ -138,6 +137,5 @@ def score_suffix(
   """
   decoder: Decoder = nnx.merge(model, params)
   inputs = jnp.concatenate([last_kept[:, None], suffix[:, :-1]], axis=1)
-  positions = starts[:, None] - 1 + jnp.arange(suffix.shape[1])
-  hidden, cache = decoder.extend(inputs, positions, cache)
+  hidden, cache = decoder.extend(inputs, starts - 1, cache)
   return token_logprobs(decoder.head_matrix, hidden, suffix, temperature)[0], cache

@@ -12,14 +12,15 @@ import transformers
 from flax import nnx
 
 from rlpr_jax import models
-from rlpr_jax.models import ModelConfig, logprobs
+from rlpr_jax.models import logprobs
 
-VOCAB = 97
+torch.set_num_threads(1)  # its threads spin while they wait, which is slow beside those of jax
+VOCAB = 64
 FAMILIES = {
   # Grouped queries, a head that is not embed_dim / heads, own head, odd numbers for what has a default.
   "llama": transformers.LlamaConfig(
-    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2, head_dim=12,
-    vocab_size=VOCAB, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
+    head_dim=12, vocab_size=VOCAB, rms_norm_eps=1e-3, rope_parameters={"rope_type": "default", "rope_theta": 500.0},
   ),
   "llama_tied": transformers.LlamaConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
@@ -62,13 +63,24 @@ def saved(tmp_path_factory):
   return save
 
 
-def full_logits(config, params, tokens, positions=None, segment_ids=None):
+@functools.partial(jax.jit, static_argnums=0)
+def compute_logits(config, params, tokens, positions, segment_ids):
   decoder = nnx.merge(models.definition(config), params)
-  tokens = jnp.asarray(tokens)
-  if positions is None:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-  segment_ids = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
-  return np.asarray(decoder.logits(decoder(tokens, jnp.asarray(positions), segment_ids)))
+  return decoder.logits(decoder(tokens, positions, segment_ids))
+
+
+def full_logits(config, params, tokens, positions=None, segment_ids=None):
+  positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+  segment_ids = np.ones_like(tokens) if segment_ids is None else segment_ids
+  return np.asarray(compute_logits(config, params, tokens, positions, segment_ids))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(config, params, tokens, positions, cache):
+  """Logits and cache."""
+  decoder = nnx.merge(models.definition(config), params)
+  hidden, cache = decoder.extend(tokens, positions, cache)
+  return decoder.logits(hidden), cache
 
 
 def random_tokens(*shape, seed=0):
@@ -101,9 +113,13 @@ def test_shards_hold_the_same_parameters_as_one_file(saved, name):
 def test_parameters_have_the_form_of_new_ones(saved):
   for name in FAMILIES:
     _, config, params = saved(name)
-    found = jax.tree.map(lambda x: (x.shape, x.dtype), params)
-    assert found == jax.tree.map(lambda x: (x.shape, x.dtype), models.abstract_params(config))
-    assert found == jax.tree.map(lambda x: (x.shape, x.dtype), models.init_params(config, 0))
+    found, abstract = (
+      jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (params, models.abstract_params(config))
+    )
+    assert found == abstract
+  new = models.init_params(config, 0)
+  assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == abstract
+  assert {x.dtype for x in jax.tree.leaves(new)} == {jnp.dtype(jnp.float32)}
 
 
 def test_load_in_bfloat16(saved):
@@ -121,7 +137,9 @@ def test_gradients_are_those_of_torch(saved, name):
   model = torch_model(name)
   model.zero_grad()
   logits = model(torch.tensor(tokens)).logits[:, :-1]
-  torch.nn.functional.cross_entropy(logits.reshape(-1, VOCAB), torch.tensor(tokens[:, 1:]).long().reshape(-1)).backward()
+  torch.nn.functional.cross_entropy(
+    logits.reshape(-1, VOCAB), torch.tensor(tokens[:, 1:]).long().reshape(-1)
+  ).backward()
 
   def loss(params):
     decoder = nnx.merge(models.definition(config), params)
@@ -129,7 +147,7 @@ def test_gradients_are_those_of_torch(saved, name):
     hidden = decoder(jnp.asarray(tokens), positions, jnp.ones_like(tokens))
     return -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], tokens[:, 1:])[0])
 
-  found = jax.grad(loss)(params)
+  found = jax.jit(jax.grad(loss))(params)
   layer = model.model.layers[1]
   pairs = [
     (found["embedding"], model.model.embed_tokens.weight),
@@ -147,20 +165,6 @@ def test_gradients_are_those_of_torch(saved, name):
 
 # --- packed rows ---
 
-# Grouped queries, and the norms of queries and keys that no loaded family has.
-TINY = ModelConfig(
-  vocab_size=VOCAB, embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8, qk_norm=True
-)
-
-
-@pytest.fixture(scope="module")
-def tiny():
-  """TINY with norms that are not all one."""
-  params = models.init_params(TINY, 1)
-  leaves, structure = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(2), len(leaves))
-  return structure.unflatten(x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True))
-
 
 def pack(sequences, length):
   """One row of tokens, positions and segment ids."""
@@ -174,97 +178,93 @@ def pack(sequences, length):
   return tokens, positions, segment_ids
 
 
-def test_sequences_packed_into_one_row_are_as_if_alone(tiny):
-  sequences = [random_tokens(n, seed=n) for n in (5, 9, 1, 7)]
-  found = full_logits(TINY, tiny, *pack(sequences, 30))[0]
-  alone = [full_logits(TINY, tiny, sequence[None])[0] for sequence in sequences]
-  np.testing.assert_allclose(found[:22], np.concatenate(alone), atol=1e-5)
+def test_sequences_packed_into_one_row_are_as_if_alone(policy):
+  lengths = (5, 9, 1, 9)
+  sequences = [random_tokens(n, seed=n) for n in lengths]
+  found = full_logits(policy.config, policy.params, *pack(sequences, 30))[0]
+  alone = [full_logits(policy.config, policy.params, sequence[None])[0] for sequence in sequences]
+  np.testing.assert_allclose(found[:24], np.concatenate(alone), atol=1e-5)
   assert np.all(np.isfinite(found))  # on padding too
 
 
-def test_other_segments_and_later_tokens_cannot_be_seen(tiny):
-  sequences = [random_tokens(n, seed=n) for n in (6, 8)]
-  before = full_logits(TINY, tiny, *pack(sequences, 16))[0]
-  others = [random_tokens(6, seed=50), sequences[1]]
-  np.testing.assert_array_equal(full_logits(TINY, tiny, *pack(others, 16))[0, 6:14], before[6:14])
-  later = [sequences[0], np.concatenate([sequences[1][:5], random_tokens(3, seed=51)])]
-  after = full_logits(TINY, tiny, *pack(later, 16))[0]
+def test_other_segments_and_later_tokens_cannot_be_seen(policy):
+  def logits(sequences):
+    return full_logits(policy.config, policy.params, *pack(sequences, 16))[0]
+
+  first, second = (random_tokens(n, seed=n) for n in (6, 8))
+  before = logits([first, second])
+  np.testing.assert_array_equal(logits([random_tokens(6, seed=50), second])[6:14], before[6:14])
+  after = logits([first, np.concatenate([second[:5], random_tokens(3, seed=51)])])
   np.testing.assert_array_equal(after[:11], before[:11])
   assert np.max(np.abs(after[11:14] - before[11:14])) > 0.1
 
 
-def test_the_amount_and_the_content_of_padding_change_nothing(tiny):
-  sequence = random_tokens(11)
-  expected = full_logits(TINY, tiny, sequence[None])[0]
-  for length in (12, 19, 40):
+def test_the_amount_and_the_content_of_padding_change_nothing(policy):
+  sequence = random_tokens(9)
+  expected = full_logits(policy.config, policy.params, sequence[None])[0]
+  for length in (16, 30):
     tokens, positions, segment_ids = pack([sequence], length)
     for padding in (0, 7):
-      tokens[0, 11:] = padding
-      found = full_logits(TINY, tiny, tokens, positions, segment_ids)[0, :11]
+      tokens[0, 9:] = padding
+      found = full_logits(policy.config, policy.params, tokens, positions, segment_ids)[0, :9]
       np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_a_number_of_layers_is_a_number_of_layers(tiny):
-  """The scan runs each layer, once, in order."""
-  tokens = random_tokens(1, 8)
-  whole = full_logits(TINY, tiny, tokens)
-  swapped = tiny | {"layers": jax.tree.map(lambda x: x[::-1], tiny["layers"])}
-  assert np.max(np.abs(full_logits(TINY, swapped, tokens) - whole)) > 0.1
-  first = tiny | {"layers": jax.tree.map(lambda x: x[:1], tiny["layers"])}
-  assert np.max(np.abs(full_logits(dataclasses.replace(TINY, num_layers=1), first, tokens) - whole)) > 0.1
+def test_every_layer_runs_in_its_turn(policy):
+  tokens = random_tokens(1, 9)
+  swapped = policy.params | {"layers": jax.tree.map(lambda x: x[::-1], policy.params["layers"])}
+  difference = full_logits(policy.config, swapped, tokens) - full_logits(policy.config, policy.params, tokens)
+  assert np.max(np.abs(difference)) > 0.1
 
 
 # --- cache ---
 
 
 def cached_logits(config, params, tokens, lengths, prompt_lengths, width, capacity):
-  """Logits [B, T, V] from one prefill of `width` padded slots and then one token at a time, each row at its own pace."""
-  decoder = nnx.merge(models.definition(config), params)
+  """Logits [B, T, V] from one prefill of `width` padded slots, then one token at a time, each row at its own pace."""
   rows = np.arange(len(tokens))
   prompts = np.where(np.arange(width) < prompt_lengths[:, None], tokens[:, :width], 3)
-  positions = jnp.broadcast_to(jnp.arange(width), prompts.shape)
-  hidden, cache = decoder.extend(jnp.asarray(prompts), positions, models.empty_cache(config, len(tokens), capacity))
+  positions = np.broadcast_to(np.arange(width), prompts.shape)
   out = np.zeros((*tokens.shape, config.vocab_size), np.float32)
-  out[:, :width] = decoder.logits(hidden)
-  extend = jax.jit(lambda tokens, positions, cache: decoder.extend(tokens, positions, cache))
+  out[:, :width], cache = extend(config, params, prompts, positions, models.empty_cache(config, len(tokens), capacity))
   for step in range(int(np.max(lengths - prompt_lengths))):
-    places = np.minimum(prompt_lengths + step, lengths - 1)
-    hidden, cache = extend(tokens[rows, places][:, None], places[:, None], cache)
-    out[rows, places] = decoder.logits(hidden)[:, 0]
+    places = np.minimum(prompt_lengths + step, lengths - 1)  # a row that is done reads its last token again
+    logits, cache = extend(config, params, tokens[rows, places][:, None], places[:, None], cache)
+    out[rows, places] = logits[:, 0]
   return out
 
 
-@pytest.mark.parametrize("name", ["tiny", "llama", "qwen2"])
-def test_prefill_and_decode_are_the_full_forward_pass(saved, tiny, name):
-  config, params = (TINY, tiny) if name == "tiny" else saved(name)[1:]
+@pytest.mark.parametrize(
+  ("name", "width", "capacity"), [("tiny", 9, 20), ("tiny", 14, 33), ("llama", 9, 20), ("qwen2", 14, 33)]
+)
+def test_prefill_and_decode_are_the_full_forward_pass(saved, policy, name, width, capacity):
+  config, params = (policy.config, policy.params) if name == "tiny" else saved(name)[1:]
   tokens, lengths, prompt_lengths = random_tokens(3, 20), np.array([20, 13, 17]), np.array([6, 9, 1])
   expected = full_logits(config, params, tokens)
-  for width, capacity in ((9, 20), (14, 33)):
-    found = cached_logits(config, params, tokens, lengths, prompt_lengths, width, capacity)
-    worst = max(np.max(np.abs(found[row, :end] - expected[row, :end])) for row, end in enumerate(lengths))
-    assert worst < 1e-4
+  found = cached_logits(config, params, tokens, lengths, prompt_lengths, width, capacity)
+  for row, end in enumerate(lengths):
+    np.testing.assert_allclose(found[row, :end], expected[row, :end], atol=1e-4)
 
 
-def test_some_tokens_at_once_on_top_of_a_cache(tiny):
+def test_some_tokens_at_once_on_top_of_a_cache(policy):
   """Scoring a suffix: several tokens, at a place of its own in each row, over what stood there before."""
-  decoder = nnx.merge(models.definition(TINY), tiny)
-  tokens = random_tokens(2, 16)
-  positions = jnp.broadcast_to(jnp.arange(16), tokens.shape)
-  _, cache = decoder.extend(jnp.asarray(tokens), positions, models.empty_cache(TINY, 2, 18))
-  starts, suffix = np.array([5, 12]), random_tokens(2, 4, seed=9)
-  found, _ = decoder.extend(jnp.asarray(suffix), starts[:, None] + jnp.arange(4), cache)
+  tokens, starts, suffix = random_tokens(2, 16), np.array([5, 12]), random_tokens(2, 4, seed=9)
+  positions = np.broadcast_to(np.arange(16), tokens.shape)
+  _, cache = extend(policy.config, policy.params, tokens, positions, models.empty_cache(policy.config, 2, 18))
+  found, _ = extend(policy.config, policy.params, suffix, starts[:, None] + np.arange(4), cache)
+  spliced = tokens.copy()
   for row, start in enumerate(starts):
-    text = np.concatenate([tokens[row, :start], suffix[row]])[None]
-    expected = full_logits(TINY, tiny, text)[0, start:]
-    np.testing.assert_allclose(decoder.logits(found)[row], expected, atol=1e-4)
+    spliced[row, start : start + 4] = suffix[row]
+  expected = full_logits(policy.config, policy.params, spliced)
+  for row, start in enumerate(starts):
+    np.testing.assert_allclose(found[row], expected[row, start : start + 4], atol=1e-4)
 
 
-def test_positions_beyond_the_cache_are_not_written(tiny):
-  decoder = nnx.merge(models.definition(TINY), tiny)
-  empty = models.empty_cache(TINY, 1, 4)
-  tokens = jnp.asarray(random_tokens(1, 6))
-  _, cache = decoder.extend(tokens, jnp.arange(6)[None], empty)
-  _, fitting = decoder.extend(tokens[:, :4], jnp.arange(4)[None], empty)
+def test_positions_beyond_the_cache_are_not_written(policy):
+  empty = models.empty_cache(policy.config, 1, 4)
+  tokens, positions = random_tokens(1, 6), np.arange(6)[None]
+  _, cache = extend(policy.config, policy.params, tokens, positions, empty)
+  _, fitting = extend(policy.config, policy.params, tokens[:, :4], positions[:, :4], empty)
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), cache, fitting)
 
 
@@ -274,27 +274,26 @@ def test_positions_beyond_the_cache_are_not_written(tiny):
 def test_bfloat16_compute_keeps_float32_parameters(saved):
   _, config, params = saved("qwen2")
   half = dataclasses.replace(config, compute_dtype="bfloat16")
-  assert {x.dtype for x in jax.tree.leaves(models.init_params(half, 0))} == {jnp.dtype(jnp.float32)}
-  decoder = nnx.merge(models.definition(half), params)
-  tokens = jnp.asarray(random_tokens(2, 12))
-  positions = jnp.broadcast_to(jnp.arange(12), tokens.shape)
-  hidden = decoder(tokens, positions, jnp.ones_like(tokens))
-  cached, cache = decoder.extend(tokens, positions, models.empty_cache(half, 2, 12))
-  assert {hidden.dtype, cached.dtype, cache.keys.dtype, cache.values.dtype} == {jnp.dtype(jnp.bfloat16)}
-  logits = decoder.logits(hidden)
-  assert logits.dtype == jnp.float32
-  expected = full_logits(config, params, tokens)
-  assert 0 < np.max(np.abs(logits - expected)) < 0.05 * np.max(np.abs(expected))
-  np.testing.assert_allclose(decoder.logits(cached), logits, atol=0.05 * np.max(np.abs(expected)))
+  tokens = random_tokens(2, 24)
+  positions = np.broadcast_to(np.arange(24), tokens.shape)
 
-  def loss(params):
+  @jax.jit
+  def forward(params):
     decoder = nnx.merge(models.definition(half), params)
-    hidden = decoder(tokens, positions, jnp.ones_like(tokens))
-    return -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], tokens[:, 1:])[0])
+    hidden = decoder(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
+    loss = -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], tokens[:, 1:])[0])
+    return loss, (hidden, decoder.logits(hidden))
 
-  gradients = jax.tree.leaves(jax.grad(loss)(params))
-  assert {x.dtype for x in gradients} == {jnp.dtype(jnp.float32)}
-  assert all(np.all(np.isfinite(x)) and np.any(x) for x in gradients)
+  (_, (hidden, logits)), gradients = jax.value_and_grad(forward, has_aux=True)(params)
+  cached, cache = extend(half, params, tokens, positions, models.empty_cache(half, 2, 24))
+  assert {hidden.dtype, cache.keys.dtype, cache.values.dtype} == {jnp.dtype(jnp.bfloat16)}
+  assert {logits.dtype, cached.dtype} == {jnp.dtype(jnp.float32)}
+  expected = full_logits(config, params, tokens)
+  scale = np.max(np.abs(expected))
+  assert 0 < np.max(np.abs(logits - expected)) < 0.05 * scale
+  np.testing.assert_allclose(cached, logits, atol=0.05 * scale)
+  assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype(jnp.float32)}
+  assert all(np.all(np.isfinite(x)) and np.any(x) for x in jax.tree.leaves(gradients))
 
 
 # --- log-probabilities ---
@@ -323,7 +322,7 @@ def test_token_logprobs(monkeypatch, heads, temperature, chunk):
   assert (logps.dtype, entropy.dtype) == (jnp.float32, jnp.float32)
   expected, expected_entropy = logprobs_by_hand(*heads, temperature)
   np.testing.assert_allclose(logps, expected, atol=1e-5)
-  np.testing.assert_allclose(entropy, expected_entropy, atol=1e-5)
+  np.testing.assert_allclose(entropy, expected_entropy, atol=3e-6)  # no digits lost to the size of the logits
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -351,7 +350,7 @@ def test_huge_logits_stay_finite():
   for target, expected in ((0, 0.0), (1, -1e4)):
     logps, entropy = models.token_logprobs(head, hidden, np.array([target]))
     np.testing.assert_allclose(logps, [expected], rtol=1e-6)
-    np.testing.assert_allclose(entropy, [0.0], atol=1e-2)
+    np.testing.assert_array_equal(entropy, [0.0])
 
 
 def test_memory_of_the_gradient_does_not_grow_with_tokens_times_vocabulary():

@@ -1,0 +1,361 @@
+"""Packing and the optimiser step, against gradients taken one sequence at a time and float64 sums."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from rlpr_jax import grpo
+from rlpr_jax.sampling.decode import SamplingSettings, decode, prefill
+from rlpr_jax.training import packing
+from rlpr_jax.training.packing import Groups, PackedRows
+from rlpr_jax.training.update import UpdateSettings, adamw, loss, row_logprobs, update
+
+PROMPT, RESPONSE, SAMPLES = 6, 7, 2  # tokens of a padded prompt, of a response; responses to a prompt
+TEMPERATURE = 0.8
+SETTINGS = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.0, micro_batch_rows=0)
+# With this "optimiser" the change of the parameters is the gradient.
+GRADIENT = optax.sgd(-1.0)
+OPTIMIZER = adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
+
+
+def make_groups(count=3, seed=0):
+  """Groups of all lengths; the first response is EOS alone and the padding looks like it."""
+  rng = np.random.default_rng(seed)
+  prompt_lengths = rng.integers(1, PROMPT + 1, count).astype(np.int32)
+  lengths = rng.integers(1, RESPONSE + 1, (count, SAMPLES)).astype(np.int32)
+  prompt_lengths[-1], lengths[-1] = PROMPT, RESPONSE
+  prompts = rng.integers(0, 64, (count, PROMPT)).astype(np.int32)
+  tokens = rng.integers(0, 64, (count, SAMPLES, RESPONSE)).astype(np.int32)
+  lengths[0, 0] = 1
+  for k, g in np.ndindex(count, SAMPLES):
+    tokens[k, g, lengths[k, g] - 1] = 0  # EOS, which is the token that pads
+    tokens[k, g, lengths[k, g] :] = 0
+  return Groups(
+    prompts,
+    prompt_lengths,
+    tokens,
+    lengths,
+    logprobs=-rng.exponential(3.0, tokens.shape).astype(np.float32),
+    advantages=rng.normal(size=(count, SAMPLES)).astype(np.float32),
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def trainer_logprobs(model, params, rows):
+  return row_logprobs(model, params, rows, TEMPERATURE)
+
+
+def near_policy(policy, groups, noise=0.3):
+  """The groups with old log-probabilities so near the policy's that some tokens are clipped and some are not."""
+  rows = packing.pack(groups, groups.count, "token_mean")
+  logps = np.asarray(trainer_logprobs(policy.model, policy.params, rows)[0])
+  old = np.zeros_like(groups.logprobs)
+  for row, (k, g) in enumerate(np.ndindex(groups.lengths.shape)):
+    start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + groups.lengths[k, g]
+    old[k, g, : end - start] = logps[row, start:end]
+  old += noise * np.random.default_rng(1).normal(size=old.shape)
+  return groups._replace(logprobs=old.astype(np.float32))
+
+
+@pytest.fixture(scope="module")
+def groups(policy):
+  return near_policy(policy, make_groups())
+
+
+def gradients(policy, rows, settings=SETTINGS):
+  """(gradient, metrics) by way of `update` and an optimiser that only adds it."""
+  params = jax.tree.map(jnp.copy, policy.params)  # donated
+  after, _, metrics = update(policy.model, GRADIENT, params, GRADIENT.init(params), rows, settings)
+  metrics = {name: float(value) for name, value in metrics.items()}
+  return jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), after, policy.params), metrics
+
+
+def assert_close(found, expected, tolerance=2e-6):
+  """Equal to within float32's last digits of the largest gradient."""
+  largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(expected))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=tolerance * largest, rtol=0), found, expected)
+
+
+def assert_metrics(found, expected):
+  assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+  assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def one_sequence(model, params, tokens, length, start, old, advantage, weight):
+  """One sequence by itself: sum over its response of weight * clipped loss. `tokens` is padded to [1, L]."""
+  decoder = nnx.merge(model, params)
+  places = jnp.arange(tokens.shape[1])
+  hidden = decoder(tokens, places[None], jnp.ones_like(tokens))
+  logps = jax.nn.log_softmax(decoder.logits(hidden)[0] / TEMPERATURE)
+  total = 0.0
+  for place in range(1, tokens.shape[1]):
+    ratio = jnp.exp(logps[place - 1, tokens[0, place]] - old[place])
+    token_loss = -jnp.minimum(ratio * advantage, jnp.clip(ratio, 0.8, 1.27) * advantage)
+    total += jnp.where((place >= start) & (place < length), weight * token_loss, 0.0)
+  return total
+
+
+def one_at_a_time(policy, groups):
+  """Loss and gradient of the token mean, summed over sequences that are run one by one."""
+  tokens = groups.lengths.sum()
+  total, gradient = 0.0, jax.tree.map(np.zeros_like, policy.params)
+  for k, g in np.ndindex(groups.lengths.shape):
+    start, new = groups.prompt_lengths[k], groups.lengths[k, g]
+    text, old = np.zeros((1, PROMPT + RESPONSE), np.int32), np.zeros(PROMPT + RESPONSE, np.float32)
+    text[0, : start + new] = np.concatenate([groups.prompt_tokens[k, :start], groups.tokens[k, g, :new]])
+    old[start : start + new] = groups.logprobs[k, g, :new]
+    value, part = jax.value_and_grad(one_sequence, argnums=1)(
+      policy.model, policy.params, text, start + new, start, old, groups.advantages[k, g], 1 / tokens
+    )
+    total += float(value)
+    gradient = jax.tree.map(np.add, gradient, part)
+  return total, gradient
+
+
+def test_update_is_the_sum_over_single_sequences(policy, groups):
+  """Response tokens alone, EOS among them and prompts not, in a mean over all tokens of the minibatch."""
+  expected_loss, expected = one_at_a_time(policy, groups)
+  found, metrics = gradients(policy, packing.pack(groups, groups.count, "token_mean"))
+  assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-6)
+  assert 0 < metrics["clip_fraction"] < 1
+  assert_close(found, expected)
+  norm = math.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(expected)))
+  assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-5)
+  assert norm > 0.1
+
+
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+def test_micro_batches_add_up_to_the_minibatch(policy, groups, aggregate):
+  """Two groups of three, so that one micro-batch is padding alone."""
+  rows = packing.pack(groups.take(slice(1, None)), 3, aggregate)
+  settings = UpdateSettings(TEMPERATURE, 0.2, 0.27, entropy_coefficient=0.01, micro_batch_rows=0)
+  expected, expected_metrics = gradients(policy, rows, settings)
+  assert max(np.max(np.abs(x)) for x in jax.tree.leaves(expected)) > 0.01
+  for size in (1, 2, 6):
+    settings = UpdateSettings(TEMPERATURE, 0.2, 0.27, entropy_coefficient=0.01, micro_batch_rows=size)
+    found, metrics = gradients(policy, rows, settings)
+    assert_close(found, expected)
+    assert_metrics(metrics, expected_metrics)
+
+
+def test_updated_parameters_do_not_depend_on_micro_batches(policy, groups):
+  rows = packing.pack(groups, 3, "token_mean")
+  results = []
+  for size in (0, 2):
+    settings = UpdateSettings(TEMPERATURE, 0.2, 0.27, entropy_coefficient=0.0, micro_batch_rows=size)
+    params = jax.tree.map(jnp.copy, policy.params)
+    params, _, metrics = update(policy.model, OPTIMIZER, params, OPTIMIZER.init(params), rows, settings)
+    results.append((params, float(metrics["grad_norm"])))
+  # Adam's first step is the sign of the gradient, whatever its size: compare where it is not next to nothing.
+  (first, norm), (second, other_norm) = results
+  gradient, _ = gradients(policy, rows)
+  jax.tree.map(
+    lambda x, y, g: np.testing.assert_allclose(x[np.abs(g) > 1e-5], y[np.abs(g) > 1e-5], atol=3e-7, rtol=0),
+    *(jax.tree.map(np.asarray, tree) for tree in (first, second)),
+    gradient,
+  )
+  assert norm == pytest.approx(other_norm, rel=1e-5)
+
+
+def test_adamw_is_the_papers():
+  """First step by hand: clip the global norm to one, divide by its own size, decay."""
+  params, gradient = {"w": jnp.array([2.0, -3.0])}, {"w": jnp.array([30.0, -40.0])}
+  optimizer = adamw(1e-2, weight_decay=0.1, max_grad_norm=1.0)
+  steps, _ = optimizer.update(gradient, optimizer.init(params), params)
+  expected = [-1e-2 * (sign + 0.1 * w) for sign, w in ((1, 2.0), (-1, -3.0))]
+  np.testing.assert_allclose(steps["w"], expected, rtol=1e-5)
+
+
+def test_an_update_of_a_millionth_is_not_lost(policy, groups):
+  """fp32 masters: AdamW at the paper's 1e-6 moves every parameter that has a gradient."""
+  rows, params = packing.pack(groups, 3, "token_mean"), jax.tree.map(jnp.copy, policy.params)
+  after, _, _ = update(policy.model, OPTIMIZER, params, OPTIMIZER.init(params), rows, SETTINGS)
+  moved = np.abs(np.asarray(after["layers"]["up"]) - np.asarray(policy.params["layers"]["up"]))
+  assert np.mean((moved > 5e-7) & (moved < 2e-6)) > 0.95
+
+
+def test_two_sequences_in_one_row_are_two_rows(policy, groups):
+  rows = packing.pack(groups, 3, "token_mean")
+  length = 2 * rows.tokens.shape[1]
+  packed = PackedRows(*(np.zeros((3, length), field.dtype) for field in rows))
+  for row in range(3):
+    start = 0
+    for segment, source in enumerate((row, row + 3), start=1):
+      tokens = int(np.sum(rows.segment_ids[source] > 0))
+      for name, field in packed._asdict().items():
+        value = segment if name == "segment_ids" else getattr(rows, name)[source, :tokens]
+        field[row, start : start + tokens] = value
+      start += tokens
+  settings = UpdateSettings(TEMPERATURE, 0.2, 0.27, entropy_coefficient=0.01, micro_batch_rows=0)
+  expected, expected_metrics = gradients(policy, rows, settings)
+  found, metrics = gradients(policy, packed, settings)
+  assert_metrics(metrics, expected_metrics)
+  assert_close(found, expected)
+
+
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+def test_loss_and_metrics_against_float64(policy, groups, aggregate):
+  rows = packing.pack(groups, 4, aggregate)  # the rows of one group are padding
+  logps, entropies = (np.asarray(x, np.float64) for x in trainer_logprobs(policy.model, policy.params, rows))
+  sequences = {}
+  for row in range(6):
+    k, g = divmod(row, SAMPLES)
+    start = groups.prompt_lengths[k]
+    tokens = []
+    for t in range(groups.lengths[k, g]):
+      ratio, advantage = math.exp(logps[row, start + t] - groups.logprobs[k, g, t]), float(groups.advantages[k, g])
+      token_loss = -min(ratio * advantage, min(max(ratio, 0.8), 1.27) * advantage)
+      tokens.append((token_loss, ratio, entropies[row, start + t]))
+    sequences[row] = np.array(tokens)
+  everything = np.concatenate(list(sequences.values()))
+  expected = {
+    "token_mean": everything.mean(axis=0),
+    "seq_mean_token_sum": np.mean([tokens.sum(axis=0) / RESPONSE for tokens in sequences.values()], axis=0),
+    "seq_mean_token_mean": np.mean([tokens.mean(axis=0) for tokens in sequences.values()], axis=0),
+  }[aggregate]
+  settings = UpdateSettings(TEMPERATURE, 0.2, 0.27, entropy_coefficient=0.01, micro_batch_rows=0)
+  value, sums = jax.jit(loss, static_argnums=(0, 3))(policy.model, policy.params, rows, settings)
+  assert float(value) == pytest.approx(expected[0] - 0.01 * expected[2], abs=1e-6)
+  assert float(sums["loss"]) == pytest.approx(expected[0], abs=1e-6)
+  assert int(sums["tokens"]) == len(everything) == groups.lengths.sum()
+  _, metrics = gradients(policy, rows, settings)
+  assert metrics["ratio_mean"] == pytest.approx(everything[:, 1].mean(), rel=1e-5)
+  assert metrics["ratio_worst"] == pytest.approx(np.max(np.abs(everything[:, 1] - 1)), rel=1e-5)
+  assert metrics["entropy"] == pytest.approx(everything[:, 2].mean(), rel=1e-5)
+
+
+def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
+  rng = np.random.default_rng(2)
+  prompts = rng.integers(0, 64, (3, PROMPT)).astype(np.int32)
+  lengths = np.array([2, 6, 4], np.int32)
+  settings = SamplingSettings(RESPONSE, 1, TEMPERATURE, eos_ids=tuple(range(0, 64, 8)))
+  hidden, cache = prefill(policy.model, policy.params, prompts, lengths, capacity=PROMPT + RESPONSE + 1)
+  keys = jax.random.split(jax.random.key(0), 6)
+  samples = jax.device_get(decode(policy.model, policy.params, hidden, cache, lengths, keys, settings)[0])
+  by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in samples[:3]]
+  advantages = rng.normal(size=(3, 2)).astype(np.float32)
+  groups = Groups(prompts, lengths, *by_prompt, advantages)
+  gradient, metrics = gradients(policy, packing.pack(groups, 3, "token_mean"))
+  assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
+  assert metrics["ratio_worst"] < 1e-4
+  assert metrics["clip_fraction"] == 0
+  expected = -np.sum(advantages * by_prompt[1]) / np.sum(by_prompt[1])
+  assert metrics["loss"] == pytest.approx(expected, abs=1e-5)
+  assert np.max(np.abs(gradient["head"])) > 1e-3
+
+
+def test_entropy_bonus_raises_entropy(policy, groups):
+  """With no advantage anywhere there is no other gradient; without the bonus there is none at all."""
+  rows = packing.pack(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
+  still, _ = gradients(policy, rows)
+  assert max(np.max(np.abs(x)) for x in jax.tree.leaves(still)) == 0
+  settings = UpdateSettings(TEMPERATURE, 0.2, 0.27, entropy_coefficient=0.5, micro_batch_rows=0)
+  gradient, before = gradients(policy, rows, settings)
+  moved = jax.tree.map(lambda x, g: x - 0.1 * g, policy.params, gradient)
+  _, after = gradients(policy._replace(params=moved), rows, settings)
+  assert after["entropy"] > before["entropy"] + 0.01
+  assert before["loss"] == 0  # the metric is without the bonus
+
+
+def test_gradient_goes_up_for_good_responses_and_down_for_bad_ones(policy):
+  groups = near_policy(policy, make_groups(), noise=0.0)
+  advantages = np.resize(np.array([1.0, -1.0], np.float32), (3, 2))
+  rows = packing.pack(groups._replace(advantages=advantages), 3, "token_mean")
+  gradient, _ = gradients(policy, rows)
+  moved = jax.tree.map(lambda x, g: x - 0.1 * g, policy.params, gradient)
+  after = np.asarray(trainer_logprobs(policy.model, moved, rows)[0])
+  change = np.sum((after - rows.old_logprobs) * rows.mask, axis=1)
+  assert np.sum(change * np.resize([1.0, -1.0], 6)) > 0.01
+
+
+def test_padding_has_no_influence(policy, groups):
+  """What pads rows, and rows that are padding, may hold anything that is a token."""
+  rows = packing.pack(groups, 4, "token_mean")
+  expected, expected_metrics = gradients(policy, rows)
+  noise = np.random.default_rng(0).integers(0, 64, rows.tokens.shape)
+  found, metrics = gradients(policy, rows._replace(tokens=np.where(rows.segment_ids == 0, noise, rows.tokens)))
+  assert_close(found, expected, tolerance=1e-7)
+  assert_metrics(metrics, expected_metrics)
+  fewer, fewer_metrics = gradients(policy, packing.pack(groups, 3, "token_mean"))
+  assert_close(fewer, expected)
+  assert_metrics(fewer_metrics, expected_metrics)
+
+
+def test_prompts_are_read_and_not_trained(policy, groups):
+  """Old log-probabilities or advantages of prompt tokens do not exist; were there some, they would weigh nothing."""
+  rows = packing.pack(groups, 3, "token_mean")
+  expected, _ = gradients(policy, rows)
+  junk = {name: np.where(rows.mask, getattr(rows, name), 0.5) for name in ("old_logprobs", "advantages")}
+  found, metrics = gradients(policy, rows._replace(**junk))
+  assert_close(found, expected, tolerance=1e-7)
+  assert metrics["clip_fraction"] < 1
+  other = rows.tokens.copy()
+  other[:, 0] = (other[:, 0] + 1) % 64
+  assert np.max(np.abs(gradients(policy, rows._replace(tokens=other))[0]["head"] - expected["head"])) > 1e-4
+
+
+# --- packing ---
+
+
+def test_pack_row_by_row():
+  groups = make_groups(count=3, seed=4)
+  rows = packing.pack(groups, 5, "token_mean")
+  assert {field.shape for field in rows} == {(10, PROMPT + RESPONSE)}
+  dtypes = [field.dtype for field in rows]
+  assert dtypes == [np.int32, np.int32, np.int32, np.bool_, np.float32, np.float32, np.float32]
+  for row in range(6):
+    k, g = divmod(row, SAMPLES)
+    start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + groups.lengths[k, g]
+    text = [*groups.prompt_tokens[k, :start], *groups.tokens[k, g, : end - start]]
+    assert rows.tokens[row, :end].tolist() == text
+    assert rows.positions[row, :end].tolist() == list(range(end))
+    assert rows.segment_ids[row].tolist() == [1] * end + [0] * (PROMPT + RESPONSE - end)
+    assert not rows.mask[row, start - 1]  # the last prompt token is not trained,
+    assert rows.mask[row].tolist() == [start <= place < end for place in range(PROMPT + RESPONSE)]
+    assert text[-1] == 0  # and EOS, which looks like padding here, is
+    assert rows.old_logprobs[row, start:end].tolist() == groups.logprobs[k, g, : end - start].tolist()
+    assert set(rows.advantages[row, start:end]) == {groups.advantages[k, g]}
+    for field in (rows.old_logprobs, rows.advantages, rows.weights):
+      assert not field[row][~rows.mask[row]].any()
+  for field in rows:
+    assert not field[6:].any()  # the rows of the missing groups
+  np.testing.assert_allclose(rows.weights[rows.mask], 1 / groups.lengths.sum(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("kept", "sizes"), [(8, [2, 2, 2, 2]), (7, [2, 2, 2, 1]), (5, [2, 1, 1, 1]), (2, [1, 1]), (1, [1]), (0, [])]
+)
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+def test_minibatches_are_dealt_evenly(kept, sizes, aggregate):
+  """Eight prompts in four minibatches; when fewer were kept every minibatch has its share, and always one shape."""
+  groups = make_groups(count=8, seed=1).take(slice(kept))
+  minibatches = packing.minibatches(groups, 8, 4, aggregate)
+  found = []
+  for rows in minibatches:
+    assert {field.shape for field in rows} == {(2 * SAMPLES, PROMPT + RESPONSE)}
+    dealt = sorted({float(advantage) for advantage in rows.advantages[rows.mask]})
+    found.append(len(dealt) / SAMPLES)
+    assert not rows.weights[rows.segment_ids == 0].any()
+    expected = rows.mask.sum() / (np.sum(rows.mask.any(axis=1)) * RESPONSE) if aggregate == "seq_mean_token_sum" else 1
+    assert rows.weights.sum() == pytest.approx(expected, rel=1e-6)
+  assert found == sizes
+  everything = np.concatenate([rows.advantages[rows.mask] for rows in minibatches]) if minibatches else []
+  assert sorted(set(everything)) == sorted(groups.advantages.reshape(-1))  # each response once
+  assert len(everything) == groups.lengths.sum()
+
+
+def test_groups_select_and_join():
+  groups = make_groups(count=4)
+  assert groups.count == 4
+  kept = groups.take(np.array([True, False, True, True]))
+  np.testing.assert_array_equal(kept.advantages, groups.advantages[[0, 2, 3]])
+  joined = packing.concatenate([groups.take(slice(0)), groups.take(slice(1)), groups.take(slice(1, None))])
+  for found, expected in zip(joined, groups, strict=True):
+    np.testing.assert_array_equal(found, expected)
