@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import filtering, grpo, rewards
 from rlpr_jax.errors import InputError
+from rlpr_jax.training import warm_start
 
 
 def default() -> ConfigDict:
@@ -82,8 +83,9 @@ def default() -> ConfigDict:
   c.warm_start = ConfigDict()
   c.warm_start.steps = 0  # supervised steps on the built-in demonstrations before RLPR; 0 for none
   c.warm_start.batch_size = 64  # sequences
-  c.warm_start.learning_rate = 0.02  # Muon, cosine to zero
-  c.warm_start.adam_learning_rate = 0.003  # of embeddings, head and norms, likewise
+  c.warm_start.optimizer = "muon"  # muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)
+  c.warm_start.learning_rate = 0.02  # of Muon; both rates follow a cosine to zero
+  c.warm_start.adam_learning_rate = 0.003
 
   c.evaluation = ConfigDict()
   c.evaluation.path = ""  # held-out questions, as data.path; "" for the built-in ones
@@ -108,6 +110,7 @@ _CHOICES = {
   "reward.baseline_policy": ("initial", "none"),
   "reward.baseline_prefix": ("bare", "tagged"),
   "filter.kind": filtering.KINDS,
+  "warm_start.optimizer": warm_start.OPTIMIZERS,
   "training.advantages": grpo.NORMALIZATIONS,
   "training.aggregate": grpo.AGGREGATES,
 }

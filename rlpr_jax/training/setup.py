@@ -171,8 +171,10 @@ def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params
     (prompt.ids, [*tokenizer.encode(responses[prompt.row], add_special_tokens=False), tokenizer.eos_token_id])
     for prompt in prompts
   ]
-  demonstrations = warm_start.pad(pairs, run.config.data.prompt_limit + run.config.rollout.max_response_length)
-  transform = warm_start.optimizer(settings.steps, settings.learning_rate, settings.adam_learning_rate)
+  demonstrations = warm_start.pad(pairs)
+  transform = warm_start.optimizer(
+    settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate
+  )
   opt_state = transform.init(params)
   progress = metrics.Progress("warm start, step")
   batches = demonstrations.batches(settings.batch_size, run.config.seed)

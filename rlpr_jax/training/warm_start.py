@@ -42,9 +42,9 @@ class Demonstrations(NamedTuple):
         yield Demonstrations(self.tokens[rows], self.mask[rows])
 
 
-def pad(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int) -> Demonstrations:
-  """Pairs of prompt ids and response ids (EOS included) as rows of `length` tokens; longer ones are left out."""
-  pairs = [pair for pair in pairs if len(pair[0]) + len(pair[1]) <= length]
+def pad(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Demonstrations:
+  """Pairs of prompt ids and response ids (EOS included) as rows as long as the longest."""
+  length = max(len(prompt) + len(response) for prompt, response in pairs)
   out = Demonstrations(np.zeros((len(pairs), length), np.int32), np.zeros((len(pairs), length), bool))
   for row, (prompt, response) in enumerate(pairs):
     end = len(prompt) + len(response)
@@ -53,15 +53,28 @@ def pad(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int) -> De
   return out
 
 
-def optimizer(steps: int, learning_rate: float, adam_learning_rate: float) -> optax.GradientTransformation:
-  """Muon on the layers' matrices, Adam on the rest, both with a cosine to zero."""
+OPTIMIZERS = ("muon", "adam")
+
+
+def optimizer(kind: str, steps: int, learning_rate: float, adam_learning_rate: float) -> optax.GradientTransformation:
+  """Learning rates follow a cosine to zero.
+
+  Args:
+    kind: `muon`: Muon on the layers' matrices and Adam on the rest, for a policy that starts from nothing; `adam`: Adam
+      on everything, for a pretrained one.
+    learning_rate: of Muon.
+    adam_learning_rate: of Adam.
+  """
+  adam_schedule = optax.cosine_decay_schedule(adam_learning_rate, steps)
+  if kind == "adam":
+    return optax.adam(adam_schedule)
 
   def dimensions(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(lambda path, _: _MUON.get(path[-1].key), params)
 
   return muon(
     optax.cosine_decay_schedule(learning_rate, steps),
-    adam_learning_rate=optax.cosine_decay_schedule(adam_learning_rate, steps),
+    adam_learning_rate=adam_schedule,
     muon_weight_dimension_numbers=dimensions,
   )
 

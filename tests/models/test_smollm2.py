@@ -62,10 +62,10 @@ def compute_logits(model, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def extend(model, params, tokens, positions, cache):
+def extend(model, params, tokens, starts, cache):
   decoder = nnx.merge(model, params)
-  hidden, cache = decoder.extend(tokens, positions, cache)
-  return decoder.logits(hidden), cache
+  hidden, cache = decoder.extend(tokens, starts, cache)
+  return decoder.logits(hidden[:, 0]), cache
 
 
 def test_logits_are_those_of_transformers(loaded, theirs, prompts):
@@ -96,20 +96,20 @@ def test_greedy_tokens_are_those_of_transformers(loaded, theirs, prompts):
 
 
 def test_cached_decoding_is_the_full_forward_pass(loaded, prompts):
-  config, model, params = loaded
+  """All but the last six tokens of each prompt are read at once, and those one by one."""
+  _, model, params = loaded
   tokens, lengths = prompts
-  rows, start = np.arange(4), lengths - 6
+  rows, starts = np.arange(4), lengths - 6
   full = np.asarray(compute_logits(model, params, tokens))
-  scale = np.max(np.abs(full))
-  positions = np.broadcast_to(np.arange(WIDTH), tokens.shape)
-  padded = np.where(positions < start[:, None], tokens, 1)
-  cache = models.empty_cache(config, 4, WIDTH + 3)
-  logits, cache = extend(model, params, padded, positions, cache)
-  np.testing.assert_allclose(logits[rows, start - 1], full[rows, start - 1], atol=1e-4 * scale)
+  tolerance = 1e-4 * np.max(np.abs(full))
+  padded = np.where(np.arange(WIDTH) < starts[:, None], tokens, 1)
+  hidden, cache = prefill(model, params, padded, starts, capacity=WIDTH + 3)
+  logits = hidden @ params["embedding"].T
+  np.testing.assert_allclose(logits, full[rows, starts - 1], atol=tolerance)
   for step in range(6):
-    places = start + step
-    logits, cache = extend(model, params, tokens[rows, places][:, None], places[:, None], cache)
-    np.testing.assert_allclose(logits[:, 0], full[rows, places], atol=1e-4 * scale)
+    places = starts + step
+    logits, cache = extend(model, params, tokens[rows, places][:, None], places, cache)
+    np.testing.assert_allclose(logits, full[rows, places], atol=tolerance)
 
 
 def test_log_probabilities_of_the_sampler_are_those_of_the_trainer(loaded, prompts):

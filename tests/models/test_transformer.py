@@ -75,11 +75,19 @@ def full_logits(config, params, tokens, positions=None, segment_ids=None):
   return np.asarray(compute_logits(config, params, tokens, positions, segment_ids))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def extend(config, params, tokens, positions, cache):
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def prefill(config, params, tokens, capacity):
   """Logits and cache."""
   decoder = nnx.merge(models.definition(config), params)
-  hidden, cache = decoder.extend(tokens, positions, cache)
+  hidden, cache = decoder.prefill(tokens, capacity)
+  return decoder.logits(hidden), cache
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(config, params, tokens, starts, cache):
+  """Logits and cache."""
+  decoder = nnx.merge(models.definition(config), params)
+  hidden, cache = decoder.extend(tokens, starts, cache)
   return decoder.logits(hidden), cache
 
 
@@ -145,7 +153,7 @@ def test_gradients_are_those_of_torch(saved, name):
     decoder = nnx.merge(models.definition(config), params)
     positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
     hidden = decoder(jnp.asarray(tokens), positions, jnp.ones_like(tokens))
-    return -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], tokens[:, 1:])[0])
+    return -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], jnp.asarray(tokens[:, 1:]))[0])
 
   found = jax.jit(jax.grad(loss))(params)
   layer = model.model.layers[1]
@@ -224,12 +232,11 @@ def cached_logits(config, params, tokens, lengths, prompt_lengths, width, capaci
   """Logits [B, T, V] from one prefill of `width` padded slots, then one token at a time, each row at its own pace."""
   rows = np.arange(len(tokens))
   prompts = np.where(np.arange(width) < prompt_lengths[:, None], tokens[:, :width], 3)
-  positions = np.broadcast_to(np.arange(width), prompts.shape)
   out = np.zeros((*tokens.shape, config.vocab_size), np.float32)
-  out[:, :width], cache = extend(config, params, prompts, positions, models.empty_cache(config, len(tokens), capacity))
+  out[:, :width], cache = prefill(config, params, prompts, capacity)
   for step in range(int(np.max(lengths - prompt_lengths))):
     places = np.minimum(prompt_lengths + step, lengths - 1)  # a row that is done reads its last token again
-    logits, cache = extend(config, params, tokens[rows, places][:, None], places[:, None], cache)
+    logits, cache = extend(config, params, tokens[rows, places][:, None], places, cache)
     out[rows, places] = logits[:, 0]
   return out
 
@@ -248,10 +255,9 @@ def test_prefill_and_decode_are_the_full_forward_pass(saved, policy, name, width
 
 def test_some_tokens_at_once_on_top_of_a_cache(policy):
   """Scoring a suffix: several tokens, at a place of its own in each row, over what stood there before."""
-  tokens, starts, suffix = random_tokens(2, 16), np.array([5, 12]), random_tokens(2, 4, seed=9)
-  positions = np.broadcast_to(np.arange(16), tokens.shape)
-  _, cache = extend(policy.config, policy.params, tokens, positions, models.empty_cache(policy.config, 2, 18))
-  found, _ = extend(policy.config, policy.params, suffix, starts[:, None] + np.arange(4), cache)
+  tokens, starts, suffix = random_tokens(3, 16), np.array([5, 12, 0]), random_tokens(3, 4, seed=9)
+  _, cache = prefill(policy.config, policy.params, tokens, 18)
+  found, _ = extend(policy.config, policy.params, suffix, starts, cache)
   spliced = tokens.copy()
   for row, start in enumerate(starts):
     spliced[row, start : start + 4] = suffix[row]
@@ -260,12 +266,21 @@ def test_some_tokens_at_once_on_top_of_a_cache(policy):
     np.testing.assert_allclose(found[row], expected[row, start : start + 4], atol=1e-4)
 
 
+def test_an_empty_cache_extended_is_a_prefill(policy):
+  tokens = random_tokens(2, 6)
+  expected, expected_cache = prefill(policy.config, policy.params, tokens, 8)
+  empty = models.empty_cache(policy.config, 2, 8)
+  found, cache = extend(policy.config, policy.params, tokens, np.zeros(2, np.int32), empty)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), cache, expected_cache)
+
+
 def test_positions_beyond_the_cache_are_not_written(policy):
-  empty = models.empty_cache(policy.config, 1, 4)
-  tokens, positions = random_tokens(1, 6), np.arange(6)[None]
-  _, cache = extend(policy.config, policy.params, tokens, positions, empty)
-  _, fitting = extend(policy.config, policy.params, tokens[:, :4], positions[:, :4], empty)
-  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), cache, fitting)
+  """Nor do they push out what is in it."""
+  tokens, starts = random_tokens(1, 6), np.zeros(1, np.int32)
+  _, expected = prefill(policy.config, policy.params, tokens[:, :4], 4)
+  _, cache = extend(policy.config, policy.params, tokens, starts, models.empty_cache(policy.config, 1, 4))
+  jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), cache, expected)
 
 
 # --- bfloat16 ---
@@ -281,11 +296,11 @@ def test_bfloat16_compute_keeps_float32_parameters(saved):
   def forward(params):
     decoder = nnx.merge(models.definition(half), params)
     hidden = decoder(jnp.asarray(tokens), jnp.asarray(positions), jnp.ones_like(tokens))
-    loss = -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], tokens[:, 1:])[0])
+    loss = -jnp.mean(models.token_logprobs(decoder.head_matrix, hidden[:, :-1], jnp.asarray(tokens[:, 1:]))[0])
     return loss, (hidden, decoder.logits(hidden))
 
   (_, (hidden, logits)), gradients = jax.value_and_grad(forward, has_aux=True)(params)
-  cached, cache = extend(half, params, tokens, positions, models.empty_cache(half, 2, 24))
+  cached, cache = extend(half, params, tokens, np.zeros(2, np.int32), models.empty_cache(half, 2, 24))
   assert {hidden.dtype, cache.keys.dtype, cache.values.dtype} == {jnp.dtype(jnp.bfloat16)}
   assert {logits.dtype, cached.dtype} == {jnp.dtype(jnp.float32)}
   expected = full_logits(config, params, tokens)
@@ -301,17 +316,17 @@ def test_bfloat16_compute_keeps_float32_parameters(saved):
 
 def logprobs_by_hand(head, hidden, targets, temperature):
   """Float64 log-probabilities of the targets and entropies."""
-  logits = hidden.astype(np.float64) @ head.astype(np.float64).T / temperature
+  logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T / temperature
   logits -= logits.max(axis=-1, keepdims=True)
   logps = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-  return np.take_along_axis(logps, targets[..., None], -1)[..., 0], -np.sum(np.exp(logps) * logps, axis=-1)
+  return np.take_along_axis(logps, np.asarray(targets)[..., None], -1)[..., 0], -np.sum(np.exp(logps) * logps, axis=-1)
 
 
 @pytest.fixture
 def heads():
   rng = np.random.default_rng(0)
   head, hidden = rng.normal(size=(VOCAB, 16)), rng.normal(size=(3, 7, 16))
-  return head.astype(np.float32), hidden.astype(np.float32), random_tokens(3, 7)
+  return jnp.asarray(head, jnp.float32), jnp.asarray(hidden, jnp.float32), jnp.asarray(random_tokens(3, 7))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -337,7 +352,9 @@ def test_gradients_of_token_logprobs_do_not_depend_on_chunks(monkeypatch, heads,
   def direct(head, hidden):
     logps = jax.nn.log_softmax(hidden @ head.T / temperature)
     entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-    return jnp.sum(weights[0] * jnp.take_along_axis(logps, targets[..., None], -1)[..., 0] + weights[1] * entropy)
+    return jnp.sum(
+      weights[0] * jnp.take_along_axis(logps, np.asarray(targets)[..., None], -1)[..., 0] + weights[1] * entropy
+    )
 
   expected = jax.grad(direct, argnums=(0, 1))(head, hidden)
   monkeypatch.setattr(logprobs, "CHUNK", 4)
@@ -346,9 +363,9 @@ def test_gradients_of_token_logprobs_do_not_depend_on_chunks(monkeypatch, heads,
 
 
 def test_huge_logits_stay_finite():
-  head, hidden = np.eye(4, dtype=np.float32), np.array([[1e4, 0, 0, 0]], np.float32)
+  head, hidden = jnp.eye(4), jnp.array([[1e4, 0, 0, 0]])
   for target, expected in ((0, 0.0), (1, -1e4)):
-    logps, entropy = models.token_logprobs(head, hidden, np.array([target]))
+    logps, entropy = models.token_logprobs(head, hidden, jnp.array([target]))
     np.testing.assert_allclose(logps, [expected], rtol=1e-6)
     np.testing.assert_array_equal(entropy, [0.0])
 
