@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 KINDS = ("ema", "fixed", "off")
 
@@ -40,7 +41,7 @@ def init(config: FilterConfig) -> FilterState:
   return FilterState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def update(state: FilterState, stds: jax.Array, config: FilterConfig) -> FilterState:
+def update(state: FilterState, stds: ArrayLike, config: FilterConfig) -> FilterState:
   """Takes in the spreads of one training step; call it once a step, after the step's last draw.
 
   beta <- (1 - alpha) beta + alpha * mean(stds). While collecting, beta is the running mean instead.
@@ -75,7 +76,7 @@ def threshold(state: FilterState, config: FilterConfig) -> jax.Array:
   return jnp.where(filtering, config.scale * state.average, -jnp.inf)
 
 
-def keep(state: FilterState, stds: jax.Array, config: FilterConfig) -> jax.Array:
+def keep(state: FilterState, stds: ArrayLike, config: FilterConfig) -> jax.Array:
   """Prompts worth training on: those whose rewards spread at least as far as usual.
 
   Args:

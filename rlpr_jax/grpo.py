@@ -5,13 +5,14 @@ Shapes: P prompts, G responses a prompt, B sequences, T tokens.
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 NORMALIZATIONS = ("std", "none", "leave_one_out")
 AGGREGATES = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean")
 STD_FLOOR = 1e-6  # a group that spreads less has advantage 0
 
 
-def group_advantages(rewards: jax.Array, normalize: str = "std") -> tuple[jax.Array, jax.Array]:
+def group_advantages(rewards: ArrayLike, normalize: str = "std") -> tuple[jax.Array, jax.Array]:
   """How much better each response is than its group.
 
   Args:
@@ -23,7 +24,7 @@ def group_advantages(rewards: jax.Array, normalize: str = "std") -> tuple[jax.Ar
     (advantages [P, G], stds [P]), float32; stds are unbiased (n - 1). Under `std` a group whose std is below 1e-6 has
     advantage 0. A non-finite reward makes its own group non-finite and no other.
   """
-  rewards = rewards.astype(jnp.float32)
+  rewards = jnp.asarray(rewards, jnp.float32)
   size = rewards.shape[-1]
   if size == 1:
     centred, stds = rewards, jnp.where(jnp.isfinite(rewards[..., 0]), 1.0, jnp.nan)
@@ -40,7 +41,7 @@ def group_advantages(rewards: jax.Array, normalize: str = "std") -> tuple[jax.Ar
   raise ValueError(f"normalize {normalize!r}: expected one of {', '.join(NORMALIZATIONS)}")
 
 
-def token_weights(mask: jax.Array, aggregate: str = "token_mean", length: int | None = None) -> jax.Array:
+def token_weights(mask: ArrayLike, aggregate: str = "token_mean", length: int | None = None) -> jax.Array:
   """Weights w[B, T] that turn per-token losses into the minibatch's loss: loss = sum(w * token_loss).
 
   Writing the mean as weights lets micro-batches simply add up, whatever the lengths of their rows.
@@ -51,7 +52,7 @@ def token_weights(mask: jax.Array, aggregate: str = "token_mean", length: int | 
       `seq_mean_token_mean`: 1 / (sequences * tokens of the sequence). Sequences without tokens do not count.
     length: the constant of `seq_mean_token_sum`, T if None.
   """
-  mask = mask.astype(jnp.float32)
+  mask = jnp.asarray(mask, jnp.float32)
   tokens = jnp.sum(mask, axis=-1, keepdims=True)
   sequences = jnp.maximum(jnp.sum(tokens > 0), 1)
   if aggregate == "token_mean":
@@ -64,7 +65,7 @@ def token_weights(mask: jax.Array, aggregate: str = "token_mean", length: int | 
 
 
 def clipped_loss(
-  logps: jax.Array, old_logps: jax.Array, advantages: jax.Array, clip_low: float = 0.2, clip_high: float = 0.27
+  logps: ArrayLike, old_logps: ArrayLike, advantages: ArrayLike, clip_low: float = 0.2, clip_high: float = 0.27
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) for each token.
 
@@ -75,23 +76,23 @@ def clipped_loss(
   Returns:
     (loss [...], ratio [...], clipped [...] True where the clip decides and the gradient is therefore zero).
   """
-  ratio = jnp.exp(logps - old_logps)
+  ratio = jnp.exp(jnp.asarray(logps) - jnp.asarray(old_logps))
   plain = ratio * advantages
   bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
   return -jnp.minimum(plain, bounded), ratio, bounded < plain
 
 
-def kl_k3(logps: jax.Array, reference_logps: jax.Array) -> jax.Array:
+def kl_k3(logps: ArrayLike, reference_logps: ArrayLike) -> jax.Array:
   """Schulman's k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1 with d = reference - policy."""
-  difference = reference_logps - logps
+  difference = jnp.asarray(reference_logps) - jnp.asarray(logps)
   return jnp.exp(difference) - difference - 1
 
 
 def policy_loss(
-  logps: jax.Array,
-  old_logps: jax.Array,
-  advantages: jax.Array,
-  mask: jax.Array,
+  logps: ArrayLike,
+  old_logps: ArrayLike,
+  advantages: ArrayLike,
+  mask: ArrayLike,
   clip_low: float = 0.2,
   clip_high: float = 0.27,
   aggregate: str = "token_mean",
@@ -106,10 +107,10 @@ def policy_loss(
   Returns:
     (loss, {"ratio_mean", "ratio_worst", "clip_fraction"}), scalars; `ratio_worst` is the largest |ratio - 1|.
   """
-  mask = mask.astype(bool)
+  mask = jnp.asarray(mask, bool)
   # Both are replaced before the exponential: a gradient through an unused inf would be NaN.
   logps, old_logps = jnp.where(mask, logps, 0.0), jnp.where(mask, old_logps, 0.0)
-  loss, ratio, clipped = clipped_loss(logps, old_logps, advantages[:, None], clip_low, clip_high)
+  loss, ratio, clipped = clipped_loss(logps, old_logps, jnp.asarray(advantages)[:, None], clip_low, clip_high)
   weights = token_weights(mask, aggregate)
   tokens = jnp.maximum(jnp.sum(mask), 1)
   metrics = {

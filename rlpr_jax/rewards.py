@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 AGGREGATES = ("mean_prob", "geometric_mean", "product", "mean_logprob")
 SHAPINGS = ("clip", "identity", "threshold_T", "one_minus", "sigmoid_K", "leaky_T", "bins_N")
@@ -34,7 +35,7 @@ class Rewards(NamedTuple):
   total: jax.Array  # [P, G] what the policy is trained on
 
 
-def reference_probability(logps: jax.Array, mask: jax.Array, aggregate: str = "mean_prob") -> jax.Array:
+def reference_probability(logps: ArrayLike, mask: ArrayLike, aggregate: str = "mean_prob") -> jax.Array:
   """How probable the policy finds the reference answer (section 3.2).
 
   Args:
@@ -50,8 +51,8 @@ def reference_probability(logps: jax.Array, mask: jax.Array, aggregate: str = "m
   Raises:
     ValueError: unknown aggregate.
   """
-  mask = mask.astype(bool)
-  logps = jnp.where(mask, logps.astype(jnp.float32), 0.0)
+  mask = jnp.asarray(mask, bool)
+  logps = jnp.where(mask, jnp.asarray(logps, jnp.float32), 0.0)
   count = jnp.sum(mask, axis=-1)
   tokens = jnp.maximum(count, 1)
   if aggregate == "mean_prob":
@@ -67,7 +68,7 @@ def reference_probability(logps: jax.Array, mask: jax.Array, aggregate: str = "m
   return jnp.where(count > 0, score, 0.0)
 
 
-def debias(score: jax.Array, baseline: jax.Array, shaping: str = "clip") -> jax.Array:
+def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.Array:
   """What the reasoning added to the answer's probability: shaping(score - baseline) (section 3.2).
 
   Args:
@@ -80,7 +81,7 @@ def debias(score: jax.Array, baseline: jax.Array, shaping: str = "clip") -> jax.
   Raises:
     ValueError: unknown shaping, or a parameter that is not a number.
   """
-  difference = score - baseline
+  difference = jnp.asarray(score) - jnp.asarray(baseline)
   name, parameter = parse_shaping(shaping)
   if name == "clip":
     return jnp.clip(difference, 0.0, 1.0)
@@ -138,7 +139,9 @@ def repetition_penalty(text: str, window: int = 10, limit: int = 10) -> float:
   return -1.0 if max(windows.values()) >= limit else 0.0
 
 
-def combine(debiased, format_score, format_coefficient: float = 0.1, penalty=0.0):
+def combine(
+  debiased: ArrayLike, format_score: ArrayLike, format_coefficient: float = 0.1, penalty: ArrayLike = 0.0
+) -> jax.Array:
   """(1 - c) * debiased + c * format + penalty; with c = -1: debiased where the format is right, else -1, + penalty.
 
   Args:
@@ -149,16 +152,17 @@ def combine(debiased, format_score, format_coefficient: float = 0.1, penalty=0.0
   """
   if format_coefficient == -1:
     return jnp.where(jnp.asarray(format_score) == 1, debiased, -1.0) + penalty
+  debiased, format_score = jnp.asarray(debiased), jnp.asarray(format_score)
   return (1 - format_coefficient) * debiased + format_coefficient * format_score + penalty
 
 
 def assess(
-  reference_logps: jax.Array,
-  reference_mask: jax.Array,
-  scorable: jax.Array,
-  baselines: jax.Array,
-  format_scores: jax.Array,
-  repetition: jax.Array,
+  reference_logps: ArrayLike,
+  reference_mask: ArrayLike,
+  scorable: ArrayLike,
+  baselines: ArrayLike,
+  format_scores: ArrayLike,
+  repetition: ArrayLike,
   *,
   aggregate: str = "mean_prob",
   shaping: str = "clip",
@@ -174,6 +178,6 @@ def assess(
   """
   lowest = LOWEST_LOGPROB if aggregate == "mean_logprob" else 0.0
   reference = jnp.where(scorable, reference_probability(reference_logps, reference_mask, aggregate), lowest)
-  debiased = debias(reference, baselines[:, None], shaping)
+  debiased = debias(reference, jnp.asarray(baselines)[:, None], shaping)
   total = combine(debiased, format_scores, format_coefficient, repetition)
   return Rewards(reference, baselines, debiased, format_scores, repetition, total)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from rlpr_jax import grpo
@@ -79,4 +78,4 @@ def pack(groups: Groups, size: int, aggregate: str) -> PackedRows:
     out.mask[row, start:end] = True
     out.old_logprobs[row, start:end] = groups.logprobs[k, g, :tokens]
     out.advantages[row, start:end] = groups.advantages[k, g]
-  return out._replace(weights=np.asarray(jax.device_get(grpo.token_weights(out.mask, aggregate, limit))))
+  return out._replace(weights=np.asarray(grpo.token_weights(out.mask, aggregate, limit)))
