@@ -259,3 +259,10 @@ def test_command_line_mistake_is_one_line_and_status_2(recipe, tmp_path, argumen
   assert len(lines) == 1
   assert named in lines[0]
   assert "Traceback" not in err
+
+
+def test_demonstration_that_does_not_fit_is_refused(tmp_path):
+  config = tiny()
+  config.data.prompt_limit = 12
+  with pytest.raises(InputError, match=r"config\.data\.prompt_limit .* demonstrations"):
+    training_program.train(config, tmp_path)

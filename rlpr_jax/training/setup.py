@@ -26,7 +26,9 @@ from rlpr_jax.training.packing import Groups
 from rlpr_jax.training.state import TrainState
 from rlpr_jax.training.update import adamw
 
-_EVALUATION_STREAM = 1  # folded into the seed's key, so that evaluation never shares a key with training
+# Folded into the run's key before the step, the draw and the sample; training folds the draw and the sample alone, so
+# no key is used twice.
+_EVALUATION_STREAM = 1
 
 
 class Run(NamedTuple):
@@ -166,7 +168,11 @@ def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params
   """Supervised steps on the built-in demonstrations."""
   settings, tokenizer = run.config.warm_start, run.engine.tokenizer
   examples, responses = zip(*builtin.demonstrations(settings.steps * settings.batch_size, run.config.seed), strict=True)
-  prompts, _ = _prepare(run.config, examples, tokenizer)
+  prompts, dropped = _prepare(run.config, examples, tokenizer)
+  if any(dropped.values()):
+    raise InputError(
+      f"config.data.prompt_limit or max_reference_length: too small for the warm start's demonstrations ({dropped})"
+    )
   pairs = [
     (prompt.ids, [*tokenizer.encode(responses[prompt.row], add_special_tokens=False), tokenizer.eos_token_id])
     for prompt in prompts
