@@ -17,10 +17,12 @@ from typing import NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.errors import InputError
+from rlpr_jax.rewards import TEMPLATE_TAGS
 
 OPEN, CLOSE = "<answer>", "</answer>"
 # The tags a scorable response holds, each exactly once and in this order.
-TAGS = {"think": ("<think>", "</think>", OPEN), "answer_only": (OPEN,)}
+# What closes the answer is left out: it is replaced together with the answer.
+TAGS = {template: tags[:-1] for template, tags in TEMPLATE_TAGS.items()}
 
 
 class Splice(NamedTuple):

@@ -21,13 +21,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rlpr_jax.data.sources import Example
 from rlpr_jax.errors import InputError
+from rlpr_jax.rewards import TEMPLATE_TAGS
 
 CAREFUL, TERSE = 0.45, 0.25  # shares of the mixture; the rest is careless
 HELD_OUT_IN = 5  # one question in five is held out
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_TAGS = TEMPLATE_TAGS["think"]
 _SPECIAL = ("<pad>", "<end>", "<q>", "<a>")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=?,.:'()/$%#><!;"
 _CHAT_TEMPLATE = (

@@ -66,9 +66,8 @@ def load_pretrained(path: str, dtype: Any = jnp.float32) -> tuple[ModelConfig, P
     transposed = keys[-1] in _TRANSPOSED
     if keys[0] == "layers":
       theirs = _LAYER[keys[1:]]
-      layers = range(config.num_layers)
       value = np.empty(leaf.shape, dtype)
-      for i in layers:
+      for i in range(config.num_layers):
         value[i] = read(f"model.layers.{i}.{theirs}", leaf.shape[1:], transposed)
     else:
       value = read(_TOP[keys], leaf.shape, transposed).astype(dtype)

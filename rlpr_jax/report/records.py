@@ -52,7 +52,7 @@ class Run:
     return list(dict.fromkeys(key for row in self.rows.values() for key in row if key != "step"))
 
   def seconds(self) -> float | None:
-    """Wall time of all steps, evaluation not counted. None if no step said."""
+    """Wall time of all steps, evaluations between them included. None if no step said."""
     values = self.series("seconds/step").values
     return float(values.sum()) if len(values) else None
 
