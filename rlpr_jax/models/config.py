@@ -1,9 +1,51 @@
-"""The shape of a policy: one dataclass for every family, read from a Hugging Face config.json."""
+"""What a policy is and how it is run: two dataclasses for every family and every machine."""
 
 import dataclasses
-from typing import Any
+
+import numpy as np
 
 from rlpr_jax.errors import InputError
+from rlpr_jax.sharding import Sharding
+
+# The linear layers of a decoder layer, and how many axes of each weight come in (the others go out).
+LINEAR = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
+ATTENTION_BACKENDS = ("auto", "xla", "splash", "tokamax")
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """Rotary position embedding: its base, and how it is stretched to contexts longer than it was trained on."""
+
+  theta: float = 10_000.0
+  kind: str = "default"  # default | linear | llama3
+  factor: float = 1.0  # of linear and llama3: long wavelengths are stretched by it
+  low_freq_factor: float = 1.0  # of llama3: wavelengths over original_length / low_freq_factor are stretched in full
+  high_freq_factor: float = 4.0  # of llama3: those under original_length / high_freq_factor are not
+  original_length: int = 8192  # of llama3, tokens
+
+  def frequencies(self, head_dim: int) -> np.ndarray:
+    """Radians a position for each pair of head dimensions, float32[head_dim / 2]."""
+    # In the precision of the published code: far from the beginning the last bit of a frequency is visible.
+    frequencies = (1.0 / np.float32(self.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(
+      np.float32
+    )
+    if self.kind == "linear":
+      return (frequencies / self.factor).astype(np.float32)
+    if self.kind == "llama3":
+      turns = self.original_length / (2 * np.pi / frequencies)  # within the original length
+      kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
+      return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
+    return frequencies
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRA:
+  """Low-rank adapters beside frozen linear layers (Hu et al. 2021): y = W x + alpha / rank * B A x."""
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...]  # of LINEAR
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,79 +59,36 @@ class ModelConfig:
   num_heads: int
   num_kv_heads: int
   head_dim: int
-  rope_theta: float = 10_000.0  # base of the rotary frequencies
+  rope: Rope = Rope()
+  local_rope: Rope | None = None  # of layers with a window, where it is another (Gemma 3)
+  window: int | None = None  # tokens that a layer with a window sees, the newest one included
+  windowed: tuple[bool, ...] = ()  # whether each layer has the window; () for no layer
+  activation: str = "silu"  # silu | gelu_tanh, of the gated MLP
   norm_eps: float = 1e-6
+  norm_offset: bool = False  # RMS norms multiply by 1 + scale (Gemma)
+  post_norms: bool = False  # norms after attention and MLP too (Gemma)
+  scale_embeddings: bool = False  # by sqrt(embed_dim) (Gemma)
+  query_pre_attn_scalar: float | None = None  # scores are divided by its root; None for head_dim (Gemma)
+  attention_softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
+  final_softcap: float | None = None  # and so do logits
   tie_embeddings: bool = False  # the output head is the embedding
-  qkv_bias: bool = False  # Qwen2
-  qk_norm: bool = False  # RMS norm of queries and keys over the head
-  compute_dtype: str = "float32"  # bfloat16 on accelerators; parameters keep their own dtype
+  biases: tuple[str, ...] = ()  # linear layers that have one
+  qk_norm: bool = False  # RMS norm of queries and keys over the head (Qwen3, Gemma 3)
+  max_length: int | None = None  # tokens of context the weights were made for; None where nobody says
+  lora: LoRA | None = None
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
       raise InputError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key/value heads")
+    if self.windowed and len(self.windowed) != self.num_layers:
+      raise InputError(f"{len(self.windowed)} layers are said to have a window or not, of {self.num_layers}")
 
 
-# Fields whose other values change the result and are not implemented: field -> the values that are understood.
-_UNDERSTOOD = {
-  "hidden_act": ("silu",),
-  "mlp_bias": (False, None),
-  "use_sliding_window": (False, None),
-  "pretraining_tp": (1, None),
-}
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+  """How a policy is run. Nothing here changes what it computes beyond rounding."""
 
-
-def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
-  """Reads the fields of a Llama or Qwen2 config.json; `where` names the file in errors.
-
-  Raises:
-    InputError: a missing field, another family, or a setting that changes the result and is not implemented.
-  """
-  family = fields.get("model_type")
-  if family not in ("llama", "qwen2"):
-    raise InputError(f"{where}: model_type is {family!r}, expected 'llama' or 'qwen2'")
-  for field, values in _UNDERSTOOD.items():
-    if fields.get(field, values[0]) not in values:
-      raise InputError(f"{where}: {field} is {fields[field]!r}, only {values[0]!r} is implemented")
-  if family == "llama" and fields.get("attention_bias"):
-    raise InputError(f"{where}: attention_bias is true, which is not implemented for llama")
-
-  def count(field: str, default: int | None = None) -> int:
-    value = default if fields.get(field) is None else fields[field]
-    if type(value) is not int or value < 1:
-      raise InputError(f"{where}: {field} is {value!r}, expected a positive integer")
-    return value
-
-  width, heads = count("hidden_size"), count("num_attention_heads")
-  config = {
-    "vocab_size": count("vocab_size"),
-    "embed_dim": width,
-    "mlp_dim": count("intermediate_size"),
-    "num_layers": count("num_hidden_layers"),
-    "num_heads": heads,
-    "num_kv_heads": count("num_key_value_heads", heads),
-    "head_dim": count("head_dim", width // heads),
-    "rope_theta": _rope_theta(fields, where),
-    "norm_eps": _number(fields, "rms_norm_eps", 1e-6, where),
-    "tie_embeddings": bool(fields.get("tie_word_embeddings", False)),
-    "qkv_bias": family == "qwen2",
-  }
-  try:
-    return ModelConfig(**config)
-  except InputError as error:
-    raise InputError(f"{where}: {error}") from None
-
-
-def _rope_theta(fields: dict[str, Any], where: str) -> float:
-  """The rotary base, from `rope_theta` or, as transformers 5 writes it, from `rope_parameters`."""
-  rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind != "default":
-    raise InputError(f"{where}: rope type is {kind!r}, only 'default' is implemented")
-  return _number(rope if "rope_theta" in rope else fields, "rope_theta", 10_000.0, where)
-
-
-def _number(fields: dict[str, Any], field: str, default: float, where: str) -> float:
-  value = fields.get(field, default)
-  if type(value) not in (int, float) or value <= 0:
-    raise InputError(f"{where}: {field} is {value!r}, expected a positive number")
-  return float(value)
+  compute_dtype: str = "float32"  # bfloat16 on accelerators; parameters keep their own dtype
+  attention: str = "auto"  # of ATTENTION_BACKENDS; auto is the best one for the devices
+  remat: str = "dots"  # kept for the backward pass: none: all; dots: products with weights; full: layer inputs alone
+  sharding: Sharding = Sharding()

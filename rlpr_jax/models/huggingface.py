@@ -11,7 +11,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.models.config import ModelConfig, from_huggingface
+from rlpr_jax.models.config import ModelConfig
+from rlpr_jax.models.families import from_huggingface
 from rlpr_jax.models.transformer import Params, abstract_params
 
 # Ours -> theirs; `{}` is the layer. Their linear weights are [out, in], ours [in, out] with the heads split.
@@ -20,21 +21,35 @@ _TOP = {
   ("final_norm", "scale"): "model.norm.weight",
   ("head",): "lm_head.weight",
 }
-_LAYER = {
-  ("attention_norm", "scale"): "input_layernorm.weight",
-  ("query",): "self_attn.q_proj.weight",
-  ("key",): "self_attn.k_proj.weight",
-  ("value",): "self_attn.v_proj.weight",
-  ("out",): "self_attn.o_proj.weight",
-  ("query_bias",): "self_attn.q_proj.bias",
-  ("key_bias",): "self_attn.k_proj.bias",
-  ("value_bias",): "self_attn.v_proj.bias",
-  ("mlp_norm", "scale"): "post_attention_layernorm.weight",
-  ("gate",): "mlp.gate_proj.weight",
-  ("up",): "mlp.up_proj.weight",
-  ("down",): "mlp.down_proj.weight",
+_NORMS = {
+  "attention_norm": "input_layernorm",
+  "query_norm": "self_attn.q_norm",
+  "key_norm": "self_attn.k_norm",
+  "mlp_norm": "post_attention_layernorm",
 }
-_TRANSPOSED = ("query", "key", "value", "out", "gate", "up", "down")
+_GEMMA_NORMS = _NORMS | {
+  "post_attention_norm": "post_attention_layernorm",
+  "mlp_norm": "pre_feedforward_layernorm",
+  "post_mlp_norm": "post_feedforward_layernorm",
+}
+_LINEAR = {
+  "query": "self_attn.q_proj",
+  "key": "self_attn.k_proj",
+  "value": "self_attn.v_proj",
+  "out": "self_attn.o_proj",
+  "gate": "mlp.gate_proj",
+  "up": "mlp.up_proj",
+  "down": "mlp.down_proj",
+}
+
+
+def tensor_name(config: ModelConfig, path: tuple[str, ...]) -> str:
+  """Name of the parameter at `path` in safetensors; `{}` stands for the layer."""
+  if path in _TOP:
+    return _TOP[path]
+  module, kind = path[1:]
+  norms = _GEMMA_NORMS if config.post_norms else _NORMS
+  return f"model.layers.{{}}.{norms[module] if kind == 'scale' else _LINEAR[module]}.{'bias' if kind == 'bias' else 'weight'}"
 
 
 def load_pretrained(path: str, dtype: Any = jnp.float32) -> tuple[ModelConfig, Params]:
@@ -63,12 +78,12 @@ def load_pretrained(path: str, dtype: Any = jnp.float32) -> tuple[ModelConfig, P
   params: Params = {}
   for ours, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config)):
     keys = tuple(key.key for key in ours)
-    transposed = keys[-1] in _TRANSPOSED
+    transposed = keys[-1] == "weight"
     if keys[0] == "layers":
-      theirs = _LAYER[keys[1:]]
+      theirs = tensor_name(config, keys)
       value = np.empty(leaf.shape, dtype)
       for i in range(config.num_layers):
-        value[i] = read(f"model.layers.{i}.{theirs}", leaf.shape[1:], transposed)
+        value[i] = read(theirs.format(i), leaf.shape[1:], transposed)
     else:
       value = read(_TOP[keys], leaf.shape, transposed).astype(dtype)
     _set(params, keys, jnp.asarray(value))

@@ -4,37 +4,49 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-CHUNK = 1024  # tokens whose logits exist at once
+from rlpr_jax.models.attention import softcap
+from rlpr_jax.sharding import Sharding
+
+CHUNK = 1024  # tokens a device whose logits exist at once
 
 
 def token_logprobs(
   head: Float[Array, "V D"],
-  hidden: Float[Array, "*B D"],
-  targets: Int[Array, "*B"],
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
   temperature: float = 1.0,
-) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+  cap: float | None = None,
+  sharding: Sharding = Sharding(),
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """Log-probability of each target and entropy of its distribution softmax(logits / temperature), float32, in nats.
 
-  Works through chunks of tokens and computes their logits again in the backward pass, so temporary memory is
-  CHUNK * V whatever the number of tokens.
+  Works through chunks of places and computes their logits again in the backward pass, so temporary memory is about
+  CHUNK * V a device, whatever the number of tokens; not under one place of each of a device's rows, though.
+
+  Args:
+    cap: soft cap of the logits (Gemma 2).
   """
-  shape = targets.shape
-  hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-  tokens = targets.shape[0]
-  chunk = min(CHUNK, tokens)
-  chunks = -(-tokens // chunk)
-  padding = chunks * chunk - tokens
-  hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(chunks, chunk, -1)
-  targets = jnp.pad(targets, (0, padding)).reshape(chunks, chunk)
+  rows, length = targets.shape
+  chunk = min(length, max(1, CHUNK * sharding.ways("batch") // rows))
+  chunks = -(-length // chunk)
+  padding = chunks * chunk - length
+  # Chunks of places, not of rows: rows are spread over devices, and every device is to work on every chunk.
+  hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk, -1).swapaxes(0, 1)
+  targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, chunks, chunk).swapaxes(0, 1)
+  hidden = sharding.constrain(hidden, None, "batch", None, None)
   head = head.astype(hidden.dtype)
 
   @jax.checkpoint
   def one_chunk(scanned):
     hidden, targets = scanned
-    logits = jnp.einsum("td,vd->tv", hidden, head, preferred_element_type=jnp.float32) / temperature
+    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    logits = sharding.constrain(softcap(logits, cap) / temperature, "batch", None, "vocab")
     logps = jax.nn.log_softmax(logits)
     entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-    return jnp.take_along_axis(logps, targets[:, None], axis=-1)[:, 0], entropy
+    # Not a gather: each device has its part of the vocabulary.
+    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(chosen, logps, 0.0), axis=-1), entropy
 
   logps, entropy = jax.lax.map(one_chunk, (hidden, targets))
-  return logps.reshape(-1)[:tokens].reshape(shape), entropy.reshape(-1)[:tokens].reshape(shape)
+  logps, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logps, entropy))
+  return logps, entropy

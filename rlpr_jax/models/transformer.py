@@ -9,18 +9,41 @@ In the cache, slot s of a row holds the token at position s. Tokens from positio
 beyond is unwritten or stale, and is overwritten before anything may see it.
 """
 
+import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from rlpr_jax.models.attention import attend, rotate, segment_mask
-from rlpr_jax.models.config import ModelConfig
+from rlpr_jax import sharding
+from rlpr_jax.models.attention import AttentionSettings, attend, rotate, softcap
+from rlpr_jax.models.config import LINEAR, ModelConfig, Runtime
+from rlpr_jax.models.logprobs import token_logprobs
 
 Params = dict  # nested dictionary of arrays, as `nnx.split` and `nnx.to_pure_dict` give it
+
+# The axes of each weight, by the names of `sharding.RULES`; "head_dim" and a LoRA's "rank" are never split.
+WEIGHTS = {
+  "embedding": ("vocab", "embed"),
+  "head": ("vocab", "embed"),
+  "query": ("embed", "heads", "head_dim"),
+  "key": ("embed", "kv_heads", "head_dim"),
+  "value": ("embed", "kv_heads", "head_dim"),
+  "out": ("heads", "head_dim", "embed"),
+  "gate": ("embed", "mlp"),
+  "up": ("embed", "mlp"),
+  "down": ("mlp", "embed"),
+}
+_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+_REMAT = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 class KVCache(NamedTuple):
@@ -30,103 +53,138 @@ class KVCache(NamedTuple):
   values: Float[Array, "L B K S H"]
 
 
-def empty_cache(config: ModelConfig, batch: int, length: int) -> KVCache:
-  """A cache with `length` slots a row, in the compute dtype."""
-  shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
-  return KVCache(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+def axis_sizes(config: ModelConfig) -> dict[str, int]:
+  """Length of each axis that `WEIGHTS` names."""
+  return {
+    "vocab": config.vocab_size,
+    "embed": config.embed_dim,
+    "heads": config.num_heads,
+    "kv_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "mlp": config.mlp_dim,
+  }
 
 
 class RMSNorm(nnx.Module):
-  """x / rms(x) * scale, computed in float32."""
+  """x / rms(x) * scale, or * (1 + scale) in Gemma, computed in float32."""
 
-  def __init__(self, size: int, eps: float):
-    self.scale = nnx.Param(jnp.ones(size))
-    self.eps = eps
+  def __init__(self, size: int, config: ModelConfig):
+    self.offset = float(config.norm_offset)
+    self.scale = nnx.Param(jnp.full(size, 1 - self.offset))
+    self.eps = config.norm_eps
 
   def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
-    return (wide * self.scale[...]).astype(x.dtype)
+    return (wide * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+  """x W, and its bias and low-rank adapter where the config has one. W may have several axes on either side."""
+
+  def __init__(self, name: str, config: ModelConfig, *, rngs: nnx.Rngs):
+    sizes = axis_sizes(config)
+    shape = tuple(sizes[axis] for axis in WEIGHTS[name])
+    self.ins = LINEAR[name]  # axes of W that come in
+    self.weight = nnx.Param(jax.random.normal(rngs.params(), shape) * math.prod(shape[: self.ins]) ** -0.5)
+    if name in config.biases:
+      self.bias = nnx.Param(jnp.zeros(shape[self.ins :]))
+    if config.lora and name in config.lora.targets:
+      self.lora_scale = config.lora.alpha / config.lora.rank
+      spread = math.prod(shape[: self.ins]) ** -0.5
+      self.lora_a = nnx.Param(jax.random.normal(rngs.params(), (*shape[: self.ins], config.lora.rank)) * spread)
+      self.lora_b = nnx.Param(jnp.zeros((config.lora.rank, *shape[self.ins :])))
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=self.ins)
+    if hasattr(self, "bias"):
+      y += self.bias[...].astype(x.dtype)
+    if hasattr(self, "lora_a"):
+      low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), axes=self.ins)
+      y += self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), axes=1)
+    return y
 
 
 class Layer(nnx.Module):
-  """Pre-norm attention and SwiGLU."""
+  """Pre-norm attention and a gated MLP; in Gemma with norms after both as well."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    c = self.config = config
+  def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
+    self.config, self.runtime = config, runtime
 
-    def weight(*shape: int, fan_in: int) -> nnx.Param:
-      return nnx.Param(jax.random.normal(rngs.params(), shape) * fan_in**-0.5)
+    def linear(name: str) -> Linear:
+      return Linear(name, config, rngs=rngs)
 
-    self.attention_norm = RMSNorm(c.embed_dim, c.norm_eps)
-    self.query = weight(c.embed_dim, c.num_heads, c.head_dim, fan_in=c.embed_dim)
-    self.key = weight(c.embed_dim, c.num_kv_heads, c.head_dim, fan_in=c.embed_dim)
-    self.value = weight(c.embed_dim, c.num_kv_heads, c.head_dim, fan_in=c.embed_dim)
-    self.out = weight(c.num_heads, c.head_dim, c.embed_dim, fan_in=c.num_heads * c.head_dim)
-    if c.qkv_bias:
-      self.query_bias = nnx.Param(jnp.zeros((c.num_heads, c.head_dim)))
-      self.key_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim)))
-      self.value_bias = nnx.Param(jnp.zeros((c.num_kv_heads, c.head_dim)))
-    if c.qk_norm:
-      self.query_norm = RMSNorm(c.head_dim, c.norm_eps)
-      self.key_norm = RMSNorm(c.head_dim, c.norm_eps)
-    self.mlp_norm = RMSNorm(c.embed_dim, c.norm_eps)
-    self.gate = weight(c.embed_dim, c.mlp_dim, fan_in=c.embed_dim)
-    self.up = weight(c.embed_dim, c.mlp_dim, fan_in=c.embed_dim)
-    self.down = weight(c.mlp_dim, c.embed_dim, fan_in=c.mlp_dim)
+    self.attention_norm = RMSNorm(config.embed_dim, config)
+    self.query, self.key, self.value, self.out = map(linear, ("query", "key", "value", "out"))
+    if config.qk_norm:
+      self.query_norm = RMSNorm(config.head_dim, config)
+      self.key_norm = RMSNorm(config.head_dim, config)
+    self.mlp_norm = RMSNorm(config.embed_dim, config)
+    self.gate, self.up, self.down = map(linear, ("gate", "up", "down"))
+    if config.post_norms:
+      self.post_attention_norm = RMSNorm(config.embed_dim, config)
+      self.post_mlp_norm = RMSNorm(config.embed_dim, config)
 
-  def project(self, x, positions):
-    """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of normed input [B, T, D]."""
-    dtype = x.dtype
-    queries = jnp.einsum("btd,dnh->btnh", x, self.query[...].astype(dtype))
-    keys = jnp.einsum("btd,dkh->btkh", x, self.key[...].astype(dtype))
-    values = jnp.einsum("btd,dkh->btkh", x, self.value[...].astype(dtype))
-    if self.config.qkv_bias:
-      queries += self.query_bias[...].astype(dtype)
-      keys += self.key_bias[...].astype(dtype)
-      values += self.value_bias[...].astype(dtype)
-    if self.config.qk_norm:
+  def project(self, x, positions, windowed):
+    """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of the residual stream x [B, T, D]."""
+    config, constrain = self.config, self.runtime.sharding.constrain
+    x = self.attention_norm(x)
+    queries = constrain(self.query(x), "batch", "sequence", "heads", None)
+    keys = constrain(self.key(x), "batch", "sequence", "kv_heads", None)
+    values = constrain(self.value(x), "batch", "sequence", "kv_heads", None)
+    if config.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
-    theta = self.config.rope_theta
-    return rotate(queries, positions, theta), rotate(keys, positions, theta), values
+    frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
+    if config.local_rope is not None:
+      frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
+    return rotate(queries, positions, frequencies), rotate(keys, positions, frequencies), values
 
   def mix(self, x, attended):
     """Adds the attention's output and the MLP to the residual stream x [B, T, D]."""
-    dtype = x.dtype
-    x = x + jnp.einsum("btnh,nhd->btd", attended, self.out[...].astype(dtype))
+    config, constrain = self.config, self.runtime.sharding.constrain
+    y = self.out(attended)
+    x = x + constrain(self.post_attention_norm(y) if config.post_norms else y, "batch", "sequence", "embed")
     h = self.mlp_norm(x)
-    h = jax.nn.silu(h @ self.gate[...].astype(dtype)) * (h @ self.up[...].astype(dtype))
-    return x + h @ self.down[...].astype(dtype)
+    h = constrain(_ACTIVATIONS[config.activation](self.gate(h)) * self.up(h), "batch", "sequence", "mlp")
+    y = self.down(h)
+    return x + constrain(self.post_mlp_norm(y) if config.post_norms else y, "batch", "sequence", "embed")
 
 
 class Decoder(nnx.Module):
-  """A decoder-only transformer. See the module's docstring for its two forms."""
+  """A decoder-only transformer. See the module's docstring for its three forms."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.config = config
+  def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
+    self.config, self.runtime = config, runtime
     size = (config.vocab_size, config.embed_dim)
     self.embedding = nnx.Param(jax.random.normal(rngs.params(), size) * config.embed_dim**-0.5)
-    make = nnx.vmap(lambda rngs: Layer(config, rngs=rngs), in_axes=0, out_axes=0)
+    make = nnx.vmap(lambda rngs: Layer(config, runtime, rngs=rngs), in_axes=0, out_axes=0)
     self.layers = nnx.split_rngs(splits=config.num_layers)(make)(rngs)
-    self.final_norm = RMSNorm(config.embed_dim, config.norm_eps)
+    self.final_norm = RMSNorm(config.embed_dim, config)
     if not config.tie_embeddings:
       self.head = nnx.Param(jax.random.normal(rngs.params(), size) * config.embed_dim**-0.5)
+    self.attention = AttentionSettings(
+      backend=runtime.attention,
+      scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
+      softcap=config.attention_softcap,
+      window=config.window,
+      sharding=runtime.sharding,
+    )
 
   def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]):
     """Hidden states [B, T, D] of packed rows, normed, ready for the head.
 
-    Backwards, the outputs of the weights' matrix products are kept and everything else is computed again.
+    Backwards, what `runtime.remat` says is kept and everything else is computed again.
     """
-    mask = segment_mask(segment_ids)
     definition, stacked = nnx.split(self.layers)
 
-    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
-    def body(x, weights):
+    @functools.partial(jax.checkpoint, policy=_REMAT[self.runtime.remat])
+    def body(x, scanned):
+      weights, windowed = scanned
       layer = nnx.merge(definition, weights)
-      queries, keys, values = layer.project(layer.attention_norm(x), positions)
-      return layer.mix(x, attend(queries, keys, values, mask)), None
+      queries, keys, values = layer.project(x, positions, windowed)
+      return layer.mix(x, attend(queries, keys, values, segment_ids, self.attention, windowed)), None
 
-    x, _ = jax.lax.scan(body, self._embed(tokens), stacked)
+    x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed))
     return self.final_norm(x)
 
   def prefill(self, tokens: Int[Array, "B T"], capacity: int) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -134,7 +192,7 @@ class Decoder(nnx.Module):
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, new = self._read(tokens, positions, None)
     pad = [(0, 0), (0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0)]
-    return hidden, jax.tree.map(lambda x: jnp.pad(x.swapaxes(2, 3), pad), new)
+    return hidden, jax.tree.map(lambda x: self._place(jnp.pad(x.swapaxes(2, 3), pad)), new)
 
   def extend(
     self, tokens: Int[Array, "B T"], starts: Int[Array, "B"], cache: KVCache
@@ -150,7 +208,7 @@ class Decoder(nnx.Module):
     rows = jnp.arange(tokens.shape[0])[:, None]
 
     def write(old: Float[Array, "L B K S H"], new: Float[Array, "L B T K H"]) -> Float[Array, "L B K S H"]:
-      return old.at[:, rows, :, positions].set(new.transpose(1, 2, 0, 3, 4), mode="drop")
+      return self._place(old.at[:, rows, :, positions].set(new.transpose(1, 2, 0, 3, 4), mode="drop"))
 
     return hidden, jax.tree.map(write, cache, new)
 
@@ -159,45 +217,97 @@ class Decoder(nnx.Module):
 
     The cache is read layer by layer and written by the caller, once: carried through the scan it would be copied.
     """
-    mask = segment_mask(jnp.ones((1, tokens.shape[1]), jnp.int32))
+    segment_ids = jnp.ones_like(tokens)
     definition, stacked = nnx.split(self.layers)
 
     def body(x, scanned):
-      weights, cached = scanned
+      weights, windowed, cached = scanned
       layer = nnx.merge(definition, weights)
-      queries, keys, values = layer.project(layer.attention_norm(x), positions)
+      queries, keys, values = layer.project(x, positions, windowed)
       if cached is not None:
-        filled = jnp.arange(cached.keys.shape[2]) < positions[:, :1]
-        cached = (cached.keys, cached.values, filled)
-      return layer.mix(x, attend(queries, keys, values, mask, cached)), KVCache(keys, values)
+        cached = (cached.keys, cached.values, positions[:, 0])
+      attended = attend(queries, keys, values, segment_ids, self.attention, windowed, cached)
+      return layer.mix(x, attended), KVCache(keys, values)
 
-    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, cache))
+    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, cache))
     return self.final_norm(x), new
 
-  def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Float32 logits. For whole sequences take `logprobs.token_logprobs`, which never holds them all."""
-    return jnp.einsum(
-      "...d,vd->...v", hidden, self.head_matrix.astype(hidden.dtype), preferred_element_type=jnp.float32
-    )
+  def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+    """Float32 logits. For whole sequences take `logprobs`, which never holds them all."""
+    head = self._head.astype(hidden.dtype)
+    return softcap(jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32), self.config.final_softcap)
+
+  def logprobs(
+    self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature: float = 1.0
+  ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """Log-probability of each target and entropy there, as `logprobs.token_logprobs` gives them."""
+    return token_logprobs(self._head, hidden, targets, temperature, self.config.final_softcap, self.runtime.sharding)
 
   @property
-  def head_matrix(self) -> Float[Array, "V D"]:
+  def _head(self) -> Float[Array, "V D"]:
     return self.embedding[...] if self.config.tie_embeddings else self.head[...]
 
-  def _embed(self, tokens):
-    return self.embedding[...][tokens].astype(self.config.compute_dtype)
+  @property
+  def _windowed(self) -> Bool[Array, "L"] | None:
+    """Whether each layer has the window; None where none has, so that nothing is computed for it."""
+    return jnp.array(self.config.windowed) if any(self.config.windowed) else None
+
+  def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    x = self.embedding[...][tokens].astype(self.runtime.compute_dtype)
+    if self.config.scale_embeddings:
+      x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
+    return self.runtime.sharding.constrain(x, "batch", "sequence", "embed")
+
+  def _place(self, cache: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
+    return self.runtime.sharding.constrain(cache, "layers", "batch", "kv_heads", None, None)
 
 
-def definition(config: ModelConfig) -> nnx.GraphDef:
-  """The static half of a decoder; with its parameters, `nnx.merge(definition, params)` is the module again."""
-  return nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[0]
+def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> nnx.GraphDef:
+  """The static half of a decoder; with its parameters, `nnx.merge(definition, params)` is the module again.
+
+  Raises:
+    InputError: the model's axes do not divide by the mesh.
+  """
+  fitted = sharding.fit(runtime.sharding, axis_sizes(config))
+  attention = runtime.attention
+  if attention == "auto":
+    attention = {"tpu": "splash", "gpu": "tokamax"}.get(_platform(fitted), "xla")
+  runtime = dataclasses.replace(runtime, sharding=fitted, attention=attention)
+  return nnx.split(nnx.eval_shape(lambda: Decoder(config, runtime, rngs=nnx.Rngs(0))))[0]
 
 
-def init_params(config: ModelConfig, seed: int) -> Params:
-  """Random float32 parameters."""
-  return nnx.to_pure_dict(nnx.split(Decoder(config, rngs=nnx.Rngs(seed)))[1])
+def _platform(where: sharding.Sharding) -> str:
+  return jax.default_backend() if where.mesh is None else where.mesh.devices.flat[0].platform
 
 
-def abstract_params(config: ModelConfig) -> Params:
-  """Shapes and dtypes of `init_params`, without computing anything."""
-  return nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))[1])
+def param_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
+  """Names of the axes of the parameter at `path`, for `sharding.Sharding.spec`."""
+  stacked = ("layers",) if path[0] == "layers" else ()
+  if path[-1] == "scale":
+    return (*stacked, None)
+  if path[-1] in WEIGHTS:
+    return WEIGHTS[path[-1]]
+  axes, ins = WEIGHTS[path[-2]], LINEAR[path[-2]]
+  parts = {"weight": axes, "bias": axes[ins:], "lora_a": (*axes[:ins], None), "lora_b": (None, *axes[ins:])}
+  return (*stacked, *parts[path[-1]])
+
+
+def abstract_params(config: ModelConfig, where: sharding.Sharding = sharding.Sharding()) -> Params:
+  """Shapes, dtypes (float32) and shardings of the parameters, without computing anything."""
+  where = sharding.fit(where, axis_sizes(config))
+  shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Decoder(config, Runtime(), rngs=nnx.Rngs(0))))[1])
+
+  def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    axes = param_axes(tuple(key.key for key in path))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.named(axes))
+
+  return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def init_params(config: ModelConfig, seed: int, where: sharding.Sharding = sharding.Sharding()) -> Params:
+  """Random float32 parameters, each device computing its own part."""
+
+  def make() -> Params:
+    return nnx.to_pure_dict(nnx.split(Decoder(config, Runtime(), rngs=nnx.Rngs(seed)))[1])
+
+  return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract_params(config, where)))()

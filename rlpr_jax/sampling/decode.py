@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from rlpr_jax.models import Decoder, KVCache, Params, token_logprobs
+from rlpr_jax.models import Decoder, KVCache, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def decode(
   eos_ids = jnp.array(settings.eos_ids)
 
   def sample(hidden, place):
-    logits = decoder.logits(hidden)
+    logits = decoder.logits(hidden[:, None])[:, 0]
     logps = jax.nn.log_softmax(logits / (settings.temperature or 1.0))
     if settings.temperature:
       token_keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
@@ -138,4 +138,4 @@ def score_suffix(
   decoder: Decoder = nnx.merge(model, params)
   inputs = jnp.concatenate([last_kept[:, None], suffix[:, :-1]], axis=1)
   hidden, cache = decoder.extend(inputs, starts - 1, cache)
-  return token_logprobs(decoder.head_matrix, hidden, suffix, temperature)[0], cache
+  return decoder.logprobs(hidden, suffix, temperature)[0], cache

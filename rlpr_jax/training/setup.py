@@ -69,7 +69,7 @@ def set_up(config: ConfigDict) -> tuple[Run, models.Params]:
     params = models.init_params(model_config, config.seed)
   if len(tokenizer) > model_config.vocab_size:
     raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
-  model = models.definition(dataclasses.replace(model_config, compute_dtype=config.model.compute_dtype))
+  model = models.definition(model_config, models.Runtime(compute_dtype=config.model.compute_dtype))
   engine = Engine(
     model,
     tokenizer,

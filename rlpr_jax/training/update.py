@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlpr_jax import grpo
-from rlpr_jax.models import Decoder, Params, token_logprobs
+from rlpr_jax.models import Decoder, Params
 from rlpr_jax.training.packing import PackedRows
 
 
@@ -39,7 +39,7 @@ def row_logprobs(
   """
   decoder: Decoder = nnx.merge(model, params)
   hidden = decoder(rows.tokens, rows.positions, rows.segment_ids)
-  logps, entropy = token_logprobs(decoder.head_matrix, hidden[:, :-1], rows.tokens[:, 1:], temperature)
+  logps, entropy = decoder.logprobs(hidden[:, :-1], rows.tokens[:, 1:], temperature)
   shift = ((0, 0), (1, 0))  # what is predicted at place t - 1 is the token at place t
   return jnp.pad(logps, shift), jnp.pad(entropy, shift)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Bool, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from rlpr_jax.models import Decoder, Params, token_logprobs
+from rlpr_jax.models import Decoder, Params
 
 # Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
 _MUON = {
@@ -70,7 +70,7 @@ def optimizer(kind: str, steps: int, learning_rate: float, adam_learning_rate: f
     return optax.adam(adam_schedule)
 
   def dimensions(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _MUON.get(path[-1].key), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _MUON.get(path[-2].key) if path[-1].key == "weight" else None, params)
 
   return muon(
     optax.cosine_decay_schedule(learning_rate, steps),
@@ -93,7 +93,7 @@ def step(
     decoder: Decoder = nnx.merge(model, params)
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     hidden = decoder(batch.tokens, positions, jnp.ones_like(batch.tokens))
-    logps, _ = token_logprobs(decoder.head_matrix, hidden[:, :-1], batch.tokens[:, 1:])
+    logps, _ = decoder.logprobs(hidden[:, :-1], batch.tokens[:, 1:])
     mask = batch.mask[:, 1:]
     return -jnp.sum(jnp.where(mask, logps, 0.0)) / jnp.sum(mask)
 

@@ -1,0 +1,119 @@
+"""Which axis of an array lies on which axis of the device mesh: one table of logical names.
+
+Parameters and activations name their axes ("embed", "heads", ...); `RULES` says over which mesh axes each name is
+split. The mesh has three axes:
+  - data: whole copies of the parameters, each with its share of the rows;
+  - fsdp: rows are split too, and so are parameters and optimiser state;
+  - tensor: heads, MLP columns and the vocabulary are split.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from rlpr_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+RULES: dict[str, tuple[str, ...]] = {
+  "batch": ("data", "fsdp"),
+  "sequence": (),
+  "embed": ("fsdp",),
+  "heads": ("tensor",),
+  "kv_heads": ("tensor",),
+  "mlp": ("tensor",),
+  "vocab": ("tensor",),
+  "layers": (),
+}
+
+
+def create_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh of the given sizes; one of them may be -1, for all devices that the others leave.
+
+  Raises:
+    InputError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+    raise InputError(f"config.mesh: sizes {sizes}, expected positive numbers and at most one -1")
+  rest, left_over = divmod(len(devices), math.prod(size for size in sizes.values() if size != -1))
+  if left_over or (not free and rest != 1):
+    raise InputError(f"config.mesh: sizes {sizes} do not multiply to the {len(devices)} devices that are there")
+  sizes |= dict.fromkeys(free, rest)
+  return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+  """A mesh and the table. Without a mesh everything is on one device and the methods do nothing."""
+
+  mesh: Mesh | None = None
+  rules: tuple[tuple[str, tuple[str, ...]], ...] = tuple(RULES.items())
+
+  def __post_init__(self):
+    if self.mesh is not None and self.mesh.size == 1:
+      object.__setattr__(self, "mesh", None)
+
+  def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes of an array whose axes are named so. A mesh axis serves the first name that asks for it."""
+    rules, taken, parts = dict(self.rules), set(), []
+    for axis in axes:
+      free = tuple(name for name in rules.get(axis, ()) if name not in taken)
+      taken.update(free)
+      parts.append(free or None)
+    return PartitionSpec(*parts)
+
+  def named(self, axes: Sequence[str | None]) -> NamedSharding | None:
+    """The sharding of an array whose axes are named so."""
+    return None if self.mesh is None else NamedSharding(self.mesh, self.spec(axes))
+
+  def constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+    """Tells the compiler how `x` is to lie."""
+    return x if self.mesh is None else jax.lax.with_sharding_constraint(x, self.named(axes))
+
+  def ways(self, axis: str) -> int:
+    """Into how many parts an axis is split."""
+    return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in dict(self.rules)[axis])
+
+  def replicate(self, axis: str) -> "Sharding":
+    """The same with one axis on every device."""
+    return dataclasses.replace(self, rules=tuple((name, () if name == axis else on) for name, on in self.rules))
+
+
+def create(mesh: Mesh | None, rules: Mapping[str, Sequence[str]] | None = None) -> Sharding:
+  """A sharding by `rules`, or by `RULES` where they say nothing.
+
+  Raises:
+    InputError: a rule for a name that is not in `RULES`, or an axis that the mesh does not have.
+  """
+  for name, on in (rules or {}).items():
+    if name not in RULES:
+      raise InputError(f"config.sharding.{name}: unknown axis, expected one of {', '.join(RULES)}")
+    for axis in on:
+      if axis not in MESH_AXES:
+        raise InputError(f"config.sharding.{name}: {axis!r}, expected axes of the mesh: {', '.join(MESH_AXES)}")
+  return Sharding(mesh, tuple((name, tuple((rules or {}).get(name, on))) for name, on in RULES.items()))
+
+
+def fit(sharding: Sharding, sizes: Mapping[str, int]) -> Sharding:
+  """The sharding for a model with axes of these sizes; fewer key/value heads than parts are replicated.
+
+  Raises:
+    InputError: an axis that cannot be split evenly, and into how many parts it could be.
+  """
+  if 1 < sharding.ways("kv_heads") and sizes["kv_heads"] < sharding.ways("kv_heads"):
+    sharding = sharding.replicate("kv_heads")
+  for axis, size in sizes.items():
+    ways = sharding.ways(axis)
+    if size % ways:
+      # Parts that the heads allow; the key/value heads are replicated when there are fewer of them.
+      fitting = [n for n in range(1, min(size, sharding.mesh.size) + 1) if size % n == 0]
+      raise InputError(
+        f"the model's {size} {axis} cannot be split {ways} ways by the mesh, expected one of"
+        f" {', '.join(map(str, fitting))}"
+      )
+  return sharding
