@@ -6,12 +6,14 @@ Unknown fields and values of another type are refused by `ml_collections`, impos
 """
 
 import json
+import pathlib
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from rlpr_jax import filtering, grpo, rewards
+from rlpr_jax import filtering, grpo, rewards, sharding
 from rlpr_jax.errors import InputError
+from rlpr_jax.models.config import ATTENTION_BACKENDS, REMAT_POLICIES
 from rlpr_jax.training import warm_start
 
 
@@ -26,13 +28,30 @@ def default() -> ConfigDict:
   c.compilation_cache = "~/.cache/rlpr_jax"  # compiled programs are kept here between runs; "" for nowhere
 
   c.model = ConfigDict()
-  c.model.path = ""  # Hugging Face directory; "" for a new policy of the sizes below
-  c.model.compute_dtype = "float32"  # float32 | bfloat16; parameters are always float32
+  c.model.path = ""  # Hugging Face directory or hub name (org/name); "" for a new policy of the sizes below
+  c.model.compute_dtype = "float32"  # float32 | bfloat16; trained parameters are always float32
+  c.model.attention = "auto"  # auto | xla | splash (TPU) | tokamax (GPU)
+  c.model.remat = "dots"  # kept for the backward pass: none (all) | dots (products with weights) | full (layer inputs)
   c.model.embed_dim = 96  # of a new policy, here and below
   c.model.mlp_dim = 256
   c.model.num_layers = 3
   c.model.num_heads = 3
   c.model.head_dim = 32
+
+  c.lora = ConfigDict()
+  c.lora.rank = 0  # of adapters beside a frozen base; 0 trains all parameters
+  c.lora.alpha = 32.0  # adapters are scaled by alpha / rank
+  c.lora.targets = "query,key,value,out,gate,up,down"  # linear layers that get one
+  c.lora.base_dtype = "bfloat16"  # of the frozen base: bfloat16 | float32
+
+  c.mesh = ConfigDict()  # devices along each axis; -1 for all that the others leave
+  c.mesh.data = 1  # copies of the parameters, each with its share of the rows
+  c.mesh.fsdp = -1  # rows, parameters and optimiser state are split
+  c.mesh.tensor = 1  # heads, MLP columns and vocabulary are split
+
+  c.sharding = ConfigDict(  # axes of arrays -> axes of the mesh over which they are split
+    {axis: ",".join(on) for axis, on in sharding.RULES.items()}
+  )
 
   c.data = ConfigDict()
   c.data.path = ""  # .parquet (verl or question/answer), .jsonl or .csv; "" for the built-in questions
@@ -104,6 +123,9 @@ def default() -> ConfigDict:
 
 _CHOICES = {
   "model.compute_dtype": ("float32", "bfloat16"),
+  "model.attention": ATTENTION_BACKENDS,
+  "model.remat": REMAT_POLICIES,
+  "lora.base_dtype": ("float32", "bfloat16"),
   "data.template": tuple(rewards.TEMPLATE_TAGS),
   "reward.kind": ("reference", "random"),
   "reward.aggregate": rewards.AGGREGATES,
@@ -116,7 +138,8 @@ _CHOICES = {
 }
 _AT_LEAST = {
   0: (
-    "seed", "steps", "training.micro_batch_rows", "training.clip_low", "training.clip_high", "training.learning_rate",
+    "seed", "steps", "lora.rank", "training.micro_batch_rows", "training.clip_low", "training.clip_high",
+    "training.learning_rate",
     "training.weight_decay", "training.entropy_coefficient", "warm_start.steps", "evaluation.prompts",
     "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
   ),
@@ -129,7 +152,9 @@ _AT_LEAST = {
   ),
 }  # fmt: skip
 # A resumed run may change these and still be the same run.
-_MAY_CHANGE = ("steps", "compilation_cache", "evaluation", "log")
+_MAY_CHANGE = (
+  "steps", "compilation_cache", "evaluation", "log", "mesh", "sharding", "model.attention", "model.remat",
+)  # fmt: skip
 
 
 def validate(config: ConfigDict) -> None:
@@ -143,6 +168,7 @@ def validate(config: ConfigDict) -> None:
   for least, fields in _AT_LEAST.items():
     for field in fields:
       _expect(config, field, lambda value, least=least: value >= least, f"at least {least}")
+  _expect(config, "lora.alpha", lambda value: value > 0, "more than 0")
   _expect(config, "reward.score_temperature", lambda value: value > 0, "more than 0")
   _expect(config, "rollout.temperature", lambda value: value > 0, "more than 0")
   _expect(config, "training.max_grad_norm", lambda value: value > 0, "more than 0")
@@ -172,6 +198,23 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
+def read(path: pathlib.Path) -> ConfigDict:
+  """A config that `to_json` wrote.
+
+  Raises:
+    InputError: missing, or not such a config.
+  """
+  config = default().lock()
+  try:
+    with config.ignore_type():  # JSON has no tuples
+      config.update(json.loads(path.read_text()))
+  except FileNotFoundError:
+    raise InputError(f"{path}: missing, expected the config of a run") from None
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise InputError(f"{path}: not the config of a run ({' '.join(str(error).split())[:200]})") from None
+  return config
+
+
 def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
   """Where a saved config says another run: "field: saved value, not value"; None if a run may be resumed with it."""
   now = json.loads(to_json(config))
@@ -184,7 +227,8 @@ def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
 
   before, after = flatten(saved), flatten(now)
   for field in sorted(before | after):
-    if field.split(".")[0] not in _MAY_CHANGE and before.get(field) != after.get(field):
+    may_change = any(f"{field}.".startswith(f"{name}.") for name in _MAY_CHANGE)
+    if not may_change and before.get(field) != after.get(field):
       return f"config.{field} is {before.get(field)!r} there, {after.get(field)!r} here"
   return None
 

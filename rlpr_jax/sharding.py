@@ -77,7 +77,7 @@ class Sharding:
 
   def ways(self, axis: str) -> int:
     """Into how many parts an axis is split."""
-    return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in dict(self.rules)[axis])
+    return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis, ()))
 
   def replicate(self, axis: str) -> "Sharding":
     """The same with one axis on every device."""
@@ -105,7 +105,7 @@ def fit(sharding: Sharding, sizes: Mapping[str, int]) -> Sharding:
   Raises:
     InputError: an axis that cannot be split evenly, and into how many parts it could be.
   """
-  if 1 < sharding.ways("kv_heads") and sizes["kv_heads"] < sharding.ways("kv_heads"):
+  if sharding.ways("kv_heads") > 1 and sizes["kv_heads"] < sharding.ways("kv_heads"):
     sharding = sharding.replicate("kv_heads")
   for axis, size in sizes.items():
     ways = sharding.ways(axis)

@@ -22,7 +22,7 @@ from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.collect import Harvest, collect
 from rlpr_jax.training.interrupt import StopRequest
-from rlpr_jax.training.setup import Run, blank_state, evaluate, first_state, set_up
+from rlpr_jax.training.setup import Run, abstract_state, evaluate, first_state, set_up
 from rlpr_jax.training.state import Checkpoints, TrainState
 from rlpr_jax.training.update import UpdateSettings, update
 
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  run, params = set_up(config)
+  run = set_up(config)
   metrics.write_atomically(workdir / "config.json", configs.to_json(config))
 
   checkpoints = Checkpoints(workdir, config.log.keep_checkpoints, config.rollout.prompts_per_draw)
@@ -59,11 +59,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     resumed = checkpoints.latest()
     writer = metrics.MetricsWriter(workdir, resume_after=-1 if resumed is None else resumed)
     if resumed is None:
-      state = first_state(run, params, writer, stop)
+      state = first_state(run, writer, stop)
       if state:
         checkpoints.save(state)
     else:
-      state = checkpoints.restore(blank_state(run, params))
+      state = checkpoints.restore(abstract_state(run))
       print(f"resumed after step {state.step} of {config.steps}", flush=True)
     if state:
       state = train_steps(run, state, checkpoints, writer, stop)
@@ -85,6 +85,7 @@ def train_steps(
     config.training.clip_high,
     config.training.entropy_coefficient,
     config.training.micro_batch_rows,
+    run.policy.sharding,
   )
   progress_start, first = time.perf_counter(), state.step
   while state.step < config.steps and not stop:
@@ -100,7 +101,9 @@ def train_steps(
     for rows in packing.minibatches(
       harvest.groups, config.prompts_per_step, config.training.minibatches, config.training.aggregate
     ):
-      params, opt_state, loss = update(run.model, run.optimizer, params, opt_state, rows, settings)
+      params, opt_state, loss = update(
+        run.policy.model, run.optimizer, run.policy.frozen, params, opt_state, rows, settings
+      )
       losses.append(loss)
     losses = jax.device_get(losses)
     seconds = time.perf_counter() - update_started

@@ -15,7 +15,8 @@ import pytest
 from rlpr_jax import config as configs
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
-from rlpr_jax.training.setup import blank_state, set_up
+from rlpr_jax.training.policy import initial_params, load_policy
+from rlpr_jax.training.setup import abstract_state, set_up
 from rlpr_jax.training.state import Checkpoints
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -79,16 +80,16 @@ def timeless(workdir: pathlib.Path) -> list[dict]:
 
 
 def final_state(workdir: pathlib.Path, config):
-  run, params = set_up(config)
   checkpoints = Checkpoints(workdir, 20, config.rollout.prompts_per_draw)
-  state = checkpoints.restore(blank_state(run, params))
+  state = checkpoints.restore(abstract_state(set_up(config)))
   checkpoints.close()
   return state
 
 
-def start(recipe: pathlib.Path, workdir: pathlib.Path, *overrides: str) -> subprocess.Popen:
+def start(recipe: pathlib.Path, workdir: pathlib.Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
   command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
 
 
@@ -199,14 +200,42 @@ def test_step_that_keeps_nothing_updates_nothing(tmp_path):
   steps = rows(tmp_path)[1:]
   assert [row["filter/trained"] for row in steps] == [0, 0]
   assert [row["filter/drawn"] for row in steps] == [9, 9]  # three draws of three, the most a step may take
-  _, params = set_up(config)
+  params = initial_params(config, load_policy(config))
   for before, after in zip(jax.tree.leaves(params), jax.tree.leaves(final_state(tmp_path, config).params), strict=True):
     np.testing.assert_array_equal(before, after)
+
+
+def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_path):
+  """Eight devices, two along each axis, against one; then a third step of the eight's run, on one."""
+  overrides = [
+    "--config.rollout.prompts_per_draw=4", "--config.training.micro_batch_rows=4", "--config.training.minibatches=2",
+    "--config.warm_start.steps=10", "--config.evaluation.prompts_per_batch=12",
+    "--config.evaluation.every=1",
+  ]  # fmt: skip
+  mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
+  many, one = tmp_path / "many", tmp_path / "one"
+  for workdir, arguments in (
+    (many, {"devices": 8, "overrides": [*mesh, "--config.steps=2"]}),
+    (many, {"devices": 1, "overrides": ["--config.steps=3"]}),
+    (one, {"devices": 1, "overrides": ["--config.steps=3"]}),
+  ):
+    process = start(recipe, workdir, *overrides, *arguments["overrides"], devices=arguments["devices"])
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+  for ours, theirs in zip(timeless(many), timeless(one), strict=True):
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+      assert ours[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
 
 
 @pytest.mark.parametrize(
   ("field", "value", "named"),
   [
+    ("mesh.tensor", 3, "config.mesh: sizes"),
+    ("mesh.data", -1, "at most one -1"),
+    ("sharding.batch", "rows", "config.sharding.batch: 'rows', expected axes of the mesh"),
+    ("model.attention", "flash", "config.model.attention: 'flash', expected one of auto"),
+    ("lora.rank", 4, "config.lora.rank: adapters need a pretrained model"),
     ("training.minibatches", 3, "config.training.minibatches: 3 does not divide config.prompts_per_step 4"),
     ("training.micro_batch_rows", 3, "config.training.micro_batch_rows: 3 does not divide the 4 rows"),
     ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, random"),

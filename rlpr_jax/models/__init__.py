@@ -1,8 +1,10 @@
 """The policy network: configuration, decoder, token log-probabilities, Hugging Face directories."""
 
-from rlpr_jax.models.config import LoRA, ModelConfig, Rope, Runtime
-from rlpr_jax.models.huggingface import load_pretrained
+from rlpr_jax.models.config import LINEAR, LoRA, ModelConfig, Rope, Runtime
+from rlpr_jax.models.loading import load_config, load_pretrained, resolve
 from rlpr_jax.models.logprobs import token_logprobs
+from rlpr_jax.models.lora import adapters, combine, init_adapters
+from rlpr_jax.models.saving import save_adapter, save_pretrained
 from rlpr_jax.models.transformer import (
   Decoder,
   KVCache,
@@ -10,9 +12,12 @@ from rlpr_jax.models.transformer import (
   abstract_params,
   definition,
   init_params,
+  param_axes,
+  place,
 )
 
 __all__ = [
+  "LINEAR",
   "Decoder",
   "KVCache",
   "LoRA",
@@ -21,8 +26,17 @@ __all__ = [
   "Rope",
   "Runtime",
   "abstract_params",
+  "adapters",
+  "combine",
   "definition",
+  "init_adapters",
   "init_params",
+  "load_config",
   "load_pretrained",
+  "param_axes",
+  "place",
+  "resolve",
+  "save_adapter",
+  "save_pretrained",
   "token_logprobs",
 ]

@@ -1,12 +1,14 @@
 """config.json of each model family, read and written. A family is its fields here and nothing else.
 
 Both spellings are read, that of transformers 4 (`rope_theta`, `rope_scaling`) and of 5 (`rope_parameters`,
-`layer_types`); the older one is written, since both versions understand it. A field that is not known by name is refused
-unless it is switched off, for it may change the result.
+`layer_types`); the older one is written, since both versions understand it. Where a field is missing, its value is the
+one that transformers takes, or it is asked for. A field that is not known by name is refused unless it is switched off,
+for it may change the result.
 """
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from rlpr_jax.errors import InputError
@@ -35,34 +37,44 @@ _ARCHITECTURES = {
 # What a decoder of every family is made of.
 _SIZES = {
   "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-  "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
-  "rope_theta", "rope_scaling", "rope_parameters",
+  "head_dim", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "rope_theta", "rope_scaling",
+  "rope_parameters",
 }  # fmt: skip
-_WINDOWS = {"sliding_window", "layer_types"}
+_QWEN_FIELDS = {"hidden_act", "use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
+_GEMMA_FIELDS = {
+  "hidden_activation", "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+  "sliding_window", "layer_types",
+}  # fmt: skip
 _READ = {
   "llama": _SIZES | {"hidden_act", "attention_bias", "mlp_bias"},
-  "qwen2": _SIZES | _WINDOWS | {"hidden_act", "use_sliding_window", "max_window_layers"},
-  "qwen3": _SIZES | _WINDOWS | {"hidden_act", "use_sliding_window", "max_window_layers", "attention_bias"},
-  "gemma2": _SIZES | _WINDOWS | {
-    "hidden_act", "hidden_activation", "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "final_logit_softcapping",
-  },
-  "gemma3_text": _SIZES | _WINDOWS | {
-    "hidden_act", "hidden_activation", "attention_bias", "query_pre_attn_scalar", "attn_logit_softcapping",
-    "final_logit_softcapping", "rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
-  },
-}  # fmt: skip
-# Of no effect on the logits of one forward pass without dropout.
+  "qwen2": _SIZES | _QWEN_FIELDS,
+  "qwen3": _SIZES | _QWEN_FIELDS | {"attention_bias"},
+  "gemma2": _SIZES | _GEMMA_FIELDS,
+  "gemma3_text": _SIZES | _GEMMA_FIELDS | {"rope_local_base_freq", "sliding_window_pattern"},
+}
+# Of no effect on the logits of a forward pass without dropout.
 _HARMLESS = {
-  "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "transformers.js_config",
-  "_name_or_path", "name_or_path", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "use_cache",
-  "cache_implementation", "initializer_range", "attention_dropout", "hidden_dropout", "attn_implementation",
-  "_attn_implementation_autoset", "auto_map", "is_llama_config", "unsloth_fixed", "unsloth_version", "output_attentions",
-  "output_hidden_states", "return_dict", "id2label", "label2id", "problem_type", "chunk_size_feed_forward", "task_specific_params",
-  "model_name", "license",
+  "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "auto_map",
+  "_name_or_path", "name_or_path", "model_name", "license", "is_llama_config", "unsloth_fixed", "unsloth_version",
+  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class", "initializer_range",
+  "attention_dropout", "hidden_dropout", "use_cache", "cache_implementation", "attn_implementation",
+  "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
+  "num_labels", "problem_type", "task_specific_params", "chunk_size_feed_forward",
+  # How to generate.
+  "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams",
+  "min_length", "max_length",
 }  # fmt: skip
-# Known by name, but implemented for one value alone.
+# Published Gemma files have these, and transformers does not look at them: what it reads stands beside them.
+_GEMMA_HARMLESS = {"hidden_act", "sliding_window_size", "_sliding_window_pattern"}
+# Known, but implemented for one value alone.
 _ONLY = {"pretraining_tp": 1, "partial_rotary_factor": 1.0}
+# The fields that each kind of rotary embedding must have.
+_ROPES = {
+  "default": (),
+  "linear": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+_LAYER_TYPES = {"full_attention": False, "sliding_attention": True}  # whether they have a window
 
 
 def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
@@ -76,8 +88,8 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     raise InputError(f"{where}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
   _refuse_unknown(family, fields, where)
   read = _Reader(fields, where)
-  gemma, qwen = family in _GEMMA, family in _QWEN
-  width, heads, layers = read.count("hidden_size"), read.count("num_attention_heads"), read.count("num_hidden_layers")
+  gemma = family in _GEMMA
+  layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
   windowed, window = _windows(family, read, layers)
   rope, local_rope = _ropes(family, read)
   biases = _ATTENTION_BIASES[:3] if family == "qwen2" else ()
@@ -85,21 +97,20 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     biases = _ATTENTION_BIASES
   if read.flag("mlp_bias"):
     biases += _MLP_BIASES
-  if not gemma and fields.get("head_dim") is None and width % heads:
-    raise InputError(f"{where}: hidden_size {width} does not divide into {heads} heads, and there is no head_dim")
   config = {
     "vocab_size": read.count("vocab_size"),
-    "embed_dim": width,
+    "embed_dim": read.count("hidden_size"),
     "mlp_dim": read.count("intermediate_size"),
     "num_layers": layers,
     "num_heads": heads,
-    "num_kv_heads": read.count("num_key_value_heads", None if gemma else heads),
-    "head_dim": read.count("head_dim", None if gemma else 128 if family == "qwen3" else width // heads),
+    # transformers' own numbers for a missing field are those of one size of the model: only Llama's is a rule.
+    "num_kv_heads": read.count("num_key_value_heads", heads if family == "llama" else None),
+    "head_dim": _head_dim(family, read, heads),
     "rope": rope,
     "local_rope": local_rope,
-    "window": window if any(windowed) else None,
-    "windowed": windowed if any(windowed) else (),
-    "activation": _activation(family, fields, where),
+    "window": window,
+    "windowed": windowed,
+    "activation": _activation(family, read),
     "norm_eps": read.number("rms_norm_eps", 1e-6),
     "norm_offset": gemma,
     "post_norms": gemma,
@@ -165,7 +176,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     fields["mlp_bias"] = "gate" in config.biases
   if family in _GEMMA:
     fields |= {
-      "query_pre_attn_scalar": config.query_pre_attn_scalar,
+      "query_pre_attn_scalar": _whole(config.query_pre_attn_scalar),
       "attn_logit_softcapping": config.attention_softcap,
       "final_logit_softcapping": config.final_softcap,
     }
@@ -177,8 +188,12 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     fields["layer_types"] = ["sliding_attention" if local else "full_attention" for local in windowed]
   if family in _QWEN:
     fields["use_sliding_window"] = config.window is not None
-  if from_huggingface(fields, "config") != dataclasses.replace(config, lora=None):  # adapters are not in a config.json
-    raise InputError(f"the policy is close to a {family} model but not one: it cannot be written as a config.json")
+    fields["max_window_layers"] = windowed.count(False)  # for what does not know layer_types
+  again = from_huggingface(fields, "config.json")
+  for field in dataclasses.fields(config):
+    found, wanted = getattr(again, field.name), getattr(config, field.name)
+    if field.name != "lora" and found != wanted:  # adapters do not stand in a config.json
+      raise InputError(f"{field.name} is {wanted}, which a config.json of {family} cannot say, expected {found}")
   return fields
 
 
@@ -188,10 +203,11 @@ class _Reader:
   def __init__(self, fields: dict[str, Any], where: str):
     self.fields, self.where = fields, where
 
-  def count(self, field: str, default: int | None = None) -> int:
+  def count(self, field: str, default: int | None = None, least: int = 1) -> int:
     value = default if self.fields.get(field) is None else self.fields[field]
-    if type(value) is not int or value < 1:
-      raise InputError(f"{self.where}: {field} is {value!r}, expected a positive integer")
+    if type(value) is not int or value < least:
+      expected = "a positive integer" if least else "an integer, 0 or more"
+      raise InputError(f"{self.where}: {field} is {value!r}, expected {expected}")
     return value
 
   def number(self, field: str, default: float) -> float:
@@ -209,99 +225,125 @@ class _Reader:
       raise InputError(f"{self.where}: {field} is {value!r}, expected true or false")
     return value
 
+  def object(self, field: str) -> dict[str, Any]:
+    value = {} if self.fields.get(field) is None else self.fields[field]
+    if not isinstance(value, dict):
+      raise InputError(f"{self.where}: {field} is {value!r}, expected an object")
+    return value
+
+  def choice(self, field: str, default: str, choices: Mapping[str, Any]) -> str:
+    value = default if self.fields.get(field) is None else self.fields[field]
+    if not isinstance(value, str) or value not in choices:
+      raise InputError(f"{self.where}: {field} is {value!r}, expected one of {', '.join(choices)}")
+    return value
+
 
 def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
-  known = _READ[family] | _HARMLESS
+  known = _READ[family] | _HARMLESS | (_GEMMA_HARMLESS if family in _GEMMA else set())
   for field, value in fields.items():
-    if field in known or value is None or value is False or value in ([], {}):
+    if field in known:
       continue
     if field in _ONLY:
-      if value != _ONLY[field]:
+      if value is not None and value != _ONLY[field]:
         raise InputError(f"{where}: {field} is {value!r}, only {_ONLY[field]!r} is implemented")
       continue
-    near = difflib.get_close_matches(field, _READ[family] - set(fields), n=1, cutoff=0.8)
-    hint = f"; was {near[0]} meant?" if near else "; remove it if it does not change the model"
-    raise InputError(f"{where}: field {field} ({str(value)[:60]}) is not known for {family}{hint}")
+    off = value is None or value is False or value in ([], {})
+    # What is switched off is refused too if it is almost certainly another field mistyped.
+    near = difflib.get_close_matches(field, _READ[family] - set(fields), n=1, cutoff=0.9 if off else 0.8)
+    if near:
+      raise InputError(f"{where}: {field} is not a field of {family}; was {near[0]} meant?")
+    if not off:
+      raise InputError(
+        f"{where}: {field} is {value!r:.80}, which is not implemented for {family}, expected no such field"
+      )
 
 
-def _activation(family: str, fields: dict[str, Any], where: str) -> str:
-  # Gemma's first files name another activation in hidden_act than the one the model was trained with.
-  field = "hidden_activation" if family in _GEMMA else "hidden_act"
-  default = "gelu_pytorch_tanh" if family in _GEMMA else "silu"
-  value = fields.get(field) or default
-  if value not in _ACTIVATIONS:
-    raise InputError(f"{where}: {field} is {value!r}, expected one of {', '.join(_ACTIVATIONS)}")
-  return _ACTIVATIONS[value]
+def _head_dim(family: str, read: _Reader, heads: int) -> int:
+  if family in ("llama", "qwen2") and read.fields.get("head_dim") is None:
+    width = read.count("hidden_size")
+    if width % heads:
+      raise InputError(
+        f"{read.where}: hidden_size {width} does not divide into {heads} heads, and there is no head_dim"
+      )
+    size = width // heads
+  else:
+    size = read.count("head_dim", 128 if family == "qwen3" and "head_dim" not in read.fields else None)
+  if size % 2:
+    raise InputError(f"{read.where}: heads have {size} dimensions, expected an even number: pairs of them are rotated")
+  return size
+
+
+def _activation(family: str, read: _Reader) -> str:
+  if family in _GEMMA:
+    return _ACTIVATIONS[read.choice("hidden_activation", "gelu_pytorch_tanh", _ACTIVATIONS)]
+  return _ACTIVATIONS[read.choice("hidden_act", "silu", _ACTIVATIONS)]
 
 
 def _windows(family: str, read: _Reader, layers: int) -> tuple[tuple[bool, ...], int | None]:
-  """Which layers have a window, and its tokens."""
-  fields, where = read.fields, read.where
-  if family == "llama" or (family in _QWEN and not read.flag("use_sliding_window")):
-    if "sliding_attention" in (fields.get("layer_types") or ()):
-      raise InputError(f"{where}: layer_types has sliding_attention, but use_sliding_window is not true")
+  """Whether each layer has a window, and its tokens; (), None where none has."""
+  if family == "llama":
     return (), None
+  fields = read.fields
+  window = read.count("sliding_window", 4096) if fields.get("sliding_window", 4096) is not None else None
+  if family in _QWEN and not read.flag("use_sliding_window"):
+    window = None
   types = fields.get("layer_types")
   if types is not None:
-    kinds = {"full_attention": False, "sliding_attention": True}
-    if not isinstance(types, list) or len(types) != layers or not all(kind in kinds for kind in types):
-      raise InputError(f"{where}: layer_types is {types!r:.80}, expected {layers} of {', '.join(kinds)}")
-    windowed = tuple(kinds[kind] for kind in types)
+    if not isinstance(types, list) or len(types) != layers or not all(kind in tuple(_LAYER_TYPES) for kind in types):
+      raise InputError(
+        f"{read.where}: layer_types is {types!r:.80}, expected a list of {layers}, each {' or '.join(_LAYER_TYPES)}"
+      )
+    windowed = tuple(_LAYER_TYPES[kind] for kind in types)
   elif family in _QWEN:
-    full = fields.get("max_window_layers", 28)
-    if type(full) is not int:
-      raise InputError(f"{where}: max_window_layers is {full!r}, expected a number of layers")
-    windowed = tuple(layer >= full for layer in range(layers))
+    full = read.count("max_window_layers", 28, least=0)
+    windowed = tuple(window is not None and layer >= full for layer in range(layers))
   else:
-    pattern = "_sliding_window_pattern" if "_sliding_window_pattern" in fields else "sliding_window_pattern"
-    period = 2 if family == "gemma2" else read.count(pattern, 6)
+    period = 2 if family == "gemma2" else read.count("sliding_window_pattern", 6)
     windowed = tuple((layer + 1) % period != 0 for layer in range(layers))
-  return windowed, read.count("sliding_window", 4096) if any(windowed) else None
+  if not any(windowed):
+    return (), None
+  if window is None:
+    raise InputError(f"{read.where}: layers have sliding_attention but no window, expected sliding_window to be set")
+  return windowed, window
 
 
 def _ropes(family: str, read: _Reader) -> tuple[Rope, Rope | None]:
   """Rotary settings of all layers, and of those with a window where the family has others for them."""
-  fields, where = read.fields, read.where
-  parameters = fields.get("rope_parameters")
-  if family == "gemma3_text":
-    both = parameters or {}
-    full = dict(both.get("full_attention") or {"rope_theta": fields.get("rope_theta", 1_000_000.0)})
-    full |= fields.get("rope_scaling") or {}
-    local = both.get("sliding_attention") or {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)}
-    return (
-      _rope({"rope_theta": 1_000_000.0, **full}, f"{where}: rope"),
-      _rope({"rope_theta": 10_000.0, **local}, f"{where}: rope of windows"),
-    )
-  rope = {"rope_theta": fields.get("rope_theta", 10_000.0)} | (parameters or fields.get("rope_scaling") or {})
-  return _rope(rope, f"{where}: rope"), None
+  fields, where = read.fields, f"{read.where}: rope"
+  parameters, scaling = read.object("rope_parameters"), read.object("rope_scaling")
+  # As in transformers: rope_scaling goes before rope_parameters, and rope_theta is for what does not say it itself.
+  if family != "gemma3_text":
+    return _rope({"rope_theta": fields.get("rope_theta", 10_000.0)} | (scaling or parameters), where), None
+  for kind in parameters:
+    if kind not in _LAYER_TYPES:
+      raise InputError(f"{where}: rope_parameters has {kind}, expected {' and '.join(_LAYER_TYPES)}")
+  of_layers = _Reader(parameters, where)
+  full = {"rope_theta": fields.get("rope_theta", 1_000_000.0)} | of_layers.object("full_attention") | scaling
+  local = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)} | of_layers.object("sliding_attention")
+  return _rope(full, where), _rope(local, f"{where} of windows")
 
 
 def _rope(fields: dict[str, Any], where: str) -> Rope:
   read = _Reader(fields, where)
   kind = fields.get("rope_type", fields.get("type", "default"))
-  wanted = {
-    "default": set(),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-  }
-  if kind not in wanted:
-    raise InputError(f"{where} type is {kind!r}, expected one of {', '.join(wanted)}")
+  if not isinstance(kind, str) or kind not in _ROPES:
+    raise InputError(f"{where} type is {kind!r}, expected one of {', '.join(_ROPES)}")
+  for field in _ROPES[kind]:
+    if field not in fields:
+      raise InputError(f"{where}: {field} is missing, expected with rope type {kind!r}")
   for field, value in fields.items():
-    known = wanted[kind] | {"rope_type", "type", "rope_theta"}
+    known = (*_ROPES[kind], "rope_type", "type", "rope_theta")
     if field not in known and value is not None and _ONLY.get(field) != value:
-      raise InputError(f"{where}: field {field} is not known for rope type {kind!r}")
-  missing = sorted(wanted[kind] - set(fields))
-  if missing:
-    raise InputError(f"{where}: {missing[0]} is missing, expected with rope type {kind!r}")
-  rope = {"theta": read.number("rope_theta", 10_000.0), "kind": kind}
-  if "factor" in wanted[kind]:
+      raise InputError(f"{where}: {field} is {value!r:.80}, expected no such field with rope type {kind!r}")
+  rope: dict[str, Any] = {"theta": read.number("rope_theta", 10_000.0), "kind": kind}
+  if kind != "default":
     rope["factor"] = read.number("factor", 1.0)
   if kind == "llama3":
-    rope["low_freq_factor"] = read.number("low_freq_factor", 1.0)
-    rope["high_freq_factor"] = read.number("high_freq_factor", 4.0)
+    low, high = read.number("low_freq_factor", 1.0), read.number("high_freq_factor", 4.0)
+    if high <= low:
+      raise InputError(f"{where}: high_freq_factor is {high}, expected more than low_freq_factor, {low}")
+    rope |= {"low_freq_factor": low, "high_freq_factor": high}
     rope["original_length"] = read.count("original_max_position_embeddings")
-    if rope["high_freq_factor"] <= rope["low_freq_factor"]:
-      raise InputError(f"{where}: high_freq_factor {rope['high_freq_factor']} is not over low_freq_factor")
   return Rope(**rope)
 
 
@@ -314,3 +356,8 @@ def _write_scaling(rope: Rope) -> dict[str, Any] | None:
     scaling["high_freq_factor"] = rope.high_freq_factor
     scaling["original_max_position_embeddings"] = rope.original_length
   return scaling
+
+
+def _whole(value: float | None) -> float | int | None:
+  """As an integer where it is one: transformers asks for that."""
+  return int(value) if value is not None and value.is_integer() else value

@@ -135,7 +135,7 @@ class Layer(nnx.Module):
     if config.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
     frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
-    if config.local_rope is not None:
+    if config.local_rope is not None and windowed is not None:
       frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
     return rotate(queries, positions, frequencies), rotate(keys, positions, frequencies), values
 
@@ -235,7 +235,9 @@ class Decoder(nnx.Module):
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Float32 logits. For whole sequences take `logprobs`, which never holds them all."""
     head = self._head.astype(hidden.dtype)
-    return softcap(jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32), self.config.final_softcap)
+    return softcap(
+      jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32), self.config.final_softcap
+    )
 
   def logprobs(
     self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature: float = 1.0
@@ -253,10 +255,13 @@ class Decoder(nnx.Module):
     return jnp.array(self.config.windowed) if any(self.config.windowed) else None
 
   def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    x = self.embedding[...][tokens].astype(self.runtime.compute_dtype)
+    constrain = self.runtime.sharding.constrain
+    # Whole rows of the table: looked up in parts of rows, they would have to be put together on every device.
+    table = constrain(self.embedding[...].astype(self.runtime.compute_dtype), "vocab", None)
+    x = table[constrain(tokens, "batch", "sequence")]
     if self.config.scale_embeddings:
       x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
-    return self.runtime.sharding.constrain(x, "batch", "sequence", "embed")
+    return constrain(x, "batch", "sequence", "embed")
 
   def _place(self, cache: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
     return self.runtime.sharding.constrain(cache, "layers", "batch", "kv_heads", None, None)
@@ -290,6 +295,13 @@ def param_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
   axes, ins = WEIGHTS[path[-2]], LINEAR[path[-2]]
   parts = {"weight": axes, "bias": axes[ins:], "lora_a": (*axes[:ins], None), "lora_b": (None, *axes[ins:])}
   return (*stacked, *parts[path[-1]])
+
+
+def place(params: Params, where: sharding.Sharding) -> Params:
+  """Tells the compiler how parameters, or any part of their tree, are to lie."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: where.constrain(x, *param_axes(tuple(key.key for key in path))), params
+  )
 
 
 def abstract_params(config: ModelConfig, where: sharding.Sharding = sharding.Sharding()) -> Params:

@@ -66,7 +66,7 @@ def draw_once(run: Run, state: TrainState, stream: PromptStream) -> Draw:
   """The next prompts of the stream, sampled, scored, rewarded and judged by the filter."""
   config = run.config
   numbered = stream.next_batch(config.rollout.prompts_per_draw)
-  rollouts = run.engine.rollout(state.params, numbered, run.key, config.samples_per_prompt)
+  rollouts = run.engine.rollout(run.policy.whole(state.params), numbered, run.key, config.samples_per_prompt)
   parts = reward(run, state, numbered, rollouts)
   advantages, stds = jax.device_get(_group_advantages(parts.total, config.training.advantages))
   keep = np.asarray(filtering.keep(state.filter, stds, run.filter))

@@ -1,16 +1,13 @@
 """From a config to a run that can take its first step: data, policy, warm start, baselines, first evaluation."""
 
-import dataclasses
-import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
-from flax import nnx
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import filtering, models, rewards, splicing
 from rlpr_jax.data import builtin
@@ -23,6 +20,7 @@ from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.training import metrics, warm_start
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Groups
+from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
 from rlpr_jax.training.state import TrainState
 from rlpr_jax.training.update import adamw
 
@@ -35,7 +33,7 @@ class Run(NamedTuple):
   """What stays the same from the first step to the last."""
 
   config: ConfigDict
-  model: nnx.GraphDef
+  policy: Policy
   engine: Engine
   prompts: list[Prompt]
   held_out: list[Prompt]
@@ -44,34 +42,20 @@ class Run(NamedTuple):
   key: jax.Array
 
 
-def set_up(config: ConfigDict) -> tuple[Run, models.Params]:
-  """Model, tokenizer and data, with everything checked before anything compiles; and the initial parameters."""
-  tokenizer = load_tokenizer(config.model.path) if config.model.path else builtin.tokenizer()
+def set_up(config: ConfigDict) -> Run:
+  """Model, tokenizer and data, with everything checked before anything compiles."""
+  policy = load_policy(config)
+  check_rows(config, policy.sharding.ways("batch"))
+  check_lengths(config, policy.config.max_length)
+  tokenizer = policy.tokenizer
   splicing.check_tokenizer(tokenizer)
   prompts = load_prompts(config, config.data, tokenizer, builtin_split="train", count=config.data.count)
   held_out_prompts = []
   if config.evaluation.prompts:
     count = config.evaluation.prompts
     held_out_prompts = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
-  if config.model.path:
-    model_config, params = models.load_pretrained(config.model.path)
-  else:
-    model_config = models.ModelConfig(
-      vocab_size=len(tokenizer),
-      embed_dim=config.model.embed_dim,
-      mlp_dim=config.model.mlp_dim,
-      num_layers=config.model.num_layers,
-      num_heads=config.model.num_heads,
-      num_kv_heads=config.model.num_heads,
-      head_dim=config.model.head_dim,
-      qk_norm=True,
-    )
-    params = models.init_params(model_config, config.seed)
-  if len(tokenizer) > model_config.vocab_size:
-    raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
-  model = models.definition(model_config, models.Runtime(compute_dtype=config.model.compute_dtype))
   engine = Engine(
-    model,
+    policy.model,
     tokenizer,
     SamplingSettings(
       config.rollout.max_response_length,
@@ -87,7 +71,34 @@ def set_up(config: ConfigDict) -> tuple[Run, models.Params]:
   optimizer = adamw(config.training.learning_rate, config.training.weight_decay, config.training.max_grad_norm)
   filter_config = filtering.FilterConfig(**config.filter)
   key = jax.random.key(config.seed)
-  return Run(config, model, engine, prompts, held_out_prompts, optimizer, filter_config, key), params
+  return Run(config, policy, engine, prompts, held_out_prompts, optimizer, filter_config, key)
+
+
+def check_rows(config: ConfigDict, ways: int) -> None:
+  """Batches must divide evenly among the parts into which the mesh splits them."""
+  minibatch = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
+  rows = {
+    "rollout.prompts_per_draw": config.rollout.prompts_per_draw,
+    "training.micro_batch_rows": config.training.micro_batch_rows,
+    "prompts_per_step / training.minibatches * samples_per_prompt": minibatch,
+  }
+  if config.warm_start.steps:
+    rows["warm_start.batch_size"] = config.warm_start.batch_size
+  if config.evaluation.prompts:
+    rows["evaluation.prompts_per_batch"] = config.evaluation.prompts_per_batch
+  for field, count in rows.items():
+    if count % ways:
+      raise InputError(f"config.{field}: {count} rows, expected a multiple of the {ways} parts of config.mesh")
+
+
+def check_lengths(config: ConfigDict, max_length: int | None) -> None:
+  """The longest text of a rollout must fit into the context that the weights were made for."""
+  longest = config.data.prompt_limit + config.rollout.max_response_length + config.data.max_reference_length
+  if max_length is not None and longest > max_length:
+    raise InputError(
+      f"config.data.prompt_limit + rollout.max_response_length + data.max_reference_length: {longest} tokens,"
+      f" expected at most the model's context of {max_length}"
+    )
 
 
 def load_prompts(
@@ -119,17 +130,9 @@ def _prepare(
   )
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-  if not pathlib.Path(path).is_dir():
-    raise InputError(f"config.model.path: {path} is not a directory, expected a Hugging Face model directory")
-  try:
-    return AutoTokenizer.from_pretrained(path)
-  except (OSError, ValueError) as error:
-    raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
-
-
-def first_state(run: Run, params: models.Params, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
+def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
   """The state before step 1: warm start, the baselines of the initial policy, the first evaluation."""
+  params = initial_params(run.config, run.policy)
   if run.config.warm_start.steps:
     params = warm_up(run, params, stop)
   baselines = np.zeros(len(run.prompts), np.float32)
@@ -140,16 +143,19 @@ def first_state(run: Run, params: models.Params, writer: metrics.MetricsWriter, 
   values = evaluate(run, params, 0)
   if values:
     writer.write(0, values)
-  return blank_state(run, params)._replace(baselines=baselines)
+  return abstract_state(run)._replace(
+    params=params, opt_state=init_opt_state(run.optimizer, params, run.policy.sharding), baselines=baselines
+  )
 
 
-def blank_state(run: Run, params: models.Params) -> TrainState:
+def abstract_state(run: Run) -> TrainState:
+  """A state before step 1 with shapes in the place of parameters and optimiser state, to restore a checkpoint into."""
   config = run.config
   samples, limit = config.samples_per_prompt, config.rollout.max_response_length
   return TrainState(
     step=0,
-    params=params,
-    opt_state=run.optimizer.init(params),
+    params=run.policy.trained,
+    opt_state=abstract_opt_state(run.optimizer, run.policy.trained, run.policy.sharding),
     filter=filtering.init(run.filter),
     baselines=np.zeros(len(run.prompts), np.float32),
     carried=Groups(
@@ -181,13 +187,15 @@ def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params
   transform = warm_start.optimizer(
     settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate
   )
-  opt_state = transform.init(params)
+  opt_state = init_opt_state(transform, params, run.policy.sharding)
   progress = metrics.Progress("warm start, step")
   batches = demonstrations.batches(settings.batch_size, run.config.seed)
   for done in range(1, settings.steps + 1):
     if stop:
       break
-    params, opt_state, loss = warm_start.step(run.model, transform, params, opt_state, next(batches))
+    params, opt_state, loss = warm_start.step(
+      run.policy.model, transform, run.policy.frozen, params, opt_state, next(batches)
+    )
     progress(done, settings.steps, f"loss {float(loss):.3f}")
   return params
 
@@ -196,13 +204,14 @@ def initial_baselines(run: Run, params: models.Params, stop: StopRequest) -> np.
   """r' of every prompt under the initial policy (rlpr section 3), computed once and kept in the state."""
   size, total = run.config.rollout.prompts_per_draw, len(run.prompts)
   baselines = np.zeros(total, np.float32)
+  whole = run.policy.whole(params)
   progress = metrics.Progress("baselines, prompt")
   for first in range(0, total, size):
     if stop:
       break
     part = run.prompts[first : first + size]
     padded = part + [run.prompts[0]] * (size - len(part))
-    logps, mask = run.engine.baseline(params, padded)
+    logps, mask = run.engine.baseline(whole, padded)
     values = rewards.reference_probability(logps, mask, run.config.reward.aggregate)
     baselines[first : first + len(part)] = values[: len(part)]
     progress(first + len(part), total)
@@ -216,6 +225,7 @@ def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
   settings = run.config.evaluation
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
   progress = metrics.Progress("held-out, prompt")
-  batch = min(settings.prompts_per_batch, len(run.held_out))
-  values = held_out.evaluate(run.engine, params, run.held_out, settings.samples, batch, key, progress)
+  ways = run.policy.sharding.ways("batch")
+  batch = min(settings.prompts_per_batch, -(-len(run.held_out) // ways) * ways)
+  values = held_out.evaluate(run.engine, run.policy.whole(params), run.held_out, settings.samples, batch, key, progress)
   return {f"held_out/{name}": value for name, value in values.items()}

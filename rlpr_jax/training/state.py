@@ -18,7 +18,7 @@ class TrainState(NamedTuple):
   """The state between two training steps. Random keys are not here: they follow from the seed and the draw's number."""
 
   step: int  # training steps finished
-  params: Params  # float32 masters
+  params: Params  # float32 masters of what is trained
   opt_state: optax.OptState
   filter: FilterState
   baselines: np.ndarray  # float32[N] r' of each prompt under the initial policy
@@ -27,7 +27,10 @@ class TrainState(NamedTuple):
 
 
 class Checkpoints:
-  """The last few states on disk, by orbax: written in the background, complete or not there at all."""
+  """The last few states on disk, by orbax: written in the background, complete or not there at all.
+
+  A checkpoint has three items: `params`, which can be read alone; `arrays`, the state's other arrays; `host`, as JSON.
+  """
 
   def __init__(self, workdir: pathlib.Path, keep: int, carried_limit: int):
     """`carried_limit`: most groups a state can carry; they are padded to it, so that every checkpoint has one shape."""
@@ -43,33 +46,39 @@ class Checkpoints:
     """Starts writing; `wait` before the state's arrays are given away to the next update."""
     arrays, host = self._split(state)
     host["carried"] = state.carried.count
-    args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host))
-    self._manager.save(state.step, args=args, force=True)
+    self._manager.save(
+      state.step,
+      args=ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params), arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host)
+      ),
+      force=True,
+    )
 
   def wait(self) -> None:
     self._manager.wait_until_finished()
 
   def restore(self, like: TrainState) -> TrainState:
-    """The newest state; `like` gives the structure.
+    """The newest state; `like` gives the structure, and shapes in it say where large arrays are to lie.
 
     Raises:
       InputError: the checkpoint cannot be read.
     """
     step = self.latest()
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, self._split(like)[0])
-    args = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract), host=ocp.args.JsonRestore())
-    try:
-      restored = self._manager.restore(step, args=args)
-    except (ValueError, KeyError, OSError) as error:
-      reason = " ".join(str(error).split())[:200]
-      raise InputError(f"{self._manager.directory}/{step}: cannot be read ({reason})") from None
+    restored = _restore(
+      self._manager,
+      step,
+      params=ocp.args.StandardRestore(jax.tree.map(_abstract, like.params)),
+      arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, self._split(like)[0])),
+      host=ocp.args.JsonRestore(),
+    )
     arrays, host = restored["arrays"], restored["host"]
     arrays["carried"] = arrays["carried"].take(slice(host.pop("carried")))
-    return TrainState(**arrays, **host)
+    return TrainState(params=restored["params"], **arrays, **host)
 
   def _split(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays, for orbax, and what goes beside them as JSON."""
+    """Arrays beside the parameters, for orbax, and what goes beside them as JSON."""
     arrays = state._asdict()
+    del arrays["params"]
     host = {name: arrays.pop(name) for name in ("step", "stream")}
     missing = self._carried_limit - state.carried.count
     pad = [np.pad(field, [(0, missing)] + [(0, 0)] * (field.ndim - 1)) for field in state.carried]
@@ -77,3 +86,38 @@ class Checkpoints:
 
   def close(self) -> None:
     self._manager.close()  # waits for what is being written
+
+
+def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tuple[int, Params]:
+  """The parameters of one checkpoint, the newest if `step` is None, and its step. Nothing else of it is read.
+
+  Raises:
+    InputError: there is no such checkpoint, or it cannot be read.
+  """
+  directory = (workdir / "checkpoints").absolute()
+  if not directory.is_dir():
+    raise InputError(f"{directory}: missing, expected the checkpoints of a run")
+  with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    steps = sorted(manager.all_steps())
+    chosen = step if step is not None else max(steps, default=None)
+    if chosen not in steps:
+      there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
+      raise InputError(f"{directory}: no checkpoint of step {chosen}, {there}")
+    restored = _restore(manager, chosen, params=ocp.args.StandardRestore(jax.tree.map(_abstract, like)))
+  return chosen, restored["params"]
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+  try:
+    return manager.restore(step, args=ocp.args.Composite(**items))
+  except (ValueError, KeyError, OSError) as error:
+    reason = " ".join(str(error).split())[:200]
+    raise InputError(f"{manager.directory}/{step}: cannot be read ({reason})") from None
+
+
+def _abstract(x: Any) -> Any:
+  """What orbax is to restore: host arrays as they are, device arrays by shape, dtype and place."""
+  if isinstance(x, np.ndarray):
+    return x
+  sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

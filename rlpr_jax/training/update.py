@@ -10,7 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlpr_jax import grpo
-from rlpr_jax.models import Decoder, Params
+from rlpr_jax.models import Decoder, Params, combine, place
+from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackedRows
 
 
@@ -23,6 +24,7 @@ class UpdateSettings:
   clip_high: float
   entropy_coefficient: float
   micro_batch_rows: int  # 0: the whole minibatch at once
+  sharding: Sharding = Sharding()
 
 
 def adamw(learning_rate: float, weight_decay: float, max_grad_norm: float) -> optax.GradientTransformation:
@@ -70,6 +72,7 @@ def loss(
 def update(
   model: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
+  frozen: Params,
   params: Params,
   opt_state: optax.OptState,
   rows: PackedRows,
@@ -77,24 +80,31 @@ def update(
 ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
   """One optimiser step. Gradients of micro-batches add up, since the rows' weights already hold the minibatch's mean.
 
+  Args:
+    frozen: parameters that are not trained (the base under LoRA); empty when all are.
+
   Returns:
     parameters, optimiser state, and metrics: `loss` (without the entropy bonus), `entropy` (nats a token),
     `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping).
   """
   size = settings.micro_batch_rows or rows.tokens.shape[0]
-  micro_batches = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), rows)
+  split = settings.sharding.constrain
+  micro_batches = jax.tree.map(lambda x: split(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
+
+  def share(params, micro_batch):
+    return loss(model, combine(frozen, params), micro_batch, settings)
 
   def accumulate(total, micro_batch):
     sums, gradients = total
-    (_, new), micro = jax.value_and_grad(loss, argnums=1, has_aux=True)(model, params, micro_batch, settings)
+    (_, new), micro = jax.value_and_grad(share, has_aux=True)(params, micro_batch)
     worst = jnp.maximum(sums["ratio_worst"], new["ratio_worst"])
     sums = jax.tree.map(jnp.add, sums, new) | {"ratio_worst": worst}
-    return (sums, jax.tree.map(jnp.add, gradients, micro)), None
+    return (sums, place(jax.tree.map(jnp.add, gradients, micro), settings.sharding)), None
 
-  shapes = jax.eval_shape(lambda: loss(model, params, jax.tree.map(lambda x: x[0], micro_batches), settings)[1])
+  shapes = jax.eval_shape(lambda: share(params, jax.tree.map(lambda x: x[0], micro_batches))[1])
   start = (
     jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
-    jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params),
+    place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), settings.sharding),
   )
   (sums, gradients), _ = jax.lax.scan(accumulate, start, micro_batches)
   steps, opt_state = optimizer.update(gradients, opt_state, params)
@@ -107,4 +117,4 @@ def update(
     "clip_fraction": sums["clipped"] / tokens,
     "grad_norm": optax.global_norm(gradients),
   }
-  return optax.apply_updates(params, steps), opt_state, metrics
+  return place(optax.apply_updates(params, steps), settings.sharding), opt_state, metrics

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Bool, Int
 from optax.contrib import MuonDimensionNumbers, muon
 
-from rlpr_jax.models import Decoder, Params
+from rlpr_jax.models import Decoder, Params, combine
 
 # Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
 _MUON = {
@@ -70,7 +70,10 @@ def optimizer(kind: str, steps: int, learning_rate: float, adam_learning_rate: f
     return optax.adam(adam_schedule)
 
   def dimensions(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: _MUON.get(path[-2].key) if path[-1].key == "weight" else None, params)
+    def of(path, _) -> MuonDimensionNumbers | None:
+      return _MUON.get(path[-2].key) if path[-1].key == "weight" else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
 
   return muon(
     optax.cosine_decay_schedule(learning_rate, steps),
@@ -83,6 +86,7 @@ def optimizer(kind: str, steps: int, learning_rate: float, adam_learning_rate: f
 def step(
   model: nnx.GraphDef,
   transform: optax.GradientTransformation,
+  frozen: Params,
   params: Params,
   opt_state: optax.OptState,
   batch: Demonstrations,
@@ -90,7 +94,7 @@ def step(
   """One step of next-token prediction on the responses; returns the mean loss in nats a token beside the new state."""
 
   def loss(params):
-    decoder: Decoder = nnx.merge(model, params)
+    decoder: Decoder = nnx.merge(model, combine(frozen, params))
     positions = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     hidden = decoder(batch.tokens, positions, jnp.ones_like(batch.tokens))
     logps, _ = decoder.logprobs(hidden[:, :-1], batch.tokens[:, 1:])

@@ -1,0 +1,61 @@
+"""A checkpoint as a Hugging Face directory: `python -m rlpr_jax.export --workdir=RUN --out=DIR [--step=N]`.
+
+transformers, vLLM and the rest load the directory as they load any other. Under LoRA the adapters are merged into the
+base; with --adapter they are written alone, as peft loads them.
+"""
+
+import pathlib
+
+import jax.numpy as jnp
+from absl import app, flags, logging
+from ml_collections import ConfigDict
+
+from rlpr_jax import config as configs
+from rlpr_jax import models
+from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.training.policy import load_policy
+from rlpr_jax.training.state import restore_params
+
+
+def main(_: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  with exit_on_input_error():
+    given = flags.FLAGS
+    for name in ("workdir", "out"):
+      if not given[name].value:
+        raise InputError(f"--{name}: missing, expected a directory")
+    export(pathlib.Path(given.workdir), pathlib.Path(given.out), given.step, given.dtype, given.adapter)
+
+
+def export(workdir: pathlib.Path, out: pathlib.Path, step: int | None, dtype: str, adapter: bool) -> None:
+  """Writes the policy of one checkpoint of `workdir` to `out`.
+
+  Raises:
+    InputError: no run, no such checkpoint, an `out` that is there already, or adapters of a run that has none.
+  """
+  config = read_config(workdir)
+  policy = load_policy(config)
+  if adapter and not config.lora.rank:
+    raise InputError(f"--adapter: the run in {workdir} trained all parameters, it has no adapters")
+  step, params = restore_params(workdir, step, policy.trained)
+  if adapter:
+    models.save_adapter(out, policy.config, params, base=config.model.path, tokenizer=policy.tokenizer)
+  else:
+    models.save_pretrained(out, policy.config, policy.whole(params), policy.tokenizer, jnp.dtype(dtype))
+  print(f"wrote {'the adapters' if adapter else 'the policy'} of step {step} to {out}")
+
+
+def read_config(workdir: pathlib.Path) -> ConfigDict:
+  """The config of the run in `workdir`, on the devices that are here instead of those it was trained on."""
+  config = configs.read(workdir / "config.json")
+  config.mesh = configs.default().mesh
+  return config
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "Directory of the run.")
+  flags.DEFINE_string("out", None, "Directory to write; new or empty.")
+  flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights in the files.")
+  flags.DEFINE_bool("adapter", False, "Write a LoRA run's adapters alone, for peft.")
+  app.run(main, flags_parser=parse_flags)

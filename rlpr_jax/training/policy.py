@@ -1,0 +1,122 @@
+"""The policy of a run: its model and tokenizer, how it lies on the devices, and which parameters are trained."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from ml_collections import ConfigDict
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlpr_jax import models, sharding
+from rlpr_jax.data import builtin
+from rlpr_jax.errors import InputError
+from rlpr_jax.models import ModelConfig, Params
+from rlpr_jax.sharding import Sharding
+
+
+class Policy(NamedTuple):
+  """What stays the same while a policy is trained."""
+
+  config: ModelConfig
+  model: nnx.GraphDef
+  tokenizer: PreTrainedTokenizerBase
+  sharding: Sharding
+  trained: Params  # shapes, dtypes and shardings of the parameters that are trained
+  frozen: Params  # parameters that are not: the base under LoRA, else nothing
+
+  def whole(self, params: Params) -> Params:
+    """All parameters, given those that are trained."""
+    return models.combine(self.frozen, params)
+
+
+def load_policy(config: ConfigDict) -> Policy:
+  """Everything but the trained parameters; only a base that LoRA freezes is read here.
+
+  Raises:
+    InputError: naming the field of the config, or the file.
+  """
+  mesh = sharding.create_mesh(**config.mesh)
+  rules = {name: tuple(filter(None, axes.replace(" ", "").split(","))) for name, axes in config.sharding.items()}
+  where = sharding.create(mesh, rules)
+  if config.model.path:
+    directory = models.resolve(config.model.path)
+    tokenizer, model_config = load_tokenizer(str(directory)), models.load_config(directory)
+  else:
+    tokenizer = builtin.tokenizer()
+    model_config = new_config(config, len(tokenizer))
+  if len(tokenizer) > model_config.vocab_size:
+    raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
+  frozen: Params = {}
+  if config.lora.rank:
+    if not config.model.path:
+      raise InputError("config.lora.rank: adapters need a pretrained model, expected config.model.path")
+    lora = models.LoRA(config.lora.rank, config.lora.alpha, parse_targets(config.lora.targets))
+    frozen = models.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
+    model_config = dataclasses.replace(model_config, lora=lora)
+  runtime = models.Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, where)
+  model = models.definition(model_config, runtime)
+  everything = models.abstract_params(model_config, where)
+  trained = models.adapters(everything) if config.lora.rank else everything
+  return Policy(model_config, model, tokenizer, where, trained, frozen)
+
+
+def initial_params(config: ConfigDict, policy: Policy) -> Params:
+  """The trained parameters before the first step, float32: pretrained, random, or adapters that change nothing yet."""
+  if config.lora.rank:
+    return models.init_adapters(policy.config, config.seed, policy.sharding)
+  if config.model.path:
+    rules = dict(policy.sharding.rules)
+    return models.load_pretrained(config.model.path, policy.sharding.mesh, jnp.float32, rules)[1]
+  return models.init_params(policy.config, config.seed, policy.sharding)
+
+
+def new_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
+  """A policy that begins from nothing, of the sizes in the config."""
+  return ModelConfig(
+    vocab_size=vocab_size,
+    embed_dim=config.model.embed_dim,
+    mlp_dim=config.model.mlp_dim,
+    num_layers=config.model.num_layers,
+    num_heads=config.model.num_heads,
+    num_kv_heads=config.model.num_heads,
+    head_dim=config.model.head_dim,
+    qk_norm=True,
+  )
+
+
+def parse_targets(text: str) -> tuple[str, ...]:
+  """Names of the linear layers that get adapters, from "query,value"."""
+  targets = tuple(filter(None, text.replace(" ", "").split(",")))
+  for target in targets or ("nothing",):
+    if target not in models.LINEAR:
+      raise InputError(f"config.lora.targets: {target!r}, expected some of {', '.join(models.LINEAR)}")
+  return targets
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+  try:
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+  except (OSError, ValueError) as error:
+    raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
+
+
+def abstract_opt_state(optimizer: optax.GradientTransformation, params: Params, where: Sharding) -> optax.OptState:
+  """Shapes, dtypes and shardings of the optimiser's state: moments lie as their parameters do, counts everywhere."""
+
+  paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+
+  def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    param = next((keys[i:] for i in range(len(keys)) if keys[i:] in paths), None)  # whose moment this is
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.named(models.param_axes(param) if param else ()))
+
+  return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
+
+
+def init_opt_state(optimizer: optax.GradientTransformation, params: Params, where: Sharding) -> optax.OptState:
+  """The optimiser's first state, made where it is to lie."""
+  shardings = jax.tree.map(lambda x: x.sharding, abstract_opt_state(optimizer, params, where))
+  return jax.jit(optimizer.init, out_shardings=shardings)(params)
