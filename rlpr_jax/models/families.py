@@ -129,12 +129,8 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     raise InputError(f"{where}: {error}") from None
 
 
-def family_of(config: ModelConfig) -> str:
-  """The family whose model a config describes.
-
-  Raises:
-    InputError: none of them.
-  """
+def _family_of(config: ModelConfig) -> str:
+  """The family whose model a config describes, or which is nearest to it."""
   if config.post_norms:
     return "gemma3_text" if config.qk_norm else "gemma2"
   if config.qk_norm:
@@ -150,7 +146,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
   Raises:
     InputError: no family has these settings together.
   """
-  family = family_of(config)
+  family = _family_of(config)
   fields: dict[str, Any] = {
     "model_type": family,
     "architectures": [_ARCHITECTURES[family]],

@@ -187,7 +187,7 @@ def _new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
       target.parent.mkdir(parents=True, exist_ok=True)
       files.rename(target)
   except (OSError, SafetensorError) as error:
-    raise InputError(f"{directory}: cannot be written ({error})") from error
+    raise InputError(f"{directory}: cannot be written ({' '.join(str(error).split())})") from error
 
 
 def _write_json(file: pathlib.Path, fields: dict[str, Any]) -> None:

@@ -54,7 +54,7 @@ class KVCache(NamedTuple):
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-  """Length of each axis that `WEIGHTS` names."""
+  """Length of each axis of the parameters."""
   return {
     "vocab": config.vocab_size,
     "embed": config.embed_dim,
@@ -62,6 +62,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     "kv_heads": config.num_kv_heads,
     "head_dim": config.head_dim,
     "mlp": config.mlp_dim,
+    "layers": config.num_layers,
   }
 
 

@@ -1,7 +1,9 @@
 """Model directories: how tensors are laid out, and what is said about a directory that cannot be loaded."""
 
 import json
+import pathlib
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,27 +89,9 @@ def error(directory):
 def test_config(directory):
   config, _ = models.load_pretrained(str(directory))
   assert config == models.ModelConfig(
-    vocab_size=11, embed_dim=8, mlp_dim=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6, rope_theta=5000.0,
-    norm_eps=1e-5, tie_embeddings=False, qkv_bias=False, qk_norm=False, compute_dtype="float32",
+    vocab_size=11, embed_dim=8, mlp_dim=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
+    rope=models.Rope(theta=5000.0), norm_eps=1e-5,
   )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-  ("fields", "expected"),
-  [
-    ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}, {"rope_theta": 700.0}),
-    ({"rope_theta": None}, {"rope_theta": 10_000.0}),
-    ({"rope_scaling": {"rope_type": "default"}}, {"rope_theta": 5000.0}),
-    ({"rms_norm_eps": None}, {"norm_eps": 1e-6}),
-    ({"hidden_act": None}, {}),
-    ({"mlp_bias": False, "attention_bias": False, "pretraining_tp": 1}, {}),
-    ({"tie_word_embeddings": True}, {"tie_embeddings": True}),
-  ],
-)
-def test_config_with_fields_written_otherwise(directory, fields, expected):
-  change_config(directory, **fields)
-  config, _ = models.load_pretrained(str(directory))
-  assert {name: getattr(config, name) for name in expected} == expected
 
 
 def test_heads_by_default(tmp_path, tensors):
@@ -119,12 +103,11 @@ def test_heads_by_default(tmp_path, tensors):
   save_file(tensors, tmp_path / "model.safetensors")
   config, params = models.load_pretrained(str(tmp_path))
   assert (config.num_kv_heads, config.head_dim) == (4, 2)
-  assert params["layers"]["key"].shape == (2, 8, 4, 2)
+  assert params["layers"]["key"]["weight"].shape == (2, 8, 4, 2)
 
 
-def test_layout_of_every_tensor(directory, tensors):
+def check_layout(params, tensors):
   """Heads are split off the output of theirs, which stands first: element by element."""
-  _, params = models.load_pretrained(str(directory))
   np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"])
   np.testing.assert_array_equal(params["head"], tensors["lm_head.weight"])
   np.testing.assert_array_equal(params["final_norm"]["scale"], tensors["model.norm.weight"])
@@ -134,12 +117,36 @@ def test_layout_of_every_tensor(directory, tensors):
     np.testing.assert_array_equal(ours["attention_norm"]["scale"], theirs["input_layernorm.weight"])
     np.testing.assert_array_equal(ours["mlp_norm"]["scale"], theirs["post_attention_layernorm.weight"])
     for name in ("gate", "up", "down"):
-      np.testing.assert_array_equal(ours[name], theirs[f"mlp.{name}_proj.weight"].T)
+      np.testing.assert_array_equal(ours[name]["weight"], theirs[f"mlp.{name}_proj.weight"].T)
     for name, heads in (("query", 4), ("key", 2), ("value", 2)):
       for d, n, h in np.ndindex(8, heads, 6):
-        assert ours[name][d, n, h] == theirs[f"self_attn.{name[0]}_proj.weight"][n * 6 + h, d]
+        assert ours[name]["weight"][d, n, h] == theirs[f"self_attn.{name[0]}_proj.weight"][n * 6 + h, d]
     for n, h, d in np.ndindex(4, 6, 8):
-      assert ours["out"][n, h, d] == theirs["self_attn.o_proj.weight"][d, n * 6 + h]
+      assert ours["out"]["weight"][n, h, d] == theirs["self_attn.o_proj.weight"][d, n * 6 + h]
+
+
+def test_layout_of_every_tensor(directory, tensors):
+  check_layout(models.load_pretrained(str(directory))[1], tensors)
+
+
+def test_layout_of_biases(directory, tensors):
+  """Flat in the file, by heads here."""
+  change_config(directory, attention_bias=True, mlp_bias=True)
+  sizes = {"self_attn.q_proj": 24, "self_attn.k_proj": 12, "self_attn.v_proj": 12, "self_attn.o_proj": 8}
+  sizes |= {"mlp.gate_proj": 12, "mlp.up_proj": 12, "mlp.down_proj": 8}
+  rng = np.random.default_rng(1)
+  for layer in range(2):
+    for name, size in sizes.items():
+      tensors[f"model.layers.{layer}.{name}.bias"] = rng.normal(size=size).astype(np.float32)
+  save_file(tensors, directory / "model.safetensors")
+  _, params = models.load_pretrained(str(directory))
+  check_layout(params, tensors)
+  shapes = {"query": (4, 6), "key": (2, 6), "value": (2, 6), "out": (8,), "gate": (12,), "up": (12,), "down": (8,)}
+  for (ours, shape), theirs in zip(shapes.items(), sizes, strict=True):
+    found = params["layers"][ours]["bias"]
+    assert found.shape == (2, *shape)
+    for layer in range(2):
+      np.testing.assert_array_equal(np.ravel(found[layer]), tensors[f"model.layers.{layer}.{theirs}.bias"])
 
 
 def test_shards(directory, tensors):
@@ -160,7 +167,122 @@ def test_bfloat16_files_load_as_float32(directory, tensors):
   save_file(half, directory / "model.safetensors")
   _, params = models.load_pretrained(str(directory))
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
-  np.testing.assert_array_equal(params["embedding"], half["model.embed_tokens.weight"].astype(np.float32))
+  check_layout(params, {name: tensor.astype(np.float32) for name, tensor in half.items()})
+
+
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
+def test_files_load_as_bfloat16(directory, tensors, stored):
+  stored = {name: tensor.astype(stored) for name, tensor in tensors.items()}
+  save_file(stored, directory / "model.safetensors")
+  _, params = models.load_pretrained(str(directory), dtype=jnp.bfloat16)
+  assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+  check_layout(params, {name: tensor.astype(jnp.bfloat16) for name, tensor in stored.items()})
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
+def test_frequencies_in_the_file_are_not_read(directory, tensors, name):
+  save_file(tensors | {name: np.ones(3, np.float32)}, directory / "model.safetensors")
+  check_layout(models.load_pretrained(str(directory))[1], tensors)
+
+
+def test_tied_head_in_the_file_is_not_read(directory, tensors):
+  change_config(directory, tie_word_embeddings=True)
+  tensors["lm_head.weight"] = np.full((11, 8), np.nan, np.float32)
+  save_file(tensors, directory / "model.safetensors")
+  assert "head" not in models.load_pretrained(str(directory))[1]
+
+
+def test_one_file_goes_before_an_index(directory, tensors):
+  """As in transformers."""
+  (directory / "model.safetensors.index.json").write_text("{}")
+  check_layout(models.load_pretrained(str(directory))[1], tensors)
+
+
+# --- the hub ---
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """Makes a repository in a cache of huggingface_hub, which may not go on the net; returns its snapshot."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+  def make(name, commit, ref):
+    repo = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+    snapshot = repo / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / ref).write_text(commit)
+    return snapshot
+
+  return make
+
+
+def test_hub_id(cache, tensors):
+  main, old = cache("some-org/tiny_model.1", "a" * 40, "main"), cache("some-org/tiny_model.1", "b" * 40, "v0")
+  for snapshot, factor in ((main, 1), (old, 2)):
+    (snapshot / "config.json").write_text(json.dumps(CONFIG))
+    save_file({name: factor * tensor for name, tensor in tensors.items()}, snapshot / "model.safetensors")
+  assert models.resolve("some-org/tiny_model.1") == main
+  assert models.resolve("some-org/tiny_model.1@v0") == old
+  assert models.resolve("some-org/tiny_model.1@" + "b" * 40) == old
+  check_layout(models.load_pretrained("some-org/tiny_model.1")[1], tensors)
+  _, params = models.load_pretrained("some-org/tiny_model.1@v0")
+  check_layout(params, {name: 2 * tensor for name, tensor in tensors.items()})
+
+
+def test_directory_goes_before_the_hub(cache, directory, monkeypatch):
+  cache("org/name", "a" * 40, "main")
+  (directory / "org" / "name").mkdir(parents=True)
+  monkeypatch.chdir(directory)
+  assert models.resolve("org/name") == pathlib.Path("org/name")
+  assert models.resolve(directory) == directory
+
+
+def test_what_is_fetched(monkeypatch, tmp_path):
+  """Neither pickled weights nor code, nor weights in other formats."""
+  asked = {}
+  monkeypatch.setattr(
+    huggingface_hub, "snapshot_download", lambda name, **settings: asked.update(settings) or str(tmp_path)
+  )
+  models.resolve("org/name")
+  files = [
+    "config.json", "generation_config.json", "model.safetensors", "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",
+    "chat_template.jinja",
+  ]  # fmt: skip
+  others = [
+    "pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "modeling_llama.py", "original/consolidated.00.pth",
+    "original/params.json", "consolidated.safetensors", "onnx/model.safetensors", "training_args.bin", "model.gguf",
+    "tokenizer.py", "tokenization.py", "README.md",
+  ]  # fmt: skip
+  found = huggingface_hub.utils.filter_repo_objects(
+    files + others, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+  )
+  assert list(found) == files
+
+
+@pytest.mark.parametrize("name", ["org/missing", "org/name@v9"])
+def test_hub_id_that_cannot_be_had(cache, name):
+  cache("org/name", "a" * 40, "main")
+  assert error(name).startswith(f"{name}: no such directory, and not on the Hugging Face hub either: ")
+
+
+def test_error_of_the_hub_is_one_line(monkeypatch):
+  def fail(*args, **settings):
+    raise RuntimeError("no\n\n  connection")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+  assert error("org/name").endswith("hub either: no connection")
+
+
+@pytest.mark.parametrize(
+  "name", ["", "gpt2", "a/b/c", "/nowhere/x", "../org", "org/name@", "https://hub/x", "org/na me"]
+)
+def test_neither_a_directory_nor_a_hub_id(name, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **settings: pytest.fail("asked the hub"))
+  assert error(name) == f"{name}: no such directory, expected one or org/name of the Hugging Face hub"
 
 
 # --- what cannot ---
@@ -168,8 +290,8 @@ def test_bfloat16_files_load_as_float32(directory, tensors):
 
 def test_no_directory_and_no_config(tmp_path):
   missing = tmp_path / "nowhere"
-  assert error(missing) == f"{missing}/config.json: missing, expected a Hugging Face model directory"
-  assert error(tmp_path).startswith(f"{tmp_path}/config.json: missing")
+  assert error(missing) == f"{missing}: no such directory, expected one or org/name of the Hugging Face hub"
+  assert error(tmp_path) == f"{tmp_path}/config.json: missing, expected a Hugging Face model directory"
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"model_type": llama}', "\x00\n\x01", "[1]", "null", '"llama"'])
@@ -183,44 +305,15 @@ def test_config_that_is_not_text(directory):
   assert error(directory).startswith(f"{directory}/config.json: cannot be read as JSON")
 
 
-@pytest.mark.parametrize(
-  ("fields", "expected"),
-  [
-    ({"model_type": "gpt2"}, "model_type is 'gpt2', expected 'llama' or 'qwen2'"),
-    ({"model_type": "qwen3"}, "model_type is 'qwen3'"),
-    ({"model_type": None}, "model_type is None"),
-    ({"vocab_size": None}, "vocab_size is None, expected a positive integer"),
-    ({"hidden_size": None}, "hidden_size is None"),
-    ({"intermediate_size": None}, "intermediate_size is None"),
-    ({"num_hidden_layers": None}, "num_hidden_layers is None"),
-    ({"num_attention_heads": None}, "num_attention_heads is None"),
-    ({"hidden_size": "8"}, "hidden_size is '8', expected a positive integer"),
-    ({"hidden_size": 8.5}, "hidden_size is 8.5"),
-    ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-    ({"num_attention_heads": 0}, "num_attention_heads is 0"),
-    ({"hidden_size": 3, "head_dim": None}, "head_dim is 0"),
-    ({"num_key_value_heads": "two"}, "num_key_value_heads is 'two'"),
-    ({"head_dim": "6"}, "head_dim is '6'"),
-    ({"num_key_value_heads": 3}, "4 query heads do not divide into 3 key/value heads"),
-    ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
-    ({"rope_theta": "large"}, "rope_theta is 'large', expected a positive number"),
-    ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is implemented"),
-    ({"hidden_act": "gelu_pytorch_tanh"}, "hidden_act is 'gelu_pytorch_tanh'"),
-    ({"attention_bias": True}, "attention_bias is true"),
-    ({"mlp_bias": True}, "mlp_bias is True"),
-    ({"pretraining_tp": 2}, "pretraining_tp is 2"),
-    ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window is True"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope type is 'llama3', only 'default' is implemented"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear'"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope type is 'yarn'"),
-  ],
-)
-def test_config_that_is_not_understood(directory, fields, expected):
-  change_config(directory, **fields)
-  message = error(directory)
-  assert message.startswith(f"{directory}/config.json: ")
-  assert expected in message
+def test_config_that_is_not_understood(directory):
+  """What is said about its fields is tested in test_config_json.py."""
+  change_config(directory, hidden_act="relu")
+  assert error(directory).startswith(f"{directory}/config.json: hidden_act is 'relu', expected one of ")
+
+
+def test_config_that_says_a_field_twice(directory):
+  (directory / "config.json").write_text(json.dumps(CONFIG)[:-1] + ', "rope_theta": 7.0}')
+  assert error(directory) == f"{directory}/config.json: rope_theta stands there twice, expected it once"
 
 
 def test_no_weights(directory):
@@ -303,7 +396,74 @@ def test_index_that_names_the_wrong_shard(directory, tensors):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": ["a"]}', '{"weight_map": {"model.norm.weight": 3}}'])
-def test_index_that_is_none(directory, text):
+def test_index_that_is_none(directory, tensors, text):
+  shard(directory, tensors)
   index = directory / "model.safetensors.index.json"
   index.write_text(text)
   assert error(directory).startswith(f"{index}: ")
+
+
+def test_index_that_names_a_tensor_twice(directory, tensors):
+  weight_map = shard(directory, tensors)
+  index = directory / "model.safetensors.index.json"
+  text = json.dumps({"weight_map": weight_map})
+  index.write_text(text[:-2] + ', "model.norm.weight": "part-0.safetensors"}}')
+  assert error(directory) == f"{index}: model.norm.weight stands there twice, expected it once"
+
+
+@pytest.mark.parametrize("name", ["../part-1.safetensors", "/part-1.safetensors", "sub/part-1.safetensors", "..", ""])
+def test_index_that_names_a_file_elsewhere(directory, tensors, name):
+  weight_map = shard(directory, tensors)
+  (directory / "sub").mkdir()
+  for place in (directory.parent, directory / "sub"):
+    (place / "part-1.safetensors").write_bytes((directory / "part-1.safetensors").read_bytes())
+  weight_map = {tensor: name if file == "part-1.safetensors" else file for tensor, file in weight_map.items()}
+  index = directory / "model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": weight_map}))
+  assert error(directory) == f"{index}: names {name!r}, expected the name of a file beside it"
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.q_norm.weight"])
+def test_index_that_leaves_out_a_tensor(directory, tensors, name):
+  """Of the model or not."""
+  tensors.setdefault(name, np.ones(6, np.float32))
+  weight_map = shard(directory, tensors)
+  file = directory / weight_map.pop(name)
+  (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+  assert error(directory) == f"{file}: tensor {name} is not in model.safetensors.index.json, expected it there"
+
+
+# --- what would be another model ---
+
+
+@pytest.mark.parametrize(
+  ("name", "shape"),
+  [
+    ("model.layers.0.self_attn.q_norm.weight", (6,)),
+    ("model.layers.1.self_attn.k_proj.bias", (12,)),
+    ("model.layers.2.input_layernorm.weight", (8,)),
+    ("model.layers.0.mlp.experts.0.up_proj.weight", (12, 8)),
+    ("model.layers.0.self_attn.q_proj.lora_A.weight", (2, 8)),
+    ("model.layers.0.mlp.up_proj.weight_scale", (12,)),
+  ],
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_tensor_that_the_config_does_not_account_for(directory, tensors, name, shape, sharded):
+  tensors[name] = np.ones(shape, np.float32)
+  save_file(tensors, directory / "model.safetensors")
+  file = directory / "model.safetensors"
+  if sharded:
+    file = directory / shard(directory, tensors)[name]
+  assert error(directory) == f"{file}: tensor {name} is not one of the model in config.json, expected no such tensor"
+
+
+@pytest.mark.parametrize(
+  "dtype", [np.int8, np.uint8, np.int32, np.float64, np.bool_, jnp.float8_e4m3fn, jnp.float8_e5m2]
+)
+def test_tensor_of_another_dtype(directory, tensors, dtype):
+  name = "model.layers.1.mlp.gate_proj.weight"
+  tensors[name] = tensors[name].astype(dtype)
+  save_file(tensors, directory / "model.safetensors")
+  message = error(directory)
+  assert message.startswith(f"{directory / 'model.safetensors'}: tensor {name} is ")
+  assert message.endswith(", expected one of BF16, F16, F32")

@@ -1,0 +1,474 @@
+"""config.json of published models against what transformers makes of the same files, and what is refused in others."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import transformers
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+
+from rlpr_jax import models
+from rlpr_jax.errors import InputError
+from rlpr_jax.models.families import from_huggingface, to_huggingface
+
+SMOLLM2 = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct" / "config.json"
+LLAMA3_ROPE = {
+  "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+  "rope_type": "llama3",
+}  # fmt: skip
+# As published.
+OFFICIAL = {
+  "Qwen2.5-7B": {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
+    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
+    "vocab_size": 152064,
+  },
+  "Qwen3-8B": {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+    "vocab_size": 151936,
+  },
+  "Llama-3.1-8B": {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
+    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_scaling": LLAMA3_ROPE, "rope_theta": 500000.0, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 128256,
+  },
+  "Llama-3.2-1B": {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009], "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+    "initializer_range": 0.02, "intermediate_size": 8192, "max_position_embeddings": 131072, "mlp_bias": False,
+    "model_type": "llama", "num_attention_heads": 32, "num_hidden_layers": 16, "num_key_value_heads": 8,
+    "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": LLAMA3_ROPE | {"factor": 32.0},
+    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0", "use_cache": True, "vocab_size": 128256,
+  },
+  "SmolLM2-135M": {
+    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 0,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 576, "initializer_range": 0.041666666666666664,
+    "intermediate_size": 1536, "is_llama_config": True, "max_position_embeddings": 8192, "model_type": "llama",
+    "num_attention_heads": 9, "num_hidden_layers": 30, "num_key_value_heads": 3, "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05, "rope_interleaved": False, "rope_scaling": None, "rope_theta": 100000,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.40.1", "use_cache": True,
+    "vocab_size": 49152,
+  },
+  "gemma-2-2b-it": {
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 107],
+    "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 2304, "initializer_range": 0.02,
+    "intermediate_size": 9216, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 8,
+    "num_hidden_layers": 26, "num_key_value_heads": 4, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.4", "use_cache": True, "vocab_size": 256000,
+  },
+  "gemma-2-9b-it": {
+    "architectures": ["Gemma2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": 1,
+    "final_logit_softcapping": 30.0, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 3584, "initializer_range": 0.02,
+    "intermediate_size": 14336, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 16,
+    "num_hidden_layers": 42, "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+    "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
+  },
+  "gemma-3-1b-it": {
+    "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
+    "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 1152,
+    "initializer_range": 0.02, "intermediate_size": 6912, "max_position_embeddings": 32768,
+    "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
+    "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
+  },
+}  # fmt: skip
+# Not published, but what transformers makes of them is as definite.
+MORE = {
+  "qwen2 with windows": OFFICIAL["Qwen2.5-7B"] | {
+    "use_sliding_window": True, "sliding_window": 77, "max_window_layers": 21,
+  },
+  "qwen2 with windows in all layers": OFFICIAL["Qwen2.5-7B"] | {"use_sliding_window": True, "max_window_layers": 0},
+  "qwen2 with windows of no length": OFFICIAL["Qwen2.5-7B"] | {
+    "use_sliding_window": True, "sliding_window": None, "max_window_layers": 3,
+  },
+  "qwen3 with windows by layer_types": OFFICIAL["Qwen3-8B"] | {
+    "use_sliding_window": True, "sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"] * 18,
+  },
+  "qwen3 without head_dim": {key: value for key, value in OFFICIAL["Qwen3-8B"].items() if key != "head_dim"} | {
+    "attention_bias": True,
+  },
+  "llama with biases": OFFICIAL["Llama-3.2-1B"] | {"attention_bias": True, "mlp_bias": True, "head_dim": 32},
+  "llama with few fields": {
+    key: OFFICIAL["SmolLM2-135M"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings")
+  },
+  "llama with linear rope": OFFICIAL["SmolLM2-135M"] | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+  "llama with both ropes": OFFICIAL["Llama-3.1-8B"] | {
+    "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 77.0},
+  },
+  "llama with theta in two places": OFFICIAL["SmolLM2-135M"] | {"rope_parameters": {"rope_theta": 77.0}},
+  "gemma2 of other attention": OFFICIAL["gemma-2-9b-it"] | {
+    "query_pre_attn_scalar": 144, "sliding_window": 123, "attn_logit_softcapping": None, "head_dim": 128,
+    "tie_word_embeddings": False,
+  },
+  "gemma2 with few fields": {
+    key: OFFICIAL["gemma-2-2b-it"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+  },
+  "gemma3 with a linear rope": OFFICIAL["gemma-3-1b-it"] | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+  "gemma3 of another period": OFFICIAL["gemma-3-1b-it"] | {"sliding_window_pattern": 4, "_sliding_window_pattern": 3},
+  "gemma3 with theta beside rope_parameters": OFFICIAL["gemma-3-1b-it"] | {
+    "rope_theta": 5e4, "rope_local_base_freq": 77.0,
+    "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}, "sliding_attention": None},
+  },
+  "gemma3 with few fields": {
+    key: OFFICIAL["gemma-3-1b-it"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+                "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+  },
+}  # fmt: skip
+ALL = OFFICIAL | MORE
+ROTARY = {
+  "llama": LlamaRotaryEmbedding,
+  "qwen2": Qwen2RotaryEmbedding,
+  "qwen3": Qwen3RotaryEmbedding,
+  "gemma2": Gemma2RotaryEmbedding,
+  "gemma3_text": Gemma3RotaryEmbedding,
+}
+
+
+@pytest.fixture
+def read_by_transformers(tmp_path):
+  def read(fields):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return transformers.AutoConfig.from_pretrained(tmp_path)
+
+  return read
+
+
+def check_same(ours, theirs):
+  """Every field of our config, against the attributes that the layers in transformers read."""
+  family = theirs.model_type
+  gemma = family in ("gemma2", "gemma3_text")
+  assert ours.vocab_size == theirs.vocab_size
+  assert ours.embed_dim == theirs.hidden_size
+  assert ours.mlp_dim == theirs.intermediate_size
+  assert ours.num_layers == theirs.num_hidden_layers
+  assert ours.num_heads == theirs.num_attention_heads
+  assert ours.num_kv_heads == theirs.num_key_value_heads
+  assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+  assert ours.norm_eps == theirs.rms_norm_eps
+  assert ours.tie_embeddings == theirs.tie_word_embeddings
+  assert ours.max_length == theirs.max_position_embeddings
+  activation = theirs.hidden_activation if gemma else theirs.hidden_act
+  assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
+  attention_bias = family == "qwen2" or theirs.attention_bias
+  biases = {"query", "key", "value"} if attention_bias else set()
+  biases |= {"out"} if attention_bias and family != "qwen2" else set()
+  biases |= {"gate", "up", "down"} if getattr(theirs, "mlp_bias", False) else set()
+  assert set(ours.biases) == biases
+  windowed = tuple(kind == "sliding_attention" for kind in getattr(theirs, "layer_types", []))
+  assert ours.windowed == (windowed if any(windowed) else ())
+  assert ours.window == (theirs.sliding_window if any(windowed) else None)
+  assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma, gemma)
+  assert ours.qk_norm == (family in ("qwen3", "gemma3_text"))
+  assert ours.query_pre_attn_scalar == getattr(theirs, "query_pre_attn_scalar", None)
+  assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
+  assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
+  rotary = ROTARY[family](theirs)
+  if family == "gemma3_text":
+    pairs = [(ours.rope, rotary.full_attention_inv_freq), (ours.local_rope, rotary.sliding_attention_inv_freq)]
+  else:
+    assert ours.local_rope is None
+    pairs = [(ours.rope, rotary.inv_freq)]
+  for rope, frequencies in pairs:
+    np.testing.assert_allclose(rope.frequencies(ours.head_dim), frequencies.numpy(), rtol=3e-7)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_config_is_what_transformers_makes_of_it(name, read_by_transformers):
+  check_same(from_huggingface(ALL[name], name), read_by_transformers(ALL[name]))
+
+
+def test_config_of_the_real_model(read_by_transformers):
+  if not SMOLLM2.exists():
+    pytest.skip("no .cache/smollm2-135m-instruct: run tools/smollm2.py")
+  fields = json.loads(SMOLLM2.read_text())
+  check_same(from_huggingface(fields, "SmolLM2"), read_by_transformers(fields))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_both_spellings_are_the_same_config(name, read_by_transformers, tmp_path):
+  """That of the file, and that in which transformers 5 saves it."""
+  read_by_transformers(ALL[name]).save_pretrained(tmp_path / "saved")
+  saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+  assert "rope_parameters" in saved
+  assert "rope_theta" not in saved
+  assert from_huggingface(saved, name) == from_huggingface(ALL[name], name)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_written_is_the_same_config(name, read_by_transformers):
+  config = from_huggingface(ALL[name], name)
+  fields = to_huggingface(config)
+  assert from_huggingface(fields, name) == config
+  assert json.loads(json.dumps(fields)) == fields
+  check_same(config, read_by_transformers(fields))
+  assert fields["architectures"] == [type(transformers.AutoModelForCausalLM.from_config(tiny(fields))).__name__]
+
+
+def tiny(fields):
+  """The same config with hardly any parameters."""
+  small = {"hidden_size": 8, "intermediate_size": 4, "vocab_size": 4, "num_hidden_layers": 1, "layer_types": None}
+  small |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "pad_token_id": None}
+  return transformers.AutoConfig.for_model(**fields | small)
+
+
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("Qwen3-8B", {"scale_embeddings": True}),
+    ("Qwen3-8B", {"norm_offset": True}),
+    ("Qwen3-8B", {"biases": ("query",)}),
+    ("Qwen3-8B", {"post_norms": True}),
+    ("Qwen3-8B", {"attention_softcap": 3.0}),
+    ("Qwen3-8B", {"query_pre_attn_scalar": 7.0}),
+    ("Qwen3-8B", {"local_rope": models.Rope(3.0)}),
+    ("Qwen3-8B", {"window": 8}),
+    ("Llama-3.1-8B", {"biases": ("up", "down")}),
+    ("Llama-3.1-8B", {"windowed": (True,) * 32, "window": 8}),
+    ("gemma-3-1b-it", {"scale_embeddings": False}),
+    ("gemma-3-1b-it", {"norm_offset": False}),
+    ("gemma-3-1b-it", {"post_norms": False}),
+    ("gemma-3-1b-it", {"qk_norm": False}),
+    ("gemma-3-1b-it", {"query_pre_attn_scalar": None}),
+    ("gemma-3-1b-it", {"local_rope": None}),
+    ("gemma-3-1b-it", {"local_rope": models.Rope(3.0, "linear", 2.0)}),
+  ],
+)
+def test_settings_of_no_family_are_not_written(name, changes):
+  changed = dataclasses.replace(from_huggingface(ALL[name], name), **changes)
+  with pytest.raises(InputError) as caught:
+    to_huggingface(changed)
+  assert "\n" not in str(caught.value)
+
+
+def test_settings_of_another_family_are_written_as_that_one():
+  """Qwen3 without its norms is a Llama."""
+  changed = dataclasses.replace(from_huggingface(ALL["Qwen3-8B"], ""), qk_norm=False)
+  fields = to_huggingface(changed)
+  assert fields["model_type"] == "llama"
+  assert from_huggingface(fields, "") == changed
+
+
+def test_adapters_do_not_stand_in_a_config():
+  config = from_huggingface(ALL["Qwen3-8B"], "")
+  adapted = dataclasses.replace(config, lora=models.LoRA(4, 8.0, ("query",)))
+  assert to_huggingface(adapted) == to_huggingface(config)
+
+
+# --- what is refused ---
+
+
+def message(name, **changes):
+  """What is said about a published config with these fields; None takes one out, ... sets it to null."""
+  fields = {key: value for key, value in (ALL[name] | changes).items() if value is not None or key not in changes}
+  fields = {key: None if value is ... else value for key, value in fields.items()}
+  with pytest.raises(InputError) as caught:
+    from_huggingface(fields, "dir/config.json")
+  text = str(caught.value)
+  assert "\n" not in text
+  assert text.startswith("dir/config.json: ")
+  return text.removeprefix("dir/config.json: ")
+
+
+REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+
+
+@pytest.mark.parametrize(
+  ("name", "field"),
+  [(name, field) for name in OFFICIAL for field in REQUIRED]
+  + [(name, "num_key_value_heads") for name in OFFICIAL if "lama" not in name and "Smol" not in name]
+  + [(name, "head_dim") for name in OFFICIAL if "gemma" in name],
+)
+def test_missing_field(name, field):
+  assert message(name, **{field: None}) == f"{field} is None, expected a positive integer"
+
+
+@pytest.mark.parametrize(
+  "family", ["gpt2", "mistral", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]]
+)
+def test_other_family(family):
+  expected = f"model_type is {family!r}, expected one of llama, qwen2, qwen3, gemma2, gemma3_text"
+  assert message("Llama-3.1-8B", model_type=family) == expected
+
+
+def test_multimodal_gemma3(tmp_path):
+  """As transformers writes it: the text model is a part of it."""
+  text = ALL["gemma-3-1b-it"]
+  transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
+  fields = json.loads((tmp_path / "config.json").read_text())
+  with pytest.raises(InputError, match=r"model_type is 'gemma3', expected one of .*gemma3_text"):
+    from_huggingface(fields, "config.json")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "proportional", "mrope", "su", 3, ["llama3"], None])
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_other_rope_types(kind, spelling):
+  said = message("SmolLM2-135M", **{spelling: {"rope_type": kind, "factor": 4.0}})
+  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3"
+  full = {"full_attention": {"rope_type": kind, "factor": 4.0}}
+  said = message("gemma-3-1b-it", **{spelling: full["full_attention"] if spelling == "rope_scaling" else full})
+  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3"
+
+
+def test_other_rope_type_in_the_old_spelling():
+  assert message("SmolLM2-135M", rope_scaling={"type": "ntk", "factor": 2.0}).startswith("rope type is 'ntk'")
+
+
+@pytest.mark.parametrize("field", [key for key in LLAMA3_ROPE if key != "rope_type"])
+def test_missing_field_of_a_rope(field):
+  rope = {key: value for key, value in LLAMA3_ROPE.items() if key != field}
+  assert message("Llama-3.1-8B", rope_scaling=rope) == f"rope: {field} is missing, expected with rope type 'llama3'"
+
+
+@pytest.mark.parametrize(
+  ("rope", "expected"),
+  [
+    ({"factor": "8"}, "rope: factor is '8', expected a positive number"),
+    ({"factor": -8.0}, "rope: factor is -8.0, expected a positive number"),
+    ({"factor": float("nan")}, "rope: factor is nan, expected a positive number"),
+    ({"rope_theta": 0}, "rope: rope_theta is 0, expected a positive number"),
+    ({"rope_theta": "large"}, "rope: rope_theta is 'large', expected a positive number"),
+    ({"original_max_position_embeddings": 8192.5}, "original_max_position_embeddings is 8192.5, expected a positive"),
+    ({"high_freq_factor": 1.0}, "rope: high_freq_factor is 1.0, expected more than low_freq_factor, 1.0"),
+    ({"attention_factor": 1.3}, "rope: attention_factor is 1.3, expected no such field with rope type 'llama3'"),
+    ({"partial_rotary_factor": 0.5}, "rope: partial_rotary_factor is 0.5, expected no such field"),
+    ({"full_attention": {}}, "rope: full_attention is {}, expected no such field"),
+  ],
+)
+def test_fields_of_a_rope(rope, expected):
+  assert expected in message("Llama-3.1-8B", rope_scaling=LLAMA3_ROPE | rope)
+
+
+@pytest.mark.parametrize(
+  ("name", "field", "value", "expected"),
+  [
+    ("SmolLM2-135M", "hidden_size", "576", "hidden_size is '576', expected a positive integer"),
+    ("SmolLM2-135M", "hidden_size", 576.5, "hidden_size is 576.5, expected a positive integer"),
+    ("SmolLM2-135M", "num_hidden_layers", True, "num_hidden_layers is True, expected a positive integer"),
+    ("SmolLM2-135M", "num_attention_heads", 0, "num_attention_heads is 0, expected a positive integer"),
+    ("SmolLM2-135M", "num_key_value_heads", [3], "num_key_value_heads is [3], expected a positive integer"),
+    ("SmolLM2-135M", "num_key_value_heads", 2, "9 query heads do not divide into 2 key/value heads"),
+    ("SmolLM2-135M", "hidden_size", 577, "hidden_size 577 does not divide into 9 heads, and there is no head_dim"),
+    ("SmolLM2-135M", "hidden_size", 567, "heads have 63 dimensions, expected an even number: pairs"),
+    ("SmolLM2-135M", "head_dim", "64", "head_dim is '64', expected a positive integer"),
+    ("SmolLM2-135M", "max_position_embeddings", "8k", "max_position_embeddings is '8k', expected a positive integer"),
+    ("SmolLM2-135M", "rms_norm_eps", "small", "rms_norm_eps is 'small', expected a positive number"),
+    ("SmolLM2-135M", "rms_norm_eps", float("inf"), "rms_norm_eps is inf, expected a positive number"),
+    ("SmolLM2-135M", "rope_theta", {}, "rope: rope_theta is {}, expected a positive number"),
+    ("SmolLM2-135M", "rope_scaling", "linear", "rope_scaling is 'linear', expected an object"),
+    ("SmolLM2-135M", "rope_parameters", [1], "rope_parameters is [1], expected an object"),
+    ("SmolLM2-135M", "tie_word_embeddings", "yes", "tie_word_embeddings is 'yes', expected true or false"),
+    ("SmolLM2-135M", "attention_bias", 1, "attention_bias is 1, expected true or false"),
+    ("SmolLM2-135M", "hidden_act", "relu", "hidden_act is 'relu', expected one of silu, swish, "),
+    ("SmolLM2-135M", "hidden_act", "gelu", "hidden_act is 'gelu', expected one of "),
+    ("SmolLM2-135M", "hidden_act", ["silu"], "hidden_act is ['silu'], expected one of "),
+    ("gemma-2-2b-it", "hidden_activation", "quick_gelu", "hidden_activation is 'quick_gelu', expected one of "),
+    ("gemma-2-2b-it", "query_pre_attn_scalar", ..., "query_pre_attn_scalar is None, expected a positive number"),
+    ("gemma-2-2b-it", "attn_logit_softcapping", False, "attn_logit_softcapping is False, expected a positive number"),
+    ("gemma-2-2b-it", "sliding_window", ..., "layers have sliding_attention but no window, expected sliding_window"),
+    ("gemma-2-2b-it", "sliding_window", 4096.0, "sliding_window is 4096.0, expected a positive integer"),
+    ("gemma-2-2b-it", "layer_types", ["full_attention"], "layer_types is ['full_attention'], expected a list of 26"),
+    ("gemma-2-2b-it", "layer_types", ["chunked_attention"] * 26, "layer_types is ['chunked_attention', "),
+    ("gemma-2-2b-it", "layer_types", [["full_attention"]] * 26, "layer_types is [['full_attention'], "),
+    ("gemma-2-2b-it", "layer_types", 26, "layer_types is 26, expected a list of 26"),
+    ("gemma-3-1b-it", "sliding_window_pattern", 0, "sliding_window_pattern is 0, expected a positive integer"),
+    ("gemma-3-1b-it", "rope_local_base_freq", "1e4", "rope of windows: rope_theta is '1e4', expected a"),
+    ("gemma-3-1b-it", "rope_parameters", {"rope_theta": 3.0}, "rope: rope_parameters has rope_theta, expected full_"),
+    ("gemma-3-1b-it", "rope_parameters", {"full_attention": 3}, "rope: full_attention is 3, expected an object"),
+    ("Qwen3-8B", "head_dim", ..., "head_dim is None, expected a positive integer"),
+    ("Qwen2.5-7B", "use_sliding_window", "no", "use_sliding_window is 'no', expected true or false"),
+    ("qwen2 with windows", "max_window_layers", -1, "max_window_layers is -1, expected an integer, 0 or more"),
+    ("Qwen2.5-7B", "layer_types", ["sliding_attention"] * 28, "layers have sliding_attention but no window"),
+  ],
+)  # fmt: skip
+def test_field_of_another_type(name, field, value, expected):
+  assert message(name, **{field: value}).startswith(expected)
+
+
+@pytest.mark.parametrize(
+  ("name", "field", "value"),
+  [
+    ("Qwen3-8B", "num_experts", 128),
+    ("Qwen3-8B", "num_experts_per_tok", 8),
+    ("Qwen3-8B", "decoder_sparse_step", 1),
+    ("Llama-3.1-8B", "num_local_experts", 8),
+    ("Llama-3.1-8B", "quantization_config", {"quant_method": "fp8"}),
+    ("Llama-3.1-8B", "layer_types", ["full_attention"] * 32),
+    ("Llama-3.1-8B", "sliding_window", 4096),
+    ("Llama-3.1-8B", "clip_qkv", 8.0),
+    ("Qwen2.5-7B", "attention_bias", True),
+    ("Qwen2.5-7B", "mlp_bias", True),
+    ("Qwen2.5-7B", "use_mrope", True),
+    ("SmolLM2-135M", "rope_interleaved", True),
+    ("gemma-3-1b-it", "use_bidirectional_attention", True),
+    ("gemma-3-1b-it", "vision_config", {"hidden_size": 3}),
+  ],
+)
+def test_setting_that_is_not_implemented(name, field, value):
+  said = message(name, **{field: value})
+  assert said.startswith(f"{field} is {repr(value)[:80]}, which is not implemented for {ALL[name]['model_type']}")
+
+
+@pytest.mark.parametrize(("field", "value"), [("pretraining_tp", 2), ("partial_rotary_factor", 0.5)])
+def test_setting_that_is_implemented_for_one_value(field, value):
+  assert message("SmolLM2-135M", **{field: value}).startswith(f"{field} is {value}, only 1")
+
+
+@pytest.mark.parametrize(
+  ("name", "mistyped", "field", "value"),
+  [
+    ("SmolLM2-135M", "num_hidden_layer", "num_hidden_layers", 30),
+    ("SmolLM2-135M", "rope_tetha", "rope_theta", 1e5),
+    ("SmolLM2-135M", "rms_norm_epsilon", "rms_norm_eps", 1e-5),
+    ("SmolLM2-135M", "tie_word_embedding", "tie_word_embeddings", True),
+    ("gemma-2-2b-it", "tie_word_embedding", "tie_word_embeddings", False),  # off, but on by default
+    ("gemma-2-2b-it", "attn_logit_softcaping", "attn_logit_softcapping", ...),
+    ("gemma-3-1b-it", "rope_local_base_frequency", "rope_local_base_freq", 3.0),
+    ("Qwen2.5-7B", "use_slidingwindow", "use_sliding_window", True),
+  ],
+)
+def test_mistyped_field(name, mistyped, field, value):
+  said = message(name, **{field: None, mistyped: value})
+  assert said == f"{mistyped} is not a field of {ALL[name]['model_type']}; was {field} meant?"
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_fields_that_change_nothing(name):
+  """What other programs write, and what is switched off."""
+  more = {
+    "unsloth_fixed": True, "_name_or_path": "x", "auto_map": {"AutoModel": "modeling.X"}, "dtype": "float32",
+    "do_sample": True, "temperature": 0.6, "partial_rotary_factor": 1.0, "use_qk_norm": False, "num_experts": None,
+    "mlp_only_layers": [], "quantization_config": None, "transformers.js_config": {"a": 1},
+  }  # fmt: skip
+  assert from_huggingface(ALL[name] | more, name) == from_huggingface(ALL[name], name)
