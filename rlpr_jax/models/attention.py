@@ -53,7 +53,8 @@ def attend(
     case "splash":
       return kernels.splash_attention(queries, keys, values, segment_ids, settings, windowed)
     case "tokamax":
-      return kernels.tokamax_attention(queries, keys, values, segment_ids, settings, windowed)
+      first = first_visible(segment_ids, settings.window, windowed)
+      return kernels.tokamax_attention(queries, keys, values, first, settings)
     case "xla":
       return _attend_xla(queries, keys, values, segment_ids, settings, windowed)
 

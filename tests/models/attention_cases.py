@@ -1,0 +1,90 @@
+"""Random packed rows for attention, and how far a kernel is from plain XLA on them.
+
+Run as a script it compares on a mesh of eight CPU devices and prints the distances as JSON, for test_kernels.py: the
+number of devices must be set before jax starts.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from rlpr_jax import sharding
+from rlpr_jax.models import attention, kernels
+from rlpr_jax.models.attention import AttentionSettings
+
+
+class Inputs(NamedTuple):
+  """Operands of attention, and the gradient of its output."""
+
+  queries: Float[Array, "B T N H"]
+  keys: Float[Array, "B T K H"]
+  values: Float[Array, "B T K H"]
+  output_gradient: Float[Array, "B T N H"]
+  segment_ids: Int[Array, "B T"]
+
+
+def random_inputs(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> Inputs:
+  """Rows of two segments; the last fifth of each other row is padding."""
+  rng = np.random.default_rng(0)
+  shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+  ids = np.ones((batch, length), np.int32)
+  ids[:, length // 3 :] = 2
+  ids[::2, length - length // 5 :] = 0
+  return Inputs(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes), jnp.asarray(ids))
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def attend(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str, jax.Array]:
+  """Output of attention and its gradients. `windowed` is traced, as in a scan over layers."""
+  sharded = [settings.sharding.constrain(x, "batch", None, "heads", None) for x in inputs[:1]]
+  sharded += [settings.sharding.constrain(x, "batch", None, "kv_heads", None) for x in inputs[1:3]]
+  y, backwards = jax.vjp(lambda *x: attention.attend(*x, inputs.segment_ids, settings, windowed), *sharded)
+  return dict(zip(("output", "queries", "keys", "values"), (y, *backwards(inputs.output_gradient)), strict=True))
+
+
+def distances(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str, float]:
+  """Largest difference between a backend and plain XLA on one device, over the largest number there."""
+  plain = AttentionSettings("xla", settings.scale, settings.softcap, settings.window)
+  found, expected = attend(inputs, windowed, settings), attend(inputs, windowed, plain)
+  return {
+    name: float(np.max(np.abs(np.asarray(found[name], np.float32) - x)) / np.max(np.abs(x)))
+    for name, x in jax.tree.map(lambda x: np.asarray(x, np.float32), expected).items()
+  }
+
+
+def interpreted() -> contextlib.AbstractContextManager:
+  """Splash attention without a TPU, as long as the context lasts."""
+  make = functools.partial(kernels.splash.make_splash_mha, interpret=True)
+  return mock.patch.object(kernels.splash, "make_splash_mha", make)
+
+
+def compare_on_mesh() -> dict:
+  """Two ways to split a model: key/value heads over the tensor axis, and fewer of them than parts."""
+  result = {}
+  for name, shape, kv_heads in (("split", (2, 2, 2), 2), ("replicated", (1, 2, 4), 2)):
+    where = sharding.fit(sharding.create(sharding.create_mesh(*shape)), {"heads": 8, "kv_heads": kv_heads})
+    settings = AttentionSettings("splash", 0.125, softcap=5.0, window=16, sharding=where)
+    inputs = random_inputs(4, 40, 8, kv_heads, 64)
+    for windowed in (True, False):
+      result[f"{name} {windowed}"] = distances(inputs, jnp.array(windowed), settings)
+    y = attend(inputs, jnp.array(True), settings)["output"]
+    result[f"{name} part"] = y.sharding.shard_shape(y.shape)
+    with_tokamax = dataclasses.replace(settings, backend="tokamax")
+    with contextlib.suppress(ImportError):
+      import tokamax  # noqa: F401
+
+      result[f"{name} tokamax"] = distances(inputs, jnp.array(True), with_tokamax)
+  return result
+
+
+if __name__ == "__main__":
+  with interpreted():
+    print(json.dumps(compare_on_mesh()))
