@@ -200,8 +200,9 @@ def chunked_logits(
   rows, length = tokens.shape
   width = int(max(starts))
   padded = np.where(np.arange(width) < starts[:, None], tokens[:, :width], 3)
-  out = np.zeros((rows, length, VOCAB), np.float32)
-  out[:, :width], cache = prefill(model, params, padded, length)
+  logits, cache = prefill(model, params, padded, length)
+  out = np.zeros((rows, length, logits.shape[-1]), np.float32)
+  out[:, :width] = logits
   turn, places = 0, starts.astype(np.int32)
   while np.any(places < length):
     count = chunks[turn % len(chunks)]

@@ -238,5 +238,5 @@ def test_prefill_returns_the_last_hidden_state_of_each_prompt(policy):
     alone = make_prompts()[row : row + 1, :length]
     expected, _ = prefill(policy.model, policy.params, alone, LENGTHS[row : row + 1], capacity=9)
     np.testing.assert_allclose(hidden[row], expected[0], atol=1e-5)
-  logps = [token_logprobs(policy.params["head"], hidden, jnp.full(4, token))[0] for token in (3, 4)]
+  logps = [token_logprobs(policy.params["head"], hidden[:, None], jnp.full((4, 1), token))[0] for token in (3, 4)]
   assert np.ptp(logps) > 0.1  # the prompts do differ

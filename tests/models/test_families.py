@@ -1,0 +1,175 @@
+"""Every family against transformers in torch (CPU, float32, eager attention), and what makes one differ from another.
+
+Random small models, see cases.py. The largest differences seen are in docs/models.md.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+import transformers
+
+from rlpr_jax import models
+from rlpr_jax.models import Rope, families
+from tests.models import cases
+
+TOKENS = cases.random_tokens(2, cases.LENGTH)
+
+
+@functools.cache
+def model(name):
+  return models.definition(cases.config(name))
+
+
+@functools.cache
+def expected_logits(name):
+  return cases.torch_logits(cases.torch_model(name), TOKENS)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_logits_of_whole_rows(name):
+  config, params = cases.loaded(name)
+  assert config == cases.config(name)  # transformers wrote the file that was read
+  found = cases.whole_logits(model(name), params, TOKENS)
+  assert found.dtype == np.float32
+  assert np.std(expected_logits(name)) > 0.5
+  np.testing.assert_allclose(found, expected_logits(name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_logits_through_the_cache(name):
+  """Prompts of different lengths, then one token and many by turns: more than a window at once, and over its edge."""
+  found = cases.chunked_logits(model(name), cases.loaded(name)[1], TOKENS, np.array([5, 11]), (1, 11))
+  np.testing.assert_allclose(found, expected_logits(name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_sequences_packed_into_one_row_are_as_if_alone(name):
+  """Against torch, which sees each alone; the second is longer than every window."""
+  sequences = [cases.random_tokens(n, seed=n) for n in (13, 24)]
+  row = cases.pack(sequences, cases.LENGTH)
+  rows = [np.repeat(x, 2, axis=0) for x in row]
+  found = cases.whole_logits(model(name), cases.loaded(name)[1], *rows)[0]
+  alone = [cases.torch_logits(cases.torch_model(name), sequence[None])[0] for sequence in sequences]
+  np.testing.assert_allclose(found[:37], np.concatenate(alone), atol=1e-4, rtol=0)
+  assert np.all(np.isfinite(found))  # on padding too
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_gradients(name):
+  """By every parameter of every layer, within 2e-5 of its largest entry."""
+  found = cases.gradients(model(name), cases.loaded(name)[1], TOKENS)
+  expected = cases.torch_gradients(cases.torch_model(name), TOKENS)
+  assert jax.tree.map(np.shape, found) == jax.tree.map(np.shape, expected)
+  assert all(np.all(np.max(np.abs(x), axis=tuple(range(1, x.ndim))) > 0) for x in jax.tree.leaves(expected["layers"]))
+  differences = cases.differences(found, expected)
+  assert len(differences) == len(jax.tree.leaves(expected))
+  assert {name: error for name, error in differences.items() if not error < 2e-5} == {}
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_config_is_written_so_that_it_can_be_read(name):
+  """By us, and by transformers, which makes the same model of it."""
+  config = cases.config(name)
+  fields = families.to_huggingface(config)
+  assert families.from_huggingface(fields, name) == config
+  theirs = transformers.AutoConfig.for_model(**fields, pad_token_id=None)
+  again = cases.randomise(theirs)  # the weights come from a seed
+  np.testing.assert_array_equal(cases.torch_logits(again, TOKENS), expected_logits(name))
+
+
+def test_gemma3_without_any_window():
+  """The other rope is then nobody's."""
+  fields = cases.CASES["gemma3"] | {"layer_types": ["full_attention"] * 7}
+  theirs = cases.randomise(transformers.AutoConfig.for_model(**fields))
+  config, params = cases.load(theirs)
+  assert (config.window, config.windowed) == (None, ())
+  found = cases.whole_logits(models.definition(config), params, TOKENS)
+  np.testing.assert_allclose(found, cases.torch_logits(theirs, TOKENS), atol=1e-4, rtol=0)
+
+
+# --- each setting matters ---
+
+# Settings that are switched off, by case: were one without effect, the tests above could not tell that it is right.
+SWITCHES = {
+  "llama": [
+    {"norm_eps": 1e-6},
+    {"rope": Rope()},  # theta
+    {"activation": "gelu_tanh"},
+    {"scale_embeddings": True},
+    {"norm_offset": True},
+  ],
+  "llama_biases": [
+    {"biases": tuple(name for name in models.config.LINEAR if name != without)} for without in models.config.LINEAR
+  ],
+  "llama_long": [
+    {"rope": Rope(500.0)},
+    {"rope": Rope(500.0, "linear", 8.0)},
+    {"rope": Rope(500.0, "llama3", 4.0, 1.0, 4.0, 8)},
+    {"rope": Rope(500.0, "llama3", 8.0, 2.0, 4.0, 8)},
+    {"rope": Rope(500.0, "llama3", 8.0, 1.0, 8.0, 8)},
+    {"rope": Rope(500.0, "llama3", 8.0, 1.0, 4.0, 16)},
+  ],
+  "llama_linear": [{"rope": Rope(1000.0)}],
+  "qwen2": [
+    {"windowed": (), "window": None},
+    {"windowed": (True,) * 4},
+    {"windowed": (True, True, False, False)},
+    {"window": 5},
+    {"window": 7},
+    {"biases": ("query", "key")},
+  ],
+  "qwen3": [{"qk_norm": False}],
+  "qwen3_biases": [{"biases": ("query", "key", "value")}],
+  "gemma2": [
+    {"windowed": (), "window": None},
+    {"windowed": (False, True) * 2},
+    {"window": 6},
+    {"attention_softcap": None},
+    {"final_softcap": None},
+    {"norm_offset": False},
+    {"post_norms": False},
+    {"scale_embeddings": False},
+    {"query_pre_attn_scalar": None},
+    {"activation": "silu"},
+  ],
+  "gemma3": [
+    {"windowed": (), "window": None},
+    {"windowed": (True,) * 7},
+    {"window": 8},
+    {"rope": Rope(1000.0)},
+    {"local_rope": None},
+    {"local_rope": Rope(1000.0)},
+    {"qk_norm": False},
+    {"norm_offset": False},
+    {"post_norms": False},
+    {"scale_embeddings": False},
+    {"query_pre_attn_scalar": None},
+  ],
+}
+
+
+def prune(params, like):
+  """The part of the parameters that another configuration has too."""
+  return {key: prune(params[key], part) if isinstance(part, dict) else params[key] for key, part in like.items()}
+
+
+@pytest.mark.parametrize(
+  ("name", "change"),
+  [
+    pytest.param(name, change, id=f"{name}-{i}-{'-'.join(change)}")
+    for name, changes in SWITCHES.items()
+    for i, change in enumerate(changes)
+  ],
+)
+def test_every_setting_matters(name, change):
+  """Were it read wrongly, the logits would be a hundred times as far from torch's as they may be."""
+  config, params = cases.loaded(name)
+  changed = dataclasses.replace(config, **change)
+  assert changed != config
+  params = prune(params, models.abstract_params(changed))
+  found = cases.whole_logits(models.definition(changed), params, TOKENS)
+  assert np.all(np.isfinite(found))
+  assert np.max(np.abs(found - expected_logits(name))) > 1e-2

@@ -1,0 +1,250 @@
+"""The table of logical axes, and models on a mesh of eight devices against one device.
+
+The eight are CPU devices, which XLA makes when it is told so, in a process of its own: eight_devices.py.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from rlpr_jax import models, sharding
+from rlpr_jax.errors import InputError
+from tests import eight_devices
+from tests.models import cases
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Compiling is nearly all of its time, and nothing is run often.
+FLAGS = ("force_host_platform_device_count=8", "backend_optimization_level=0", "llvm_disable_expensive_passes=true")
+LLAMA = cases.config("llama")  # 8 query heads, 2 key/value heads, embed 48, mlp 80, vocabulary 96
+
+
+def mesh(data, fsdp, tensor):
+  """A mesh without devices: enough for all but arrays."""
+  return AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
+
+
+# --- the table ---
+
+
+@pytest.mark.parametrize(
+  ("axes", "expected"),
+  [
+    (("batch", "sequence", "embed"), P(("data", "fsdp"), None, None)),  # fsdp is taken by the rows
+    (("batch", "sequence", "heads", None), P(("data", "fsdp"), None, ("tensor",), None)),
+    (("vocab", "embed"), P(("tensor",), ("fsdp",))),
+    (("embed", "heads", "head_dim"), P(("fsdp",), ("tensor",), None)),
+    (("layers", "mlp", "embed"), P(None, ("tensor",), ("fsdp",))),
+    (("layers", "batch", "kv_heads", None, None), P(None, ("data", "fsdp"), ("tensor",), None, None)),
+    (("heads", "mlp"), P(("tensor",), None)),  # a mesh axis is used once
+    ((None, "unheard_of"), P(None, None)),
+    ((), P()),
+  ],
+)
+def test_spec(axes, expected):
+  assert sharding.create(mesh(2, 2, 2)).spec(axes) == expected
+
+
+def test_rules_of_ones_own():
+  """What they do not name stays as it is in the table."""
+  where = sharding.create(mesh(2, 2, 2), {"embed": ("fsdp", "tensor"), "batch": ["data"], "vocab": ()})
+  assert where.spec(("batch", "sequence", "embed")) == P(("data",), None, ("fsdp", "tensor"))
+  assert where.spec(("vocab", "embed")) == P(None, ("fsdp", "tensor"))
+  assert where.spec(("embed", "mlp")) == P(("fsdp", "tensor"), None)
+  assert where.spec(("heads",)) == P(("tensor",))
+  assert [where.ways(axis) for axis in ("batch", "embed", "vocab", "heads")] == [2, 4, 1, 2]
+  assert hash(where) == hash(
+    sharding.create(mesh(2, 2, 2), {"vocab": (), "batch": ["data"], "embed": ("fsdp", "tensor")})
+  )
+
+
+def test_ways_multiply():
+  where = sharding.create(mesh(2, 3, 5))
+  assert {axis: where.ways(axis) for axis in sharding.RULES} == {
+    "batch": 6, "sequence": 1, "embed": 3, "heads": 5, "kv_heads": 5, "mlp": 5, "vocab": 5, "layers": 1,
+  }  # fmt: skip
+  assert where.replicate("kv_heads").ways("kv_heads") == 1
+  assert where.replicate("kv_heads").ways("heads") == 5
+
+
+@pytest.mark.parametrize(
+  ("rules", "expected"),
+  [
+    ({"hedas": ("tensor",)}, "config.sharding.hedas: unknown axis, expected one of batch, sequence, embed, heads,"),
+    ({"heads": ("tensr",)}, "config.sharding.heads: 'tensr', expected axes of the mesh: data, fsdp, tensor"),
+  ],
+)
+def test_rules_that_cannot_be(rules, expected):
+  with pytest.raises(InputError, match=f"^{expected}"):
+    sharding.create(mesh(2, 2, 2), rules)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "expected"),
+  [
+    ((2, 2, 3), "do not multiply to the 8 devices that are there"),
+    ((1, 1, 4), "do not multiply to the 8 devices"),  # four would be idle
+    ((3, -1, 1), "do not multiply to the 8 devices"),
+    ((-1, -1, 1), "expected positive numbers and at most one -1"),
+    ((0, 8, 1), "expected positive numbers"),
+    ((-2, -4, 1), "expected positive numbers"),
+  ],
+)
+def test_meshes_that_cannot_be(sizes, expected):
+  with pytest.raises(InputError, match=f"^config.mesh: sizes .*{expected}"):
+    sharding.create_mesh(*sizes, devices=[jax.devices()[0]] * 8)
+
+
+def test_one_device_is_no_mesh():
+  where = sharding.create(sharding.create_mesh(devices=jax.devices()[:1]))
+  assert where == sharding.Sharding()
+  assert where.named(("batch",)) is None
+  assert where.ways("batch") == 1
+  x = jnp.ones((3, 5))
+  assert where.constrain(x, "batch", "embed") is x
+  assert {leaf.sharding for leaf in jax.tree.leaves(models.abstract_params(LLAMA, where))} == {None}
+
+
+@pytest.mark.parametrize(
+  ("change", "shape", "expected"),
+  [
+    ({"num_heads": 6}, (1, 2, 4), "the model's 6 heads cannot be split 4 ways by the mesh, expected one of 1, 2, 3, 6"),
+    ({"num_heads": 6, "num_kv_heads": 3}, (2, 2, 2),
+     "3 kv_heads cannot be split 2 ways by the mesh, expected one of 1, 3"),
+    ({"embed_dim": 49}, (1, 2, 1), "49 embed cannot be split 2 ways by the mesh, expected one of 1"),
+    ({"mlp_dim": 81}, (1, 1, 2), "81 mlp cannot be split 2 ways by the mesh, expected one of 1"),
+    ({"vocab_size": 100}, (1, 1, 8), "100 vocab cannot be split 8 ways by the mesh, expected one of 1, 2, 4, 5"),
+  ],
+)  # fmt: skip
+def test_sizes_that_do_not_divide(change, shape, expected):
+  config, where = dataclasses.replace(LLAMA, **change), sharding.create(mesh(*shape))
+  for make in (lambda: models.definition(config, models.Runtime("float32", "xla", sharding=where)),
+               lambda: models.abstract_params(config, where)):  # fmt: skip
+    with pytest.raises(InputError) as caught:
+      make()
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("kv_heads", "tensor", "kept"), [(1, 2, ()), (2, 4, ()), (2, 2, ("tensor",)), (4, 2, ("tensor",))]
+)
+def test_fewer_key_value_heads_than_parts_are_on_every_device(kv_heads, tensor, kept):
+  config = dataclasses.replace(LLAMA, num_kv_heads=kv_heads)
+  leaves = models.abstract_params(config, sharding.create(mesh(1, 1, tensor)))["layers"]
+  assert leaves["key"]["weight"].sharding.spec == P(None, ("fsdp",), kept or None, None)
+  assert leaves["query"]["weight"].sharding.spec == P(None, ("fsdp",), ("tensor",), None)
+
+
+# --- eight devices against one ---
+
+
+@pytest.fixture(scope="module")
+def eight():
+  flags = " ".join(f"--xla_{flag}" for flag in FLAGS)
+  path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.eight_devices"],
+    cwd=ROOT,
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+    timeout=1200,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-4000:]
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+MESHES = ("2 key/value heads on 8", "3 key/value heads on 4", "parameters alone", "places", "activations")
+SAMPLED = [*(("cases", name) for name in eight_devices.CASES), *(("meshes", name) for name in MESHES[:2])]
+
+
+@pytest.mark.parametrize(
+  ("kind", "name"), [*(("cases", name) for name in eight_devices.CASES), *(("meshes", name) for name in MESHES)]
+)
+def test_gradients_are_those_of_one_device(eight, kind, name):
+  """Of the loss of training/update.py, by every parameter."""
+  result = eight[kind][name]
+  assert result["gradient_size"] > 0.1
+  assert result["gradient"] < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "name"), SAMPLED)
+def test_prefill_and_extend_are_those_of_one_device(eight, kind, name):
+  assert eight[kind][name]["logits"] < 1e-5
+
+
+@pytest.mark.parametrize(("kind", "name"), SAMPLED)
+def test_samples_are_those_of_one_device(eight, kind, name):
+  results = [value for key, value in eight[kind][name].items() if key.startswith("temperature")]
+  assert len(results) == (2 if kind == "cases" else 1)  # greedy, too
+  for result in results:
+    assert result["tokens"] == result["expected"]
+    assert result["logprobs"] < 1e-5
+  assert len({token for result in results for row in result["tokens"] for token in row}) > 15
+
+
+@pytest.mark.parametrize("name", eight_devices.CASES)
+def test_cache_is_split_by_rows_and_key_value_heads(eight, name):
+  """Rows over data and fsdp, heads over tensor unless there is but one."""
+  config = cases.config(name)
+  for result in (eight["cases"][name], eight["cases"][name]["temperature 1"]):
+    layers, rows, heads, slots, head_dim = result["cache"]
+    assert heads == config.num_kv_heads
+    assert result["cache_part"] == [layers, rows // 4, max(1, heads // 2), slots, head_dim]
+
+
+def test_a_cache_of_few_key_value_heads_is_split_by_rows_alone(eight):
+  assert eight["meshes"]["2 key/value heads on 8"]["cache_part"][1:3] == [4, 2]
+  assert eight["meshes"]["3 key/value heads on 4"]["cache_part"][1:3] == [2, 3]
+
+
+def test_parameters_are_split(eight):
+  """Qwen2 with 8 query and 2 key/value heads of 6, data=2, fsdp=2, tensor=2: embed in two, heads, mlp, vocab in two."""
+  norm, column = [[4, 48], [4, 48]], [[4, 48, 80], [4, 24, 40]]
+  kv, kv_bias = [[4, 48, 2, 6], [4, 24, 1, 6]], [[4, 2, 6], [4, 1, 6]]
+  assert eight["parts"]["parts"] == {
+    "embedding": [[96, 48], [48, 24]],
+    "head": [[96, 48], [48, 24]],
+    "final_norm/scale": [[48], [48]],
+    "layers/attention_norm/scale": norm,
+    "layers/mlp_norm/scale": norm,
+    "layers/query/weight": [[4, 48, 8, 6], [4, 24, 4, 6]],
+    "layers/query/bias": [[4, 8, 6], [4, 4, 6]],
+    "layers/key/weight": kv,
+    "layers/key/bias": kv_bias,
+    "layers/value/weight": kv,
+    "layers/value/bias": kv_bias,
+    "layers/out/weight": [[4, 8, 6, 48], [4, 4, 6, 24]],
+    "layers/gate/weight": column,
+    "layers/up/weight": column,
+    "layers/down/weight": [[4, 80, 48], [4, 40, 24]],
+  }
+  assert eight["parts"]["init"] == 0  # the same random parameters, whatever the mesh
+
+
+def test_whole_updates_are_those_of_one_device(eight):
+  """Two steps of two micro-batches, then scores from the cache of the updated policy."""
+  for result in eight["update"].values():
+    assert result["metrics"] == pytest.approx(result["expected_metrics"], rel=1e-5, abs=1e-6)
+    assert 0.1 < result["metrics"]["clip_fraction"] < 0.9
+    assert result["state"] < 1e-5  # moments, or momentum
+    assert result["scores"] < 1e-5
+    assert result["stayed"]  # where they lay
+  assert eight["update"]["momentum"]["moved"] > 1e-2
+  assert eight["update"]["momentum"]["params"] < 1e-5
+
+
+def test_meshes_of_eight_devices(eight):
+  assert eight["sizes"] == {
+    "()": [1, 8, 1], "(2, -1, 2)": [2, 2, 2], "(1, 1, -1)": [1, 1, 8], "(4, 2, 1)": [4, 2, 1],
+  }  # fmt: skip
