@@ -17,6 +17,10 @@ def get_config():
   c.data.max_reference_length = 16
   c.rollout.max_response_length = 32
   c.rollout.prompts_per_draw = 64
+  c.rollout.slots = 256
+  c.rollout.decode_steps = 8
+  c.rollout.prefill_prompts = 32
+  c.rollout.score_rows = 64
   c.training.learning_rate = 3e-4
   c.warm_start.steps = 800
   c.evaluation.prompts = 400

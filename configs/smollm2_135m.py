@@ -24,6 +24,10 @@ def get_config():
   c.data.max_reference_length = 48
   c.rollout.max_response_length = 128
   c.rollout.prompts_per_draw = 8
+  c.rollout.slots = 32
+  c.rollout.decode_steps = 8
+  c.rollout.prefill_prompts = 4
+  c.rollout.score_rows = 8
   c.training.micro_batch_rows = 4
   c.training.learning_rate = 1e-5
   c.warm_start.steps = 16

@@ -66,7 +66,13 @@ def default() -> ConfigDict:
   c.rollout = ConfigDict()
   c.rollout.max_response_length = 3072  # tokens, EOS included
   c.rollout.temperature = 1.0
-  c.rollout.prompts_per_draw = 768  # prompts sampled at once; refilling draws as many again
+  c.rollout.prompts_per_draw = 768  # prompts sampled together; refilling draws as many again
+  c.rollout.slots = 256  # responses that are decoded at once; one that ends makes room for the next
+  c.rollout.decode_steps = 16  # tokens between two looks at which responses have ended
+  c.rollout.prefill_prompts = 8  # prompts read at once
+  c.rollout.score_rows = 16  # reference answers scored at once
+  c.rollout.int8_cache = False  # keys and values of the rollout in eight bits; watch update/sampler_gap
+  c.rollout.gather_params = True  # over fsdp, once a step; without it, which takes less memory, once a token
 
   c.reward = ConfigDict()
   c.reward.kind = "reference"  # reference | random (control: uniform in [0, 1), knows nothing)
@@ -112,7 +118,6 @@ def default() -> ConfigDict:
   c.evaluation.prompts = 0  # first so many of them; 0 for no evaluation
   c.evaluation.samples = 4  # k of Avg@k
   c.evaluation.every = 0  # training steps between evaluations; 0 for before the first and after the last alone
-  c.evaluation.prompts_per_batch = 200
 
   c.log = ConfigDict()
   c.log.rollouts = 16  # responses written to disk each step, whole groups first
@@ -146,8 +151,9 @@ _AT_LEAST = {
   1: (
     "prompts_per_step", "max_draws", "samples_per_prompt", "model.embed_dim", "model.mlp_dim", "model.num_layers",
     "model.num_heads", "model.head_dim", "data.count", "data.prompt_limit", "data.max_reference_length",
-    "rollout.max_response_length", "rollout.prompts_per_draw", "reward.repetition_window", "reward.repetition_limit",
-    "training.minibatches", "warm_start.batch_size", "evaluation.samples", "evaluation.prompts_per_batch",
+    "rollout.max_response_length", "rollout.prompts_per_draw", "rollout.slots", "rollout.decode_steps",
+    "rollout.prefill_prompts", "rollout.score_rows", "reward.repetition_window", "reward.repetition_limit",
+    "training.minibatches", "warm_start.batch_size", "evaluation.samples",
     "filter.collect_from", "log.checkpoint_every", "log.keep_checkpoints",
   ),
 }  # fmt: skip

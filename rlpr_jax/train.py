@@ -87,6 +87,8 @@ def train_steps(
     config.training.micro_batch_rows,
     run.policy.sharding,
   )
+  if state.step < config.steps:
+    run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
   progress_start, first = time.perf_counter(), state.step
   while state.step < config.steps and not stop:
     started, compiled = time.perf_counter(), metrics.compilations()

@@ -6,6 +6,7 @@ A script and not a test, for the number of devices must be set before jax starts
 import dataclasses
 import functools
 import json
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,20 @@ import numpy as np
 import optax
 
 from rlpr_jax import models, sharding
+from rlpr_jax.config import default
+from rlpr_jax.data import builtin
 from rlpr_jax.models import logprobs
-from rlpr_jax.sampling.decode import SamplingSettings, decode, prefill, score_suffix
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill, score
+from rlpr_jax.sampling.engine import _Scored, lay_out
 from rlpr_jax.training import packing
+from rlpr_jax.training.policy import init_opt_state, initial_params, load_policy
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
 from tests.models import cases
 
 ROWS, LENGTH = 8, 24  # longer than every window of the cases
 PROMPTS, WIDTH, NEW, SUFFIX = 4, 10, 5, 3
+SLOTS, STEPS = 8, 3  # rows that are sampled at once, and tokens of a call: two calls, the second one cut short
 SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
 ADAMW = adamw(1e-3, weight_decay=0.1, max_grad_norm=1.0)
 # AdamW divides a gradient by its own size, so that of one near zero the rounding decides. This is linear in it.
@@ -63,13 +70,53 @@ def gradient(model, params, rows):
   return jax.grad(lambda params: loss(model, params, rows, SETTINGS)[0])(params)
 
 
-def sample(model, params, temperature):
-  """Samples and cache of four prompts of different lengths, two samples each."""
-  prompts, lengths = cases.random_tokens(PROMPTS, WIDTH, seed=3), np.array([10, 4, 7, 1], np.int32)
-  hidden, cache = prefill(model, params, prompts, lengths, capacity=WIDTH + NEW + SUFFIX)
-  settings = SamplingSettings(NEW, SUFFIX, temperature, eos_ids=tuple(range(0, cases.VOCAB, 8)))
-  keys = jax.random.split(jax.random.key(5), 2 * PROMPTS)
-  return decode(model, params, hidden, cache, lengths, keys, settings)
+PROMPT_TOKENS, PROMPT_LENGTHS = cases.random_tokens(PROMPTS, WIDTH, seed=3), np.array([10, 4, 7, 1], np.int32)
+# Slots of ten samples, of prompts 0 0 1 1 2 2 3 3 0 1: two wait for slots that were others' before, none lies in order.
+PLACES = np.array([3, 6, 0, 5, 7, 1, 4, 2, 5, 3])
+
+
+def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
+  """What ten samples in eight slots are, and the slots in the end."""
+  settings = DecodeSettings(Choice(temperature), STEPS, eos_ids=tuple(range(0, cases.VOCAB, 8)))
+  hidden, cache = prefill(model, params, PROMPT_TOKENS, PROMPT_LENGTHS)
+  slots = empty_slots(model, params, SLOTS, WIDTH + NEW + STEPS, NEW)
+  samples, source = len(PLACES), np.arange(len(PLACES)) // 2 % PROMPTS
+  source[-1] = 1
+  keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5), samples)))
+  out = {name: np.zeros((samples, NEW)) for name in ("tokens", "logprobs")} | {"counts": np.zeros(samples, int)}
+  for chosen in (np.arange(SLOTS), np.arange(SLOTS, samples)):
+    target = np.full(SLOTS, SLOTS)  # nowhere
+    target[: chosen.size] = PLACES[chosen]
+    fill = np.resize(chosen, SLOTS)
+    limits = np.full(SLOTS, NEW, np.int32)
+    slots = insert(slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits)
+    while slots.active.any():
+      slots = decode(model, params, slots, settings, reach=WIDTH + NEW)
+    for name, values in out.items():
+      values[chosen] = np.asarray(getattr(slots, name))[PLACES[chosen]]
+  beyond = np.arange(NEW) >= out["counts"][:, None]
+  return {name: x if x.ndim == 1 else np.where(beyond, 0, x) for name, x in out.items()}, slots
+
+
+def score_slots(model, params, slots, ways) -> np.ndarray:
+  """Log-probabilities of suffixes after parts of the slots' texts, laid out for a mesh that splits rows so.
+
+  Twelve suffixes in two calls of eight rows: of some slots several, in one call or in both, and of one of them none.
+  """
+  prefixes = [(0, 5), (1, 7), (2, 2), (3, 3), (4, 2), (5, 11), (6, 10), (0, 2), (3, 5), (4, 1), (6, 4), (6, 9)]
+  items = [
+    _Scored(row=slot, out=out, prefix=prefix, last_kept=7 * out, ids=list(range(out, out + SUFFIX)), mask=[True] * 3)
+    for out, (slot, prefix) in enumerate(prefixes)
+  ]
+  each, waiting, scores = 8 // ways, items, np.zeros((len(items), SUFFIX))
+  while waiting:
+    parts = [[item for item in waiting if item.row * ways // SLOTS == way][:each] for way in range(ways)]
+    rows, suffixes, placed = lay_out(parts, each, SLOTS // ways, SUFFIX)
+    logps = np.asarray(score(model, params, slots.cache, rows, suffixes, 0.7, reach=WIDTH + NEW))
+    for item, row in placed:
+      scores[item.out] = logps[row]
+    waiting = [item for item in waiting if item not in [other for other, _ in placed]]
+  return scores
 
 
 def read(model, params):
@@ -104,11 +151,15 @@ def compare(config, shape, rules=None, temperatures=(1.0,)) -> dict:
     "cache_part": cache.keys.sharding.shard_shape(cache.keys.shape),
   }
   for temperature in temperatures:
-    (expected, _), (found, cache) = sample(one, params, temperature), sample(many, placed, temperature)
+    (expected, slots), (found, many_slots) = sample(one, params, temperature), sample(many, placed, temperature)
+    cache, ways = many_slots.cache, where.ways("batch")
     result[f"temperature {temperature:g}"] = {
-      "tokens": np.asarray(found.tokens).tolist(),
-      "expected": np.asarray(expected.tokens).tolist(),
-      "logprobs": distance(found.logprobs, expected.logprobs),
+      "tokens": found["tokens"].tolist(),
+      "expected": expected["tokens"].tolist(),
+      "counts": [found["counts"].tolist(), expected["counts"].tolist()],
+      "logprobs": distance(found["logprobs"], expected["logprobs"]),
+      "scores": distance(score_slots(many, placed, many_slots, ways), score_slots(one, params, slots, 1)),
+      "ways": ways,
       "cache": cache.keys.shape,
       "cache_part": cache.keys.sharding.shard_shape(cache.keys.shape),
     }
@@ -129,7 +180,7 @@ def parts(config, shape) -> dict:
 
 
 def whole_update(config, shape, optimizer) -> dict:
-  """Two steps of two micro-batches each, and the scores of a suffix after them."""
+  """Two steps of two micro-batches each, and the scores of suffixes after them."""
   where = sharding.create(sharding.create_mesh(*shape))
   results = []
   for split in (sharding.Sharding(), where):
@@ -141,11 +192,10 @@ def whole_update(config, shape, optimizer) -> dict:
     for step in range(2):
       params, state, metrics = update(model, optimizer, {}, params, state, make_rows(seed=step), settings)
     stayed = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim), params, shardings)
-    _, cache = sample(model, params, 1.0)
-    last, suffix = cases.random_tokens(8, seed=6), cases.random_tokens(8, SUFFIX, seed=7)
-    scores, _ = score_suffix(model, params, cache, last, np.arange(2, 10, dtype=np.int32), suffix, 0.7)
+    _, slots = sample(model, params, 1.0)
+    scores = score_slots(model, params, slots, split.ways("batch"))
     metrics = {name: float(x) for name, x in metrics.items()}
-    results.append((jax.device_get(params), jax.device_get(state), metrics, np.asarray(scores)))
+    results.append((jax.device_get(params), jax.device_get(state), metrics, scores))
   (expected, expected_state, expected_metrics, expected_scores), (found, found_state, metrics, scores) = results
   return {
     "params": distance(found, expected),
@@ -156,6 +206,32 @@ def whole_update(config, shape, optimizer) -> dict:
     "scores": distance(scores, expected_scores),
     "stayed": all(jax.tree.leaves(stayed)),
   }
+
+
+def few_heads() -> dict:
+  """A policy of two key/value heads and its optimiser's state on a mesh that splits heads four ways, and with LoRA.
+
+  Returns:
+    of each parameter and its moments: axes that are split, by name of the parameter.
+  """
+  config = default()
+  config.mesh.fsdp, config.mesh.tensor = 2, 4
+  tokenizer = builtin.tokenizer()
+  model_config = models.ModelConfig(len(tokenizer), 16, 16, 2, num_heads=4, num_kv_heads=2, head_dim=4)
+  result = {}
+  with tempfile.TemporaryDirectory() as directory:
+    models.save_pretrained(directory, model_config, models.init_params(model_config, 0), tokenizer)
+    config.model.path = directory
+    for rank in (0, 2):
+      config.lora.rank = rank
+      policy = load_policy(config)
+      params = initial_params(config, policy)
+      state = init_opt_state(ADAMW, params, policy.sharding)
+      for path, leaf in jax.tree_util.tree_leaves_with_path((params, state)):
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if keys:
+          result.setdefault("/".join(keys), []).append([leaf.shape, leaf.sharding.shard_shape(leaf.shape)])
+  return result
 
 
 # What the others have beside these is the same to a mesh.
@@ -182,6 +258,7 @@ def main() -> None:
       "momentum": whole_update(llama, (2, 2, 2), MOMENTUM),
     },
     "parts": parts(cases.config("qwen2"), (2, 2, 2)),
+    "few_heads": few_heads(),
     "sizes": {
       str(shape): sharding.create_mesh(*shape).devices.shape for shape in ((), (2, -1, 2), (1, 1, -1), (4, 2, 1))
     },

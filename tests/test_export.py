@@ -36,6 +36,10 @@ def tiny():
   c.data.max_reference_length = 16
   c.rollout.max_response_length = 16
   c.rollout.prompts_per_draw = 2
+  c.rollout.slots = 4
+  c.rollout.decode_steps = 4
+  c.rollout.prefill_prompts = 2
+  c.rollout.score_rows = 4
   c.filter.kind = "off"
   c.training.minibatches = 1
   c.training.learning_rate = 1e-2

@@ -189,8 +189,18 @@ def test_samples_are_those_of_one_device(eight, kind, name):
   assert len(results) == (2 if kind == "cases" else 1)  # greedy, too
   for result in results:
     assert result["tokens"] == result["expected"]
+    assert result["counts"][0] == result["counts"][1]
     assert result["logprobs"] < 1e-5
   assert len({token for result in results for row in result["tokens"] for token in row}) > 15
+
+
+@pytest.mark.parametrize(("kind", "name"), SAMPLED)
+def test_scores_are_those_of_one_device(eight, kind, name):
+  """Each part of the mesh scores suffixes after rows of its own; one device has them in another order."""
+  for key, result in eight[kind][name].items():
+    if key.startswith("temperature"):
+      assert result["scores"] < 1e-5
+      assert result["ways"] == {"2 key/value heads on 8": 1, "3 key/value heads on 4": 2}.get(name, 4)
 
 
 @pytest.mark.parametrize("name", eight_devices.CASES)
@@ -230,6 +240,20 @@ def test_parameters_are_split(eight):
     "layers/down/weight": [[4, 80, 48], [4, 40, 24]],
   }
   assert eight["parts"]["init"] == 0  # the same random parameters, whatever the mesh
+
+
+def test_policy_of_fewer_key_value_heads_than_parts(eight):
+  """Loaded, with the optimiser's state: those heads on every device, all else split; moments as their parameters."""
+  found = eight["few_heads"]
+  for name, expected in {
+    "layers/key/weight": [[2, 16, 2, 4], [2, 8, 2, 4]],
+    "layers/value/weight": [[2, 16, 2, 4], [2, 8, 2, 4]],
+    "layers/query/weight": [[2, 16, 4, 4], [2, 8, 1, 4]],
+    "layers/up/weight": [[2, 16, 16], [2, 8, 4]],
+    "layers/value/lora_b": [[2, 2, 2, 4], [2, 2, 2, 4]],
+    "layers/query/lora_b": [[2, 2, 4, 4], [2, 2, 1, 4]],
+  }.items():
+    assert found[name] == [expected] * 3  # the parameter and its two moments
 
 
 def test_whole_updates_are_those_of_one_device(eight):

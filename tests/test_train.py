@@ -40,6 +40,10 @@ def get_config():
   c.data.max_reference_length = 16
   c.rollout.max_response_length = 32
   c.rollout.prompts_per_draw = 3
+  c.rollout.slots = 8
+  c.rollout.decode_steps = 4
+  c.rollout.prefill_prompts = 2
+  c.rollout.score_rows = 4
   c.filter.collect_from = 1
   c.filter.start = 3
   c.filter.scale = 1.0
@@ -49,7 +53,6 @@ def get_config():
   c.warm_start.batch_size = 32
   c.evaluation.prompts = 10
   c.evaluation.samples = 2
-  c.evaluation.prompts_per_batch = 10
   c.log.checkpoint_every = 1
   c.log.keep_checkpoints = 20
   return c
@@ -209,7 +212,7 @@ def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_
   """Eight devices, two along each axis, against one; then a third step of the eight's run, on one."""
   overrides = [
     "--config.rollout.prompts_per_draw=4", "--config.training.micro_batch_rows=4", "--config.training.minibatches=2",
-    "--config.warm_start.steps=10", "--config.evaluation.prompts_per_batch=12",
+    "--config.warm_start.steps=10", "--config.rollout.slots=12", "--config.rollout.prefill_prompts=4",
     "--config.evaluation.every=1",
   ]  # fmt: skip
   mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"]

@@ -1,5 +1,6 @@
 """The policy network: configuration, decoder, token log-probabilities, Hugging Face directories."""
 
+from rlpr_jax.models.attention import UNSEEN
 from rlpr_jax.models.config import LINEAR, LoRA, ModelConfig, Rope, Runtime
 from rlpr_jax.models.loading import load_config, load_pretrained, resolve
 from rlpr_jax.models.logprobs import token_logprobs
@@ -9,7 +10,10 @@ from rlpr_jax.models.transformer import (
   Decoder,
   KVCache,
   Params,
+  Part,
   abstract_params,
+  axis_sizes,
+  cast,
   definition,
   init_params,
   param_axes,
@@ -18,15 +22,19 @@ from rlpr_jax.models.transformer import (
 
 __all__ = [
   "LINEAR",
+  "UNSEEN",
   "Decoder",
   "KVCache",
   "LoRA",
   "ModelConfig",
   "Params",
+  "Part",
   "Rope",
   "Runtime",
   "abstract_params",
   "adapters",
+  "axis_sizes",
+  "cast",
   "combine",
   "definition",
   "init_adapters",

@@ -6,9 +6,12 @@ TPUs and GPUs for whole sequences.
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlpr_jax.models import kernels
@@ -26,6 +29,17 @@ class AttentionSettings:
   sharding: Sharding = Sharding()
 
 
+UNSEEN = np.iinfo(np.int32).max  # position of a cache slot that holds nothing
+
+
+class Cached(NamedTuple):
+  """Keys and values of earlier tokens, in any order."""
+
+  keys: Float[Array, "B K S H"]
+  values: Float[Array, "B K S H"]
+  positions: Int[Array, "B S"]  # of the token in each slot; UNSEEN where none is
+
+
 def attend(
   queries: Float[Array, "B T N H"],
   keys: Float[Array, "B T K H"],
@@ -33,22 +47,27 @@ def attend(
   segment_ids: Int[Array, "B T"],
   settings: AttentionSettings,
   windowed: Bool[Array, ""] | None = None,
-  cached: tuple[Float[Array, "B K S H"], Float[Array, "B K S H"], Int[Array, "B"]] | None = None,
+  positions: Int[Array, "B T"] | None = None,
+  cached: Sequence[Cached] = (),
 ) -> Float[Array, "B T N H"]:
-  """Softmax attention of some tokens to each other and, if given, to cached keys and values before them.
+  """Softmax attention of some tokens to each other and, if given, to cached keys and values of tokens before them.
 
-  N query heads share K key/value heads, N / K to each. The softmax runs over both parts at once, in float32.
+  N query heads share K key/value heads, N / K to each. One softmax runs over all parts, in float32.
 
   Args:
     segment_ids: a token sees those before it in its segment, and itself. Segments are contiguous.
     windowed: whether this layer has the window; None for no.
-    cached: keys and values of earlier tokens, and how many of them a row has; one segment then, which follows them.
+    positions: of the tokens in the text; needed for `cached` alone.
+    cached: a segment sees what stands there before the position of its first token, and nothing that stands later.
   """
   sharding = settings.sharding
   keys, values = _spread(keys, sharding, axis=2), _spread(values, sharding, axis=2)
-  if cached is not None:
-    cached = (_spread(cached[0], sharding, axis=1), _spread(cached[1], sharding, axis=1), cached[2])
-    return _attend_xla(queries, keys, values, segment_ids, settings, windowed, cached)
+  if cached:
+    cached = [
+      Cached(_spread(part.keys, sharding, axis=1), _spread(part.values, sharding, axis=1), part.positions)
+      for part in cached
+    ]
+    return _attend_xla(queries, keys, values, segment_ids, settings, windowed, positions, cached)
   match settings.backend:
     case "splash":
       return kernels.splash_attention(queries, keys, values, segment_ids, settings, windowed)
@@ -59,36 +78,38 @@ def attend(
       return _attend_xla(queries, keys, values, segment_ids, settings, windowed)
 
 
-def _attend_xla(queries, keys, values, segment_ids, settings, windowed, cached=None) -> Float[Array, "B T N H"]:
+def _attend_xla(
+  queries, keys, values, segment_ids, settings, windowed, positions=None, cached=()
+) -> Float[Array, "B T N H"]:
   batch, length, heads, head_dim = queries.shape
   kv_heads = keys.shape[2]
-  grouped = queries.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+  # One matrix a key/value head: the queries of its group, one below the other.
+  grouped = queries.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
+  grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
 
-  def masked(scores: Float[Array, "B K G T S"], mask: Bool[Array, "#B T S"]) -> Float[Array, "B K G T S"]:
-    scores = softcap(scores * settings.scale, settings.softcap)
+  def score(keys: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]) -> Float[Array, "B K GT S"]:
+    scores = jnp.matmul(grouped, keys.swapaxes(2, 3), preferred_element_type=jnp.float32) * settings.scale
+    scores = softcap(scores, settings.softcap).reshape(batch, kv_heads, -1, length, keys.shape[2])
     # A finite minimum: a row that sees nothing (padding) averages instead of giving NaN.
-    return jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    return scores.reshape(batch, kv_heads, -1, keys.shape[2])
 
   places = jnp.arange(length)
   first = first_visible(segment_ids, settings.window, windowed)
   mask = (places <= places[:, None]) & (places >= first[:, :, None])
-  scores = masked(jnp.einsum("btkgh,bskh->bkgts", grouped, keys, preferred_element_type=jnp.float32), mask)
-  if cached is None:
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, values)
-  else:
-    cached_keys, cached_values, filled = cached
-    slots = jnp.arange(cached_keys.shape[2])
-    mask = jnp.broadcast_to((slots < filled[:, None])[:, None], (batch, 1, slots.size))
+  parts, scores = [values.swapaxes(1, 2)], [score(keys.swapaxes(1, 2), mask)]
+  for part in cached:
+    begins = positions - (places - first_visible(segment_ids, None, None))  # of each token's segment
+    mask = part.positions[:, None] < begins[:, :, None]
     if windowed is not None:
-      first = filled[:, None] + places + 1 - settings.window
-      mask &= (slots >= first[:, :, None]) | ~windowed
-    earlier = jnp.einsum("btkgh,bksh->bkgts", grouped, cached_keys, preferred_element_type=jnp.float32)
-    earlier = masked(earlier, mask)
-    weights = jax.nn.softmax(jnp.concatenate([earlier, scores], axis=-1), axis=-1).astype(values.dtype)
-    before, among = jnp.split(weights, [cached_keys.shape[2]], axis=-1)
-    mixed = jnp.einsum("bkgts,bksh->btkgh", before, cached_values)
-    mixed += jnp.einsum("bkgts,bskh->btkgh", among, values)
+      mask &= (part.positions[:, None] > positions[:, :, None] - settings.window) | ~windowed
+    parts.append(part.values)
+    scores.append(score(part.keys, mask))
+  ends = np.cumsum([part.shape[3] for part in scores])
+  weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
+  weights = jnp.split(weights, ends[:-1], axis=-1)
+  mixed = sum(jnp.matmul(share, part) for share, part in zip(weights, parts, strict=True))
+  mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
   return mixed.reshape(batch, length, heads, head_dim)
 
 

@@ -86,9 +86,10 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-  """How a policy is run. Nothing here changes what it computes beyond rounding."""
+  """How a policy is run. Nothing here changes what it computes beyond rounding, which an int8 cache makes coarse."""
 
   compute_dtype: str = "float32"  # bfloat16 on accelerators; parameters keep their own dtype
   attention: str = "auto"  # of ATTENTION_BACKENDS; auto is the best one for the devices
   remat: str = "dots"  # kept for the backward pass: none: all; dots: products with weights; full: layer inputs alone
+  int8_cache: bool = False  # keys and values are kept in eight bits: half of bfloat16's memory, and not exact
   sharding: Sharding = Sharding()

@@ -87,6 +87,10 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
   if family not in FAMILIES:
     raise InputError(f"{where}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
   _refuse_unknown(family, fields, where)
+  if family == "gemma3_text" and fields.get("attn_logit_softcapping") is not None:
+    raise InputError(
+      f"{where}: attn_logit_softcapping is set, expected null: Gemma 3 has none (transformers ignores it)"
+    )
   read = _Reader(fields, where)
   gemma = family in _GEMMA
   layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
@@ -116,7 +120,7 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "post_norms": gemma,
     "scale_embeddings": gemma,
     "query_pre_attn_scalar": read.number("query_pre_attn_scalar", 256) if gemma else None,
-    "attention_softcap": read.optional("attn_logit_softcapping", 50.0 if family == "gemma2" else None),
+    "attention_softcap": read.optional("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
     "final_softcap": read.optional("final_logit_softcapping", 30.0 if family == "gemma2" else None),
     "tie_embeddings": read.flag("tie_word_embeddings", gemma),
     "biases": biases,

@@ -3,24 +3,24 @@
 Layers are stacked along a leading axis and scanned, so 28 layers compile as one. The forward pass has three forms, and
 they give the same numbers:
   - calling the decoder, over whole packed rows (training);
-  - `prefill`, over prompts, into a new key/value cache;
-  - `extend`, over the next few tokens of each row of a cache: one when decoding, some when scoring a reference answer.
-In the cache, slot s of a row holds the token at position s. Tokens from position p on see the slots before p; a slot
-beyond is unwritten or stale, and is overwritten before anything may see it.
+  - `prefill`, over prompts, which gives their keys and values;
+  - `extend`, over a few tokens of each row that follow what parts of a cache hold: one when decoding, some when scoring
+    a reference answer. It reads the cache and writes nothing.
 """
 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from rlpr_jax import sharding
-from rlpr_jax.models.attention import AttentionSettings, attend, rotate, softcap
+from rlpr_jax.models.attention import AttentionSettings, Cached, attend, rotate, softcap
 from rlpr_jax.models.config import LINEAR, ModelConfig, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
 
@@ -46,11 +46,51 @@ _REMAT = {
 }
 
 
-class KVCache(NamedTuple):
-  """Keys (rotated) and values of every layer."""
+class Quantized(NamedTuple):
+  """Numbers in eight bits, with one scale for the numbers of each head."""
 
-  keys: Float[Array, "L B K S H"]
-  values: Float[Array, "L B K S H"]
+  numbers: Int8[Array, "*B H"]
+  scales: Float[Array, "*B 1"]
+
+  @classmethod
+  def of(cls, x: Float[Array, "*B H"]) -> "Quantized":
+    wide = x.astype(jnp.float32)
+    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-30) / 127
+    return cls(jnp.round(wide / scales).astype(jnp.int8), scales)
+
+
+class KVCache(NamedTuple):
+  """Keys (rotated) and values of every layer, in the compute dtype or `Quantized`."""
+
+  keys: Float[Array, "L B K S H"] | Quantized
+  values: Float[Array, "L B K S H"] | Quantized
+
+
+class Part(NamedTuple):
+  """Some tokens of a cache, as `Decoder.extend` reads them."""
+
+  cache: KVCache
+  positions: Int[Array, "B S"]  # of the tokens in the first S slots of a row; UNSEEN where there is none
+  rows: Int[Array, "B"] | None = None  # rows of the cache that are read; None for all of them in order
+
+  def layer(self, number: Int[Array, ""], ways: int, dtype: str) -> Cached:
+    """The tokens' keys and values in one layer. `ways`: into how many parts the cache's rows and `rows` are split."""
+    keys, values = (
+      (part.numbers * part.scales).astype(dtype) if isinstance(part, Quantized) else part
+      for part in jax.tree.map(lambda x: self._take(x, number, ways), self.cache)
+    )
+    return Cached(keys, values, self.positions)
+
+  def _take(self, x: Shaped[Array, "L R K C H"], number: Int[Array, ""], ways: int) -> Shaped[Array, "B K S H"]:
+    _, all_rows, heads, _, head_dim = x.shape
+    slots = self.positions.shape[1]
+    if self.rows is None:
+      return jax.lax.dynamic_slice(x, (number, 0, 0, 0, 0), (1, all_rows, heads, slots, head_dim))[0]
+    # Each device takes from its own rows.
+    split = x.reshape(x.shape[0], ways, all_rows // ways, *x.shape[2:])
+    local = self.rows.reshape(ways, -1) - jnp.arange(ways)[:, None] * (all_rows // ways)
+    taken = jax.vmap(lambda part, rows: part[number, rows, :, :slots], in_axes=(1, 0))(split, local)
+    return taken.reshape(-1, *taken.shape[2:])
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -188,50 +228,56 @@ class Decoder(nnx.Module):
     x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed))
     return self.final_norm(x)
 
-  def prefill(self, tokens: Int[Array, "B T"], capacity: int) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states of rows read from their beginning, and a cache of `capacity` slots that holds them."""
+  def prefill(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], KVCache]:
+    """Hidden states of rows read from their beginning, and their keys and values [L, B, K, T, H]."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, new = self._read(tokens, positions, None)
-    pad = [(0, 0), (0, 0), (0, 0), (0, capacity - tokens.shape[1]), (0, 0)]
-    return hidden, jax.tree.map(lambda x: self._place(jnp.pad(x.swapaxes(2, 3), pad)), new)
+    return self._read(tokens, positions, jnp.ones_like(tokens), ())
 
   def extend(
-    self, tokens: Int[Array, "B T"], starts: Int[Array, "B"], cache: KVCache
+    self,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    parts: Sequence[Part],
+    segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states of the next T tokens of each row, and the cache with them written in.
+    """Hidden states of tokens that follow what parts of a cache hold, and their own keys and values [L, B, K, T, H].
+
+    Nothing is written: where the new keys and values go is the caller's to say.
 
     Args:
-      starts: the position of each row's first token here; it sees the slots before that, and no others.
-      cache: positions at or beyond its length are not written.
+      positions: of the tokens in the text; consecutive within a segment.
+      segment_ids: texts that go on from the same row do not see each other; None for one text a row.
     """
-    positions = starts[:, None] + jnp.arange(tokens.shape[1])
-    hidden, new = self._read(tokens, positions, cache)
-    rows = jnp.arange(tokens.shape[0])[:, None]
+    return self._read(tokens, positions, jnp.ones_like(tokens) if segment_ids is None else segment_ids, parts)
 
-    def write(old: Float[Array, "L B K S H"], new: Float[Array, "L B T K H"]) -> Float[Array, "L B K S H"]:
-      return self._place(old.at[:, rows, :, positions].set(new.transpose(1, 2, 0, 3, 4), mode="drop"))
+  def empty_cache(self, rows: int, length: int) -> KVCache:
+    """A cache [L, rows, K, length, H] of zeros, in the compute dtype, on the devices where it is to lie."""
+    config = self.config
+    shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
+    zeros = jnp.zeros(shape, self.runtime.compute_dtype)
+    return jax.tree.map(self._place, self._store(zeros, zeros))
 
-    return hidden, jax.tree.map(write, cache, new)
+  def _store(self, keys: Float[Array, "*B H"], values: Float[Array, "*B H"]) -> KVCache:
+    return KVCache(Quantized.of(keys), Quantized.of(values)) if self.runtime.int8_cache else KVCache(keys, values)
 
-  def _read(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None):
-    """Hidden states, and the tokens' keys and values as a `KVCache` of [L, B, T, K, H].
+  def _read(self, tokens, positions, segment_ids, parts: Sequence[Part]):
+    """Hidden states, and the tokens' keys and values.
 
-    The cache is read layer by layer and written by the caller, once: carried through the scan it would be copied.
+    The cache is indexed by layer inside the scan, so that of each layer only what is read is touched.
     """
-    segment_ids = jnp.ones_like(tokens)
     definition, stacked = nnx.split(self.layers)
 
     def body(x, scanned):
-      weights, windowed, cached = scanned
+      weights, windowed, number = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, windowed)
-      if cached is not None:
-        cached = (cached.keys, cached.values, positions[:, 0])
-      attended = attend(queries, keys, values, segment_ids, self.attention, windowed, cached)
-      return layer.mix(x, attended), KVCache(keys, values)
+      cached = [part.layer(number, self.runtime.sharding.ways("batch"), self.runtime.compute_dtype) for part in parts]
+      attended = attend(queries, keys, values, segment_ids, self.attention, windowed, positions, cached)
+      return layer.mix(x, attended), self._store(keys.swapaxes(1, 2), values.swapaxes(1, 2))
 
-    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, cache))
-    return self.final_norm(x), new
+    numbers = jnp.arange(self.config.num_layers)
+    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, numbers))
+    return self.final_norm(x), jax.tree.map(self._place, new)
 
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Float32 logits. For whole sequences take `logprobs`, which never holds them all."""
@@ -303,6 +349,16 @@ def place(params: Params, where: sharding.Sharding) -> Params:
   return jax.tree_util.tree_map_with_path(
     lambda path, x: where.constrain(x, *param_axes(tuple(key.key for key in path))), params
   )
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "where"))
+def cast(params: Params, dtype: str, where: sharding.Sharding) -> Params:
+  """Parameters in the dtype in which they are computed with, laid out as `where` says; norms stay as they are."""
+
+  def one(path, x: jax.Array) -> jax.Array:
+    return x if path[-1].key == "scale" else x.astype(dtype)
+
+  return place(jax.tree_util.tree_map_with_path(one, params), where)
 
 
 def abstract_params(config: ModelConfig, where: sharding.Sharding = sharding.Sharding()) -> Params:

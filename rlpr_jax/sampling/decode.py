@@ -1,7 +1,10 @@
-"""The jitted half of a rollout: prefill, decode, and scoring from the cache. Arrays in, arrays out.
+"""The jitted half of a rollout: prefill, decoding in slots, scoring from the cache. Arrays in, arrays out.
 
-Shapes: P prompts, G samples a prompt, B = P * G rows (samples of a prompt stand together), S prompt slots,
-T response tokens, E tokens of a spliced suffix.
+    prompts -> prefill -> insert into free slots -> decode a few steps -> collect ended rows -> score from their cache
+                         ^______________________________________________________________________________|
+
+Shapes: P prompts read together, S slots, C tokens of room in a slot, T response tokens, R rows scored together,
+E tokens of the suffixes after a row, A of them scored.
 """
 
 import dataclasses
@@ -11,131 +14,220 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from rlpr_jax.models import Decoder, KVCache, Params
+from rlpr_jax.models import UNSEEN, Decoder, KVCache, Params, Part
+from rlpr_jax.sampling.choose import Choice, choose
+from rlpr_jax.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingSettings:
-  """What the compiled sampling program depends on, beside its shapes."""
+class DecodeSettings:
+  """What the compiled decoding program depends on, beside its shapes."""
 
-  max_response_length: int  # T, tokens, EOS included
-  suffix_length: int  # E, room in the cache for a spliced reference answer, tokens
-  temperature: float  # 0 is greedy; log-probabilities are then those of temperature 1
+  choice: Choice
+  steps: int  # tokens a call, at most
   eos_ids: tuple[int, ...]
 
 
-class Samples(NamedTuple):
-  """Sampled responses. Only lengths say what is a token and what is padding (padding may equal EOS)."""
+class Slots(NamedTuple):
+  """Rows under way, and rows that ended and were not replaced yet. A slot's text is its prompt and its response."""
 
-  tokens: Int[Array, "B T"]  # EOS included where it was sampled
-  lengths: Int[Array, "B"]
-  logprobs: Float[Array, "B T"]  # of the sampled tokens, at the sampling temperature; 0 beyond the length
-  finished: Bool[Array, "B"]  # True: ended by EOS; False: cut at T
+  cache: KVCache  # [L, S, K, C, H] keys and values of the text
+  lengths: Int[Array, "S"]  # tokens of text in the cache
+  hidden: Float[Array, "S D"]  # at the last of them: what predicts the next
+  keys: UInt32[Array, "S 2"]  # of each row's random numbers
+  limits: Int[Array, "S"]  # most response tokens
+  tokens: Int[Array, "S T"]  # response, EOS included where it was sampled
+  logprobs: Float[Array, "S T"]  # of the response's tokens, at the sampling temperature
+  counts: Int[Array, "S"]  # response tokens so far
+  finished: Bool[Array, "S"]  # ended by EOS
+  active: Bool[Array, "S"]  # still under way
 
 
-@functools.partial(jax.jit, static_argnames=("model", "capacity"))
-def prefill(
-  model: nnx.GraphDef, params: Params, tokens: Int[Array, "P S"], lengths: Int[Array, "P"], capacity: int
-) -> tuple[Float[Array, "P D"], KVCache]:
-  """Reads each prompt once.
-
-  Returns:
-    hidden state of each prompt's last token, and a cache of `capacity` slots a row that holds the prompts.
-  """
+@functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))
+def empty_slots(model: nnx.GraphDef, params: Params, slots: int, capacity: int, limit: int) -> Slots:
+  """Slots with nothing in them; `capacity` is C, `limit` T."""
   decoder: Decoder = nnx.merge(model, params)
-  hidden, cache = decoder.prefill(tokens, capacity)
+  config, dtype = decoder.config, decoder.runtime.compute_dtype
+  new = Slots(
+    cache=decoder.empty_cache(slots, capacity),
+    lengths=jnp.zeros(slots, jnp.int32),
+    hidden=jnp.zeros((slots, config.embed_dim), dtype),
+    keys=jnp.zeros((slots, 2), jnp.uint32),
+    limits=jnp.zeros(slots, jnp.int32),
+    tokens=jnp.zeros((slots, limit), jnp.int32),
+    logprobs=jnp.zeros((slots, limit), jnp.float32),
+    counts=jnp.zeros(slots, jnp.int32),
+    finished=jnp.zeros(slots, bool),
+    active=jnp.zeros(slots, bool),
+  )
+  return _lay(decoder, new)
+
+
+def _lay(decoder: Decoder, slots: Slots) -> Slots:
+  """Slots as they always lie on the mesh; laid otherwise, they would have all that takes them compiled again."""
+  constrain = decoder.runtime.sharding.constrain
+  cache = jax.tree.map(lambda x: constrain(x, "layers", "batch", "kv_heads", *[None] * (x.ndim - 3)), slots.cache)
+  rows = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), slots._replace(cache=None))
+  return rows._replace(cache=cache)
+
+
+@functools.partial(jax.jit, static_argnames=("model",))
+def prefill(
+  model: nnx.GraphDef, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"]
+) -> tuple[Float[Array, "P D"], KVCache]:
+  """Reads each prompt once: the hidden state of its last token, and its keys and values [L, P, K, N, H]."""
+  decoder: Decoder = nnx.merge(model, params)
+  hidden, cache = decoder.prefill(tokens)
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
-def decode(
-  model: nnx.GraphDef,
-  params: Params,
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def insert(
+  slots: Slots,
   hidden: Float[Array, "P D"],
   cache: KVCache,
   prompt_lengths: Int[Array, "P"],
-  keys: Key[Array, "B"],
-  settings: SamplingSettings,
-) -> tuple[Samples, KVCache]:
-  """Samples B / P responses to each prefilled prompt; stops when every row has ended.
+  source: Int[Array, "I"],
+  target: Int[Array, "I"],
+  keys: UInt32[Array, "I 2"],
+  limits: Int[Array, "I"],
+) -> Slots:
+  """Puts prefilled prompts into slots: prompt `source[i]` into slot `target[i]`, or nowhere if that is S."""
+  length = jax.tree.leaves(cache)[0].shape[3]
 
-  Each token's key is its row's key folded with its place, so a row's tokens do not depend on its neighbours.
+  def at(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
+    return old.at[target].set(new, mode="drop")
 
-  Returns:
-    the samples, and the cache with prompts and responses [L, B, K, S + T + E, H].
-  """
-  decoder: Decoder = nnx.merge(model, params)
-  samples = keys.shape[0] // prompt_lengths.shape[0]
-  hidden, prompt_lengths = jnp.repeat(hidden, samples, axis=0), jnp.repeat(prompt_lengths, samples)
-  cache = jax.tree.map(lambda x: jnp.repeat(x, samples, axis=1), cache)
-  rows, limit = keys.shape[0], settings.max_response_length
-  eos_ids = jnp.array(settings.eos_ids)
-
-  def sample(hidden, place):
-    logits = decoder.logits(hidden[:, None])[:, 0]
-    logps = jax.nn.log_softmax(logits / (settings.temperature or 1.0))
-    if settings.temperature:
-      token_keys = jax.vmap(lambda key: jax.random.fold_in(key, place))(keys)
-      tokens = jax.vmap(jax.random.categorical)(token_keys, logps)
-    else:
-      tokens = jnp.argmax(logits, axis=-1)
-    return tokens.astype(jnp.int32), jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
-
-  def step(carry):
-    place, hidden, cache, out = carry
-    tokens, logps = sample(hidden, place)
-    alive = ~out.finished
-    out = Samples(
-      tokens=out.tokens.at[:, place].set(jnp.where(alive, tokens, 0)),
-      lengths=out.lengths + alive,
-      logprobs=out.logprobs.at[:, place].set(jnp.where(alive, logps, 0.0)),
-      finished=out.finished | jnp.isin(tokens, eos_ids),
-    )
-    # An ended row goes on writing into the slot after its end, which nothing reads before it is overwritten.
-    positions = prompt_lengths + jnp.where(alive, place, out.lengths)
-    hidden, cache = decoder.extend(tokens[:, None], positions, cache)
-    return place + 1, hidden[:, 0], cache, out
-
-  out = Samples(
-    tokens=jnp.zeros((rows, limit), jnp.int32),
-    lengths=jnp.zeros(rows, jnp.int32),
-    logprobs=jnp.zeros((rows, limit), jnp.float32),
-    finished=jnp.zeros(rows, bool),
+  return slots._replace(
+    cache=jax.tree.map(
+      lambda old, new: old.at[:, target, :, :length].set(new[:, source], mode="drop"), slots.cache, cache
+    ),
+    lengths=at(slots.lengths, prompt_lengths[source]),
+    hidden=at(slots.hidden, hidden[source]),
+    keys=at(slots.keys, keys),
+    limits=at(slots.limits, limits),
+    counts=at(slots.counts, 0),
+    finished=at(slots.finished, False),
+    active=at(slots.active, limits > 0),
   )
 
-  def unfinished(carry):
-    place, _, _, out = carry
-    return (place < limit) & ~jnp.all(out.finished)
 
-  _, _, cache, out = jax.lax.while_loop(unfinished, step, (jnp.zeros((), jnp.int32), hidden, cache, out))
-  return out, cache
+@functools.partial(jax.jit, static_argnames=("model", "settings", "reach"), donate_argnames=("slots",))
+def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSettings, reach: int) -> Slots:
+  """Up to `settings.steps` more tokens of every active row; ends early when none is active any more.
+
+  Each token's key is its row's key folded with its place, so a row does not depend on its neighbours or its slot.
+  Meanwhile new keys and values stand in a small cache of their own, so that the large one is read only, and is written
+  once at the end.
+
+  Args:
+    reach: how much of each slot is read; at least the longest text of an active row.
+  """
+  decoder: Decoder = nnx.merge(model, params)
+  rows, steps = jnp.arange(slots.counts.size), settings.steps
+  begin, eos_ids = slots.lengths, jnp.array(settings.eos_ids)
+  filled, offsets = jnp.arange(reach), jnp.arange(steps)
+  text = Part(slots.cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
+
+  def step(carry):
+    j, recent, slots = carry
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.keys), slots.counts)
+    tokens, logps = choose(decoder.logits(slots.hidden[:, None])[:, 0], keys, settings.choice)
+    places = jnp.where(slots.active, slots.counts, slots.tokens.shape[1])  # beyond the end: not written
+    counts = slots.counts + slots.active
+    finished = slots.finished | (slots.active & jnp.isin(tokens, eos_ids))
+    newest = Part(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
+    hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (text, newest))
+    recent = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis=3), recent, added)
+    slots = slots._replace(
+      hidden=jnp.where(slots.active[:, None], hidden[:, 0], slots.hidden),
+      tokens=slots.tokens.at[rows, places].set(tokens, mode="drop"),
+      logprobs=slots.logprobs.at[rows, places].set(logps, mode="drop"),
+      counts=counts,
+      finished=finished,
+      active=slots.active & ~finished & (counts < slots.limits),
+    )
+    return j + 1, recent, slots
+
+  def under_way(carry):
+    j, _, slots = carry
+    return (j < steps) & jnp.any(slots.active)
+
+  start = (jnp.zeros((), jnp.int32), decoder.empty_cache(rows.size, steps), slots._replace(cache=None))
+  _, recent, new = jax.lax.while_loop(under_way, step, start)
+  # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
+  append = functools.partial(_append, begin=begin, where=decoder.runtime.sharding)
+  cache = jax.tree.map(append, slots.cache, recent)
+  return _lay(decoder, new._replace(cache=cache, lengths=begin + new.counts - slots.counts))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature"), donate_argnames=("cache",))
-def score_suffix(
+def _append(
+  old: Shaped[Array, "L S K C H"], new: Shaped[Array, "L S K N H"], begin: Int[Array, "S"], where: Sharding
+) -> Shaped[Array, "L S K C H"]:
+  """Writes N tokens into each row of a cache, from its own place on; row after row, so that it happens in place."""
+
+  def rows(old, new, begin):
+    def one(row: Int[Array, ""], old: jax.Array) -> jax.Array:
+      added = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)
+      return jax.lax.dynamic_update_slice(old, added, (0, row, 0, begin[row], 0))
+
+    return jax.lax.fori_loop(0, begin.size, one, old)
+
+  if where.mesh is None:
+    return rows(old, new, begin)
+  cache, batch = where.spec(("layers", "batch", "kv_heads", None, None)), where.spec(("batch",))
+  return jax.shard_map(rows, mesh=where.mesh, in_specs=(cache, cache, batch), out_specs=cache)(old, new, begin)
+
+
+class Suffixes(NamedTuple):
+  """What is to be scored after a row's text, or after a part of it. numpy or jax.
+
+  Several suffixes of one row, say several reference answers, are segments: each begins with the last token of the text
+  that is kept, fed again so that the suffix's first token has a prediction too, and does not see the others.
+  """
+
+  tokens: Int[Array, "R E"]
+  positions: Int[Array, "R E"]  # in the text
+  segment_ids: Int[Array, "R E"]  # 0 is padding
+  index: Int[Array, "R A"]  # the place before each token that is scored
+  targets: Int[Array, "R A"]  # the tokens that are scored
+
+
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "reach"))
+def score(
   model: nnx.GraphDef,
   params: Params,
   cache: KVCache,
-  last_kept: Int[Array, "B"],
-  starts: Int[Array, "B"],
-  suffix: Int[Array, "B E"],
+  rows: Int[Array, "R"],
+  suffixes: Suffixes,
   temperature: float,
-) -> tuple[Float[Array, "B E"], KVCache]:
-  """Log-probabilities of each row's suffix after the first `starts` tokens of its cached text.
+  reach: int,
+) -> Float[Array, "R A"]:
+  """Log-probabilities of suffixes after texts whose keys and values are in the cache.
 
-  This is the teacher-forced pass of the reward without a second pass over the reasoning: the last kept token is fed
-  again (its keys and values come out the same) so that the first suffix token has a prediction too.
+  This is the teacher-forced pass of the reward without a second pass over the reasoning, and with logits at the scored
+  tokens alone. The cache is read and not written, so a slot needs no room for suffixes.
 
   Args:
-    last_kept: the token at position `starts - 1`.
-    suffix: padded on the right; the padding's values are to be ignored.
-
-  Returns:
-    the log-probabilities, and the cache, overwritten from `starts - 1` on (handed back so that it is updated in place).
+    rows: of the cache.
+    reach: how much of each row is read; at least the longest text that a suffix follows.
   """
   decoder: Decoder = nnx.merge(model, params)
-  inputs = jnp.concatenate([last_kept[:, None], suffix[:, :-1]], axis=1)
-  hidden, cache = decoder.extend(inputs, starts - 1, cache)
-  return decoder.logprobs(hidden, suffix, temperature)[0], cache
+  text = Part(cache, jnp.broadcast_to(jnp.arange(reach), (rows.size, reach)), rows)
+  hidden, _ = decoder.extend(suffixes.tokens, suffixes.positions, (text,), suffixes.segment_ids)
+  hidden = jnp.take_along_axis(hidden, suffixes.index[..., None], axis=1)
+  return decoder.logprobs(hidden, suffixes.targets, temperature)[0]
+
+
+@functools.partial(jax.jit, donate_argnames=("slots",))
+def halt(slots: Slots, which: Bool[Array, "S"]) -> Slots:
+  """Ends some rows where they are."""
+  return slots._replace(active=slots.active & ~which)
+
+
+@jax.jit
+def collect(slots: Slots, rows: Int[Array, "R"]) -> tuple[Int[Array, "R T"], Float[Array, "R T"]]:
+  """Tokens and their log-probabilities of some slots."""
+  return slots.tokens[rows], slots.logprobs[rows]

@@ -1,12 +1,18 @@
 """Rollouts: prompts in, sampled responses and the probability of each reference answer out.
 
-The host's half: text, token ids and padding. What the device computes is in `decode.py`.
+The host's half: which prompt goes into which slot, text, token ids and padding. What the device computes is in
+`decode.py`. A round of the loop in `Engine.run`:
+
+    score the rows that ended two chunks ago -> their slots are free -> refill -> decode a chunk
+                                                meanwhile: text and splicing of the rows that ended one chunk ago
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +24,28 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax import splicing
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.models import KVCache, Params
-from rlpr_jax.sampling.decode import Samples, SamplingSettings, decode, prefill, score_suffix
+from rlpr_jax.sampling import decode
+from rlpr_jax.sampling.decode import DecodeSettings, Slots, Suffixes
+
+
+class Samples(NamedTuple):
+  """Sampled responses. numpy. Only lengths say what is a token and what is padding (padding may equal EOS)."""
+
+  tokens: np.ndarray  # int32[B, T] EOS included where it was sampled
+  lengths: np.ndarray  # int32[B]
+  logprobs: np.ndarray  # float32[B, T] of the sampled tokens, at the sampling temperature; 0 beyond the length
+  finished: np.ndarray  # bool[B] True: ended by EOS; False: cut at its limit
+  texts: list[str]  # [B] decoded, without the EOS
+  refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
+
+
+class References(NamedTuple):
+  """The reference answers of a batch of rows, as they were scored. numpy."""
+
+  tokens: np.ndarray  # int32[B, E] the suffix
+  logps: np.ndarray  # float32[B, E] its log-probabilities; 0 where they were not needed
+  mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
+  overlong: np.ndarray  # bool[B] a suffix could have been spliced in, but did not fit
 
 
 class Rollouts(NamedTuple):
@@ -29,129 +56,456 @@ class Rollouts(NamedTuple):
   logprobs: np.ndarray  # float32[B, T] of the sampled tokens
   finished: np.ndarray  # bool[B] True: ended by EOS
   texts: list[str]  # [B] decoded, without the EOS
+  refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
   scorable: np.ndarray  # bool[B] the reference answer could be spliced in
-  overlong: np.ndarray  # bool[B] it could have been, but did not fit into the context
+  overlong: np.ndarray  # bool[B] it could have been, but did not fit
   reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
-  reference_logps: np.ndarray  # float32[B, E] its log-probabilities
+  reference_logps: np.ndarray  # float32[B, E] log-probabilities of the reference answer's own tokens, else 0
   reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
-  seconds: dict[str, float]  # wall time of "sample" and "score"
+  seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
 
 
-class Suffixes(NamedTuple):
-  """What is to be scored after a prefix, one a row."""
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+  """The sizes of the compiled programs, in rows and tokens."""
 
-  last_kept: np.ndarray  # int32[B] the token before the suffix
-  starts: np.ndarray  # int32[B] the position at which the suffix begins
-  tokens: np.ndarray  # int32[B, E]
-  mask: np.ndarray  # bool[B, E]
+  slots: int  # S, rows that are sampled at once
+  prompt_limit: int  # longest prompt
+  max_response_length: int  # T, EOS included
+  suffix_length: int  # E, longest spliced reference
+  steps: int  # tokens that a call decodes, at most; ended rows wait so long for their successor
+  prefill_rows: int  # P, prompts read at once
+  score_rows: int  # R, rows scored at once
+  insert_rows: int  # rows that go into slots at once
+  ways: int = 1  # parts into which the mesh splits rows; divides S, P and R
+
+  @property
+  def capacity(self) -> int:
+    """C, room in a slot: a text, and the last call's garbage behind it."""
+    return self.prompt_limit + self.max_response_length + self.steps
+
+  def takes(self, prompt: Prompt) -> bool:
+    """Whether the prompt can be read."""
+    return 0 < len(prompt.ids) <= self.prompt_limit
+
+  @property
+  def prompt_buckets(self) -> tuple[int, ...]:
+    return buckets(self.prompt_limit, smallest=max(32, self.prompt_limit // 8), ratio=2)
+
+  @property
+  def suffix_buckets(self) -> tuple[int, ...]:
+    return buckets(self.suffix_length, smallest=16, ratio=4)
+
+  @property
+  def reaches(self) -> tuple[int, ...]:
+    """How much of a slot is read: quarters, for attention to skip what no row has filled."""
+    longest = self.prompt_limit + self.max_response_length
+    if longest < 256:
+      return (longest,)
+    return tuple(sorted({min(-(-longest * i // 4 // 64) * 64, longest) for i in range(1, 5)}))
+
+
+def buckets(limit: int, smallest: int, ratio: int) -> tuple[int, ...]:
+  """Lengths up to `limit`, each `ratio` times the one before and not under `smallest`; a few, for each is compiled."""
+  lengths = [limit]
+  while lengths[-1] // ratio >= smallest:
+    lengths.append(-(-lengths[-1] // ratio))
+  return tuple(reversed(lengths))
+
+
+def bucket(lengths: Sequence[int], needed: int) -> int:
+  """The smallest of the lengths that is enough."""
+  return next(length for length in lengths if length >= needed)
+
+
+class _Prefilled(NamedTuple):
+  """Prompts on the device, read once for all their samples."""
+
+  hidden: jax.Array  # [P, D]
+  cache: KVCache  # [L, P, K, N, H]
+  lengths: np.ndarray  # int32[P]
 
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-  """Samples and scores with fixed shapes, so that nothing compiles twice."""
+  """Samples and scores in slots of fixed shapes, so that nothing compiles twice, whatever lengths come."""
 
   model: nnx.GraphDef
   tokenizer: PreTrainedTokenizerBase
-  settings: SamplingSettings
-  prompt_limit: int  # S, tokens
+  settings: DecodeSettings
+  shapes: Shapes
   template: str  # think | answer_only
   score_temperature: float
   baseline_prefix: str  # bare | tagged
 
   def sample(
-    self, params: Params, draws: Sequence[tuple[int, Prompt]], key: jax.Array, samples: int
-  ) -> tuple[Samples, KVCache]:
-    """`samples` responses to each prompt; a draw's number and `key` decide its responses, not its neighbours."""
-    tokens, lengths = pad_prompts([prompt for _, prompt in draws], self.prompt_limit)
-    hidden, cache = prefill(self.model, params, tokens, lengths, capacity=self._capacity)
-    keys = row_keys(key, np.array([draw for draw, _ in draws], np.uint32), samples)
-    return decode(self.model, params, hidden, cache, lengths, keys, self.settings)
+    self,
+    params: Params,
+    draws: Sequence[tuple[int, Prompt]],
+    key: jax.Array,
+    samples: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    limits: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+  ) -> Samples:
+    """`samples` responses to each prompt; a draw's number and `key` decide its responses, not slots or neighbours.
 
-  def rollout(self, params: Params, draws: Sequence[tuple[int, Prompt]], key: jax.Array, samples: int) -> Rollouts:
+    Args:
+      progress: called with how many responses have ended, of how many.
+      limits: most tokens of each response, a prompt's samples together; at most, and None for, `max_response_length`.
+      stop: strings that end a response. Its tokens then end with the one that completes the string, wherever in a token
+        that is, and its text before the string.
+    """
+    return _Run(self, params, draws, key, samples, False, limits, stop).finish(progress)[0]
+
+  def rollout(
+    self,
+    params: Params,
+    draws: Sequence[tuple[int, Prompt]],
+    key: jax.Array,
+    samples: int,
+    limits: Sequence[int] | None = None,
+  ) -> Rollouts:
     """Samples responses and scores the reference answer in the place of each response's own (rlpr section 3.2)."""
-    start = time.perf_counter()
-    out, cache = self.sample(params, draws, key, samples)
-    out = jax.device_get(out)
-    sampled = time.perf_counter()
-    prompts = [prompt for _, prompt in draws for _ in range(samples)]
-    suffixes, overlong = self._splice(prompts, out)
-    logps, _ = score_suffix(
-      self.model, params, cache, suffixes.last_kept, suffixes.starts, suffixes.tokens, self.score_temperature
-    )
-    logps = np.asarray(logps)
+    sampled, references, seconds = _Run(self, params, draws, key, samples, True, limits).finish()
     return Rollouts(
-      *out,
-      texts=self.decode_texts(out),
-      scorable=suffixes.mask.any(axis=1),
-      overlong=overlong,
-      reference_tokens=suffixes.tokens,
-      reference_logps=logps,
-      reference_mask=suffixes.mask,
-      seconds={"sample": sampled - start, "score": time.perf_counter() - sampled},
+      *sampled,
+      scorable=references.mask.any(axis=1),
+      overlong=references.overlong,
+      reference_tokens=references.tokens,
+      reference_logps=references.logps,
+      reference_mask=references.mask,
+      seconds=seconds,
     )
+
+  def decode_text(self, tokens: Sequence[int]) -> str:
+    return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
   def baseline(self, params: Params, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities [P, E] and mask [P, E] of each reference straight after the prompt, with no reasoning."""
-    tokens, lengths = pad_prompts(prompts, self.prompt_limit)
-    _, cache = prefill(self.model, params, tokens, lengths, capacity=self._capacity)
-    suffixes = self._empty_suffixes(len(prompts))
+    """Log-probabilities [N, E] and mask [N, E] of each reference straight after the prompt, with no reasoning."""
+    out = empty_references(len(prompts), self.shapes.suffix_length)
+    by_bucket = collections.defaultdict(list)
     for row, prompt in enumerate(prompts):
-      ids, mask = splicing.baseline_suffix(self.tokenizer, prompt.reference, self.baseline_prefix)
-      self._fill(suffixes, row, prompt.ids, ids, mask)
-    logps, _ = score_suffix(
-      self.model, params, cache, suffixes.last_kept, suffixes.starts, suffixes.tokens, self.score_temperature
-    )
-    return np.asarray(logps), suffixes.mask
+      if self.shapes.takes(prompt):
+        by_bucket[bucket(self.shapes.prompt_buckets, len(prompt.ids))].append(row)
+    size = self.shapes.prefill_rows
+    for width, rows in sorted(by_bucket.items()):
+      for first in range(0, len(rows), size):
+        part = rows[first : first + size]
+        batch = self.prefill(params, [prompts[row] for row in part], width)
+        todo = []
+        for place, row in enumerate(part):
+          ids, mask = splicing.baseline_suffix(self.tokenizer, prompts[row].reference, self.baseline_prefix)
+          fits, suffix = self.cut(ids, mask)
+          out.overlong[row] = not fits
+          if fits:
+            todo.append(_Scored(place, row, len(prompts[row].ids), int(prompts[row].ids[-1]), *suffix))
+        self.score(params, batch.cache, todo, size, (width,), out)
+    return out.logps, out.mask
 
-  def decode_texts(self, out: Samples) -> list[str]:
-    """Text of each response, up to its EOS."""
-    ends = out.lengths - out.finished
-    return [
-      self.tokenizer.decode(row[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-      for row, end in zip(out.tokens, ends, strict=True)
-    ]
+  def prefill(self, params: Params, prompts: Sequence[Prompt], width: int) -> _Prefilled:
+    """Reads at most P prompts of at most `width` tokens."""
+    tokens, lengths = pad_prompts(prompts, width, self.shapes.prefill_rows)
+    hidden, cache = decode.prefill(self.model, params, tokens, lengths)
+    return _Prefilled(hidden, cache, lengths)
 
-  @property
-  def _capacity(self) -> int:
-    return self.prompt_limit + self.settings.max_response_length + self.settings.suffix_length
-
-  def _splice(self, prompts: Sequence[Prompt], out: Samples) -> tuple[Suffixes, np.ndarray]:
-    suffixes = self._empty_suffixes(len(prompts))
-    overlong = np.zeros(len(prompts), bool)
-    for row, (prompt, tokens, length) in enumerate(zip(prompts, out.tokens, out.lengths, strict=True)):
-      response = tokens[:length].tolist()
-      splice = splicing.splice(self.tokenizer, prompt.ids, response, prompt.reference, self.template)
-      if splice is not None:
-        kept = np.concatenate([prompt.ids, tokens[: splice.prefix_length]])
-        overlong[row] = not self._fill(suffixes, row, kept, splice.suffix_ids, splice.answer_mask)
-    return suffixes, overlong
-
-  def _empty_suffixes(self, rows: int) -> Suffixes:
-    shape = (rows, self.settings.suffix_length)
-    # Position 1 of a row without a suffix: scored like the others, and ignored for its empty mask.
-    return Suffixes(np.zeros(rows, np.int32), np.ones(rows, np.int32), np.zeros(shape, np.int32), np.zeros(shape, bool))
-
-  def _fill(self, suffixes: Suffixes, row: int, kept: np.ndarray, ids: list[int], mask: list[bool]) -> bool:
-    """Writes a suffix into its row, up to the last token that counts; False if that does not fit."""
+  def cut(self, ids: list[int], mask: list[bool]) -> tuple[bool, tuple[list[int], list[bool]]]:
+    """A suffix up to the last token that counts, and whether it fits."""
     needed = max(place for place, counts in enumerate(mask) if counts) + 1
-    if needed > self.settings.suffix_length:
-      return False
-    suffixes.last_kept[row], suffixes.starts[row] = kept[-1], len(kept)
-    suffixes.tokens[row, :needed], suffixes.mask[row, :needed] = ids[:needed], mask[:needed]
-    return True
+    return needed <= self.shapes.suffix_length, (ids[:needed], mask[:needed])
+
+  def score(
+    self,
+    params: Params,
+    cache: KVCache,
+    todo: Sequence["_Scored"],
+    size: int,
+    reaches: Sequence[int],
+    out: "References",
+  ) -> None:
+    """Scores suffixes after rows of a cache, `size` at a time, and writes them into `out`.
+
+    Rows of a call are of one suffix bucket, and lie as the mesh splits them: a part of the call's rows for each part
+    of the cache's.
+    """
+    ways, all_rows = self.shapes.ways, jax.tree.leaves(cache)[0].shape[1]
+    by_bucket = collections.defaultdict(list)
+    for item in todo:
+      by_bucket[bucket(self.shapes.suffix_buckets, len(item.ids))].append(item)
+    for width, items in sorted(by_bucket.items()):
+      waiting = [[item for item in items if item.row * ways // all_rows == way] for way in range(ways)]
+      while any(waiting):
+        batch = [way[: size // ways] for way in waiting]
+        waiting = [way[size // ways :] for way in waiting]
+        rows, suffixes, placed = lay_out(batch, size // ways, all_rows // ways, width)
+        reach = bucket(reaches, max(item.prefix for item, _ in placed))
+        logps = decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach)
+        for (item, _), row in zip(placed, np.asarray(logps)[[place for _, place in placed]], strict=True):
+          mask = np.array(item.mask)
+          out.tokens[item.out, : len(mask)], out.mask[item.out, : len(mask)] = item.ids, mask
+          out.logps[item.out, np.flatnonzero(mask)] = row[: mask.sum()]
+
+  def warm_up(self, params: Params, scoring: bool) -> None:
+    """Compiles every program that any lengths may ask for, by running each once on next to nothing."""
+    shapes = self.shapes
+    slots = decode.empty_slots(self.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
+    for width in shapes.prompt_buckets:
+      batch = self.prefill(params, [], width)
+      slots = insert_rows(slots, batch, [], np.zeros((0, 2), np.uint32), np.zeros(0), shapes.insert_rows)
+    decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
+    for reach in shapes.reaches:
+      slots = decode.decode(self.model, params, slots, self.settings, reach)
+      for width in shapes.suffix_buckets if scoring else ():
+        rows, suffixes, _ = lay_out(
+          [[] for _ in range(shapes.ways)], shapes.score_rows // shapes.ways, shapes.slots // shapes.ways, width
+        )
+        decode.score(self.model, params, slots.cache, rows, suffixes, self.score_temperature, reach)
+    jax.block_until_ready(slots)
 
 
-def pad_prompts(prompts: Sequence[Prompt], limit: int) -> tuple[np.ndarray, np.ndarray]:
-  """Prompts as int32[P, limit], padded on the right, and their lengths int32[P]."""
-  tokens = np.zeros((len(prompts), limit), np.int32)
+class _Scored(NamedTuple):
+  """A suffix that is to be scored."""
+
+  row: int  # of the cache
+  out: int  # row of the result
+  prefix: int  # tokens of text before it
+  last_kept: int  # the last of them
+  ids: list[int]
+  mask: list[bool]
+
+
+def lay_out(
+  batch: Sequence[Sequence[_Scored]], size: int, rows_each: int, width: int
+) -> tuple[np.ndarray, Suffixes, list[tuple[_Scored, int]]]:
+  """Suffixes of at most `size` rows in each part of a cache, as arrays of len(batch) * size rows; the rest is padding.
+
+  Returns:
+    rows of the cache; the suffixes; and each item with its row in them.
+  """
+  rows = np.repeat(np.arange(len(batch)) * rows_each, size).astype(np.int32)
+  suffixes = Suffixes(*(np.zeros((rows.size, width), np.int32) for _ in Suffixes._fields))
+  placed = []
+  for way, items in enumerate(batch):
+    for i, item in enumerate(items, way * size):
+      length, scored = len(item.ids), np.flatnonzero(item.mask)
+      rows[i] = item.row
+      suffixes.tokens[i, :length] = [item.last_kept, *item.ids[:-1]]
+      suffixes.positions[i] = item.prefix - 1 + np.arange(width)
+      suffixes.segment_ids[i, :length] = 1
+      suffixes.index[i, : scored.size] = scored
+      suffixes.targets[i, : scored.size] = np.array(item.ids)[scored]
+      placed.append((item, i))
+  return rows, suffixes, placed
+
+
+def insert_rows(
+  slots: Slots,
+  batch: _Prefilled,
+  places: Sequence[tuple[int, int]],
+  keys: np.ndarray,
+  limits: np.ndarray,
+  width: int,
+) -> Slots:
+  """Puts prompts into slots: `places` are pairs of a row of `batch` and a slot; padded to `width` of them."""
+  source, target = np.zeros(width, np.int32), np.full(width, slots.counts.size, np.int32)
+  all_keys, all_limits = np.zeros((width, 2), np.uint32), np.zeros(width, np.int32)
+  if places:
+    source[: len(places)], target[: len(places)] = np.array(places).T
+    all_keys[: len(places)], all_limits[: len(places)] = keys, limits
+  return decode.insert(slots, batch.hidden, batch.cache, batch.lengths, source, target, all_keys, all_limits)
+
+
+class _Run:
+  """One batch of requests on its way through the slots. Request b is sample b % G of prompt b // G."""
+
+  def __init__(
+    self,
+    engine: Engine,
+    params: Params,
+    draws: Sequence[tuple[int, Prompt]],
+    key: jax.Array,
+    samples: int,
+    score: bool,
+    limits: Sequence[int] | None = None,
+    stop: Sequence[str] = (),
+  ):
+    self.engine, self.params, self.samples, self.scoring = engine, params, samples, score
+    self.prompts = [prompt for _, prompt in draws]
+    self.keys = np.asarray(row_keys(key, np.array([draw for draw, _ in draws], np.uint32), samples))
+    shapes = self.shapes = engine.shapes
+    total = len(draws) * samples
+    self.stop = tuple(stop)
+    self.limits = np.full(total, shapes.max_response_length)
+    if limits is not None:
+      self.limits = np.minimum(self.limits, limits)  # a slot has no room for more
+    self.out = Samples(
+      np.zeros((total, shapes.max_response_length), np.int32),
+      np.zeros(total, np.int32),
+      np.zeros((total, shapes.max_response_length), np.float32),
+      np.zeros(total, bool),
+      [""] * total,
+      ~np.repeat(np.array([shapes.takes(prompt) for prompt in self.prompts], bool), samples),
+    )
+    self.references = empty_references(total, shapes.suffix_length)
+    self.pending = collections.deque(np.flatnonzero(~self.out.refused).tolist())
+    self.prefilled: dict[int, tuple[_Prefilled, int]] = {}  # prompt -> where it was read to
+    self.slots = decode.empty_slots(engine.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
+    self.free = list(range(shapes.slots))
+    self.under_way: dict[int, int] = {}  # slot -> request
+    self.ended: list[tuple[int, int]] = []  # slot and request; its text is to be read
+    self.ready: list[_Scored] = []  # to be scored; then its slot is free
+    self.longest = np.zeros(shapes.slots, np.int32)  # tokens of text in each slot
+    self.looked_at = np.zeros(shapes.slots, np.int32)  # tokens of its response that were searched for stop strings
+    self.seconds = dict.fromkeys(("prefill", "decode", "score"), 0.0)
+
+  def finish(
+    self, progress: Callable[[int, int], None] = lambda done, total: None
+  ) -> tuple[Samples, References, dict[str, float]]:
+    """Runs until every request has ended and is scored."""
+    total = len(self.out.texts)
+    while self.pending or self.under_way or self.ended or self.ready:
+      with self.timed("score"):
+        self.score_ready()
+      with self.timed("prefill"):
+        self.refill()
+        jax.block_until_ready(self.slots)
+      with self.timed("decode"):
+        reach = bucket(self.shapes.reaches, max((self.longest[slot] for slot in self.under_way), default=1))
+        self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, reach)
+        self.read_ended()  # while the device decodes
+        self.gather()
+      progress(total - len(self.pending) - len(self.under_way), total)
+    return self.out, self.references, self.seconds
+
+  def refill(self) -> None:
+    """Next requests into free slots; each prompt is read once, when its first sample's turn comes."""
+    chosen = collections.defaultdict(list)
+    while self.free and self.pending:
+      request, slot = self.pending.popleft(), self.free.pop(0)
+      prompt = request // self.samples
+      if prompt not in self.prefilled:
+        self.read_prompts(prompt)
+      batch, row = self.prefilled[prompt]
+      chosen[id(batch)].append((batch, row, slot, request))
+      if (request + 1) % self.samples == 0:  # its last sample
+        del self.prefilled[prompt]
+      self.under_way[slot] = request
+      self.longest[slot], self.looked_at[slot] = len(self.prompts[prompt].ids), 0
+    width = self.shapes.insert_rows
+    for group in chosen.values():
+      for first in range(0, len(group), width):
+        part = group[first : first + width]
+        places = [(row, slot) for _, row, slot, _ in part]
+        keys = self.keys[[request for *_, request in part]]
+        limits = self.limits[[request for *_, request in part]]
+        self.slots = insert_rows(self.slots, part[0][0], places, keys, limits, width)
+
+  def read_prompts(self, first: int) -> None:
+    """Prefills a prompt, and with it the next ones that were not read yet and fit into the same bucket."""
+    width = bucket(self.shapes.prompt_buckets, len(self.prompts[first].ids))
+    last = self.pending[-1] // self.samples if self.pending else first
+    # Not far ahead: what is read waits in memory for its turn.
+    near = range(first + 1, min(last, first + 2 * self.shapes.prefill_rows) + 1)
+    others = [p for p in near if p not in self.prefilled and 0 < len(self.prompts[p].ids) <= width]
+    chosen = [first, *others[: self.shapes.prefill_rows - 1]]
+    batch = self.engine.prefill(self.params, [self.prompts[p] for p in chosen], width)
+    self.prefilled |= {p: (batch, row) for row, p in enumerate(chosen)}
+
+  def gather(self) -> None:
+    """Waits for the device, and takes the rows that have ended."""
+    slots = self.slots
+    state = jax.device_get((slots.active, slots.lengths, slots.counts, slots.finished))
+    active, self.longest, counts, finished = map(np.array, state)  # to be written to
+    if self.stop:
+      self.find_stops(active, counts, finished)
+    ended = [(slot, request) for slot, request in self.under_way.items() if not active[slot]]
+    size = self.shapes.score_rows
+    for first in range(0, len(ended), size):
+      part = ended[first : first + size]
+      where = np.zeros(size, np.int32)
+      where[: len(part)] = [slot for slot, _ in part]
+      tokens, logprobs = jax.device_get(decode.collect(self.slots, where))
+      for i, (slot, request) in enumerate(part):
+        count = counts[slot]
+        self.out.tokens[request, :count], self.out.logprobs[request, :count] = tokens[i, :count], logprobs[i, :count]
+        self.out.lengths[request], self.out.finished[request] = count, finished[slot]
+        del self.under_way[slot]
+        if not self.scoring:
+          self.free.append(slot)
+    self.ended = ended
+
+  def find_stops(self, active: np.ndarray, counts: np.ndarray, finished: np.ndarray) -> None:
+    """Ends the rows in whose text a stop string has come up, at the token that completes it; changes the arrays."""
+    tokens = jax.device_get(self.slots.tokens)
+    margin = max(len(stop.encode()) for stop in self.stop)  # a token is a byte at least
+    halted = np.zeros(self.shapes.slots, bool)
+    for slot in self.under_way:
+      first, last = self.looked_at[slot], counts[slot]
+      if not self.has_stop(tokens[slot, max(0, first - margin) : last]):
+        continue
+      ends = [count for count in range(first + 1, last + 1) if self.has_stop(tokens[slot, :count])]
+      if ends:
+        halted[slot], finished[slot], active[slot], counts[slot] = True, True, False, ends[0]
+    self.looked_at = counts
+    if halted.any():
+      self.slots = decode.halt(self.slots, halted)
+
+  def has_stop(self, tokens: np.ndarray) -> bool:
+    text = self.engine.decode_text(tokens)
+    return any(stop in text for stop in self.stop)
+
+  def read_ended(self) -> None:
+    """The text of rows that have ended, and where their reference answers go."""
+    engine = self.engine
+    for slot, request in self.ended:
+      length, prompt = self.out.lengths[request], self.prompts[request // self.samples]
+      response = self.out.tokens[request, :length].tolist()
+      ended = bool(response) and response[-1] in engine.settings.eos_ids
+      text = engine.decode_text(response[: length - ended])
+      self.out.texts[request] = text[: min((text.find(stop) for stop in self.stop if stop in text), default=None)]
+      if not self.scoring:
+        continue
+      splice = splicing.splice(engine.tokenizer, prompt.ids, response, prompt.reference, engine.template)
+      fits, suffix = engine.cut(splice.suffix_ids, splice.answer_mask) if splice else (False, None)
+      if fits:
+        kept = [*prompt.ids, *response[: splice.prefix_length]]
+        self.ready.append(_Scored(slot, request, len(kept), int(kept[-1]), *suffix))
+      else:
+        self.references.overlong[request] = splice is not None
+        self.free.append(slot)
+    self.ended = []
+
+  def score_ready(self) -> None:
+    shapes = self.shapes
+    self.engine.score(self.params, self.slots.cache, self.ready, shapes.score_rows, shapes.reaches, self.references)
+    self.free += [item.row for item in self.ready]
+    self.ready = []
+
+  @contextlib.contextmanager
+  def timed(self, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    self.seconds[name] += time.perf_counter() - start
+
+
+def empty_references(rows: int, suffix_length: int) -> References:
+  shape = (rows, suffix_length)
+  return References(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(rows, bool))
+
+
+def pad_prompts(prompts: Sequence[Prompt], width: int, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """Prompts as int32[rows, width], padded on the right and by rows of length 1, and their lengths int32[rows]."""
+  rows = len(prompts) if rows is None else rows
+  tokens, lengths = np.zeros((rows, width), np.int32), np.ones(rows, np.int32)
   for row, prompt in enumerate(prompts):
     tokens[row, : len(prompt.ids)] = prompt.ids
-  return tokens, np.array([len(prompt.ids) for prompt in prompts], np.int32)
+    lengths[row] = len(prompt.ids)
+  return tokens, lengths
 
 
 @functools.partial(jax.jit, static_argnames=("samples",))
 def row_keys(key: jax.Array, draws: jax.Array, samples: int) -> jax.Array:
-  """One key a row [P * samples]: the run's key, folded with the draw's number, folded with the sample's."""
+  """One key a row, uint32[P * samples, 2]: the run's key, folded with the draw's number, folded with the sample's."""
   fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-  prompt_keys = fold(key, draws)
-  return jax.vmap(lambda k: fold(k, jnp.arange(samples)))(prompt_keys).reshape(-1)
+  rows = jax.vmap(lambda k: fold(k, jnp.arange(samples)))(fold(key, draws)).reshape(-1)
+  return jax.random.key_data(rows)

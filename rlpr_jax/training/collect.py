@@ -7,6 +7,7 @@ import numpy as np
 
 from rlpr_jax import filtering, grpo, rewards
 from rlpr_jax.data.pipeline import Prompt, PromptStream
+from rlpr_jax.models import Params
 from rlpr_jax.rewards import Rewards
 from rlpr_jax.sampling.engine import Rollouts, pad_prompts
 from rlpr_jax.training import packing
@@ -42,10 +43,11 @@ class Harvest(NamedTuple):
 def collect(run: Run, state: TrainState, stream: PromptStream) -> Harvest:
   """Draws until `prompts_per_step` groups are kept, those carried over included, or `max_draws` draws were made."""
   config = run.config
+  params = run.policy.sampling_params(state.params)
   kept, draws = [state.carried], []
   while sum(groups.count for groups in kept) < config.prompts_per_step and len(draws) < config.max_draws:
-    draw = draw_once(run, state, stream)
-    kept.append(to_groups(run, draw).take(draw.keep))
+    draw = draw_once(run, state, params, stream)
+    kept.append(to_groups(run, draw))
     draws.append(draw)
   groups = packing.concatenate(kept)
   size = config.prompts_per_step
@@ -62,14 +64,15 @@ def collect(run: Run, state: TrainState, stream: PromptStream) -> Harvest:
   )
 
 
-def draw_once(run: Run, state: TrainState, stream: PromptStream) -> Draw:
+def draw_once(run: Run, state: TrainState, params: Params, stream: PromptStream) -> Draw:
   """The next prompts of the stream, sampled, scored, rewarded and judged by the filter."""
   config = run.config
   numbered = stream.next_batch(config.rollout.prompts_per_draw)
-  rollouts = run.engine.rollout(run.policy.whole(state.params), numbered, run.key, config.samples_per_prompt)
+  rollouts = run.engine.rollout(params, numbered, run.key, config.samples_per_prompt)
   parts = reward(run, state, numbered, rollouts)
   advantages, stds = jax.device_get(_group_advantages(parts.total, config.training.advantages))
-  keep = np.asarray(filtering.keep(state.filter, stds, run.filter))
+  refused = rollouts.refused.reshape(stds.size, -1).any(axis=1)
+  keep = np.asarray(filtering.keep(state.filter, stds, run.filter)) & ~refused
   return Draw([prompt for _, prompt in numbered], rollouts, parts, advantages, stds, keep)
 
 
@@ -101,16 +104,16 @@ def reward(run: Run, state: TrainState, numbered: list[tuple[int, Prompt]], roll
 
 
 def to_groups(run: Run, draw: Draw) -> Groups:
-  tokens, lengths = pad_prompts(draw.prompts, run.engine.prompt_limit)
-  shape = draw.advantages.shape
-  rollouts = draw.rollouts
+  """The groups of a draw that are kept."""
+  kept, shape, rollouts = np.flatnonzero(draw.keep), draw.advantages.shape, draw.rollouts
+  tokens, lengths = pad_prompts([draw.prompts[p] for p in kept], run.config.data.prompt_limit)
   return Groups(
     tokens,
     lengths,
-    rollouts.tokens.reshape(*shape, -1),
-    rollouts.lengths.reshape(shape),
-    rollouts.logprobs.reshape(*shape, -1),
-    draw.advantages,
+    rollouts.tokens.reshape(*shape, -1)[kept],
+    rollouts.lengths.reshape(shape)[kept],
+    rollouts.logprobs.reshape(*shape, -1)[kept],
+    draw.advantages[kept],
   )
 
 
@@ -130,7 +133,8 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
   def everywhere(field: str) -> np.ndarray:
     return np.concatenate([getattr(part, field) for part in rollouts])
 
-  sampling = sum(part.seconds["sample"] for part in rollouts)
+  seconds = {name: sum(part.seconds[name] for part in rollouts) for name in rollouts[0].seconds}
+  sampling = seconds["prefill"] + seconds["decode"]
   return values | {
     **{f"reward/{name}": float(np.mean([getattr(draw.rewards, name) for draw in draws])) for name in Rewards._fields},
     "reward/group_std": float(np.mean([draw.stds for draw in draws])),
@@ -138,9 +142,11 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
     "rollout/truncated": float(np.mean(~everywhere("finished"))),
     "rollout/scorable": float(np.mean(everywhere("scorable"))),
     "rollout/overlong_references": int(everywhere("overlong").sum()),
+    "rollout/refused_prompts": int(everywhere("refused").sum()) // run.config.samples_per_prompt,
     "seconds/rollout": sampling,
-    "seconds/score": sum(part.seconds["score"] for part in rollouts),
-    "tokens_per_second/rollout": int(everywhere("lengths").sum()) / sampling,
+    "seconds/prefill": seconds["prefill"],
+    "seconds/score": seconds["score"],
+    "tokens_per_second/rollout": int(everywhere("lengths").sum()) / max(sampling, 1e-9),
   }
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from rlpr_jax import models, sharding
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.models import ModelConfig, Params
+from rlpr_jax.models import ModelConfig, Params, Runtime
 from rlpr_jax.sharding import Sharding
 
 
@@ -21,7 +21,9 @@ class Policy(NamedTuple):
   """What stays the same while a policy is trained."""
 
   config: ModelConfig
-  model: nnx.GraphDef
+  model: nnx.GraphDef  # as it is trained
+  sampler: nnx.GraphDef  # the same, as it samples and scores
+  sampling: Runtime  # how that one is run
   tokenizer: PreTrainedTokenizerBase
   sharding: Sharding
   trained: Params  # shapes, dtypes and shardings of the parameters that are trained
@@ -30,6 +32,16 @@ class Policy(NamedTuple):
   def whole(self, params: Params) -> Params:
     """All parameters, given those that are trained."""
     return models.combine(self.frozen, params)
+
+  def sampling_params(self, params: Params) -> Params:
+    """All parameters as the sampler reads them, token after token: to be made once for each policy, not for each token.
+
+    They are cast to the compute dtype, and gathered over the axes of the mesh that `sampler` does not split.
+    """
+    whole, dtype, where = self.whole(params), self.sampling.compute_dtype, self.sampling.sharding
+    if where.mesh is None and dtype == "float32":
+      return whole  # no copy of what is right as it is
+    return models.cast(whole, dtype, where)
 
 
 def load_policy(config: ConfigDict) -> Policy:
@@ -49,6 +61,7 @@ def load_policy(config: ConfigDict) -> Policy:
     model_config = new_config(config, len(tokenizer))
   if len(tokenizer) > model_config.vocab_size:
     raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
+  where = sharding.fit(where, models.axis_sizes(model_config))
   frozen: Params = {}
   if config.lora.rank:
     if not config.model.path:
@@ -56,11 +69,15 @@ def load_policy(config: ConfigDict) -> Policy:
     lora = models.LoRA(config.lora.rank, config.lora.alpha, parse_targets(config.lora.targets))
     frozen = models.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
     model_config = dataclasses.replace(model_config, lora=lora)
-  runtime = models.Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, where)
+  runtime = Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, sharding=where)
   model = models.definition(model_config, runtime)
+  gathered = where.replicate("embed") if config.rollout.gather_params else where
+  sampling = dataclasses.replace(runtime, sharding=gathered, int8_cache=config.rollout.int8_cache)
   everything = models.abstract_params(model_config, where)
   trained = models.adapters(everything) if config.lora.rank else everything
-  return Policy(model_config, model, tokenizer, where, trained, frozen)
+  return Policy(
+    model_config, model, models.definition(model_config, sampling), sampling, tokenizer, where, trained, frozen
+  )
 
 
 def initial_params(config: ConfigDict, policy: Policy) -> Params:

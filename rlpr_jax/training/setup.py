@@ -15,8 +15,9 @@ from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import held_out
-from rlpr_jax.sampling.decode import SamplingSettings
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import metrics, warm_start
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Groups
@@ -55,15 +56,20 @@ def set_up(config: ConfigDict) -> Run:
     count = config.evaluation.prompts
     held_out_prompts = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
   engine = Engine(
-    policy.model,
+    policy.sampler,
     tokenizer,
-    SamplingSettings(
-      config.rollout.max_response_length,
-      config.data.max_reference_length,
-      config.rollout.temperature,
-      (tokenizer.eos_token_id,),
+    DecodeSettings(Choice(config.rollout.temperature), config.rollout.decode_steps, (tokenizer.eos_token_id,)),
+    Shapes(
+      slots=config.rollout.slots,
+      prompt_limit=config.data.prompt_limit,
+      max_response_length=config.rollout.max_response_length,
+      suffix_length=config.data.max_reference_length,
+      steps=config.rollout.decode_steps,
+      prefill_rows=config.rollout.prefill_prompts,
+      score_rows=config.rollout.score_rows,
+      insert_rows=min(config.samples_per_prompt, config.rollout.slots),
+      ways=policy.sharding.ways("batch"),
     ),
-    config.data.prompt_limit,
     config.data.template,
     config.reward.score_temperature,
     config.reward.baseline_prefix,
@@ -78,14 +84,14 @@ def check_rows(config: ConfigDict, ways: int) -> None:
   """Batches must divide evenly among the parts into which the mesh splits them."""
   minibatch = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
   rows = {
-    "rollout.prompts_per_draw": config.rollout.prompts_per_draw,
+    "rollout.slots": config.rollout.slots,
+    "rollout.prefill_prompts": config.rollout.prefill_prompts,
+    "rollout.score_rows": config.rollout.score_rows,
     "training.micro_batch_rows": config.training.micro_batch_rows,
     "prompts_per_step / training.minibatches * samples_per_prompt": minibatch,
   }
   if config.warm_start.steps:
     rows["warm_start.batch_size"] = config.warm_start.batch_size
-  if config.evaluation.prompts:
-    rows["evaluation.prompts_per_batch"] = config.evaluation.prompts_per_batch
   for field, count in rows.items():
     if count % ways:
       raise InputError(f"config.{field}: {count} rows, expected a multiple of the {ways} parts of config.mesh")
@@ -203,19 +209,16 @@ def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params
 def initial_baselines(run: Run, params: models.Params, stop: StopRequest) -> np.ndarray:
   """r' of every prompt under the initial policy (rlpr section 3), computed once and kept in the state."""
   size, total = run.config.rollout.prompts_per_draw, len(run.prompts)
-  baselines = np.zeros(total, np.float32)
-  whole = run.policy.whole(params)
+  ready = run.policy.sampling_params(params)
   progress = metrics.Progress("baselines, prompt")
+  parts = []
   for first in range(0, total, size):
     if stop:
-      break
-    part = run.prompts[first : first + size]
-    padded = part + [run.prompts[0]] * (size - len(part))
-    logps, mask = run.engine.baseline(whole, padded)
-    values = rewards.reference_probability(logps, mask, run.config.reward.aggregate)
-    baselines[first : first + len(part)] = values[: len(part)]
-    progress(first + len(part), total)
-  return baselines
+      return np.zeros(total, np.float32)
+    parts.append(run.engine.baseline(ready, run.prompts[first : first + size]))
+    progress(min(first + size, total), total)
+  logps, mask = map(np.concatenate, zip(*parts, strict=True))
+  return np.asarray(rewards.reference_probability(logps, mask, run.config.reward.aggregate))
 
 
 def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
@@ -224,8 +227,8 @@ def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
     return {}
   settings = run.config.evaluation
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
-  progress = metrics.Progress("held-out, prompt")
-  ways = run.policy.sharding.ways("batch")
-  batch = min(settings.prompts_per_batch, -(-len(run.held_out) // ways) * ways)
-  values = held_out.evaluate(run.engine, run.policy.whole(params), run.held_out, settings.samples, batch, key, progress)
+  progress = metrics.Progress("held-out, response")
+  values = held_out.evaluate(
+    run.engine, run.policy.sampling_params(params), run.held_out, settings.samples, key, progress
+  )
   return {f"held_out/{name}": value for name, value in values.items()}

@@ -7,8 +7,9 @@ import pytest
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, prepare
 from rlpr_jax.evaluation.held_out import evaluate, exact_match
-from rlpr_jax.sampling.decode import Samples, SamplingSettings
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.engine import Engine, Samples, Shapes
 
 
 @pytest.mark.parametrize(
@@ -44,20 +45,16 @@ class Told:
 
   template = "think"
 
-  def __init__(self, texts, fill_up):
-    self.texts, self.fill_up, self.calls = texts, fill_up, []
+  def __init__(self, texts):
+    self.texts, self.calls = texts, []
 
-  def sample(self, params, draws, key, samples):
+  def sample(self, params, draws, key, samples, progress):
     self.calls.append([draw for draw, _ in draws])
-    self.last = [
-      text for draw, _ in draws for text in (self.texts[draw] if draw < len(self.texts) else [self.fill_up] * samples)
-    ]
-    lengths = np.array([len(text) for text in self.last])
-    return Samples(None, lengths, None, None), None
-
-  def decode_texts(self, out):
-    assert len(out.lengths) == len(self.last)
-    return self.last
+    texts = [text for draw, _ in draws for text in self.texts[draw]]
+    assert len(texts) == len(draws) * samples
+    for done in (0, len(texts)):
+      progress(done, len(texts))
+    return Samples(None, np.array([len(text) for text in texts]), None, None, texts)
 
 
 def prompt(reference, source):
@@ -67,14 +64,12 @@ def prompt(reference, source):
 RIGHT, LOOSE, WRONG = "<think></think><answer> 1 </answer>", "so <answer> 1 </answer>", "<think></think><answer>2"
 
 
-@pytest.mark.parametrize(("batch", "calls"), [(5, 1), (2, 3), (3, 2), (1, 5), (8, 1)])
-@pytest.mark.parametrize("fill_up", [RIGHT, WRONG])
-def test_what_counts(batch, calls, fill_up):
-  """Five prompts, two samples each; what fills up the last batch counts for nothing."""
+def test_what_counts():
+  """Five prompts, two samples each."""
   texts = [[RIGHT, RIGHT], [LOOSE, WRONG], [WRONG, WRONG], [RIGHT, WRONG], [LOOSE, LOOSE]]
   prompts = [prompt("1", source) for source in ("a", "b", "a", "b", "b")]
-  engine, seen = Told(texts, fill_up), []
-  values = evaluate(engine, {}, prompts, 2, batch, jax.random.key(0), lambda done, total: seen.append((done, total)))
+  engine, seen = Told(texts), []
+  values = evaluate(engine, {}, prompts, 2, jax.random.key(0), lambda done, total: seen.append((done, total)))
   assert values == {
     "accuracy": pytest.approx(6 / 10),
     "accuracy/a": pytest.approx(2 / 4),
@@ -82,30 +77,40 @@ def test_what_counts(batch, calls, fill_up):
     "format": pytest.approx(3 / 10),
     "response_length": pytest.approx((3 * len(RIGHT) + 3 * len(LOOSE) + 4 * len(WRONG)) / 10),
   }
-  assert [len(draws) for draws in engine.calls] == [batch] * calls  # one shape, whatever is left
-  numbers = [draw for draws in engine.calls for draw in draws]
-  assert numbers == list(range(batch * calls))  # and no number twice
-  assert seen[0] == (0, 5)
-  assert seen[-1] == (5, 5)
+  assert engine.calls == [[0, 1, 2, 3, 4]]  # each prompt, and no number twice
+  assert seen == [(0, 10), (10, 10)]
 
 
 def test_all_wrong_and_all_right():
   prompts = [prompt("1", "a")] * 3
   for text, accuracy in ((RIGHT, 1.0), (WRONG, 0.0)):
-    values = evaluate(Told([[text]] * 3, WRONG), {}, prompts, 1, 2, jax.random.key(0), lambda *_: None)
+    values = evaluate(Told([[text]] * 3), {}, prompts, 1, jax.random.key(0), lambda *_: None)
     assert values["accuracy"] == values["accuracy/a"] == accuracy
 
 
-def test_values_of_a_policy_do_not_depend_on_the_batch(policy):
-  settings = SamplingSettings(20, 4, 1.0, (policy.tokenizer.eos_token_id,))
-  engine = Engine(policy.model, policy.tokenizer, settings, 14, "think", score_temperature=1.0, baseline_prefix="bare")
+def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
+  """Nor on how many prompts are read at once."""
   prompts, _ = prepare(
     builtin.examples("held_out", 5), policy.tokenizer,
     template="think", instruction="", worked_examples=(), prompt_limit=14, max_reference_length=16,
   )  # fmt: skip
-  key = jax.random.key(2)
-  lengths = jax.device_get(engine.sample(policy.params, list(enumerate(prompts)), key, 4)[0].lengths)
-  values = [evaluate(engine, policy.params, prompts, 4, batch, key, lambda *_: None) for batch in (5, 3)]
+  key, values, seen = jax.random.key(2), [], []
+  for slots, prefill_rows in ((20, 5), (3, 2)):
+    engine = Engine(
+      policy.model,
+      policy.tokenizer,
+      DecodeSettings(Choice(1.0), steps=4, eos_ids=(policy.tokenizer.eos_token_id,)),
+      Shapes(
+        slots=slots, prompt_limit=14, max_response_length=20, suffix_length=4, steps=4, prefill_rows=prefill_rows,
+        score_rows=2, insert_rows=2,
+      ),
+      "think",
+      score_temperature=1.0,
+      baseline_prefix="bare",
+    )  # fmt: skip
+    values.append(evaluate(engine, policy.params, prompts, 4, key, lambda *progress: seen.append(progress)))
+    assert seen[-1] == (20, 20)
+  lengths = engine.sample(policy.params, list(enumerate(prompts)), key, 4).lengths
   assert values[0] == values[1]
   assert values[0]["response_length"] == pytest.approx(np.mean(lengths))
   assert np.ptp(lengths) > 0

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from rlpr_jax import models
-from rlpr_jax.models import ModelConfig, Params, Rope, families
+from rlpr_jax.models import ModelConfig, Params, Part, Rope, families
 
 VOCAB, LENGTH = 96, 40
 _SIZES = {
@@ -179,18 +179,35 @@ def whole_logits(
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def prefill(model, params, tokens, capacity):
-  """Logits and cache."""
+  """Logits, and a cache of `capacity` slots a row that holds the rows."""
   decoder = nnx.merge(model, params)
-  hidden, cache = decoder.prefill(tokens, capacity)
-  return decoder.logits(hidden), cache
+  hidden, new = decoder.prefill(tokens)
+  empty = decoder.empty_cache(tokens.shape[0], capacity)
+  return decoder.logits(hidden), _write(empty, new, jnp.zeros(tokens.shape[0], jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def extend(model, params, tokens, starts, cache):
-  """Logits and cache."""
+  """Logits of tokens that stand in each row from `starts` on, and the cache with them, as far as it reaches.
+
+  What stood in the cache from `starts` on is not seen.
+  """
   decoder = nnx.merge(model, params)
-  hidden, cache = decoder.extend(tokens, starts, cache)
-  return decoder.logits(hidden), cache
+  positions = starts[:, None] + jnp.arange(tokens.shape[1])
+  slots = jnp.broadcast_to(jnp.arange(cache.keys.shape[3]), (tokens.shape[0], cache.keys.shape[3]))
+  hidden, new = decoder.extend(tokens, positions, (Part(cache, slots),))
+  return decoder.logits(hidden), _write(cache, new, starts)
+
+
+def _write(cache, new, starts):
+  """The cache with new keys and values from slot `starts` of each row on."""
+  rows = jnp.arange(new.keys.shape[1])[:, None]
+  slots = starts[:, None] + jnp.arange(new.keys.shape[3])
+
+  def write(old, new):  # the two indices stand apart, so that their axes come first
+    return old.at[:, rows, :, slots].set(new.transpose(1, 3, 0, 2, 4), mode="drop")
+
+  return jax.tree.map(write, cache, new)
 
 
 def chunked_logits(

@@ -261,6 +261,7 @@ def tiny(fields):
     ("gemma-3-1b-it", {"post_norms": False}),
     ("gemma-3-1b-it", {"qk_norm": False}),
     ("gemma-3-1b-it", {"query_pre_attn_scalar": None}),
+    ("gemma-3-1b-it", {"attention_softcap": 3.0}),
     ("gemma-3-1b-it", {"local_rope": None}),
     ("gemma-3-1b-it", {"local_rope": models.Rope(3.0, "linear", 2.0)}),
   ],
@@ -438,6 +439,15 @@ def test_field_of_another_type(name, field, value, expected):
 def test_setting_that_is_not_implemented(name, field, value):
   said = message(name, **{field: value})
   assert said.startswith(f"{field} is {repr(value)[:80]}, which is not implemented for {ALL[name]['model_type']}")
+
+
+def test_soft_cap_of_gemma3_is_refused():
+  """transformers reads it and computes without it, so either result would be wrong for somebody."""
+  for value in (50.0, 0, False):
+    assert message("gemma-3-1b-it", attn_logit_softcapping=value).startswith("attn_logit_softcapping is set, expected")
+  fields = {key: value for key, value in ALL["gemma-3-1b-it"].items() if key != "attn_logit_softcapping"}
+  assert from_huggingface(fields, "") == from_huggingface(ALL["gemma-3-1b-it"], "")
+  assert from_huggingface(fields, "").attention_softcap is None
 
 
 @pytest.mark.parametrize(("field", "value"), [("pretraining_tp", 2), ("partial_rotary_factor", 0.5)])

@@ -103,7 +103,7 @@ def test_decoder(interpreted):
       return jnp.sum(hidden**3), hidden
 
     gradients, hidden = jax.jit(jax.grad(loss, has_aux=True))(params)
-    return hidden, jax.jit(lambda params: nnx.merge(model, params).prefill(tokens, 30))(params), gradients
+    return hidden, jax.jit(lambda params: nnx.merge(model, params).prefill(tokens))(params), gradients
 
   def assert_near(found, expected):
     assert np.max(np.abs(found - expected)) <= 2 * TOLERANCE * np.max(np.abs(expected))

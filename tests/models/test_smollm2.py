@@ -14,10 +14,12 @@ from flax import nnx
 
 from rlpr_jax import models
 from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.sampling.decode import SamplingSettings, decode, prefill
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.update import row_logprobs
+from tests.models import cases
 
 torch.set_num_threads(1)  # its threads spin while they wait, which is slow beside those of jax
 DIRECTORY = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct"
@@ -86,11 +88,18 @@ def compute_logits(model, params, tokens):
   return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def extend(model, params, tokens, starts, cache):
-  decoder = nnx.merge(model, params)
-  hidden, cache = decoder.extend(tokens, starts, cache)
-  return decoder.logits(hidden)[:, 0], cache
+def sample(model, params, prompts, samples, settings: DecodeSettings, key) -> Slots:
+  """Slots with responses of NEW tokens at most to each prompt, in order."""
+  tokens, lengths = prompts
+  rows = len(tokens) * samples
+  slots = empty_slots(model, params, rows, WIDTH + NEW + settings.steps, NEW)
+  source, keys = np.repeat(np.arange(len(tokens)), samples), jax.random.key_data(jax.random.split(key, rows))
+  slots = insert(
+    slots, *prefill(model, params, tokens, lengths), lengths, source, np.arange(rows), keys, np.full(rows, NEW)
+  )
+  while slots.active.any():
+    slots = decode(model, params, slots, settings, WIDTH + NEW)
+  return jax.device_get(slots)
 
 
 def test_logits_are_those_of_transformers(loaded, theirs, prompts):
@@ -117,7 +126,7 @@ def test_logits_of_a_long_text_are_those_of_transformers(loaded, theirs, publish
 
 @pytest.mark.slow
 def test_generation_is_that_of_transformers(loaded, theirs, published):
-  """64 greedy tokens to each of twenty prompts: all at once in ours, one after the other in theirs.
+  """64 greedy tokens to each of twenty prompts: in eight slots in ours, one after the other in theirs.
 
   Two best logits within 1e-4 of each other may change places by rounding: a warning then, and nothing else may differ.
   """
@@ -129,11 +138,16 @@ def test_generation_is_that_of_transformers(loaded, theirs, published):
     for text in TOPICS
   ]
   assert len({len(chat) for chat in chats}) > 8
-  engine = Engine(model, tokenizer, SamplingSettings(new, 4, 0.0, (eos,)), 96, "think", 1.0, "bare")
+  settings = DecodeSettings(Choice(0.0), steps=16, eos_ids=(eos,))
+  shapes = Shapes(
+    slots=8, prompt_limit=96, max_response_length=new, suffix_length=4, steps=16, prefill_rows=4, score_rows=4,
+    insert_rows=4,
+  )  # fmt: skip
+  engine = Engine(model, tokenizer, settings, shapes, "think", 1.0, "bare")
   draws = [
     (i, Prompt(np.array(chat), "", text, "", i)) for i, (chat, text) in enumerate(zip(chats, TOPICS, strict=True))
   ]
-  samples = jax.device_get(engine.sample(params, draws, jax.random.key(0), 1)[0])
+  samples = engine.sample(params, draws, jax.random.key(0), 1)
   for chat, tokens, length in zip(chats, samples.tokens, samples.lengths, strict=True):
     with torch.no_grad():
       out = theirs.generate(
@@ -156,10 +170,9 @@ def test_greedy_tokens_are_those_of_transformers(loaded, theirs, prompts):
   _, model, params = loaded
   tokens, lengths = prompts
   eos = theirs.config.eos_token_id
-  settings = SamplingSettings(NEW, suffix_length=4, temperature=0.0, eos_ids=(eos,))
-  hidden, cache = prefill(model, params, tokens, lengths, capacity=WIDTH + NEW + 4)
-  samples, _ = decode(model, params, hidden, cache, lengths, jax.random.split(jax.random.key(0), 4), settings)
-  for row, (length, new) in enumerate(zip(lengths, samples.lengths, strict=True)):
+  settings = DecodeSettings(Choice(0.0), steps=6, eos_ids=(eos,))
+  samples = sample(model, params, prompts, 1, settings, jax.random.key(0))
+  for row, (length, new) in enumerate(zip(lengths, samples.counts, strict=True)):
     assert new == NEW or (samples.finished[row] and samples.tokens[row, new - 1] == eos)
     text = np.concatenate([tokens[row, :length], samples.tokens[row, :new]])
     with torch.no_grad():
@@ -176,25 +189,24 @@ def test_cached_decoding_is_the_full_forward_pass(loaded, prompts):
   full = np.asarray(compute_logits(model, params, tokens))
   tolerance = 1e-4 * np.max(np.abs(full))
   padded = np.where(np.arange(WIDTH) < starts[:, None], tokens, 1)
-  hidden, cache = prefill(model, params, padded, starts, capacity=WIDTH + 3)
-  logits = hidden @ params["embedding"].T
-  np.testing.assert_allclose(logits, full[rows, starts - 1], atol=tolerance)
+  hidden, _ = prefill(model, params, padded, starts)
+  np.testing.assert_allclose(hidden @ params["embedding"].T, full[rows, starts - 1], atol=tolerance)
+  _, cache = cases.prefill(model, params, padded, WIDTH + 3)
   for step in range(6):
     places = starts + step
-    logits, cache = extend(model, params, tokens[rows, places][:, None], places, cache)
-    np.testing.assert_allclose(logits, full[rows, places], atol=tolerance)
+    logits, cache = cases.extend(model, params, tokens[rows, places][:, None], places, cache)
+    np.testing.assert_allclose(logits[:, 0], full[rows, places], atol=tolerance)
 
 
 def test_log_probabilities_of_the_sampler_are_those_of_the_trainer(loaded, prompts):
   _, model, params = loaded
   tokens, lengths = prompts
-  settings = SamplingSettings(NEW, suffix_length=4, temperature=0.6, eos_ids=(2,))
-  hidden, cache = prefill(model, params, tokens, lengths, capacity=WIDTH + NEW + 4)
-  samples, _ = decode(model, params, hidden, cache, lengths, jax.random.split(jax.random.key(1), 8), settings)
-  samples = jax.device_get(samples)
-  by_prompt = [field.reshape(4, 2, *field.shape[1:]) for field in samples[:3]]
+  settings = DecodeSettings(Choice(0.6), steps=6, eos_ids=(2,))
+  samples = sample(model, params, prompts, 2, settings, jax.random.key(1))
+  fields = (samples.tokens, samples.counts, samples.logprobs)
+  by_prompt = [field.reshape(4, 2, *field.shape[1:]) for field in fields]
   groups = packing.Groups(tokens, lengths, *by_prompt, advantages=np.zeros((4, 2), np.float32))
   rows = packing.pack(groups, 4, "token_mean")
-  assert rows.mask.sum() == samples.lengths.sum() > 64
+  assert rows.mask.sum() == samples.counts.sum() > 64
   found, _ = jax.jit(row_logprobs, static_argnums=(0, 3))(model, params, rows, 0.6)
   np.testing.assert_allclose(np.asarray(found)[rows.mask], rows.old_logprobs[rows.mask], atol=1e-4)

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import models
-from rlpr_jax.models import KVCache, logprobs
+from rlpr_jax.models import UNSEEN, KVCache, Part, logprobs
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
 from tests.models import cases
@@ -153,11 +153,122 @@ def test_an_empty_cache_extended_is_a_prefill(policy):
 
 
 def test_positions_beyond_the_cache_are_not_written(policy):
-  """Nor do they push out what is in it."""
+  """Nor do they push out what is in it; their logits do not need the room."""
   tokens, starts = random_tokens(1, 6), np.zeros(1, np.int32)
   _, expected = prefill(policy.model, policy.params, tokens[:, :4], 4)
-  _, cache = extend(policy.model, policy.params, tokens, starts, empty_cache(policy.config, 1, 4))
+  found, cache = extend(policy.model, policy.params, tokens, starts, empty_cache(policy.config, 1, 4))
   jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), cache, expected)
+  np.testing.assert_allclose(found, whole_logits(policy.model, policy.params, tokens), atol=1e-4)
+
+
+# --- parts of caches ---
+
+# Layers with windows shorter than the texts, soft caps and grouped queries; and none of these.
+READERS = ("gemma2", "llama")
+
+
+@functools.cache
+def reader(name):
+  """A model, its parameters, five texts of 20 tokens and their cache."""
+  config = cases.config(name)
+  model, params, tokens = models.definition(config), cases.random_params(config), random_tokens(5, 20)
+  return model, params, tokens, prefill(model, params, tokens, 20)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def read_on(model, params, tokens, positions, parts, segment_ids=None):
+  """Logits of tokens after parts of caches, and the tokens' own keys and values."""
+  decoder = nnx.merge(model, params)
+  hidden, new = decoder.extend(tokens, positions, parts, segment_ids)
+  return decoder.logits(hidden), new
+
+
+def filled(rows, count):
+  """Positions of `count` cache slots in the order of the text."""
+  return np.broadcast_to(np.arange(count, dtype=np.int32), (rows, count))
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_suffixes_of_one_row_are_as_if_alone(name):
+  """As segments, after different parts of the row's text; the cache holds more of it than either follows."""
+  model, params, tokens, cache = reader(name)
+  segment_ids = np.array([[1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 2, 2], [1, 1, 1, 1, 1, 1], [1, 2, 3, 4, 0, 0], [0] * 6])
+  starts = [(4, 15), (18, 2), (11,), (0, 20, 7, 20), ()]  # before the first token of each
+  suffixes, positions = random_tokens(5, 6, seed=9), np.full((5, 6), 3)
+  places = [[np.flatnonzero(ids == segment) for segment in range(1, ids.max() + 1)] for ids in segment_ids]
+  for row, segments in enumerate(places):
+    for start, place in zip(starts[row], segments, strict=True):
+      positions[row, place] = start + np.arange(place.size)
+  found, new = read_on(model, params, suffixes, positions, (Part(cache, filled(5, 20)),), segment_ids)
+  assert np.all(np.isfinite(found))  # on padding too
+  assert new.keys.shape == new.values.shape == (*cache.keys.shape[:3], 6, cache.keys.shape[-1])
+  for row, segments in enumerate(places):
+    for start, place in zip(starts[row], segments, strict=True):
+      text = np.concatenate([tokens[row, :start], suffixes[row, place]])[None]
+      padded = np.pad(text, ((0, 0), (0, 26 - text.size)))  # one shape; what follows is not seen
+      expected = whole_logits(model, params, padded)[0, start : text.size]
+      np.testing.assert_allclose(found[row, place], expected, atol=1e-4)
+      alone = prefill(model, params, padded, 26)[1]
+      for ours, theirs in zip(new, alone, strict=True):
+        np.testing.assert_allclose(ours[:, row][:, :, place], theirs[:, 0, :, start : text.size], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_rows_of_a_larger_cache(name):
+  """In any order and some of them twice, and less than all of their slots."""
+  model, params, tokens, cache = reader(name)
+  rows, starts = np.array([4, 0, 4, 2], np.int32), np.array([13, 5, 9, 12])
+  suffixes = random_tokens(4, 3, seed=9)
+  found, _ = read_on(
+    model, params, suffixes, starts[:, None] + np.arange(3), (Part(cache, filled(4, 13), rows),), np.ones((4, 3), int)
+  )
+  for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+    text = np.concatenate([tokens[row, :start], suffixes[i], np.zeros(10, np.int32)])[None, :16]
+    np.testing.assert_allclose(found[i], whole_logits(model, params, text)[0, start : start + 3], atol=1e-4)
+
+
+@pytest.mark.parametrize("ways", [1, 2, 3])
+def test_rows_are_taken_from_each_part_of_the_cache(ways):
+  """Whether they are asked for as one list or part by part. What a mesh makes of it is in test_sharding.py."""
+  shape = (3, 6, 2, 5, 4)  # six rows, in parts of six, three or two
+  cache = KVCache(*np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32))
+  rows = {1: [5, 0, 0, 3, 2, 4], 2: [2, 0, 2, 5, 3, 3], 3: [1, 1, 2, 3, 5, 4]}[ways]
+  part = Part(cache, filled(6, 4), np.array(rows, np.int32))
+  for layer in range(3):
+    found = jax.jit(Part.layer, static_argnums=(2, 3))(part, layer, ways, "float32")
+    np.testing.assert_array_equal(found.keys, cache.keys[layer][rows][:, :, :4])
+    np.testing.assert_array_equal(found.values, cache.values[layer][rows][:, :, :4])
+    np.testing.assert_array_equal(found.positions, part.positions)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_two_parts_are_as_one(name):
+  """A text and what came after it, as in decoding: windows hold across both, and the slots' order says nothing.
+
+  The rows' texts differ in length, and so do the empty slots of each part.
+  """
+  model, params, tokens, cache = reader(name)
+  lengths, recent = np.array([9, 14, 4, 1, 13]), 5  # of the text; slots of what came after it, the last one empty
+  suffixes, starts = random_tokens(5, 2, seed=9), lengths + recent - 1
+  places = np.arange(14)
+  text = Part(cache, np.where(places < lengths[:, None], places, UNSEEN).astype(np.int32))
+  order = np.array([3, 0, 4, 1, 2])  # of the later slots
+  reach = lengths[:, None] + order
+  index = np.minimum(reach, 19)[None, :, None, :, None]  # the same place in the cache of the whole text
+  newer = KVCache(*(np.take_along_axis(np.asarray(x), index, axis=3) for x in cache))
+  newer = KVCache(*(np.where((order < recent - 1)[:, None], x, 1e3) for x in newer))  # were it seen, it would show
+  after = Part(newer, np.where(order < recent - 1, reach, UNSEEN).astype(np.int32))
+  positions = starts[:, None] + np.arange(2)
+  two, _ = read_on(model, params, suffixes, positions, (text, after))
+  swapped, _ = read_on(model, params, suffixes, positions, (after, text))
+  one, _ = read_on(model, params, suffixes, positions, (Part(cache, filled(5, 20)),))
+  np.testing.assert_allclose(two, one, atol=1e-4)
+  np.testing.assert_allclose(swapped, one, atol=1e-4)
+  for row, start in enumerate(starts):
+    whole = np.concatenate([tokens[row, :start], suffixes[row], np.zeros(20, np.int32)])[None, :20]
+    np.testing.assert_allclose(two[row], whole_logits(model, params, whole)[0, start : start + 2], atol=1e-4)
+  earlier, _ = read_on(model, params, suffixes, positions, (text,))
+  assert np.max(np.abs(earlier - two)) > 0.1  # the second part is read
 
 
 # --- bfloat16 ---

@@ -78,7 +78,7 @@ def compile_decoder(where: sharding.Sharding, config: models.ModelConfig) -> dic
       return decoder.logprobs(decoder(tokens, positions, segment_ids), tokens)[0].mean()
 
     def prefill(params, tokens, model=model):
-      return nnx.merge(model, params).prefill(tokens, LENGTH + 128)
+      return nnx.merge(model, params).prefill(tokens)
 
     result[backend] = {
       "gradient": compile_for_tpu(jax.grad(loss), params, rows, rows, rows),

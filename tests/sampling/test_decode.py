@@ -1,4 +1,4 @@
-"""Sampling: the right distribution, the right log-probabilities, and rows that know nothing of each other."""
+"""Slots: chunks of tokens against whole passes over the text, rows that know nothing of each other, and scoring."""
 
 import functools
 
@@ -7,34 +7,321 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from scipy import stats
 
-from rlpr_jax.models import token_logprobs
-from rlpr_jax.sampling.decode import SamplingSettings, decode, prefill, score_suffix
+from rlpr_jax.models import KVCache
+from rlpr_jax.sampling import decode
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings, Suffixes
 from rlpr_jax.sampling.engine import row_keys
-from rlpr_jax.training import packing
+from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.update import row_logprobs
 
-VOCAB, LIMIT, ROOM = 64, 12, 4
-SETTINGS = SamplingSettings(LIMIT, ROOM, temperature=1.0, eos_ids=(1,))
+VOCAB, LIMIT, SLOTS = 64, 12, 10
+# Ten rows: of four prompts, two or three samples each. One limit is 0, some are short.
+LENGTHS = np.array([8, 2, 5, 1], np.int32)
+SOURCE = np.array([0, 0, 0, 1, 1, 1, 2, 2, 3, 3], np.int32)
+LIMITS = np.array([12, 12, 12, 12, 12, 3, 12, 1, 12, 12], np.int32)
+WIDTH = 8
+TEXT = WIDTH + LIMIT
 # One token in eight ends a response, so that most end early; 0, which pads, is one of them.
 ENDS = tuple(range(0, VOCAB, 8))
-ENDING = SamplingSettings(LIMIT, ROOM, temperature=1.0, eos_ids=ENDS)
-LENGTHS = np.array([7, 2, 5, 1], np.int32)
+ENDLESS = (VOCAB,)
+WHOLE = Choice()
 
 
-def make_prompts(lengths=LENGTHS, width=8, seed=0):
+def make_prompts(width=WIDTH, filler=0):
   """Prompts padded on the right; a prompt's tokens do not depend on the width."""
-  tokens = np.zeros((len(lengths), width), np.int32)
-  for row, length in enumerate(lengths):
-    tokens[row, :length] = np.random.default_rng([seed, row]).integers(0, VOCAB, length)
+  tokens = np.full((len(LENGTHS), width), filler, np.int32)
+  for row, length in enumerate(LENGTHS):
+    tokens[row, :length] = np.random.default_rng([0, row]).integers(0, VOCAB, length)
   return tokens
 
 
-def sample(policy, settings, prompts, lengths, keys, capacity=None):
-  hidden, cache = prefill(policy.model, policy.params, prompts, lengths, capacity or prompts.shape[1] + LIMIT + ROOM)
-  samples, cache = decode(policy.model, policy.params, hidden, cache, lengths, keys, settings)
-  return jax.device_get(samples), cache
+@pytest.fixture(scope="module")
+def keys():
+  return np.asarray(row_keys(jax.random.key(0), np.arange(5, dtype=np.uint32), 2))
+
+
+def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16, slots=None):
+  """Slots with row `order[i]` of the ten in slot i; None leaves a slot empty."""
+  count = len(order)
+  if slots is None:
+    slots = decode.empty_slots(policy.model, policy.params, count, TEXT + steps, LIMIT)
+  prompts = make_prompts() if prompts is None else prompts
+  hidden, cache = decode.prefill(policy.model, policy.params, prompts, LENGTHS)
+  rows = np.array([0 if row is None else row for row in order])
+  target = np.array([count if row is None else slot for slot, row in enumerate(order)], np.int32)
+  return decode.insert(slots, hidden, cache, LENGTHS, SOURCE[rows], target, keys[rows], limits[rows])
+
+
+def run(policy, slots, choice=WHOLE, eos_ids=ENDS, steps=16, reach=TEXT):
+  """Chunks until no row is active."""
+  settings = DecodeSettings(choice, steps, eos_ids)
+  chunks = 0
+  while np.any(slots.active):
+    slots = decode.decode(policy.model, policy.params, slots, settings, reach)
+    chunks += 1
+    assert chunks <= LIMIT
+  return slots
+
+
+def read(slots):
+  """What slots hold, of each row no more than there is: lengths, counts, finished, tokens, log-probabilities."""
+  slots = jax.device_get(slots._replace(cache=None))
+  there = np.arange(LIMIT) < slots.counts[:, None]
+  return {
+    "lengths": slots.lengths, "counts": slots.counts, "finished": slots.finished,
+    "tokens": np.where(there, slots.tokens, -1), "logprobs": np.where(there, slots.logprobs, 0),
+  }  # fmt: skip
+
+
+def assert_same(found, expected, rows=slice(None)):
+  for name in expected:
+    tolerance = 1e-5 if name == "logprobs" else 0
+    np.testing.assert_allclose(found[name], expected[name][rows], atol=tolerance, rtol=0, err_msg=name)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(model, params, tokens):
+  """Logits of whole rows."""
+  decoder = nnx.merge(model, params)
+  positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+  return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
+
+
+def one_after_another(policy, keys, choice, eos_ids):
+  """The ten rows as the definition has them: a whole pass over the text for every token, logits in float64."""
+  texts, prompts = np.zeros((SLOTS, TEXT), np.int32), make_prompts()[SOURCE]
+  texts[:, :WIDTH] = prompts
+  lengths, counts = LENGTHS[SOURCE].copy(), np.zeros(SLOTS, np.int32)
+  finished, active = np.zeros(SLOTS, bool), LIMITS > 0
+  tokens, logprobs = np.full((SLOTS, LIMIT), -1), np.zeros((SLOTS, LIMIT))
+  for place in range(LIMIT):
+    logits = np.asarray(forward(policy.model, policy.params, texts), np.float64)[np.arange(SLOTS), lengths - 1]
+    logps = logits / (choice.temperature or 1)
+    logps -= np.log(np.exp(logps).sum(axis=1, keepdims=True))
+    for row in np.flatnonzero(active):
+      if choice.temperature:
+        key = jax.random.fold_in(jax.random.wrap_key_data(keys[row]), place)
+        token = int(np.argmax(logps[row] + np.asarray(jax.random.gumbel(key, (VOCAB,)))))
+      else:
+        token = int(np.argmax(logits[row]))
+      tokens[row, place], logprobs[row, place] = token, logps[row, token]
+      texts[row, lengths[row]] = token
+      lengths[row] += 1
+      counts[row] += 1
+      finished[row] = token in eos_ids
+      active[row] = not finished[row] and counts[row] < LIMITS[row]
+  return {"lengths": lengths, "counts": counts, "finished": finished, "tokens": tokens, "logprobs": logprobs}
+
+
+@pytest.fixture(scope="module")
+def expected(policy, keys):
+  """What the ten rows come to at temperature 1."""
+  return one_after_another(policy, keys, WHOLE, ENDS)
+
+
+@pytest.fixture(scope="module")
+def ended(policy, keys):
+  """The ten rows in slots, all ended. Calls that donate must copy."""
+  return run(policy, fill(policy, keys))
+
+
+def copy(slots):
+  return jax.tree.map(jnp.array, slots)
+
+
+def text_of(row, tokens, count):
+  return [*make_prompts()[SOURCE[row], : LENGTHS[SOURCE[row]]], *tokens[row, :count]]
+
+
+def test_rows_end_at_eos_or_at_their_limit(expected):
+  """That the rows by which everything else is judged are of every kind."""
+  assert len(np.unique(expected["counts"])) > 4
+  assert 0 < expected["finished"].sum() < SLOTS
+  assert (~expected["finished"] & (expected["counts"] == LIMIT)).any()
+  assert expected["counts"][7] == 1
+  last = expected["tokens"][np.arange(SLOTS), expected["counts"] - 1]
+  np.testing.assert_array_equal(np.isin(last, ENDS), expected["finished"])
+
+
+@pytest.mark.parametrize("steps", [1, 5, 16])
+def test_chunks_are_one_token_after_another(policy, keys, expected, steps):
+  assert_same(read(run(policy, fill(policy, keys, steps=steps), steps=steps)), expected)
+
+
+@pytest.mark.parametrize("choice", [Choice(0.5), Choice(0.0)])
+@pytest.mark.parametrize("eos_ids", [ENDLESS, ENDS])
+def test_other_temperatures_and_greedy(policy, keys, choice, eos_ids):
+  found = read(run(policy, fill(policy, keys, steps=5), choice, eos_ids, steps=5))
+  assert_same(found, one_after_another(policy, keys, choice, eos_ids))
+  if eos_ids == ENDLESS:
+    np.testing.assert_array_equal(found["counts"], LIMITS)
+    assert not found["finished"].any()
+
+
+def test_truncation_reaches_the_tokens_and_not_their_log_probabilities(policy, keys):
+  choice = Choice(1.0, top_k=3)
+  found = read(run(policy, fill(policy, keys, steps=5), choice, ENDLESS, steps=5))
+  texts = np.zeros((SLOTS, TEXT), np.int32)
+  for row in range(SLOTS):
+    texts[row, : found["lengths"][row]] = text_of(row, found["tokens"], found["counts"][row])
+  logps = np.asarray(jax.nn.log_softmax(forward(policy.model, policy.params, texts)))
+  ranks = set()
+  for row, (length, count) in enumerate(zip(found["lengths"], found["counts"], strict=True)):
+    at = logps[row, length - count - 1 : length - 1]
+    drawn = at[np.arange(count), found["tokens"][row, :count]]
+    np.testing.assert_allclose(found["logprobs"][row, :count], drawn, atol=1e-5)
+    ranks |= set(np.sum(at > drawn[:, None], axis=1).tolist())
+  assert ranks == {0, 1, 2}
+
+
+def test_neighbours_and_slots_change_nothing(policy, keys, expected):
+  order = [8, None, 2, 5, 0, None, 3, 9, 1, 6]
+  found = read(run(policy, fill(policy, keys, order)))
+  there = [slot for slot, row in enumerate(order) if row is not None]
+  assert_same({name: x[there] for name, x in found.items()}, expected, [order[slot] for slot in there])
+  for slot in (1, 5):  # and what is not there does nothing
+    assert found["counts"][slot] == 0
+    assert not found["finished"][slot]
+
+
+def test_a_samples_number_and_the_prompts_number_decide(policy, keys, expected):
+  """The same prompt under another key comes out otherwise."""
+  rolled = read(run(policy, fill(policy, np.roll(keys, 1, axis=0))))
+  assert np.mean(rolled["tokens"][:, 0] == expected["tokens"][:, 0]) < 0.5
+  assert len({tuple(row) for row in expected["tokens"][:5]}) == 5
+
+
+def test_prompt_padding_changes_nothing(policy, keys, expected):
+  wide = fill(policy, keys, prompts=make_prompts(width=13, filler=9))
+  assert_same(read(run(policy, wide)), expected)
+
+
+@pytest.mark.parametrize("reach", [16, TEXT, 36])
+def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, reach):
+  """16 is less than the longest text comes to; when the last chunk begins, no active row may be longer."""
+  found = fill(policy, keys, steps=16)
+  if reach < TEXT:
+    found = decode.decode(policy.model, policy.params, found, DecodeSettings(WHOLE, 8, ENDS), WIDTH)
+    assert WIDTH < np.asarray(found.lengths)[np.asarray(found.active)].max() <= reach
+  assert_same(read(run(policy, found, reach=reach)), expected)
+
+
+def test_ended_rows_stay_as_they_are(policy, ended):
+  before = jax.device_get(ended)
+  assert not before.active.any()
+  after = jax.device_get(decode.decode(policy.model, policy.params, copy(ended), DecodeSettings(WHOLE, 16, ENDS), TEXT))
+  for name in set(before._fields) - {"cache"}:
+    np.testing.assert_array_equal(getattr(after, name), getattr(before, name), name)
+  for row, length in enumerate(before.lengths):
+    np.testing.assert_array_equal(after.cache.keys[:, row, :, :length], before.cache.keys[:, row, :, :length])
+
+
+def test_ended_rows_stay_as_they_are_while_others_go_on(policy, keys):
+  """Bit for bit, also the row whose text is as long as a text can be."""
+  steps = 4
+  first = run(policy, fill(policy, keys, [0, 7, 5, 2], steps=steps), eos_ids=ENDLESS, steps=steps)
+  slots = fill(policy, keys, [None, None, None, 8], steps=steps, slots=copy(first))
+  first, last = jax.device_get((first, run(policy, slots, eos_ids=ENDLESS, steps=steps)))
+  assert first.lengths[0] == TEXT == first.cache.keys.shape[3] - steps
+  assert last.tokens[3].tolist() != first.tokens[3].tolist()
+  for slot in (0, 1, 2):
+    for name in set(first._fields) - {"cache"}:
+      np.testing.assert_array_equal(getattr(last, name)[slot], getattr(first, name)[slot], name)
+    for old, new in zip(first.cache, last.cache, strict=True):
+      np.testing.assert_array_equal(new[:, slot, :, : first.lengths[slot]], old[:, slot, :, : first.lengths[slot]])
+
+
+@pytest.mark.parametrize("steps", [1, 5, 16])
+def test_the_cache_holds_the_text(policy, keys, steps):
+  """Keys and values of prompt and response, EOS included, as one pass over the text gives them."""
+  slots = jax.device_get(run(policy, fill(policy, keys, steps=steps), steps=steps))
+  texts = np.zeros((SLOTS, TEXT), np.int32)
+  for row in range(SLOTS):
+    texts[row, : slots.lengths[row]] = text_of(row, slots.tokens, slots.counts[row])
+  hidden, cache = decode.prefill(policy.model, policy.params, texts, slots.lengths)
+  for found, expected in zip(slots.cache, cache, strict=True):
+    for row, length in enumerate(slots.lengths):
+      np.testing.assert_allclose(found[:, row, :, :length], expected[:, row, :, :length], atol=1e-5)
+  np.testing.assert_allclose(slots.hidden, hidden, atol=1e-5)
+
+
+def test_decoding_stops_when_the_last_row_ends(policy, keys):
+  """A step writes keys of some token behind every text; where none was taken, the fresh slots are still zero."""
+  settings = DecodeSettings(WHOLE, 16, tuple(range(VOCAB)))  # everything ends
+  slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, TEXT))
+  assert (slots.counts == 1).all()
+  assert slots.finished.all()
+  written = np.abs(slots.cache.keys).sum(axis=(0, 2, 4)) > 0  # [S, C]
+  for row, length in enumerate(slots.lengths):
+    assert written[row, :length].all()
+    assert not written[row, max(length, WIDTH) :].any()  # up to WIDTH the prompt's padding was written
+
+
+def test_insert_leaves_the_other_slots_alone(policy, keys, ended, expected):
+  """Bit for bit; and what is inserted where another row was decodes as in a fresh slot."""
+  before = jax.device_get(ended)
+  order = [None, 2, None, None, 8, None, None, 0, None, None]
+  slots = fill(policy, keys, order, slots=copy(ended))
+  after = jax.device_get(slots)
+  others = [slot for slot, row in enumerate(order) if row is None]
+  for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+    axis = 1 if old.ndim == 5 else 0
+    np.testing.assert_array_equal(np.take(new, others, axis), np.take(old, others, axis))
+  assert np.flatnonzero(after.active).tolist() == [1, 4, 7]
+  assert (after.counts[[1, 4, 7]] == 0).all()
+  found = read(run(policy, slots))
+  rows = [row if row is not None else slot for slot, row in enumerate(order)]
+  assert_same(found, expected, rows)
+
+
+def test_a_limit_of_nothing_is_no_row(policy, keys):
+  limits = np.where(np.arange(SLOTS) == 4, 0, LIMITS)
+  found = read(run(policy, fill(policy, keys, limits=limits)))
+  assert found["counts"][4] == 0
+  assert (found["counts"][np.arange(SLOTS) != 4] > 0).all()
+
+
+def poison(slots):
+  """Large numbers wherever no text is."""
+  room = np.arange(slots.cache.keys.shape[3]) >= np.asarray(slots.lengths)[:, None]
+  return slots._replace(
+    cache=KVCache(*(jnp.where(room[None, :, None, :, None], 1e4, x) for x in slots.cache)),
+    tokens=jnp.full_like(slots.tokens, 7),
+    logprobs=jnp.full_like(slots.logprobs, 1e4),
+  )
+
+
+def test_garbage_behind_the_text_never_shows(policy, keys, expected):
+  assert_same(read(run(policy, poison(fill(policy, keys)))), expected)
+
+
+def make_suffixes(texts, kept, groups, width, picks):
+  """Suffixes in segments after the first `kept` tokens of each text.
+
+  Args:
+    groups: for each row the suffixes, lists of tokens.
+    picks: how many tokens of each suffix are scored, the last ones.
+
+  Returns:
+    the suffixes; and the whole texts that they stand for, with how many tokens of each are scored, in order.
+  """
+  rows, scored = len(groups), max(sum(min(picks, len(s)) for s in group) for group in groups)
+  out = Suffixes(*(np.zeros((rows, width), np.int32) for _ in range(3)), *np.zeros((2, rows, scored), np.int32))
+  whole = []
+  for row, (text, keep, group) in enumerate(zip(texts, kept, groups, strict=True)):
+    at, done = 0, 0
+    for number, suffix in enumerate(group, 1):
+      here, count = slice(at, at + len(suffix)), min(picks, len(suffix))
+      out.tokens[row, here] = [text[keep - 1], *suffix[:-1]]
+      out.positions[row, here] = keep - 1 + np.arange(len(suffix))
+      out.segment_ids[row, here] = number
+      out.index[row, done : done + count] = np.arange(here.stop - count, here.stop)
+      out.targets[row, done : done + count] = suffix[-count:]
+      whole.append((row, done, [*text[:keep], *suffix], count))
+      at, done = here.stop, done + count
+  return out, whole
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -42,201 +329,85 @@ def trainer_logprobs(model, params, rows, temperature):
   return row_logprobs(model, params, rows, temperature)[0]
 
 
-def to_rows(prompts, lengths, samples):
-  """Samples as the rows that training sees."""
-  count = len(lengths)
-  fields = [x.reshape(count, -1, *x.shape[1:]) for x in samples[:3]]
-  groups = packing.Groups(prompts, lengths, *fields, advantages=np.zeros(fields[1].shape, np.float32))
-  return packing.pack(groups, count, "token_mean")
+def whole_pass(policy, texts, temperature):
+  """The trainer's log-probability of each token of each text."""
+  width = 48
+  tokens, segments = np.zeros((len(texts), width), np.int32), np.zeros((len(texts), width), np.int32)
+  for row, text in enumerate(texts):
+    tokens[row, : len(text)], segments[row, : len(text)] = text, 1
+  positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
+  rows = PackedRows(tokens, positions, segments, mask=None, old_logprobs=None, advantages=None, weights=None)
+  return np.asarray(trainer_logprobs(policy.model, policy.params, rows, temperature))
 
 
-@pytest.fixture(scope="module")
-def keys():
-  return row_keys(jax.random.key(0), np.arange(4, dtype=np.uint32), 8)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_suffixes_are_scored_as_in_a_whole_pass(policy, ended, temperature, poisoned):
+  """After any part of any row's text, in any order, one row twice, one to three suffixes a row."""
+  slots = poison(copy(ended)) if poisoned else ended
+  rng = np.random.default_rng(0)
+  rows = np.array([3, 9, 0, 3, 6, 1, 8], np.int32)
+  lengths, tokens, counts = (np.asarray(x) for x in (slots.lengths, ended.tokens, slots.counts))
+  texts = [text_of(row, tokens, counts[row]) for row in rows]
+  kept = rng.integers(LENGTHS[SOURCE[rows]], lengths[rows] + 1)  # from the bare prompt to the whole text
+  kept[0], kept[1] = LENGTHS[SOURCE[rows[0]]], lengths[rows[1]]
+  groups = [
+    [rng.integers(0, VOCAB, rng.integers(1, 7)).tolist() for _ in range(1 + row % 3)] for row in range(len(rows))
+  ]
+  suffixes, whole = make_suffixes(texts, kept, groups, width=20, picks=4)
+  before = jax.device_get(slots.cache)
+  found = np.asarray(
+    decode.score(policy.model, policy.params, slots.cache, rows, suffixes, temperature, int(kept.max()))
+  )
+  far = np.asarray(decode.score(policy.model, policy.params, slots.cache, rows, suffixes, temperature, TEXT + 16))
+  expected = whole_pass(policy, [text for _, _, text, _ in whole], temperature)
+  for i, (row, start, text, count) in enumerate(whole):
+    logps = expected[i, len(text) - count : len(text)]
+    np.testing.assert_allclose(found[row, start : start + count], logps, atol=2e-5)
+    np.testing.assert_allclose(far[row, start : start + count], logps, atol=2e-5)
+  for old, new in zip(before, slots.cache, strict=True):
+    np.testing.assert_array_equal(new, old)  # the cache was read and no more
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_log_probabilities_are_those_of_the_trainer(policy, keys, temperature):
-  settings = SamplingSettings(LIMIT, ROOM, temperature, ENDS)
-  prompts = make_prompts()
-  samples, _ = sample(policy, settings, prompts, LENGTHS, keys)
-  rows = to_rows(prompts, LENGTHS, samples)
-  found = np.asarray(trainer_logprobs(policy.model, policy.params, rows, temperature))
-  assert rows.mask.sum() == samples.lengths.sum()
-  np.testing.assert_allclose(found[rows.mask], rows.old_logprobs[rows.mask], atol=1e-4)
-
-
-def test_rows_end_at_their_first_eos_and_are_empty_after_it(policy, keys):
-  samples, _ = sample(policy, ENDING, make_prompts(), LENGTHS, keys)
-  assert len(np.unique(samples.lengths)) > 4
-  assert 0 < np.sum(samples.finished) < len(samples.finished)
-  for tokens, length, logprobs, finished in zip(*samples, strict=True):
-    ends = np.isin(tokens[:length], ENDS)
-    assert not ends[:-1].any()
-    assert finished == ends[-1]
-    assert finished or length == LIMIT
-    assert (tokens[length:] == 0).all()
-    assert (logprobs[length:] == 0).all()
-    assert (logprobs[:length] < 0).all()
-  # The token that pads is a token like others where it was sampled.
-  assert np.any(samples.tokens[np.arange(32), samples.lengths - 1] == 0)
-
-
-def test_eos_changes_nothing_before_it(policy, keys):
-  endless, _ = sample(policy, SamplingSettings(LIMIT, ROOM, 1.0, eos_ids=(VOCAB,)), make_prompts(), LENGTHS, keys)
-  assert (endless.lengths == LIMIT).all()
-  assert not endless.finished.any()
-  ending, _ = sample(policy, ENDING, make_prompts(), LENGTHS, keys)
-  kept = np.arange(LIMIT) < ending.lengths[:, None]
-  np.testing.assert_array_equal(ending.tokens[kept], endless.tokens[kept])
-  np.testing.assert_allclose(ending.logprobs[kept], endless.logprobs[kept], atol=1e-5)
-
-
-def test_prompt_padding_changes_nothing(policy, keys):
-  expected, _ = sample(policy, ENDING, make_prompts(), LENGTHS, keys)
-  wide = make_prompts(width=13)
-  wide[np.arange(13) >= LENGTHS[:, None]] = 9  # nor does what it holds
-  found, _ = sample(policy, ENDING, wide, LENGTHS, keys)
-  np.testing.assert_array_equal(found.tokens, expected.tokens)
-  np.testing.assert_array_equal(found.lengths, expected.lengths)
-  np.testing.assert_allclose(found.logprobs, expected.logprobs, atol=1e-5)
-
-
-def test_neighbours_and_their_order_change_nothing(policy, keys):
-  expected, _ = sample(policy, ENDING, make_prompts(), LENGTHS, keys)
-  order = np.array([2, 0, 3, 1])
-  keys = keys.reshape(4, 8)[order].reshape(-1)
-  prompts = make_prompts()[order]
-  prompts[3, : LENGTHS[1]] = 5  # another neighbour in the last place
-  found, _ = sample(policy, ENDING, prompts, LENGTHS[order], keys)
-  for field, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-    ours, theirs = (x.reshape(4, 8, *x.shape[1:]) for x in (ours, theirs))
-    np.testing.assert_allclose(ours[:3], theirs[order[:3]], atol=1e-5 if field == 2 else 0)
-
-
-def test_greedy_takes_the_likeliest_token_and_says_how_likely_it_is_at_temperature_one(policy, keys):
-  settings = SamplingSettings(LIMIT, ROOM, temperature=0.0, eos_ids=(VOCAB,))
-  prompts = make_prompts()
-  samples, _ = sample(policy, settings, prompts, LENGTHS, keys)
-  rows = to_rows(prompts, LENGTHS, samples)
-
-  @jax.jit
-  def forward(params, rows):
-    decoder = nnx.merge(policy.model, params)
-    return jax.nn.log_softmax(decoder.logits(decoder(rows.tokens, rows.positions, rows.segment_ids)))
-
-  before = np.roll(rows.mask, -1, axis=1)  # places whose next token is of the response
-  logps = np.asarray(forward(policy.params, rows))[before]
-  np.testing.assert_array_equal(rows.tokens[rows.mask], logps.argmax(axis=-1))
-  np.testing.assert_allclose(rows.old_logprobs[rows.mask], logps.max(axis=-1), atol=1e-4)
-  by_prompt = samples.tokens.reshape(4, 8, LIMIT)
-  np.testing.assert_array_equal(by_prompt, by_prompt[:, :1].repeat(8, axis=1))
-
-
-def first_token_counts(policy, temperature, rows=8192):
-  """Counts [2, V] of the first token after two prompts."""
-  settings = SamplingSettings(1, ROOM, temperature, eos_ids=(1,))
-  prompts, lengths = make_prompts()[:2], LENGTHS[:2]
-  keys = row_keys(jax.random.key(7), np.arange(2, dtype=np.uint32), rows)
-  samples, _ = sample(policy, settings, prompts, lengths, keys, capacity=8 + 1 + ROOM)
-  return np.stack([np.bincount(tokens, minlength=VOCAB) for tokens in samples.tokens[:, 0].reshape(2, rows)])
-
-
-def first_token_probabilities(policy, temperature):
-  """The same from the softmax, float64 [2, V]."""
-  prompts, lengths = make_prompts()[:2], LENGTHS[:2]
-  hidden, _ = prefill(policy.model, policy.params, prompts, lengths, capacity=8 + 1 + ROOM)
-  logits = np.asarray(hidden, np.float64) @ np.asarray(policy.params["head"], np.float64).T / temperature
-  exponents = np.exp(logits - logits.max(axis=-1, keepdims=True))
-  return exponents / exponents.sum(axis=-1, keepdims=True)
-
-
-def chi_square(counts, probabilities):
-  """p-value; tokens that are expected fewer than five times are taken together."""
-  expected = probabilities * counts.sum()
-  rare = expected < 5
-  found = np.append(counts[~rare], counts[rare].sum())
-  expected = np.append(expected[~rare], expected[rare].sum())
-  return stats.chisquare(found[expected > 0], expected[expected > 0]).pvalue
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_frequencies_of_first_tokens_are_the_softmax(policy, temperature):
-  counts = first_token_counts(policy, temperature)
-  for prompt in range(2):
-    assert chi_square(counts[prompt], first_token_probabilities(policy, temperature)[prompt]) > 1e-3
-    # The test can tell: another temperature or another prompt is out of the question.
-    assert chi_square(counts[prompt], first_token_probabilities(policy, 1.2 * temperature)[prompt]) < 1e-6
-    assert chi_square(counts[prompt], first_token_probabilities(policy, temperature)[1 - prompt]) < 1e-6
+def test_padding_of_the_suffixes_changes_nothing(policy, ended):
+  rows, text = np.array([2], np.int32), text_of(2, np.asarray(ended.tokens), 1)
+  scores = []
+  for width, filler in ((5, 0), (11, 0), (11, 63)):
+    suffixes, _ = make_suffixes([text], [len(text)], [[[5, 6, 7, 8, 9]]], width, picks=5)
+    suffixes.tokens[:, 5:] = filler
+    scores.append(np.asarray(decode.score(policy.model, policy.params, ended.cache, rows, suffixes, 1.0, TEXT)))
+    assert np.isfinite(scores[-1]).all()
+  np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=1e-6)
 
 
 def test_tokens_of_a_row_are_drawn_independently(policy):
-  """A key used twice would draw like tokens in like places: here each prompt is one token, told again and again."""
-  keys = row_keys(jax.random.key(3), np.arange(2, dtype=np.uint32), 512)
+  """A key used twice would draw like tokens in like places: under a flat policy nothing else could tell rows apart."""
+  count = 512
   flat = jax.tree.map(np.zeros_like, policy.params)  # uniform over the vocabulary
-  prompts, lengths = np.zeros((2, 1), np.int32), np.ones(2, np.int32)
-  samples, _ = sample(policy._replace(params=flat), SamplingSettings(2, ROOM, 1.0, (VOCAB,)), prompts, lengths, keys)
-  np.testing.assert_allclose(samples.logprobs, -np.log(VOCAB), rtol=1e-6)
-  first, second = samples.tokens.T
-  share_alike = np.mean(first == second)
-  assert abs(share_alike - 1 / VOCAB) < 5 * np.sqrt(1 / VOCAB / 1024)
-  neighbours_alike = np.mean(first[:512] == first[512:])
-  assert abs(neighbours_alike - 1 / VOCAB) < 5 * np.sqrt(1 / VOCAB / 512)
-
-
-def test_decoding_stops_when_the_last_row_ends(policy, keys):
-  """Rows that have ended write into the slot after their end; none is written once all have."""
-  everything_ends = SamplingSettings(LIMIT, ROOM, 1.0, eos_ids=tuple(range(VOCAB)))
-  prompts = make_prompts(np.full(4, 8))
-  samples, cache = sample(policy, everything_ends, prompts, np.full(4, 8, np.int32), keys)
-  assert (samples.lengths == 1).all()
-  assert samples.finished.all()
-  slots = np.abs(np.asarray(cache.keys)).sum(axis=(0, 2, 4))  # [B, slots]
-  assert slots.shape == (32, 8 + LIMIT + ROOM)
-  assert (slots[:, :9] > 0).all()
-  assert (slots[:, 9:] == 0).all()
-
-  often = SamplingSettings(LIMIT, ROOM, 1.0, eos_ids=tuple(range(0, VOCAB, 2)))
-  samples, cache = sample(policy, often, prompts, np.full(4, 8, np.int32), keys)
-  longest = samples.lengths.max()
-  assert 1 < longest < LIMIT
-  slots = np.abs(np.asarray(cache.keys)).sum(axis=(0, 2, 4))
-  assert (slots[:, 8 + longest :] == 0).all()
-
-
-def test_suffixes_are_scored_as_if_read_from_the_beginning(policy, keys):
-  """After any number of sampled tokens, whatever stood in the cache beyond them."""
-  prompts = make_prompts()
-  samples, cache = sample(policy, ENDING, prompts, LENGTHS, keys)
-  rng = np.random.default_rng(0)
-  lengths = np.repeat(LENGTHS, 8)
-  kept = rng.integers(0, samples.lengths + 1)
-  suffix = rng.integers(0, VOCAB, (32, ROOM)).astype(np.int32)
-  starts = (lengths + kept).astype(np.int32)
-  texts = np.zeros((32, 8 + LIMIT + ROOM), np.int32)
-  for row, start in enumerate(starts):
-    texts[row, :start] = np.concatenate([prompts[row // 8, : lengths[row]], samples.tokens[row, : kept[row]]])
-    texts[row, start : start + ROOM] = suffix[row]
-  found, _ = score_suffix(
-    policy.model, policy.params, cache, texts[np.arange(32), starts - 1], starts, suffix, temperature=0.7
-  )
-  places = np.arange(texts.shape[1])
-  rows = packing.PackedRows(
-    tokens=texts,
-    positions=np.broadcast_to(places, texts.shape),
-    segment_ids=(places < starts[:, None] + ROOM).astype(np.int32),
-    mask=None, old_logprobs=None, advantages=None, weights=None,
+  keys = np.asarray(row_keys(jax.random.key(3), np.arange(2, dtype=np.uint32), count // 2))
+  hidden, cache = decode.prefill(policy.model, flat, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
+  slots = decode.empty_slots(policy.model, flat, count, 5, 2)
+  slots = decode.insert(
+    slots, hidden, cache, np.ones(1, np.int32), np.zeros(count, np.int32), np.arange(count, dtype=np.int32), keys,
+    np.full(count, 2, np.int32),
   )  # fmt: skip
-  expected = np.asarray(trainer_logprobs(policy.model, policy.params, rows, 0.7))
-  for row, start in enumerate(starts):
-    np.testing.assert_allclose(found[row], expected[row, start : start + ROOM], atol=1e-4)
+  slots = decode.decode(policy.model, flat, slots, DecodeSettings(WHOLE, 2, ENDLESS), 3)
+  np.testing.assert_allclose(slots.logprobs, -np.log(VOCAB), rtol=1e-6)
+  first, second = np.asarray(slots.tokens).T
+  for one, other in ((first, second), (first[: count // 2], first[count // 2 :]), (first[1:], first[:-1])):
+    assert abs(np.mean(one == other) - 1 / VOCAB) < 5 * np.sqrt(1 / VOCAB / len(one))
 
 
 def test_prefill_returns_the_last_hidden_state_of_each_prompt(policy):
-  hidden, _ = prefill(policy.model, policy.params, make_prompts(), LENGTHS, capacity=9)
-  for row, length in enumerate(LENGTHS[:2]):
-    alone = make_prompts()[row : row + 1, :length]
-    expected, _ = prefill(policy.model, policy.params, alone, LENGTHS[row : row + 1], capacity=9)
-    np.testing.assert_allclose(hidden[row], expected[0], atol=1e-5)
-  logps = [token_logprobs(policy.params["head"], hidden[:, None], jnp.full((4, 1), token))[0] for token in (3, 4)]
-  assert np.ptp(logps) > 0.1  # the prompts do differ
+  hidden, _ = decode.prefill(policy.model, policy.params, make_prompts(), LENGTHS)
+  logits = np.asarray(hidden) @ np.asarray(policy.params["head"]).T
+  expected = np.asarray(forward(policy.model, policy.params, make_prompts()))[np.arange(4), LENGTHS - 1]
+  np.testing.assert_allclose(logits, expected, atol=1e-4)
+  assert np.ptp(expected, axis=0).max() > 0.1  # the prompts do differ
+
+
+def test_collect_takes_the_rows_it_is_told(ended):
+  rows = np.array([4, 0, 9, 4], np.int32)
+  tokens, logprobs = decode.collect(ended, rows)
+  np.testing.assert_array_equal(tokens, np.asarray(ended.tokens)[rows])
+  np.testing.assert_array_equal(logprobs, np.asarray(ended.logprobs)[rows])

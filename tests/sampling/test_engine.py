@@ -1,7 +1,13 @@
-"""Rollouts: what is sampled, and the reference's log-probabilities against one forward pass over the whole text."""
+"""Rollouts: what is sampled whatever the slots, and reference answers against one forward pass over the whole text."""
 
 import dataclasses
 import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +18,27 @@ from flax import nnx
 from rlpr_jax import splicing
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.decode import Samples, SamplingSettings, prefill
-from rlpr_jax.sampling.engine import Engine, pad_prompts, row_keys
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.engine import Engine, Shapes, buckets, row_keys
+from rlpr_jax.training import metrics, packing
+from rlpr_jax.training.update import row_logprobs
 
-LIMIT, RESPONSE, ROOM = 14, 28, 10  # tokens of a prompt, of a response, of a spliced reference
+LIMIT, RESPONSE, SUFFIX = 70, 28, 64  # tokens of a prompt, of a response, of a spliced reference
 SAMPLES = 8
+SHAPES = Shapes(
+  slots=16,
+  prompt_limit=LIMIT,
+  max_response_length=RESPONSE,
+  suffix_length=SUFFIX,
+  steps=5,
+  prefill_rows=4,
+  score_rows=4,
+  insert_rows=8,
+)
+KEY = jax.random.key(0)
+# Tokens and references of each prompt: both buckets of either, in turns, and the longest there can be.
+SIZES = [(5, 2), (70, 3), (9, 40), (36, 1), (35, 62), (12, 5), (61, 2), (2, 13), (33, 30), (44, 4), (8, 3), (20, 6)]
 
 
 def ids_of(tokenizer, *tokens):
@@ -26,29 +48,60 @@ def ids_of(tokenizer, *tokens):
   return ids
 
 
-def make_prompt(tokenizer, question, reference, row):
+def make_prompt(tokenizer, question, reference, row=0):
   ids = ids_of(tokenizer, "<q>", *question, "<a>")
   return Prompt(np.array(ids, np.int32), reference, question, "test", row)
 
 
+def letters(count, seed):
+  return "".join(np.random.default_rng(seed).choice(list("abcdefghijklmnopqrstuvwxyz0123456789"), count))
+
+
 @pytest.fixture(scope="module")
-def engine(policy):
-  """Of `answer_only`, where a random policy often happens to write `<answer>` exactly once."""
-  settings = SamplingSettings(RESPONSE, ROOM, 1.0, (policy.tokenizer.eos_token_id,))
-  return Engine(
-    policy.model, policy.tokenizer, settings, LIMIT, "answer_only", score_temperature=1.0, baseline_prefix="bare"
+def make(policy):
+  """Engines of `answer_only`, where a random policy often happens to write `<answer>` exactly once."""
+
+  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", choice=Choice(), **changes):  # noqa: B008
+    shapes = dataclasses.replace(SHAPES, **changes)
+    settings = DecodeSettings(choice, shapes.steps, (policy.tokenizer.eos_token_id,))
+    return Engine(policy.model, policy.tokenizer, settings, shapes, template, score_temperature, prefix)
+
+  return make_engine
+
+
+@pytest.fixture(scope="module")
+def draws(policy):
+  return [
+    (100 + row, make_prompt(policy.tokenizer, letters(length - 2, row), letters(reference, 50 + row), row))
+    for row, (length, reference) in enumerate(SIZES)
+  ]
+
+
+@pytest.fixture(scope="module")
+def rollouts(make, policy, draws):
+  return make().rollout(policy.params, draws, KEY, SAMPLES)
+
+
+def assert_same(found, expected):
+  """All of two rollouts but the time they took."""
+  for name in found._fields:
+    ours, theirs = getattr(found, name), getattr(expected, name)
+    if name in ("logprobs", "reference_logps"):
+      np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
+    elif name != "seconds":
+      np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def take(rollouts, prompts, samples=SAMPLES):
+  """The rollouts of some prompts, in their order."""
+  rows = [prompt * samples + sample for prompt in prompts for sample in range(samples)]
+  return rollouts._replace(
+    **{
+      name: [value[row] for row in rows] if name == "texts" else value[rows]
+      for name, value in rollouts._asdict().items()
+      if name != "seconds"
+    }
   )
-
-
-@pytest.fixture(scope="module")
-def prompts(policy):
-  questions = [("7+5", "12"), ("wed+23", "fri"), ("e in sleeve", "three"), ("3*4+5 coins", "1g 7s")]
-  return [make_prompt(policy.tokenizer, *pair, row) for row, pair in enumerate(questions)]
-
-
-@pytest.fixture(scope="module")
-def rollouts(engine, policy, prompts):
-  return engine.rollout(policy.params, list(enumerate(prompts, 100)), jax.random.key(0), SAMPLES)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -60,15 +113,16 @@ def forward(model, params, tokens):
 
 def score(policy, texts, answers, temperature=1.0):
   """Float64 log-probabilities of the last `answers[i]` tokens of each text, from one pass over the whole of it."""
-  tokens = np.zeros((32, LIMIT + RESPONSE + ROOM), np.int32)
-  for row, text in enumerate(texts):
-    tokens[row, : len(text)] = text
-  logits = np.asarray(forward(policy.model, policy.params, tokens), np.float64) / temperature
-  logps = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
-  return [
-    [logps[row, place - 1, text[place]] for place in range(len(text) - count, len(text))]
-    for row, (text, count) in enumerate(zip(texts, answers, strict=True))
-  ]
+  found = []
+  for first in range(0, len(texts), 16):
+    tokens = np.zeros((16, LIMIT + RESPONSE + SUFFIX), np.int32)
+    for row, text in enumerate(texts[first : first + 16]):
+      tokens[row, : len(text)] = text
+    logits = np.asarray(forward(policy.model, policy.params, tokens), np.float64) / temperature
+    logps = logits - np.log(np.sum(np.exp(logits), axis=-1, keepdims=True))
+    for row, (text, count) in enumerate(zip(texts[first : first + 16], answers[first : first + 16], strict=True)):
+      found.append([logps[row, place - 1, text[place]] for place in range(len(text) - count, len(text))])
+  return found
 
 
 def splice_by_hand(tokenizer, prompt, response):
@@ -81,15 +135,107 @@ def splice_by_hand(tokenizer, prompt, response):
   return [*prompt.ids, *response[:end], *[space] * max(spaces, 1), *ids_of(tokenizer, *prompt.reference)]
 
 
-def test_a_rollout_is_what_sample_gives(engine, policy, prompts, rollouts):
-  samples, _ = engine.sample(policy.params, list(enumerate(prompts, 100)), jax.random.key(0), SAMPLES)
-  for name, field in samples._asdict().items():
-    np.testing.assert_array_equal(getattr(rollouts, name), field)
+def test_rollouts_are_of_every_kind(rollouts):
+  """That what everything else is judged by holds all there is to judge."""
+  total = len(SIZES) * SAMPLES
   shapes = {name: getattr(rollouts, name).shape for name in ("tokens", "lengths", "reference_tokens", "reference_mask")}
   assert shapes == {
-    "tokens": (32, RESPONSE), "lengths": (32,), "reference_tokens": (32, ROOM), "reference_mask": (32, ROOM),
+    "tokens": (total, RESPONSE), "lengths": (total,),
+    "reference_tokens": (total, SUFFIX), "reference_mask": (total, SUFFIX),
   }  # fmt: skip
-  assert rollouts.reference_logps.dtype == np.float32
+  assert rollouts.reference_logps.dtype == rollouts.logprobs.dtype == np.float32
+  assert 0 < rollouts.finished.sum() < total
+  assert (rollouts.lengths[~rollouts.finished] == RESPONSE).all()
+  assert len(np.unique(rollouts.lengths)) > 10
+  assert len(np.unique(rollouts.tokens[rollouts.lengths > 2], axis=0)) == np.sum(rollouts.lengths > 2)
+  assert not rollouts.refused.any()
+  sizes = rollouts.reference_mask.sum(axis=1)
+  assert (sizes > 16).any()
+  assert ((sizes > 0) & (sizes < 10)).any()
+  assert set(rollouts.seconds) == {"prefill", "decode", "score"}
+  there = np.arange(RESPONSE) < rollouts.lengths[:, None]
+  assert (rollouts.logprobs[there] < 0).all()
+  assert (rollouts.logprobs[~there] == 0).all()
+  assert (rollouts.tokens[~there] == 0).all()
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"slots": 4},  # fewer than a prompt has samples
+    {"slots": 64, "steps": 16},
+    {"slots": 128, "score_rows": 16, "insert_rows": 3},  # more than there are responses
+    {"steps": 1, "prefill_rows": 3, "score_rows": 2, "insert_rows": 5},
+    {"slots": 7, "prefill_rows": 1, "prompt_limit": 90, "suffix_length": SUFFIX},
+  ],
+)
+def test_slots_and_batches_change_nothing(make, policy, draws, rollouts, changes):
+  assert_same(make(**changes).rollout(policy.params, draws, KEY, SAMPLES), rollouts)
+
+
+def test_the_order_of_draws_changes_nothing(make, policy, draws, rollouts):
+  order = np.random.default_rng(0).permutation(len(draws))
+  found = make().rollout(policy.params, [draws[i] for i in order], KEY, SAMPLES)
+  assert_same(found, take(rollouts, order))
+
+
+def test_a_draws_number_decides_its_samples(make, policy, draws, rollouts):
+  """Not its place in the batch, nor its neighbours; and further samples leave the first ones alone."""
+  chosen = [2, 0, 3]
+  others = [draws[i] for i in chosen] + [(7, draws[0][1])]
+  found = make().sample(policy.params, others, KEY, SAMPLES + 2)
+  tokens = found.tokens.reshape(4, SAMPLES + 2, -1)
+  np.testing.assert_array_equal(tokens[:3, :SAMPLES], rollouts.tokens.reshape(len(SIZES), SAMPLES, -1)[chosen])
+  # The same prompt under another number, and everything under another key, comes out otherwise.
+  assert np.mean(tokens[3] == tokens[1]) < 0.5
+  rekeyed = make().sample(policy.params, draws[:2], jax.random.key(1), SAMPLES)
+  assert np.mean(rekeyed.tokens == rollouts.tokens[: 2 * SAMPLES]) < 0.5
+
+
+def test_a_rollout_is_what_sample_gives(make, policy, draws, rollouts):
+  seen = []
+  samples = make().sample(policy.params, draws, KEY, SAMPLES, progress=lambda *counts: seen.append(counts))
+  for name, field in samples._asdict().items():
+    np.testing.assert_array_equal(getattr(rollouts, name), field)
+  total = len(SIZES) * SAMPLES
+  assert {whole for _, whole in seen} == {total}
+  assert sorted(seen) == seen
+  assert seen[-1] == (total, total)
+  assert len({done for done, _ in seen}) > 10
+
+
+def test_every_response_ends_at_its_own_limit(make, policy, draws, rollouts):
+  limits = np.random.default_rng(0).integers(1, RESPONSE + 5, len(draws) * SAMPLES)  # some over what a slot can hold
+  found = make().sample(policy.params, draws, KEY, SAMPLES, limits=limits)
+  np.testing.assert_array_equal(found.lengths, np.minimum(rollouts.lengths, limits))
+  np.testing.assert_array_equal(found.finished, rollouts.finished & (rollouts.lengths <= limits))
+  there = np.arange(RESPONSE) < found.lengths[:, None]
+  np.testing.assert_array_equal(found.tokens, np.where(there, rollouts.tokens, 0))
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_a_stop_string_ends_a_response_wherever_its_tokens_lie(make, policy, draws, rollouts, steps):
+  """Two letters of the vocabulary in a row are never one token, nor always in one chunk."""
+  text = max(rollouts.texts, key=len)
+  stops = (text[len(text) // 2 :][:2], "never comes up", text[-3:])
+  found = make(steps=steps).sample(policy.params, draws, KEY, SAMPLES, stop=stops)
+  decode = make().decode_text
+  cut = 0
+  for row, whole in enumerate(rollouts.texts):
+    places = [whole.find(stop) for stop in stops if stop in whole]
+    tokens = rollouts.tokens[row, : rollouts.lengths[row]]
+    if not places:
+      assert found.texts[row] == whole
+      assert found.lengths[row] == len(tokens)
+      continue
+    cut += 1
+    assert found.texts[row] == whole[: min(places)]
+    ends = [n for n in range(1, len(tokens) + 1) if any(stop in decode(tokens[:n]) for stop in stops)]
+    assert found.lengths[row] == ends[0]
+    assert found.finished[row]
+    np.testing.assert_array_equal(found.tokens[row, : ends[0]], tokens[: ends[0]])
+    assert not found.tokens[row, ends[0] :].any()
+  assert 0 < cut < len(rollouts.texts)
 
 
 def test_texts_are_the_responses_without_eos(policy, rollouts):
@@ -98,34 +244,75 @@ def test_texts_are_the_responses_without_eos(policy, rollouts):
     rollouts.texts, rollouts.tokens, rollouts.lengths, rollouts.finished, strict=True
   ):
     assert text == "".join(names[i] for i in tokens[: length - finished])
-  assert 0 < rollouts.finished.sum() < 32
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_references_are_scored_as_in_one_pass_over_the_spliced_text(engine, policy, prompts, temperature):
-  engine = dataclasses.replace(engine, score_temperature=temperature)
-  out = engine.rollout(policy.params, list(enumerate(prompts, 100)), jax.random.key(0), SAMPLES)
-  rows, texts = [], []
-  for row in np.flatnonzero(out.scorable):
-    prompt = prompts[row // SAMPLES]
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def trainer_logprobs(model, params, rows, temperature):
+  return row_logprobs(model, params, rows, temperature)[0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probabilities_are_those_of_the_trainer(make, policy, draws, temperature):
+  few = draws[:4]
+  out = make(choice=Choice(temperature)).sample(policy.params, few, KEY, SAMPLES)
+  tokens = np.zeros((4, LIMIT), np.int32)
+  for row, (_, prompt) in enumerate(few):
+    tokens[row, : len(prompt.ids)] = prompt.ids
+  fields = [x.reshape(4, SAMPLES, *x.shape[1:]) for x in (out.tokens, out.lengths, out.logprobs)]
+  lengths = np.array([len(prompt.ids) for _, prompt in few])
+  groups = packing.Groups(tokens, lengths, *fields, advantages=np.zeros((4, SAMPLES), np.float32))
+  rows = packing.pack(groups, 4, "token_mean")
+  found = np.asarray(trainer_logprobs(policy.model, policy.params, rows, temperature))
+  assert rows.mask.sum() == out.lengths.sum()
+  np.testing.assert_allclose(found[rows.mask], rows.old_logprobs[rows.mask], atol=1e-4)
+
+
+def test_long_prompts_are_read_whole_where_short_ones_were(make, policy):
+  """Slots are read no further than the longest text; a long prompt comes into a slot in which a short text stood."""
+  engine = make(prompt_limit=256, slots=4)
+  assert engine.shapes.reaches == (128, 192, 256, 284)
+  lengths = [20, 30, 10, 5, 250, 15, 140, 200]
+  draws = [
+    (row, make_prompt(policy.tokenizer, letters(length - 2, row), "x", row)) for row, length in enumerate(lengths)
+  ]
+  out = engine.sample(policy.params, draws, KEY, 2)
+  tokens = np.zeros((16, 284), np.int32)
+  for row, response in enumerate(out.tokens):
+    text = [*draws[row // 2][1].ids, *response[: out.lengths[row]]]
+    tokens[row, : len(text)] = text
+  logps = np.asarray(jax.nn.log_softmax(forward(policy.model, policy.params, tokens)))
+  for row, count in enumerate(out.lengths):
+    first = lengths[row // 2]
+    places = np.arange(first - 1, first - 1 + count)
+    expected = logps[row, places, out.tokens[row, :count]]
+    np.testing.assert_allclose(out.logprobs[row, :count], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("temperature", "slots"), [(1.0, 16), (0.7, 4)])
+def test_references_are_scored_as_in_one_pass_over_the_spliced_text(make, policy, draws, temperature, slots):
+  """With four slots every one of them is used again some twenty times, and by scored rows too."""
+  out = make(score_temperature=temperature, slots=slots).rollout(policy.params, draws, KEY, SAMPLES)
+  rows, texts = np.flatnonzero(out.scorable), []
+  for row in rows:
+    prompt = draws[row // SAMPLES][1]
     response = out.tokens[row, : out.lengths[row]].tolist()
     text = splice_by_hand(policy.tokenizer, prompt, response)
     splice = splicing.splice(policy.tokenizer, prompt.ids, response, prompt.reference, "answer_only")
     last = max(np.flatnonzero(splice.answer_mask)) + 1
     assert text == [*prompt.ids, *response[: splice.prefix_length], *splice.suffix_ids[:last]]
-    rows.append(row)
     texts.append(text)
-  assert len(rows) >= 6
-  assert len({row // SAMPLES for row in rows}) >= 3  # of different prompts
-  assert len({len(text) for text in texts}) > 4
-  expected = score(policy, texts, [len(prompts[row // SAMPLES].reference) for row in rows], temperature)
+  assert len(rows) >= 12
+  assert len({row // SAMPLES for row in rows}) >= 8  # of different prompts
+  assert len({len(text) for text in texts}) > 10
+  expected = score(policy, texts, [len(draws[row // SAMPLES][1].reference) for row in rows], temperature)
   for row, logps in zip(rows, expected, strict=True):
-    mask, reference = out.reference_mask[row], prompts[row // SAMPLES].reference
+    mask, reference = out.reference_mask[row], draws[row // SAMPLES][1].reference
     assert out.reference_tokens[row][mask].tolist() == ids_of(policy.tokenizer, *reference)
     np.testing.assert_allclose(out.reference_logps[row][mask], logps, atol=1e-4)
+  assert (out.reference_logps[~out.reference_mask] == 0).all()
 
 
-def test_scorable_is_what_the_template_says(engine, policy, rollouts):
+def test_scorable_is_what_the_template_says(policy, rollouts):
   tag = ids_of(policy.tokenizer, "<answer>")[0]
   counts = [np.sum(tokens[:length] == tag) for tokens, length in zip(rollouts.tokens, rollouts.lengths, strict=True)]
   assert {0, 1, 2} <= set(counts)
@@ -134,36 +321,42 @@ def test_scorable_is_what_the_template_says(engine, policy, rollouts):
   assert np.isfinite(rollouts.reference_logps).all()
 
 
-class Scripted(Engine):
-  """Says what it is told to, in the place of what the policy would sample."""
-
-  def sample(self, params, draws, key, samples):
-    del key
-    width = LIMIT + RESPONSE
-    tokens, ends = pad_prompts([prompt for _, prompt in draws for _ in range(samples)], width)
-    out = Samples(*(np.zeros(shape, kind) for shape, kind in (
-      ((32, RESPONSE), np.int32), (32, np.int32), ((32, RESPONSE), np.float32), (32, bool)
-    )))  # fmt: skip
-    for row, response in enumerate(self.script):
-      out.tokens[row, : len(response)] = response
-      out.lengths[row], out.finished[row] = len(response), response[-1] == self.tokenizer.eos_token_id
-      tokens[row, ends[row] : ends[row] + len(response)] = response
-    _, cache = prefill(self.model, params, tokens, ends, capacity=self._capacity)
-    return out, cache
-
-
 @pytest.fixture(scope="module")
-def play(engine, policy):
-  """Rollouts of given responses (text, or token by token) to given references, after one prompt."""
+def play(make, policy):
+  """Rollouts of given responses (text, or token by token) to given references, after one prompt each.
 
-  def run(responses, references, template="think"):
-    script = [ids_of(policy.tokenizer, *response) for response in responses]
-    references = [*references, *[references[-1]] * (32 - len(references))]
-    prompts = [make_prompt(policy.tokenizer, "1+1", reference, 0) for reference in references]
-    settings = {field.name: getattr(engine, field.name) for field in dataclasses.fields(engine)}
-    scripted = Scripted(**settings | {"template": template})
-    object.__setattr__(scripted, "script", [*script, *[script[-1]] * (32 - len(script))])
-    return prompts, scripted.rollout(policy.params, list(enumerate(prompts)), jax.random.key(0), 1)
+  All is as it always is but the choice of the token: that looks up the key's, of which each row and place has its own.
+  """
+  script = {}
+
+  def look_up(keys):
+    return np.array([script.get(np.asarray(key).tobytes(), 0) for key in keys], np.int32)
+
+  def choose(logits, keys, choice):
+    tokens = jax.pure_callback(
+      look_up, jax.ShapeDtypeStruct(keys.shape, jnp.int32), jax.random.key_data(keys), vmap_method="sequential"
+    )
+    return tokens, jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, None], axis=1)[:, 0]
+
+  def run(responses, references, template="think", slots=4):
+    prompts = [make_prompt(policy.tokenizer, letters(1 + row, row), text) for row, text in enumerate(references)]
+    keys = row_keys(KEY, np.arange(len(prompts), dtype=np.uint32), 1)
+    script.clear()
+    for key, response in zip(keys, responses, strict=True):
+      for place, token in enumerate(ids_of(policy.tokenizer, *response)):
+        folded = jax.random.fold_in(jax.random.wrap_key_data(key), place)
+        script[np.asarray(jax.random.key_data(folded)).tobytes()] = token
+    engine = make(template, suffix_length=10, slots=slots)
+    # EOS twice over: settings that no other test has, for what was traced with another `choose` is kept.
+    settings = dataclasses.replace(engine.settings, eos_ids=(policy.tokenizer.eos_token_id,) * 2)
+    engine = dataclasses.replace(engine, settings=settings)
+    limits = [len(response) for response in responses]
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(decode, "choose", choose)
+      out = engine.rollout(policy.params, list(enumerate(prompts)), KEY, 1, limits=limits)
+    for row, response in enumerate(responses):
+      assert out.tokens[row, : out.lengths[row]].tolist() == ids_of(policy.tokenizer, *response)
+    return prompts, out
 
   return run
 
@@ -194,7 +387,7 @@ def test_responses_of_every_kind(play, policy):
   ]
   responses, references, outcomes = zip(*cases, strict=True)
   prompts, out = play(responses, references)
-  found = np.select([out.scorable, out.overlong], ["scored", "overlong"], "unscorable")[: len(cases)]
+  found = np.select([out.scorable, out.overlong], ["scored", "overlong"], "unscorable")
   assert found.tolist() == list(outcomes)
   assert not np.any(out.scorable & out.overlong)
   assert np.isfinite(out.reference_logps).all()
@@ -214,65 +407,186 @@ def test_responses_of_every_kind(play, policy):
     np.testing.assert_allclose(out.reference_logps[row][out.reference_mask[row]], logps, atol=1e-4)
 
 
-def test_other_rows_change_no_score(play):
+def test_an_overlong_reference_harms_no_other_row(play):
   response = (*THOUGHT, "<answer>", *" 3 ", "</answer>", "<end>")
-  _, among = play([("<end>",), response, (*THOUGHT, "<answer>", *" " * 20), response], ["2", "2", "2", "two"])
-  _, alone = play([response], ["2"])
-  np.testing.assert_allclose(among.reference_logps[1], alone.reference_logps[0], atol=1e-5)
+  _, among = play([response] * 5, ["2", "123456789", "two", "1" * 60, "4"])
+  assert among.overlong.tolist() == [False, True, False, True, False]
+  _, alone = play([response] * 5, ["2", "1", "two", "1", "4"])
+  for row in (0, 2, 4):
+    np.testing.assert_allclose(among.reference_logps[row], alone.reference_logps[row], atol=1e-5)
+    np.testing.assert_array_equal(among.reference_mask[row], alone.reference_mask[row])
 
 
-@pytest.mark.parametrize("prefix", ["bare", "tagged"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_baselines_are_the_references_straight_after_the_prompt(engine, policy, prompts, prefix, temperature):
-  engine = dataclasses.replace(engine, baseline_prefix=prefix, score_temperature=temperature)
-  logps, mask = engine.baseline(policy.params, prompts)
-  assert logps.shape == mask.shape == (4, ROOM)
+def test_rows_wait_to_be_scored_while_their_neighbours_slots_are_used_again(play, policy):
+  """Scored responses among ones that are not and leave their slots at once, many of them at a time."""
+  scored, short = (*THOUGHT, "<answer>", *" 3 ", "</answer>", "<end>"), ("a", "<end>")
+  responses = [scored if row % 3 else short for row in range(30)]
+  references = [str(row) for row in range(30)]
+  prompts, out = play(responses, references, slots=6)
+  rows = np.flatnonzero(out.scorable)
+  assert rows.tolist() == [row for row in range(30) if row % 3]
+  texts = [splice_by_hand(policy.tokenizer, prompts[row], ids_of(policy.tokenizer, *scored)) for row in rows]
+  for row, logps in zip(rows, score(policy, texts, [len(references[row]) for row in rows]), strict=True):
+    np.testing.assert_allclose(out.reference_logps[row][out.reference_mask[row]], logps, atol=1e-4)
+
+
+@pytest.mark.parametrize(("prefix", "temperature"), [("bare", 1.0), ("tagged", 0.7)])
+def test_baselines_are_the_references_straight_after_the_prompt(make, policy, draws, prefix, temperature):
+  prompts = [prompt for _, prompt in draws]
+  logps, mask = make(score_temperature=temperature, prefix=prefix).baseline(policy.params, prompts)
+  assert logps.shape == mask.shape == (len(prompts), SUFFIX)
   before = {"bare": [" "], "tagged": ["<answer>", " "]}[prefix]
   texts = [[*prompt.ids, *ids_of(policy.tokenizer, *before, *prompt.reference)] for prompt in prompts]
   expected = score(policy, texts, [len(prompt.reference) for prompt in prompts], temperature)
-  for row in range(4):
-    assert mask[row].sum() == len(prompts[row].reference)
+  for row, prompt in enumerate(prompts):
+    assert mask[row].sum() == len(prompt.reference)
     np.testing.assert_allclose(logps[row][mask[row]], expected[row], atol=1e-4)
 
 
-def test_a_draws_number_decides_its_samples(engine, policy, prompts, rollouts):
-  """Not its place in the batch, nor its neighbours, nor the padding; and further samples leave the first ones alone."""
-  order = [2, 0, 3]
-  draws = [(100 + i, prompts[i]) for i in order] + [(7, prompts[0])]
-  wider = dataclasses.replace(engine, prompt_limit=LIMIT + 3)
-  for other, samples in ((engine, SAMPLES), (wider, SAMPLES), (engine, SAMPLES + 2)):
-    found = jax.device_get(other.sample(policy.params, draws, jax.random.key(0), samples)[0])
-    for place, prompt in enumerate(order):
-      ours = found.tokens.reshape(4, samples, -1)[place, :SAMPLES]
-      np.testing.assert_array_equal(ours, rollouts.tokens.reshape(4, SAMPLES, -1)[prompt])
-  # The same prompt under another number, and everything under another key, comes out otherwise.
-  assert np.mean(found.tokens.reshape(4, SAMPLES + 2, -1)[3, :SAMPLES] == found.tokens[SAMPLES + 2 :][:SAMPLES]) < 0.5
-  rekeyed = jax.device_get(engine.sample(policy.params, draws, jax.random.key(1), SAMPLES)[0])
-  assert np.mean(rekeyed.tokens[:SAMPLES] == rollouts.tokens[2 * SAMPLES : 3 * SAMPLES]) < 0.5
+def test_a_baseline_that_cannot_be_had_harms_no_other(make, policy, draws):
+  good = [prompt for _, prompt in draws[:3]]
+  long = dataclasses.replace(good[0], reference="a" * (SUFFIX + 1))
+  nothing = dataclasses.replace(good[0], ids=np.zeros(0, np.int32))
+  beyond = dataclasses.replace(good[0], ids=np.ones(LIMIT + 1, np.int32))
+  logps, mask = make().baseline(policy.params, [good[0], long, good[1], nothing, beyond, good[2]])
+  expected, expected_mask = make().baseline(policy.params, good)
+  np.testing.assert_allclose(logps[[0, 2, 5]], expected, atol=1e-5)
+  np.testing.assert_array_equal(mask[[0, 2, 5]], expected_mask)
+  assert not mask[[1, 3, 4]].any()
+  assert (logps[[1, 3, 4]] == 0).all()
+
+
+def test_prompts_that_cannot_be_read_are_refused_one_by_one(make, policy, draws, rollouts):
+  """Empty ones and ones over the limit, first, among the others and last."""
+  nothing = dataclasses.replace(draws[0][1], ids=np.zeros(0, np.int32))
+  beyond = dataclasses.replace(draws[1][1], ids=np.ones(LIMIT + 1, np.int32))
+  mixed = [(0, nothing), *draws[:3], (1, beyond), (2, nothing), *draws[3:], (3, beyond)]
+  bad = [0, 4, 5, len(mixed) - 1]
+  found = make().rollout(policy.params, mixed, KEY, SAMPLES)
+  refused = take(found, bad)
+  assert refused.refused.all()
+  assert not any(refused.texts)
+  for name in ("tokens", "lengths", "logprobs", "finished", "scorable", "overlong", "reference_mask"):
+    assert not getattr(refused, name).any(), name
+  assert_same(take(found, [row for row in range(len(mixed)) if row not in bad]), rollouts)
+  # And where no other prompt is.
+  alone = make().rollout(policy.params, [mixed[row] for row in bad], KEY, 2)
+  assert alone.refused.tolist() == [True] * 8
+  assert not alone.lengths.any()
+
+
+def test_no_draws_are_no_rollouts(make, policy):
+  found = make().rollout(policy.params, [], KEY, SAMPLES)
+  assert found.tokens.shape == (0, RESPONSE)
+  assert found.texts == []
+  assert found.refused.shape == found.scorable.shape == (0,)
+
+
+@pytest.mark.parametrize("slots", [4, 16])
+def test_every_prompt_is_read_once_for_all_its_samples(make, policy, draws, monkeypatch, slots):
+  calls, inner = [], decode.prefill
+
+  def prefill(model, params, tokens, lengths):
+    calls.append((np.array(tokens), np.array(lengths)))
+    return inner(model, params, tokens, lengths)
+
+  monkeypatch.setattr(decode, "prefill", prefill)
+  make(slots=slots).rollout(policy.params, draws, KEY, SAMPLES)
+  read = [
+    tuple(row[:length])
+    for tokens, lengths in calls
+    for row, length in zip(tokens, lengths, strict=True)
+    if length > 1  # the rows of length 1 fill a call up
+  ]
+  assert sorted(read) == sorted(tuple(prompt.ids) for _, prompt in draws)
+  # In rows, padding included: five calls of four where a call for every four samples would have been 24.
+  assert len(calls) <= 5
+  widths = [tokens.shape[1] for tokens, _ in calls]
+  assert set(widths) <= set(SHAPES.prompt_buckets)
+  assert {tokens.shape[0] for tokens, _ in calls} == {SHAPES.prefill_rows}
+
+
+def test_nothing_compiles_after_the_warm_up(make, policy):
+  """Prompts and references of all lengths, responses that end by EOS and ones that are cut, long and short."""
+  limit, response = 64, 200
+  # 270 tokens of text: four lengths to which slots are read.
+  engine = make(prompt_limit=limit, max_response_length=response, slots=12, steps=6, prefill_rows=3, score_rows=5)
+  assert len(engine.shapes.reaches) == 4
+  assert len(engine.shapes.prompt_buckets) == len(engine.shapes.suffix_buckets) == 2
+  pairs = [(length, 1 + 37 * length % SUFFIX) for length in range(1, limit + 1)]
+  prompts = [
+    Prompt(
+      np.array(ids_of(policy.tokenizer, *letters(length, length)), np.int32), letters(reference, 1), "", "test", row
+    )
+    for row, (length, reference) in enumerate(pairs)
+  ]
+  assert {len(prompt.reference) for prompt in prompts} == set(range(1, SUFFIX + 1))
+  draws, keys = list(enumerate(prompts)), list(jax.random.split(KEY, 2))
+  row_keys(KEY, np.arange(limit, dtype=np.uint32), 1)  # depends on how many draws there are, and on no length
+  engine.warm_up(policy.params, scoring=True)
+  before = metrics.compilations()
+  out = [engine.rollout(policy.params, draws[first:] + draws[:first], key, 1) for first, key in enumerate(keys)]
+  assert metrics.compilations() == before
+
+  def everywhere(name):
+    return np.concatenate([getattr(part, name) for part in out])
+
+  assert (everywhere("lengths")[~everywhere("finished")] == response).all()
+  assert (~everywhere("finished")).any()
+  assert everywhere("finished").any()
+  sizes = everywhere("reference_mask").sum(axis=1)
+  assert (sizes > 16).any()
+  assert ((sizes > 0) & (sizes < 14)).any()
+
+
+def test_a_mesh_changes_nothing_and_compiles_nothing_twice():
+  """Eight devices, two ways to split rows among them, against one."""
+  root = Path(__file__).parents[2]
+  path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.sampling.engine_on_mesh"],
+    cwd=root,
+    env=os.environ
+    | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  for result in json.loads(done.stdout.splitlines()[-1]):
+    assert all(result["same"].values()), result["same"]
+    assert max(result["off"]) < 1e-5
+    assert result["scored"] > 10
+    assert result["compiled"] == 0
+
+
+@pytest.mark.parametrize(("limit", "response", "steps"), [(8, 12, 3), (64, 200, 1), (100, 157, 4), (1024, 3072, 16)])
+def test_slots_are_never_read_beyond_their_room(limit, response, steps):
+  shapes = dataclasses.replace(SHAPES, prompt_limit=limit, max_response_length=response, steps=steps)
+  assert sorted(shapes.reaches) == list(shapes.reaches)
+  assert limit + response <= shapes.reaches[-1] <= shapes.capacity
+
+
+@pytest.mark.parametrize(
+  ("limit", "smallest", "ratio"), [(1, 32, 2), (64, 32, 2), (70, 32, 2), (2048, 32, 2), (300, 16, 4)]
+)
+def test_buckets_are_few_and_reach_to_the_limit(limit, smallest, ratio):
+  found = buckets(limit, smallest, ratio)
+  assert found[-1] == limit
+  assert all(one < other <= ratio * one for one, other in itertools.pairwise(found))
+  assert all(length >= min(smallest, limit) for length in found)
+  assert found[0] < ratio * smallest or len(found) == 1
 
 
 def test_every_draw_and_every_sample_has_a_key_of_its_own():
   draws = np.array([0, 1, 2, 1000, 2**31, 2**32 - 1], np.uint32)
   data = {}
   for seed in (0, 1):
-    keys = row_keys(jax.random.key(seed), draws, 16)
-    assert keys.shape == (96,)
-    for i, key in enumerate(np.asarray(jax.random.key_data(keys))):
+    keys = np.asarray(row_keys(jax.random.key(seed), draws, 16))
+    assert keys.shape == (96, 2)
+    for i, key in enumerate(keys):
       data[seed, i] = tuple(key)
   assert len(set(data.values())) == 2 * 96
-  again = row_keys(jax.random.key(0), draws[::-1].copy(), 16).reshape(6, 16)[::-1].reshape(-1)
-  np.testing.assert_array_equal(jax.random.key_data(again), jax.random.key_data(row_keys(jax.random.key(0), draws, 16)))
-
-
-def test_samples_of_one_prompt_differ(rollouts):
-  assert len(np.unique(rollouts.tokens, axis=0)) == 32
-
-
-def test_nothing_compiles_twice(engine, policy, prompts, rollouts):
-  """Other prompts, draws and keys, and other lengths of everything, run through what is compiled."""
-  del rollouts
-  functions = (decode.prefill, decode.decode, decode.score_suffix)
-  before = [function._cache_size() for function in functions]
-  others = [make_prompt(policy.tokenizer, "2+2", "four", 0), *prompts[:3]]
-  engine.rollout(policy.params, list(enumerate(others, 5)), jax.random.key(9), SAMPLES)
-  assert [function._cache_size() for function in functions] == before
+  again = np.asarray(row_keys(jax.random.key(0), draws[::-1].copy(), 16)).reshape(6, 16, 2)[::-1].reshape(-1, 2)
+  np.testing.assert_array_equal(again, row_keys(jax.random.key(0), draws, 16))

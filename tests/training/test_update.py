@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import grpo
-from rlpr_jax.sampling.decode import SamplingSettings, decode, prefill
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Groups, PackedRows
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, row_logprobs, update
@@ -215,11 +216,16 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   rng = np.random.default_rng(2)
   prompts = rng.integers(0, 64, (3, PROMPT)).astype(np.int32)
   lengths = np.array([2, 6, 4], np.int32)
-  settings = SamplingSettings(RESPONSE, 1, TEMPERATURE, eos_ids=tuple(range(0, 64, 8)))
-  hidden, cache = prefill(policy.model, policy.params, prompts, lengths, capacity=PROMPT + RESPONSE + 1)
-  keys = jax.random.split(jax.random.key(0), 6)
-  samples = jax.device_get(decode(policy.model, policy.params, hidden, cache, lengths, keys, settings)[0])
-  by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in samples[:3]]
+  settings = DecodeSettings(Choice(TEMPERATURE), steps=3, eos_ids=tuple(range(0, 64, 8)))
+  slots = empty_slots(policy.model, policy.params, 6, PROMPT + RESPONSE + settings.steps, RESPONSE)
+  hidden, cache = prefill(policy.model, policy.params, prompts, lengths)
+  keys = jax.random.key_data(jax.random.split(jax.random.key(0), 6))
+  limits = np.full(6, RESPONSE, np.int32)
+  slots = insert(slots, hidden, cache, lengths, np.repeat(np.arange(3), 2), np.arange(6), keys, limits)
+  while slots.active.any():
+    slots = decode(policy.model, policy.params, slots, settings, PROMPT + RESPONSE)
+  samples = jax.device_get((slots.tokens, slots.counts, slots.logprobs))
+  by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in samples]
   advantages = rng.normal(size=(3, 2)).astype(np.float32)
   groups = Groups(prompts, lengths, *by_prompt, advantages)
   gradient, metrics = gradients(policy, packing.pack(groups, 3, "token_mean"))

@@ -1,0 +1,1 @@
+"""What the program costs, measured and counted. Each module's docstring says how to run it."""

@@ -1,0 +1,62 @@
+"""One token of each row, drawn from its logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """How tokens are drawn. Training wants the defaults beyond the temperature: truncation biases its ratios."""
+
+  temperature: float = 1.0  # 0 is greedy
+  top_k: int = 0  # only the k most probable tokens; 0 for all
+  top_p: float = 1.0  # only the most probable tokens that together reach p (nucleus)
+  min_p: float = 0.0  # only tokens at least min_p times as probable as the most probable one
+
+  @property
+  def truncates(self) -> bool:
+    return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+
+def choose(
+  logits: Float[Array, "B V"], keys: Key[Array, "B"], choice: Choice
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+  """A token a row and its log-probability, in nats.
+
+  The log-probability is that of softmax(logits / temperature), whole: not of the truncated distribution, and not of the
+  greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
+  """
+  logps = jax.nn.log_softmax(logits / (choice.temperature or 1.0))
+  if not choice.temperature:
+    tokens = jnp.argmax(logits, axis=-1)
+  else:
+    tokens = jax.vmap(jax.random.categorical)(keys, truncate(logps, choice) if choice.truncates else logps)
+  tokens = tokens.astype(jnp.int32)
+  return tokens, jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+
+
+def truncate(logps: Float[Array, "B V"], choice: Choice) -> Float[Array, "B V"]:
+  """-inf for tokens that top-k, then top-p of what it left, then min-p shut out; the most probable one always stays.
+
+  top-p keeps a token if the more probable ones together are under p (Holtzman et al. 2020); ties stay together.
+  """
+  # Computed once: rounded otherwise in another place, the smallest that is to stay, even the best, would not be found.
+  logps = jax.lax.optimization_barrier(logps)
+  if choice.top_k:
+    logps = _at_least(logps, jax.lax.top_k(logps, min(choice.top_k, logps.shape[-1]))[0][:, -1:])
+  if choice.top_p < 1:
+    descending = -jnp.sort(-logps, axis=-1)
+    shares = jax.nn.softmax(descending, axis=-1)
+    before = jnp.cumsum(shares, axis=-1) - shares
+    smallest = jnp.min(jnp.where(before < choice.top_p, descending, descending[:, :1]), axis=-1, keepdims=True)
+    logps = _at_least(logps, smallest)
+  if choice.min_p > 0:
+    logps = _at_least(logps, jnp.max(logps, axis=-1, keepdims=True) + jnp.log(choice.min_p))
+  return logps
+
+
+def _at_least(logps: Float[Array, "B V"], smallest: Float[Array, "B 1"]) -> Float[Array, "B V"]:
+  return jnp.where(logps >= smallest, logps, -jnp.inf)

@@ -1,0 +1,86 @@
+"""Rollouts on eight devices and on one: prints what differs, as JSON, for test_engine.py.
+
+A script and not a test, for the number of devices must be set before jax starts.
+"""
+
+import json
+
+import jax
+import numpy as np
+
+from rlpr_jax import models, sharding
+from rlpr_jax.data import builtin
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.engine import Engine, Shapes, row_keys
+from rlpr_jax.training import metrics
+
+MESHES = ((1, 1, 1), (2, 2, 2), (4, 1, 2))
+SAMPLES = 16
+LENGTHS = (3, 40, 10, 22, 1, 7, 33, 5)
+
+
+def roll_out(mesh, config, params, prompts, tokenizer):
+  """Rollouts, baselines, and how many programs were compiled after the warm-up."""
+  where = sharding.create(sharding.create_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)]))
+  placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, models.abstract_params(config, where))
+  engine = Engine(
+    models.definition(config, models.Runtime(sharding=where)),
+    tokenizer,
+    DecodeSettings(Choice(), 5, (tokenizer.eos_token_id,)),
+    Shapes(16, 42, 28, 32, 5, 4, 8, 8, ways=where.ways("batch")),
+    "answer_only",
+    score_temperature=1.0,
+    baseline_prefix="bare",
+  )
+  draws, key = list(enumerate(prompts)), jax.random.key(0)
+  row_keys(key, np.arange(len(draws), dtype=np.uint32), SAMPLES)
+  engine.warm_up(placed, scoring=True)
+  before = metrics.compilations()
+  rollouts = engine.rollout(placed, draws, key, SAMPLES)
+  compiled = metrics.compilations() - before
+  return rollouts, engine.baseline(placed, prompts), compiled
+
+
+def main():
+  tokenizer = builtin.tokenizer()
+  config = models.ModelConfig(
+    vocab_size=len(tokenizer), embed_dim=32, mlp_dim=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
+  )
+  rng = np.random.default_rng(0)
+  params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.18, models.abstract_params(config))
+  prompts = [
+    Prompt(rng.integers(8, 64, length).astype(np.int32), "ab1" * (1 + row), "", "", row)
+    for row, length in enumerate(LENGTHS)
+  ]
+  (expected, (logps, mask), _), *others = (roll_out(mesh, config, params, prompts, tokenizer) for mesh in MESHES)
+  results = []
+  for found, (found_logps, found_mask), compiled in others:
+    same = {
+      name: bool(np.array_equal(getattr(found, name), getattr(expected, name)))
+      for name in (
+        "tokens",
+        "lengths",
+        "finished",
+        "texts",
+        "scorable",
+        "overlong",
+        "reference_tokens",
+        "reference_mask",
+      )
+    }
+    off = [found.logprobs - expected.logprobs, found.reference_logps - expected.reference_logps, found_logps - logps]
+    results.append(
+      {
+        "same": same | {"baseline_mask": bool(np.array_equal(found_mask, mask))},
+        "off": [float(np.abs(x).max()) for x in off],
+        "compiled": compiled,
+        "scored": int(found.scorable.sum()),
+      }
+    )
+  print(json.dumps(results))
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,81 @@
+"""One step's harvest: what is kept of what was drawn."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax import config, filtering
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.training import packing
+from rlpr_jax.training.collect import collect
+
+LIMIT, RESPONSE, SAMPLES = 8, 6, 4
+
+
+class Stream:
+  """Draws prompts in turns."""
+
+  def __init__(self, prompts):
+    self.prompts, self.drawn = prompts, 0
+
+  def next_batch(self, count):
+    first, self.drawn = self.drawn, self.drawn + count
+    return [(draw, self.prompts[draw % len(self.prompts)]) for draw in range(first, self.drawn)]
+
+
+@pytest.fixture(scope="module")
+def harvest(policy):
+  """Of two draws of four prompts, of which the second cannot be read and the fourth is too long."""
+  c = config.default()
+  c.prompts_per_step, c.max_draws, c.samples_per_prompt = 100, 2, SAMPLES
+  c.rollout.prompts_per_draw, c.data.prompt_limit = 4, LIMIT
+  c.reward.kind = "random"  # every group spreads, whatever was sampled
+  settings = DecodeSettings(Choice(), 4, (policy.tokenizer.eos_token_id,))
+  engine = Engine(
+    policy.model, policy.tokenizer, settings, Shapes(8, LIMIT, RESPONSE, 8, 4, 2, 4, 4), "think", 1, "bare"
+  )
+  good = Prompt(np.arange(10, 15, dtype=np.int32), "7", "", "test", 0)
+  prompts = [
+    dataclasses.replace(good, ids=ids, row=row)
+    for row, ids in enumerate([good.ids, good.ids[:0], good.ids[:3], np.ones(LIMIT + 1, np.int32)])
+  ]
+  run = SimpleNamespace(
+    config=c,
+    engine=engine,
+    policy=SimpleNamespace(sampling_params=lambda params: params),
+    key=jax.random.key(0),
+    filter=filtering.FilterConfig(kind="off"),
+  )
+  nothing = packing.Groups(
+    np.zeros((0, LIMIT), np.int32),
+    np.zeros(0, np.int32),
+    *(np.zeros((0, SAMPLES, *more), kind) for more, kind in (((RESPONSE,), np.int32), ((), np.int32))),
+    np.zeros((0, SAMPLES, RESPONSE), np.float32),
+    np.zeros((0, SAMPLES), np.float32),
+  )
+  state = SimpleNamespace(
+    step=0,
+    params=policy.params,
+    filter=filtering.init(run.filter),
+    baselines=np.zeros(4, np.float32),
+    carried=nothing,
+  )
+  return prompts, collect(run, state, Stream(prompts))
+
+
+def test_refused_prompts_are_counted_and_never_trained_on(harvest):
+  prompts, found = harvest
+  assert found.values["rollout/refused_prompts"] == 4
+  assert found.values["filter/drawn"] == 8
+  assert found.values["filter/kept"] == found.values["filter/trained"] == found.groups.count == 4
+  for group, prompt in enumerate([prompts[0], prompts[2]] * 2):
+    assert found.groups.prompt_lengths[group] == len(prompt.ids)
+    assert found.groups.prompt_tokens[group, : len(prompt.ids)].tolist() == prompt.ids.tolist()
+  assert (found.groups.lengths > 0).all()
+  assert all(np.isfinite(value) for value in found.values.values())
