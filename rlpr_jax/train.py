@@ -65,6 +65,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     else:
       state = checkpoints.restore(abstract_state(run))
       print(f"resumed after step {state.step} of {config.steps}", flush=True)
+      if state.step < config.steps:
+        run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
     if state:
       state = train_steps(run, state, checkpoints, writer, stop)
     checkpoints.close()
@@ -87,8 +89,6 @@ def train_steps(
     config.training.micro_batch_rows,
     run.policy.sharding,
   )
-  if state.step < config.steps:
-    run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
   progress_start, first = time.perf_counter(), state.step
   while state.step < config.steps and not stop:
     started, compiled = time.perf_counter(), metrics.compilations()

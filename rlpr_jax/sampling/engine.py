@@ -11,6 +11,8 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -23,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import splicing
 from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.errors import InputError
 from rlpr_jax.models import KVCache, Params
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, Suffixes
@@ -246,21 +249,50 @@ class Engine:
           out.logps[item.out, np.flatnonzero(mask)] = row[: mask.sum()]
 
   def warm_up(self, params: Params, scoring: bool) -> None:
-    """Compiles every program that any lengths may ask for, by running each once on next to nothing."""
+    """Compiles every program that any lengths may ask for, by running each once on next to nothing.
+
+    Raises:
+      InputError: the device's memory is not enough, and which setting to lower.
+    """
     shapes = self.shapes
-    slots = decode.empty_slots(self.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
-    for width in shapes.prompt_buckets:
-      batch = self.prefill(params, [], width)
-      slots = insert_rows(slots, batch, [], np.zeros((0, 2), np.uint32), np.zeros(0), shapes.insert_rows)
-    decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
-    for reach in shapes.reaches:
-      slots = decode.decode(self.model, params, slots, self.settings, reach)
-      for width in shapes.suffix_buckets if scoring else ():
-        rows, suffixes, _ = lay_out(
-          [[] for _ in range(shapes.ways)], shapes.score_rows // shapes.ways, shapes.slots // shapes.ways, width
-        )
-        decode.score(self.model, params, slots.cache, rows, suffixes, self.score_temperature, reach)
-    jax.block_until_ready(slots)
+    with self._memory(params, "rollout.slots", shapes.slots):
+      slots = decode.empty_slots(self.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
+      jax.block_until_ready(slots)
+    with self._memory(params, "rollout.prefill_prompts", shapes.prefill_rows):
+      for width in shapes.prompt_buckets:
+        batch = self.prefill(params, [], width)
+        slots = insert_rows(slots, batch, [], np.zeros((0, 2), np.uint32), np.zeros(0), shapes.insert_rows)
+      jax.block_until_ready(slots)
+    with self._memory(params, "rollout.slots", shapes.slots):
+      decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
+      for reach in shapes.reaches:
+        slots = jax.block_until_ready(decode.decode(self.model, params, slots, self.settings, reach))
+    with self._memory(params, "rollout.score_rows", shapes.score_rows):
+      for reach, width in itertools.product(shapes.reaches, shapes.suffix_buckets if scoring else ()):
+        empty = [[] for _ in range(shapes.ways)]
+        rows, suffixes, _ = lay_out(empty, shapes.score_rows // shapes.ways, shapes.slots // shapes.ways, width)
+        logps = decode.score(self.model, params, slots.cache, rows, suffixes, self.score_temperature, reach)
+        jax.block_until_ready(logps)
+
+  @contextlib.contextmanager
+  def _memory(self, params: Params, field: str, value: int) -> Iterator[None]:
+    """Says of a program that does not fit into the device's memory which setting to lower, and what would fit."""
+    free = free_bytes()
+    try:
+      yield
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      ways, shapes = self.shapes.ways, self.shapes
+      one = functools.partial(
+        decode.empty_slots, self.model, slots=ways, capacity=shapes.capacity, limit=shapes.max_response_length
+      )
+      slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(one, params).cache)) // ways
+      fits = f", room for at most {free // slot} slots" if jax.device_count() == 1 else ""
+      raise InputError(
+        f"config.{field}: {value} is too much for the device's memory, of which {free / 2**30:.1f} GiB were free{fits};"
+        f" each of config.rollout.slots takes {slot / 2**20:.1f} MiB"
+      ) from None
 
 
 class _Scored(NamedTuple):
@@ -486,6 +518,14 @@ class _Run:
     start = time.perf_counter()
     yield
     self.seconds[name] += time.perf_counter() - start
+
+
+def free_bytes() -> int:
+  """Memory that the first device still has, or the host where the device does not say."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def empty_references(rows: int, suffix_length: int) -> References:

@@ -139,6 +139,7 @@ def _prepare(
 def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
   """The state before step 1: warm start, the baselines of the initial policy, the first evaluation."""
   params = initial_params(run.config, run.policy)
+  run.engine.warm_up(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here, before anything
   if run.config.warm_start.steps:
     params = warm_up(run, params, stop)
   baselines = np.zeros(len(run.prompts), np.float32)

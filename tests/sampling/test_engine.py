@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from flax import nnx
 
 from rlpr_jax import splicing
 from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.errors import InputError
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
@@ -211,6 +213,13 @@ def test_every_response_ends_at_its_own_limit(make, policy, draws, rollouts):
   np.testing.assert_array_equal(found.finished, rollouts.finished & (rollouts.lengths <= limits))
   there = np.arange(RESPONSE) < found.lengths[:, None]
   np.testing.assert_array_equal(found.tokens, np.where(there, rollouts.tokens, 0))
+
+
+def test_slots_that_do_not_fit_are_one_line(make, policy):
+  line = r"^config\.rollout\.slots: 1000000 is too much for .*, room for at most \d+ slots; each .* MiB$"
+  with pytest.raises(InputError, match=line) as error:
+    make(slots=10**6, max_response_length=10**6).warm_up(policy.params, scoring=True)
+  assert int(re.search(r"at most (\d+)", str(error.value))[1]) < 1000
 
 
 @pytest.mark.parametrize("steps", [1, 5])
