@@ -54,7 +54,7 @@ class Told:
     assert len(texts) == len(draws) * samples
     for done in (0, len(texts)):
       progress(done, len(texts))
-    return Samples(None, np.array([len(text) for text in texts]), None, None, texts)
+    return Samples(None, np.array([len(text) for text in texts]), None, None, texts, np.zeros(len(texts), bool))
 
 
 def prompt(reference, source):
