@@ -394,7 +394,7 @@ class _Run:
     self, progress: Callable[[int, int], None] = lambda done, total: None
   ) -> tuple[Samples, References, dict[str, float]]:
     """Runs until every request has ended and is scored."""
-    total = len(self.out.texts)
+    total, done = len(self.out.texts), 0
     while self.pending or self.under_way or self.ended or self.ready:
       with self.timed("score"):
         self.score_ready()
@@ -406,7 +406,8 @@ class _Run:
         self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, reach)
         self.read_ended()  # while the device decodes
         self.gather()
-      progress(total - len(self.pending) - len(self.under_way), total)
+      if done != (done := total - len(self.pending) - len(self.under_way)):
+        progress(done, total)
     return self.out, self.references, self.seconds
 
   def refill(self) -> None:
