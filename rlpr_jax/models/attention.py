@@ -98,8 +98,9 @@ def _attend_xla(
   first = first_visible(segment_ids, settings.window, windowed)
   mask = (places <= places[:, None]) & (places >= first[:, :, None])
   parts, scores = [values.swapaxes(1, 2)], [score(keys.swapaxes(1, 2), mask)]
-  for part in cached:
+  if cached:
     begins = positions - (places - first_visible(segment_ids, None, None))  # of each token's segment
+  for part in cached:
     mask = part.positions[:, None] < begins[:, :, None]
     if windowed is not None:
       mask &= (part.positions[:, None] > positions[:, :, None] - settings.window) | ~windowed

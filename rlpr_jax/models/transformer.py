@@ -255,7 +255,7 @@ class Decoder(nnx.Module):
     config = self.config
     shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
     zeros = jnp.zeros(shape, self.runtime.compute_dtype)
-    return jax.tree.map(self._place, self._store(zeros, zeros))
+    return jax.tree.map(self.place_cache, self._store(zeros, zeros))
 
   def _store(self, keys: Float[Array, "*B H"], values: Float[Array, "*B H"]) -> KVCache:
     return KVCache(Quantized.of(keys), Quantized.of(values)) if self.runtime.int8_cache else KVCache(keys, values)
@@ -277,7 +277,7 @@ class Decoder(nnx.Module):
 
     numbers = jnp.arange(self.config.num_layers)
     x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, numbers))
-    return self.final_norm(x), jax.tree.map(self._place, new)
+    return self.final_norm(x), jax.tree.map(self.place_cache, new)
 
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Float32 logits. For whole sequences take `logprobs`, which never holds them all."""
@@ -310,7 +310,8 @@ class Decoder(nnx.Module):
       x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
     return constrain(x, "batch", "sequence", "embed")
 
-  def _place(self, cache: Float[Array, "L B K S H"]) -> Float[Array, "L B K S H"]:
+  def place_cache(self, cache: Shaped[Array, "L B K S H"]) -> Shaped[Array, "L B K S H"]:
+    """Tells the compiler how an array of a cache is to lie."""
     return self.runtime.sharding.constrain(cache, "layers", "batch", "kv_heads", None, None)
 
 

@@ -68,7 +68,7 @@ def empty_slots(model: nnx.GraphDef, params: Params, slots: int, capacity: int, 
 def _lay(decoder: Decoder, slots: Slots) -> Slots:
   """Slots as they always lie on the mesh; laid otherwise, they would have all that takes them compiled again."""
   constrain = decoder.runtime.sharding.constrain
-  cache = jax.tree.map(lambda x: constrain(x, "layers", "batch", "kv_heads", *[None] * (x.ndim - 3)), slots.cache)
+  cache = jax.tree.map(decoder.place_cache, slots.cache)
   rows = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), slots._replace(cache=None))
   return rows._replace(cache=cache)
 

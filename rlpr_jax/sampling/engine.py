@@ -1,7 +1,7 @@
 """Rollouts: prompts in, sampled responses and the probability of each reference answer out.
 
 The host's half: which prompt goes into which slot, text, token ids and padding. What the device computes is in
-`decode.py`. A round of the loop in `Engine.run`:
+`decode.py`. A round of the loop in `_Run.finish`:
 
     score the rows that ended two chunks ago -> their slots are free -> refill -> decode a chunk
                                                 meanwhile: text and splicing of the rows that ended one chunk ago

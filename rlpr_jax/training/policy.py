@@ -51,7 +51,7 @@ def load_policy(config: ConfigDict) -> Policy:
     InputError: naming the field of the config, or the file.
   """
   mesh = sharding.create_mesh(**config.mesh)
-  rules = {name: tuple(filter(None, axes.replace(" ", "").split(","))) for name, axes in config.sharding.items()}
+  rules = {name: split_names(axes) for name, axes in config.sharding.items()}
   where = sharding.create(mesh, rules)
   if config.model.path:
     directory = models.resolve(config.model.path)
@@ -104,9 +104,14 @@ def new_config(config: ConfigDict, vocab_size: int) -> ModelConfig:
   )
 
 
+def split_names(text: str) -> tuple[str, ...]:
+  """The names in "query, value"; none in ""."""
+  return tuple(filter(None, text.replace(" ", "").split(",")))
+
+
 def parse_targets(text: str) -> tuple[str, ...]:
   """Names of the linear layers that get adapters, from "query,value"."""
-  targets = tuple(filter(None, text.replace(" ", "").split(",")))
+  targets = split_names(text)
   for target in targets or ("nothing",):
     if target not in models.LINEAR:
       raise InputError(f"config.lora.targets: {target!r}, expected some of {', '.join(models.LINEAR)}")
