@@ -71,7 +71,7 @@ class Part(NamedTuple):
 
   cache: KVCache
   positions: Int[Array, "B S"]  # of the tokens in the first S slots of a row; UNSEEN where there is none
-  rows: Int[Array, "B"] | None = None  # rows of the cache that are read; None for all of them in order
+  rows: Int[Array, "B"] | None = None  # of the cache that are read; None for the first B, on a mesh of each part
 
   def layer(self, number: Int[Array, ""], ways: int, dtype: str) -> Cached:
     """The tokens' keys and values in one layer. `ways`: into how many parts the cache's rows and `rows` are split."""
@@ -82,12 +82,12 @@ class Part(NamedTuple):
     return Cached(keys, values, self.positions)
 
   def _take(self, x: Shaped[Array, "L R K C H"], number: Int[Array, ""], ways: int) -> Shaped[Array, "B K S H"]:
-    _, all_rows, heads, _, head_dim = x.shape
-    slots = self.positions.shape[1]
+    layers, all_rows, heads, _, head_dim = x.shape
+    rows, slots = self.positions.shape
+    split = x.reshape(layers, ways, all_rows // ways, *x.shape[2:])  # each device takes from its own rows
     if self.rows is None:
-      return jax.lax.dynamic_slice(x, (number, 0, 0, 0, 0), (1, all_rows, heads, slots, head_dim))[0]
-    # Each device takes from its own rows.
-    split = x.reshape(x.shape[0], ways, all_rows // ways, *x.shape[2:])
+      taken = jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, ways, rows // ways, heads, slots, head_dim))
+      return taken.reshape(rows, heads, slots, head_dim)
     local = self.rows.reshape(ways, -1) - jnp.arange(ways)[:, None] * (all_rows // ways)
     taken = jax.vmap(lambda part, rows: part[number, rows, :, :slots], in_axes=(1, 0))(split, local)
     return taken.reshape(-1, *taken.shape[2:])

@@ -29,34 +29,35 @@ def choose(
   The log-probability is that of softmax(logits / temperature), whole: not of the truncated distribution, and not of the
   greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
   """
-  logps = jax.nn.log_softmax(logits / (choice.temperature or 1.0))
+  logits = logits / (choice.temperature or 1.0)
   if not choice.temperature:
     tokens = jnp.argmax(logits, axis=-1)
   else:
-    tokens = jax.vmap(jax.random.categorical)(keys, truncate(logps, choice) if choice.truncates else logps)
+    tokens = jax.vmap(jax.random.categorical)(keys, truncate(logits, choice) if choice.truncates else logits)
   tokens = tokens.astype(jnp.int32)
-  return tokens, jnp.take_along_axis(logps, tokens[:, None], axis=-1)[:, 0]
+  chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+  return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncate(logps: Float[Array, "B V"], choice: Choice) -> Float[Array, "B V"]:
+def truncate(logits: Float[Array, "B V"], choice: Choice) -> Float[Array, "B V"]:
   """-inf for tokens that top-k, then top-p of what it left, then min-p shut out; the most probable one always stays.
 
   top-p keeps a token if the more probable ones together are under p (Holtzman et al. 2020); ties stay together.
   """
   # Computed once: rounded otherwise in another place, the smallest that is to stay, even the best, would not be found.
-  logps = jax.lax.optimization_barrier(logps)
+  logits = jax.lax.optimization_barrier(logits)
   if choice.top_k:
-    logps = _at_least(logps, jax.lax.top_k(logps, min(choice.top_k, logps.shape[-1]))[0][:, -1:])
+    logits = _at_least(logits, jax.lax.top_k(logits, min(choice.top_k, logits.shape[-1]))[0][:, -1:])
   if choice.top_p < 1:
-    descending = -jnp.sort(-logps, axis=-1)
+    descending = -jnp.sort(-logits, axis=-1)
     shares = jax.nn.softmax(descending, axis=-1)
     before = jnp.cumsum(shares, axis=-1) - shares
     smallest = jnp.min(jnp.where(before < choice.top_p, descending, descending[:, :1]), axis=-1, keepdims=True)
-    logps = _at_least(logps, smallest)
+    logits = _at_least(logits, smallest)
   if choice.min_p > 0:
-    logps = _at_least(logps, jnp.max(logps, axis=-1, keepdims=True) + jnp.log(choice.min_p))
-  return logps
+    logits = _at_least(logits, jnp.max(logits, axis=-1, keepdims=True) + jnp.log(choice.min_p))
+  return logits
 
 
-def _at_least(logps: Float[Array, "B V"], smallest: Float[Array, "B 1"]) -> Float[Array, "B V"]:
-  return jnp.where(logps >= smallest, logps, -jnp.inf)
+def _at_least(logits: Float[Array, "B V"], smallest: Float[Array, "B 1"]) -> Float[Array, "B V"]:
+  return jnp.where(logits >= smallest, logits, -jnp.inf)

@@ -3,12 +3,13 @@
     prompts -> prefill -> insert into free slots -> decode a few steps -> collect ended rows -> score from their cache
                          ^______________________________________________________________________________|
 
-Shapes: P prompts read together, S slots, C tokens of room in a slot, T response tokens, R rows scored together,
-E tokens of the suffixes after a row, A of them scored.
+Shapes: P prompts read together, S slots, C tokens of room in a slot, T response tokens, R rows decoded or scored
+together, E tokens of the suffixes after a row, A of them scored.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -83,8 +84,10 @@ def prefill(
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
 
 
-@functools.partial(jax.jit, donate_argnames=("slots",))
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
 def insert(
+  model: nnx.GraphDef,
+  params: Params,
   slots: Slots,
   hidden: Float[Array, "P D"],
   cache: KVCache,
@@ -95,15 +98,14 @@ def insert(
   limits: Int[Array, "I"],
 ) -> Slots:
   """Puts prefilled prompts into slots: prompt `source[i]` into slot `target[i]`, or nowhere if that is S."""
-  length = jax.tree.leaves(cache)[0].shape[3]
+  decoder: Decoder = nnx.merge(model, params)
 
   def at(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
     return old.at[target].set(new, mode="drop")
 
-  return slots._replace(
-    cache=jax.tree.map(
-      lambda old, new: old.at[:, target, :, :length].set(new[:, source], mode="drop"), slots.cache, cache
-    ),
+  fill = functools.partial(_fill, source=source, target=target, where=decoder.runtime.sharding)
+  new = slots._replace(
+    cache=jax.tree.map(fill, slots.cache, cache),
     lengths=at(slots.lengths, prompt_lengths[source]),
     hidden=at(slots.hidden, hidden[source]),
     keys=at(slots.keys, keys),
@@ -112,10 +114,35 @@ def insert(
     finished=at(slots.finished, False),
     active=at(slots.active, limits > 0),
   )
+  return _lay(decoder, new)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings", "reach"), donate_argnames=("slots",))
-def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSettings, reach: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def move(model: nnx.GraphDef, params: Params, slots: Slots, source: Int[Array, "M"], target: Int[Array, "M"]) -> Slots:
+  """Copies slot `source[i]` to slot `target[i]`; on a mesh each part of the slots its own M / parts, counted in it.
+
+  Sources are no targets, but for those that stay where they are.
+  """
+  decoder: Decoder = nnx.merge(model, params)
+  where = decoder.runtime.sharding
+
+  def one(x: jax.Array, axis: int) -> jax.Array:
+    def rows(x, source, target):
+      def one(i, x):
+        return jax.lax.dynamic_update_slice_in_dim(x, _row(x, source[i], axis), target[i], axis)
+
+      return jax.lax.fori_loop(0, source.size, one, x)
+
+    axes = CACHE if axis else ("batch", *[None] * (x.ndim - 1))
+    return _on_each_part(rows, where, (x, source, target), (axes, ROWS, ROWS))
+
+  cache = jax.tree.map(functools.partial(one, axis=1), slots.cache)
+  rows = jax.tree.map(functools.partial(one, axis=0), slots._replace(cache=None))
+  return _lay(decoder, rows._replace(cache=cache))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings", "rows", "reach"), donate_argnames=("slots",))
+def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSettings, rows: int, reach: int) -> Slots:
   """Up to `settings.steps` more tokens of every active row; ends early when none is active any more.
 
   Each token's key is its row's key folded with its place, so a row does not depend on its neighbours or its slot.
@@ -123,69 +150,122 @@ def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSe
   once at the end.
 
   Args:
+    rows: R, how many slots are decoded; the first of them, or on a mesh the first of each part. The others are left.
     reach: how much of each slot is read; at least the longest text of an active row.
   """
   decoder: Decoder = nnx.merge(model, params)
-  rows, steps = jnp.arange(slots.counts.size), settings.steps
-  begin, eos_ids = slots.lengths, jnp.array(settings.eos_ids)
+  ways, steps = decoder.runtime.sharding.ways("batch"), settings.steps
+  cache, whole = slots.cache, slots._replace(cache=None)
+  state = jax.tree.map(lambda x: _first(x, rows, ways), whole)
+  begin, numbers, eos_ids = state.lengths, jnp.arange(rows), jnp.array(settings.eos_ids)
   filled, offsets = jnp.arange(reach), jnp.arange(steps)
-  text = Part(slots.cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
+  text = Part(cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
 
   def step(carry):
-    j, recent, slots = carry
-    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(slots.keys), slots.counts)
-    tokens, logps = choose(decoder.logits(slots.hidden[:, None])[:, 0], keys, settings.choice)
-    places = jnp.where(slots.active, slots.counts, slots.tokens.shape[1])  # beyond the end: not written
-    counts = slots.counts + slots.active
-    finished = slots.finished | (slots.active & jnp.isin(tokens, eos_ids))
+    j, recent, state = carry
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
+    tokens, logps = choose(decoder.logits(state.hidden[:, None])[:, 0], keys, settings.choice)
+    places = jnp.where(state.active, state.counts, state.tokens.shape[1])  # beyond the end: not written
+    counts = state.counts + state.active
+    finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))
     newest = Part(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (text, newest))
     recent = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis=3), recent, added)
-    slots = slots._replace(
-      hidden=jnp.where(slots.active[:, None], hidden[:, 0], slots.hidden),
-      tokens=slots.tokens.at[rows, places].set(tokens, mode="drop"),
-      logprobs=slots.logprobs.at[rows, places].set(logps, mode="drop"),
+    state = state._replace(
+      hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
+      tokens=state.tokens.at[numbers, places].set(tokens, mode="drop"),
+      logprobs=state.logprobs.at[numbers, places].set(logps, mode="drop"),
       counts=counts,
       finished=finished,
-      active=slots.active & ~finished & (counts < slots.limits),
+      active=state.active & ~finished & (counts < state.limits),
     )
-    return j + 1, recent, slots
+    return j + 1, recent, state
 
   def under_way(carry):
-    j, _, slots = carry
-    return (j < steps) & jnp.any(slots.active)
+    j, _, state = carry
+    return (j < steps) & jnp.any(state.active)
 
-  start = (jnp.zeros((), jnp.int32), decoder.empty_cache(rows.size, steps), slots._replace(cache=None))
+  start = (jnp.zeros((), jnp.int32), decoder.empty_cache(rows, steps), state)
   _, recent, new = jax.lax.while_loop(under_way, step, start)
+  new = new._replace(lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
   append = functools.partial(_append, begin=begin, where=decoder.runtime.sharding)
-  cache = jax.tree.map(append, slots.cache, recent)
-  return _lay(decoder, new._replace(cache=cache, lengths=begin + new.counts - slots.counts))
+  cache = jax.tree.map(append, cache, recent)
+  whole = jax.tree.map(lambda old, new: _with_first(old, new, ways), whole, new)
+  return _lay(decoder, whole._replace(cache=cache))
+
+
+def _first(x: Shaped[Array, "S *B"], rows: int, ways: int) -> Shaped[Array, "R *B"]:
+  """The first of the rows, of each part as many."""
+  return x.reshape(ways, -1, *x.shape[1:])[:, : rows // ways].reshape(rows, *x.shape[1:])
+
+
+def _with_first(x: Shaped[Array, "S *B"], new: Shaped[Array, "R *B"], ways: int) -> Shaped[Array, "S *B"]:
+  """The same with other first rows."""
+  if x.shape == new.shape:
+    return new
+  split = x.reshape(ways, -1, *x.shape[1:])
+  return split.at[:, : new.shape[0] // ways].set(new.reshape(ways, -1, *x.shape[1:])).reshape(x.shape)
+
+
+# Rows of a cache are written one by one, unrolled, for each such write happens in place. A scatter would have the whole
+# cache copied first, on every platform, and the TPU compiler of libtpu 0.0.42 fails on a loop.
+CACHE, ROWS, EVERYWHERE = ("layers", "batch", "kv_heads", None, None), ("batch",), (None,)
 
 
 def _append(
-  old: Shaped[Array, "L S K C H"], new: Shaped[Array, "L S K N H"], begin: Int[Array, "S"], where: Sharding
+  old: Shaped[Array, "L S K C H"], new: Shaped[Array, "L R K N H"], begin: Int[Array, "R"], where: Sharding
 ) -> Shaped[Array, "L S K C H"]:
-  """Writes N tokens into each row of a cache, from its own place on."""
-
-  def one_by_one(old, new, begin):  # on a CPU this happens in place, and a scatter does not
-    def one(row: Int[Array, ""], old: jax.Array) -> jax.Array:
-      added = jax.lax.dynamic_slice_in_dim(new, row, 1, axis=1)
-      return jax.lax.dynamic_update_slice(old, added, (0, row, 0, begin[row], 0))
-
-    return jax.lax.fori_loop(0, begin.size, one, old)
-
-  def scatter(old, new, begin):  # the TPU compiler of libtpu 0.0.42 fails on the loop
-    write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-    return jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)(old, new, begin)
+  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on."""
 
   def rows(old, new, begin):
-    return jax.lax.platform_dependent(old, new, begin, cpu=one_by_one, default=scatter)
+    for row in range(begin.size):
+      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], (0, row, 0, begin[row], 0))
+    return old
 
+  return _on_each_part(rows, where, (old, new, begin), (CACHE, CACHE, ROWS))
+
+
+def _fill(
+  old: Shaped[Array, "L S K C H"],
+  new: Shaped[Array, "L P K N H"],
+  source: Int[Array, "I"],
+  target: Int[Array, "I"],
+  where: Sharding,
+) -> Shaped[Array, "L S K C H"]:
+  """Writes rows of another cache to the beginning of rows of this one, or nowhere where the target is S."""
+
+  def rows(old, new, source, target):
+    total, others = old.shape[1], new.shape[1]
+    parts = where.spec(ROWS)[0] if where.mesh else None
+    part = jax.lax.axis_index(parts) if parts else 0
+    for i in range(source.size):
+      row = _row(new, jnp.clip(source[i] - part * others, 0, others - 1), axis=1)
+      if parts:  # from the device that has it
+        row = jax.lax.psum(jnp.where(source[i] // others == part, row, 0), parts)
+      place = (0, jnp.clip(target[i] - part * total, 0, total - 1), 0, 0, 0)
+      row = jnp.where(target[i] // total == part, row, jax.lax.dynamic_slice(old, place, row.shape))
+      old = jax.lax.dynamic_update_slice(old, row, place)
+    return old
+
+  return _on_each_part(rows, where, (old, new, source, target), (CACHE, CACHE, EVERYWHERE, EVERYWHERE))
+
+
+def _row(x: Shaped[Array, "..."], row: Int[Array, ""], axis: int) -> Shaped[Array, "..."]:
+  return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
+
+
+def _on_each_part(
+  function: Callable[..., jax.Array],
+  where: Sharding,
+  operands: Sequence[jax.Array],
+  axes: Sequence[Sequence[str | None]],
+) -> jax.Array:
+  """`function` on each device's own parts of the operands, whose axes are named so; the result is like the first."""
   if where.mesh is None:
-    return rows(old, new, begin)
-  cache, batch = where.spec(("layers", "batch", "kv_heads", None, None)), where.spec(("batch",))
-  return jax.shard_map(rows, mesh=where.mesh, in_specs=(cache, cache, batch), out_specs=cache)(old, new, begin)
+    return function(*operands)
+  specs = tuple(map(where.spec, axes))
+  return jax.shard_map(function, mesh=where.mesh, in_specs=specs, out_specs=specs[0])(*operands)
 
 
 class Suffixes(NamedTuple):

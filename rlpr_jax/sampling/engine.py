@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from transformers import PreTrainedTokenizerBase
@@ -98,6 +97,14 @@ class Shapes:
   @property
   def suffix_buckets(self) -> tuple[int, ...]:
     return buckets(self.suffix_length, smallest=16, ratio=4)
+
+  @property
+  def decode_rows(self) -> tuple[int, ...]:
+    """How many slots are decoded: all, or a quarter, or a quarter of that, once fewer rows are left. Ascending."""
+    counts = [self.slots]
+    while counts[-1] >= 16 * self.ways:
+      counts.append(-(-counts[-1] // (4 * self.ways)) * self.ways)
+    return tuple(reversed(counts))
 
   @property
   def reaches(self) -> tuple[int, ...]:
@@ -248,6 +255,29 @@ class Engine:
           out.tokens[item.out, : len(mask)], out.mask[item.out, : len(mask)] = item.ids, mask
           out.logps[item.out, np.flatnonzero(mask)] = row[: mask.sum()]
 
+  def insert(
+    self, params: Params, slots: Slots, batch: _Prefilled, key: jax.Array, requests: Sequence["_Request"]
+  ) -> Slots:
+    """Puts prompts into slots, `insert_rows` at most."""
+    filling = [_Request(0, slots.counts.size, 0, 0, 0)] * (self.shapes.insert_rows - len(requests))
+    source, target, draws, samples, limits = np.array([*requests, *filling], np.uint32).T
+    keys = row_keys(key, draws, samples)
+    places = source.astype(np.int32), target.astype(np.int32)
+    return decode.insert(
+      self.model, params, slots, batch.hidden, batch.cache, batch.lengths, *places, keys, limits.astype(np.int32)
+    )
+
+  def move(self, params: Params, slots: Slots, pairs: Sequence[tuple[int, int]], rows: int) -> Slots:
+    """Copies slots: `pairs` of a slot and a place among the first of its part, `rows` in all."""
+    ways = self.shapes.ways
+    each, filled = self.shapes.slots // ways, [0] * ways
+    source, target = np.zeros((2, ways, rows // ways), np.int32)  # slot 0 to slot 0: nothing
+    for old, new in pairs:
+      way = old // each
+      source[way, filled[way]], target[way, filled[way]] = old % each, new % each
+      filled[way] += 1
+    return decode.move(self.model, params, slots, source.reshape(-1), target.reshape(-1))
+
   def warm_up(self, params: Params, scoring: bool) -> None:
     """Compiles every program that any lengths may ask for, by running each once on next to nothing.
 
@@ -261,18 +291,28 @@ class Engine:
     with self._memory(params, "rollout.prefill_prompts", shapes.prefill_rows):
       for width in shapes.prompt_buckets:
         batch = self.prefill(params, [], width)
-        slots = insert_rows(slots, batch, [], np.zeros((0, 2), np.uint32), np.zeros(0), shapes.insert_rows)
+        slots = self.insert(params, slots, batch, jax.random.key(0), [])
       jax.block_until_ready(slots)
     with self._memory(params, "rollout.slots", shapes.slots):
       decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
-      for reach in shapes.reaches:
-        slots = jax.block_until_ready(decode.decode(self.model, params, slots, self.settings, reach))
+      slots = decode.halt(slots, np.zeros(shapes.slots, bool))
+      for rows, reach in itertools.product(shapes.decode_rows, shapes.reaches):
+        slots = jax.block_until_ready(decode.decode(self.model, params, slots, self.settings, rows, reach))
+      for rows in shapes.decode_rows[:-1]:
+        slots = self.move(params, slots, [], rows)
     with self._memory(params, "rollout.score_rows", shapes.score_rows):
-      for reach, width in itertools.product(shapes.reaches, shapes.suffix_buckets if scoring else ()):
-        empty = [[] for _ in range(shapes.ways)]
-        rows, suffixes, _ = lay_out(empty, shapes.score_rows // shapes.ways, shapes.slots // shapes.ways, width)
-        logps = decode.score(self.model, params, slots.cache, rows, suffixes, self.score_temperature, reach)
-        jax.block_until_ready(logps)
+      for width in shapes.suffix_buckets if scoring else ():
+        for reach in shapes.reaches:
+          self.score_padding(params, slots.cache, shapes.score_rows, reach, width)
+        for length in shapes.prompt_buckets:
+          cache = self.prefill(params, [], length).cache
+          self.score_padding(params, cache, shapes.prefill_rows, length, width)
+
+  def score_padding(self, params: Params, cache: KVCache, size: int, reach: int, width: int) -> None:
+    """Runs a scoring program on nothing."""
+    ways, all_rows = self.shapes.ways, jax.tree.leaves(cache)[0].shape[1]
+    rows, suffixes, _ = lay_out([[] for _ in range(ways)], size // ways, all_rows // ways, width)
+    jax.block_until_ready(decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach))
 
   @contextlib.contextmanager
   def _memory(self, params: Params, field: str, value: int) -> Iterator[None]:
@@ -293,6 +333,16 @@ class Engine:
         f"config.{field}: {value} is too much for the device's memory, of which {free / 2**30:.1f} GiB were free{fits};"
         f" each of config.rollout.slots takes {slot / 2**20:.1f} MiB"
       ) from None
+
+
+class _Request(NamedTuple):
+  """A response that is to be sampled."""
+
+  row: int  # of its prompt, in a prefilled batch
+  slot: int
+  draw: int  # its prompt's number
+  sample: int  # its own, among the prompt's
+  limit: int  # most tokens
 
 
 class _Scored(NamedTuple):
@@ -330,23 +380,6 @@ def lay_out(
   return rows, suffixes, placed
 
 
-def insert_rows(
-  slots: Slots,
-  batch: _Prefilled,
-  places: Sequence[tuple[int, int]],
-  keys: np.ndarray,
-  limits: np.ndarray,
-  width: int,
-) -> Slots:
-  """Puts prompts into slots: `places` are pairs of a row of `batch` and a slot; padded to `width` of them."""
-  source, target = np.zeros(width, np.int32), np.full(width, slots.counts.size, np.int32)
-  all_keys, all_limits = np.zeros((width, 2), np.uint32), np.zeros(width, np.int32)
-  if places:
-    source[: len(places)], target[: len(places)] = np.array(places).T
-    all_keys[: len(places)], all_limits[: len(places)] = keys, limits
-  return decode.insert(slots, batch.hidden, batch.cache, batch.lengths, source, target, all_keys, all_limits)
-
-
 class _Run:
   """One batch of requests on its way through the slots. Request b is sample b % G of prompt b // G."""
 
@@ -363,7 +396,7 @@ class _Run:
   ):
     self.engine, self.params, self.samples, self.scoring = engine, params, samples, score
     self.prompts = [prompt for _, prompt in draws]
-    self.keys = np.asarray(row_keys(key, np.array([draw for draw, _ in draws], np.uint32), samples))
+    self.key, self.draws = key, np.array([draw for draw, _ in draws], np.uint32)
     shapes = self.shapes = engine.shapes
     total = len(draws) * samples
     self.stop = tuple(stop)
@@ -382,7 +415,8 @@ class _Run:
     self.pending = collections.deque(np.flatnonzero(~self.out.refused).tolist())
     self.prefilled: dict[int, tuple[_Prefilled, int]] = {}  # prompt -> where it was read to
     self.slots = decode.empty_slots(engine.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
-    self.free = list(range(shapes.slots))
+    each = shapes.slots // shapes.ways
+    self.free = sorted(range(shapes.slots), key=lambda slot: slot % each)  # the parts of a mesh by turns
     self.under_way: dict[int, int] = {}  # slot -> request
     self.ended: list[tuple[int, int]] = []  # slot and request; its text is to be read
     self.ready: list[_Scored] = []  # to be scored; then its slot is free
@@ -403,7 +437,8 @@ class _Run:
         jax.block_until_ready(self.slots)
       with self.timed("decode"):
         reach = bucket(self.shapes.reaches, max((self.longest[slot] for slot in self.under_way), default=1))
-        self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, reach)
+        rows = self.compact()
+        self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, rows, reach)
         self.read_ended()  # while the device decodes
         self.gather()
       if done != (done := total - len(self.pending) - len(self.under_way)):
@@ -428,10 +463,30 @@ class _Run:
     for group in chosen.values():
       for first in range(0, len(group), width):
         part = group[first : first + width]
-        places = [(row, slot) for _, row, slot, _ in part]
-        keys = self.keys[[request for *_, request in part]]
-        limits = self.limits[[request for *_, request in part]]
-        self.slots = insert_rows(self.slots, part[0][0], places, keys, limits, width)
+        requests = [
+          _Request(row, slot, self.draws[request // self.samples], request % self.samples, self.limits[request])
+          for _, row, slot, request in part
+        ]
+        self.slots = self.engine.insert(self.params, self.slots, part[0][0], self.key, requests)
+
+  def compact(self) -> int:
+    """Moves rows to the front once so few are left that a smaller program decodes them; returns how many it decodes."""
+    shapes = self.shapes
+    each = shapes.slots // shapes.ways
+    taken = collections.Counter(slot // each for slot in range(shapes.slots) if slot not in self.free)
+    rows = bucket(shapes.decode_rows, max(taken.values(), default=0) * shapes.ways)
+    front, pairs = rows // shapes.ways, []
+    for way in range(shapes.ways):
+      behind = [slot for slot in self.under_way if slot // each == way and slot % each >= front]
+      places = sorted(slot for slot in self.free if slot // each == way and slot % each < front)
+      pairs += zip(behind, places, strict=False)
+    if pairs:
+      self.slots = self.engine.move(self.params, self.slots, pairs, rows)
+    for old, new in pairs:
+      self.under_way[new] = self.under_way.pop(old)
+      self.longest[new], self.looked_at[new] = self.longest[old], self.looked_at[old]
+      self.free[self.free.index(new)] = old
+    return rows
 
   def read_prompts(self, first: int) -> None:
     """Prefills a prompt, and with it the next ones that were not read yet and fit into the same bucket."""
@@ -544,9 +599,8 @@ def pad_prompts(prompts: Sequence[Prompt], width: int, rows: int | None = None) 
   return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("samples",))
-def row_keys(key: jax.Array, draws: jax.Array, samples: int) -> jax.Array:
-  """One key a row, uint32[P * samples, 2]: the run's key, folded with the draw's number, folded with the sample's."""
-  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-  rows = jax.vmap(lambda k: fold(k, jnp.arange(samples)))(fold(key, draws)).reshape(-1)
+@jax.jit
+def row_keys(key: jax.Array, draws: jax.Array, samples: jax.Array) -> jax.Array:
+  """One key a row, uint32[B, 2]: the run's key, folded with the draw's number, folded with the sample's."""
+  rows = jax.vmap(lambda draw, sample: jax.random.fold_in(jax.random.fold_in(key, draw), sample))(draws, samples)
   return jax.random.key_data(rows)

@@ -13,7 +13,7 @@ from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes, row_keys
+from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import metrics
 
 MESHES = ((1, 1, 1), (2, 2, 2), (4, 1, 2))
@@ -35,7 +35,6 @@ def roll_out(mesh, config, params, prompts, tokenizer):
     baseline_prefix="bare",
   )
   draws, key = list(enumerate(prompts)), jax.random.key(0)
-  row_keys(key, np.arange(len(draws), dtype=np.uint32), SAMPLES)
   engine.warm_up(placed, scoring=True)
   before = metrics.compilations()
   rollouts = engine.rollout(placed, draws, key, SAMPLES)

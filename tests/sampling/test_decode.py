@@ -39,7 +39,7 @@ def make_prompts(width=WIDTH, filler=0):
 
 @pytest.fixture(scope="module")
 def keys():
-  return np.asarray(row_keys(jax.random.key(0), np.arange(5, dtype=np.uint32), 2))
+  return np.asarray(row_keys(jax.random.key(0), *np.divmod(np.arange(10, dtype=np.uint32), 2)))
 
 
 def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16, slots=None):
@@ -51,7 +51,9 @@ def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16
   hidden, cache = decode.prefill(policy.model, policy.params, prompts, LENGTHS)
   rows = np.array([0 if row is None else row for row in order])
   target = np.array([count if row is None else slot for slot, row in enumerate(order)], np.int32)
-  return decode.insert(slots, hidden, cache, LENGTHS, SOURCE[rows], target, keys[rows], limits[rows])
+  return decode.insert(
+    policy.model, policy.params, slots, hidden, cache, LENGTHS, SOURCE[rows], target, keys[rows], limits[rows]
+  )
 
 
 def run(policy, slots, choice=WHOLE, eos_ids=ENDS, steps=16, reach=TEXT):
@@ -59,7 +61,7 @@ def run(policy, slots, choice=WHOLE, eos_ids=ENDS, steps=16, reach=TEXT):
   settings = DecodeSettings(choice, steps, eos_ids)
   chunks = 0
   while np.any(slots.active):
-    slots = decode.decode(policy.model, policy.params, slots, settings, reach)
+    slots = decode.decode(policy.model, policy.params, slots, settings, slots.counts.size, reach)
     chunks += 1
     assert chunks <= LIMIT
   return slots
@@ -203,7 +205,7 @@ def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, reach)
   """16 is less than the longest text comes to; when the last chunk begins, no active row may be longer."""
   found = fill(policy, keys, steps=16)
   if reach < TEXT:
-    found = decode.decode(policy.model, policy.params, found, DecodeSettings(WHOLE, 8, ENDS), WIDTH)
+    found = decode.decode(policy.model, policy.params, found, DecodeSettings(WHOLE, 8, ENDS), SLOTS, WIDTH)
     assert WIDTH < np.asarray(found.lengths)[np.asarray(found.active)].max() <= reach
   assert_same(read(run(policy, found, reach=reach)), expected)
 
@@ -211,7 +213,9 @@ def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, reach)
 def test_ended_rows_stay_as_they_are(policy, ended):
   before = jax.device_get(ended)
   assert not before.active.any()
-  after = jax.device_get(decode.decode(policy.model, policy.params, copy(ended), DecodeSettings(WHOLE, 16, ENDS), TEXT))
+  after = jax.device_get(
+    decode.decode(policy.model, policy.params, copy(ended), DecodeSettings(WHOLE, 16, ENDS), SLOTS, TEXT)
+  )
   for name in set(before._fields) - {"cache"}:
     np.testing.assert_array_equal(getattr(after, name), getattr(before, name), name)
   for row, length in enumerate(before.lengths):
@@ -250,7 +254,7 @@ def test_the_cache_holds_the_text(policy, keys, steps):
 def test_decoding_stops_when_the_last_row_ends(policy, keys):
   """A step writes keys of some token behind every text; where none was taken, the fresh slots are still zero."""
   settings = DecodeSettings(WHOLE, 16, tuple(range(VOCAB)))  # everything ends
-  slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, TEXT))
+  slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, SLOTS, TEXT))
   assert (slots.counts == 1).all()
   assert slots.finished.all()
   written = np.abs(slots.cache.keys).sum(axis=(0, 2, 4)) > 0  # [S, C]
@@ -384,14 +388,14 @@ def test_tokens_of_a_row_are_drawn_independently(policy):
   """A key used twice would draw like tokens in like places: under a flat policy nothing else could tell rows apart."""
   count = 512
   flat = jax.tree.map(np.zeros_like, policy.params)  # uniform over the vocabulary
-  keys = np.asarray(row_keys(jax.random.key(3), np.arange(2, dtype=np.uint32), count // 2))
+  keys = np.asarray(row_keys(jax.random.key(3), *np.divmod(np.arange(count, dtype=np.uint32), count // 2)))
   hidden, cache = decode.prefill(policy.model, flat, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
   slots = decode.empty_slots(policy.model, flat, count, 5, 2)
   slots = decode.insert(
-    slots, hidden, cache, np.ones(1, np.int32), np.zeros(count, np.int32), np.arange(count, dtype=np.int32), keys,
-    np.full(count, 2, np.int32),
+    policy.model, flat, slots, hidden, cache, np.ones(1, np.int32), np.zeros(count, np.int32),
+    np.arange(count, dtype=np.int32), keys, np.full(count, 2, np.int32),
   )  # fmt: skip
-  slots = decode.decode(policy.model, flat, slots, DecodeSettings(WHOLE, 2, ENDLESS), 3)
+  slots = decode.decode(policy.model, flat, slots, DecodeSettings(WHOLE, 2, ENDLESS), count, 3)
   np.testing.assert_allclose(slots.logprobs, -np.log(VOCAB), rtol=1e-6)
   first, second = np.asarray(slots.tokens).T
   for one, other in ((first, second), (first[: count // 2], first[count // 2 :]), (first[1:], first[:-1])):
@@ -411,3 +415,30 @@ def test_collect_takes_the_rows_it_is_told(ended):
   tokens, logprobs = decode.collect(ended, rows)
   np.testing.assert_array_equal(tokens, np.asarray(ended.tokens)[rows])
   np.testing.assert_array_equal(logprobs, np.asarray(ended.logprobs)[rows])
+
+
+@pytest.mark.parametrize("program", ["decode", "insert", "move"])
+def test_the_cache_is_written_where_it_is(policy, program):
+  """Donated and never copied: the program's own memory does not grow with the cache."""
+
+  def temporary(rows: int) -> tuple[int, int]:
+    make = functools.partial(decode.empty_slots, policy.model, slots=rows, capacity=1024, limit=LIMIT)
+    slots = jax.eval_shape(make, policy.params)
+    few = np.zeros(4, np.int32)
+    hidden, cache = jax.eval_shape(
+      functools.partial(decode.prefill, policy.model), policy.params, np.zeros((4, 8), np.int32), few
+    )
+    match program:
+      case "decode":  # as many rows decoded, however many there are
+        arguments = slots, DecodeSettings(WHOLE, 4, ENDS), 4, 64
+      case "insert":
+        arguments = slots, hidden, cache, few, few, few, np.zeros((4, 2), np.uint32), few
+      case "move":
+        arguments = slots, few, few
+    memory = getattr(decode, program).lower(policy.model, policy.params, *arguments).compile().memory_analysis()
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(slots.cache))
+    assert memory.alias_size_in_bytes >= size
+    return size, memory.temp_size_in_bytes
+
+  (small, before), (large, after) = temporary(16), temporary(64)
+  assert after - before < 0.1 * (large - small)

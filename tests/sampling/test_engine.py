@@ -19,6 +19,7 @@ from flax import nnx
 from rlpr_jax import splicing
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
+from rlpr_jax.models import Runtime, definition
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
@@ -175,6 +176,49 @@ def test_slots_and_batches_change_nothing(make, policy, draws, rollouts, changes
   assert_same(make(**changes).rollout(policy.params, draws, KEY, SAMPLES), rollouts)
 
 
+@pytest.mark.parametrize(("slots", "scored"), [(64, True), (64, False), (16, True)])
+def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypatch, slots, scored):
+  """The last rows move to the front, whether ended ones still wait there to be scored or not."""
+  engine, real, calls = make(slots=slots, steps=3), decode.decode, []
+
+  def counted(model, params, state, settings, rows, reach):
+    calls.append((rows, int(np.sum(state.active))))
+    return real(model, params, state, settings, rows, reach)
+
+  monkeypatch.setattr(decode, "decode", counted)
+  if scored:
+    assert_same(engine.rollout(policy.params, draws, KEY, SAMPLES), rollouts)
+  else:
+    assert_same(engine.sample(policy.params, draws, KEY, SAMPLES), rollouts)
+  rows = [rows for rows, _ in calls]
+  assert set(rows) in ({slots, 16, 4}, {slots, 16})
+  assert rows[0] == slots > rows[-1]
+  assert rows == sorted(rows, reverse=True)
+
+
+def test_an_int8_cache_is_nearly_the_same(make, policy, draws, rollouts):
+  """Eight bits change log-probabilities a little and so, sooner or later, a token; what was sampled is what is told."""
+  runtime = Runtime("float32", "xla", int8_cache=True)
+  engine = dataclasses.replace(make(slots=16), model=definition(policy.config, runtime))
+  cache = decode.empty_slots(engine.model, policy.params, 16, 8, 8).cache
+  assert {x.dtype for x in jax.tree.leaves(cache)} == {np.dtype(np.int8), np.dtype(np.float32)}
+  found = engine.rollout(policy.params, draws, KEY, SAMPLES)
+  # Up to the first token that differs the two saw the same text, and so did the first one's log-probability.
+  gaps, agreeing = [], 0
+  for row in range(len(found.lengths)):
+    length = min(found.lengths[row], rollouts.lengths[row])
+    differs = np.flatnonzero(found.tokens[row, :length] != rollouts.tokens[row, :length])
+    same = differs[0] if differs.size else length
+    gaps += list(np.abs(found.logprobs[row, :same] - rollouts.logprobs[row, :same]))
+    agreeing += same == length
+  assert agreeing > len(found.lengths) / 2
+  assert 1e-6 < np.mean(gaps) < 0.02
+  assert max(gaps) < 0.2
+  both = (found.tokens == rollouts.tokens).all(axis=1) & found.scorable
+  assert both.sum() > 5
+  np.testing.assert_allclose(found.reference_logps[both], rollouts.reference_logps[both], atol=0.2)
+
+
 def test_the_order_of_draws_changes_nothing(make, policy, draws, rollouts):
   order = np.random.default_rng(0).permutation(len(draws))
   found = make().rollout(policy.params, [draws[i] for i in order], KEY, SAMPLES)
@@ -197,8 +241,7 @@ def test_a_draws_number_decides_its_samples(make, policy, draws, rollouts):
 def test_a_rollout_is_what_sample_gives(make, policy, draws, rollouts):
   seen = []
   samples = make().sample(policy.params, draws, KEY, SAMPLES, progress=lambda *counts: seen.append(counts))
-  for name, field in samples._asdict().items():
-    np.testing.assert_array_equal(getattr(rollouts, name), field)
+  assert_same(samples, rollouts)
   total = len(SIZES) * SAMPLES
   assert {whole for _, whole in seen} == {total}
   assert sorted(seen) == seen
@@ -349,7 +392,7 @@ def play(make, policy):
 
   def run(responses, references, template="think", slots=4):
     prompts = [make_prompt(policy.tokenizer, letters(1 + row, row), text) for row, text in enumerate(references)]
-    keys = row_keys(KEY, np.arange(len(prompts), dtype=np.uint32), 1)
+    keys = row_keys(KEY, np.arange(len(prompts)), np.zeros(len(prompts), int))
     script.clear()
     for key, response in zip(keys, responses, strict=True):
       for place, token in enumerate(ids_of(policy.tokenizer, *response)):
@@ -531,10 +574,11 @@ def test_nothing_compiles_after_the_warm_up(make, policy):
   ]
   assert {len(prompt.reference) for prompt in prompts} == set(range(1, SUFFIX + 1))
   draws, keys = list(enumerate(prompts)), list(jax.random.split(KEY, 2))
-  row_keys(KEY, np.arange(limit, dtype=np.uint32), 1)  # depends on how many draws there are, and on no length
   engine.warm_up(policy.params, scoring=True)
   before = metrics.compilations()
   out = [engine.rollout(policy.params, draws[first:] + draws[:first], key, 1) for first, key in enumerate(keys)]
+  engine.sample(policy.params, draws[:7], KEY, 2, stop=(out[0].texts[0][:2],))
+  engine.baseline(policy.params, prompts)
   assert metrics.compilations() == before
 
   def everywhere(name):
@@ -589,13 +633,12 @@ def test_buckets_are_few_and_reach_to_the_limit(limit, smallest, ratio):
 
 
 def test_every_draw_and_every_sample_has_a_key_of_its_own():
-  draws = np.array([0, 1, 2, 1000, 2**31, 2**32 - 1], np.uint32)
-  data = {}
+  draws = np.repeat(np.array([0, 1, 2, 1000, 2**31, 2**32 - 1], np.uint32), 16)
+  samples, data = np.tile(np.arange(16), 6), set()
   for seed in (0, 1):
-    keys = np.asarray(row_keys(jax.random.key(seed), draws, 16))
+    keys = np.asarray(row_keys(jax.random.key(seed), draws, samples))
     assert keys.shape == (96, 2)
-    for i, key in enumerate(keys):
-      data[seed, i] = tuple(key)
-  assert len(set(data.values())) == 2 * 96
-  again = np.asarray(row_keys(jax.random.key(0), draws[::-1].copy(), 16)).reshape(6, 16, 2)[::-1].reshape(-1, 2)
-  np.testing.assert_array_equal(again, row_keys(jax.random.key(0), draws, 16))
+    data |= set(map(tuple, keys))
+    one = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), draws[40]), 8)
+    np.testing.assert_array_equal(keys[40], jax.random.key_data(one))
+  assert len(data) == 2 * 96
