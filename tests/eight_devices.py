@@ -89,9 +89,9 @@ def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
     target[: chosen.size] = PLACES[chosen]
     fill = np.resize(chosen, SLOTS)
     limits = np.full(SLOTS, NEW, np.int32)
-    slots = insert(slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits)
+    slots = insert(model, params, slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits)
     while slots.active.any():
-      slots = decode(model, params, slots, settings, reach=WIDTH + NEW)
+      slots = decode(model, params, slots, settings, SLOTS, reach=WIDTH + NEW)
     for name, values in out.items():
       values[chosen] = np.asarray(getattr(slots, name))[PLACES[chosen]]
   beyond = np.arange(NEW) >= out["counts"][:, None]
@@ -147,8 +147,8 @@ def compare(config, shape, rules=None, temperatures=(1.0,)) -> dict:
   (expected, _), (found, cache) = read(one, params), read(many, placed)
   result |= {
     "logits": distance(found, expected),
-    "cache": cache.keys.shape,
-    "cache_part": cache.keys.sharding.shard_shape(cache.keys.shape),
+    "cache": cache.values.shape,
+    "cache_part": cache.values.sharding.shard_shape(cache.values.shape),
   }
   for temperature in temperatures:
     (expected, slots), (found, many_slots) = sample(one, params, temperature), sample(many, placed, temperature)
@@ -160,8 +160,8 @@ def compare(config, shape, rules=None, temperatures=(1.0,)) -> dict:
       "logprobs": distance(found["logprobs"], expected["logprobs"]),
       "scores": distance(score_slots(many, placed, many_slots, ways), score_slots(one, params, slots, 1)),
       "ways": ways,
-      "cache": cache.keys.shape,
-      "cache_part": cache.keys.sharding.shard_shape(cache.keys.shape),
+      "cache": cache.values.shape,
+      "cache_part": cache.values.sharding.shard_shape(cache.values.shape),
     }
   return result
 

@@ -35,7 +35,7 @@ UNSEEN = np.iinfo(np.int32).max  # position of a cache slot that holds nothing
 class Cached(NamedTuple):
   """Keys and values of earlier tokens, in any order."""
 
-  keys: Float[Array, "B K S H"]
+  keys: Float[Array, "B K H S"]
   values: Float[Array, "B K S H"]
   positions: Int[Array, "B S"]  # of the token in each slot; UNSEEN where none is
 
@@ -87,17 +87,17 @@ def _attend_xla(
   grouped = queries.reshape(batch, length, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
   grouped = grouped.reshape(batch, kv_heads, -1, head_dim)
 
-  def score(keys: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]) -> Float[Array, "B K GT S"]:
-    scores = jnp.matmul(grouped, keys.swapaxes(2, 3), preferred_element_type=jnp.float32) * settings.scale
-    scores = softcap(scores, settings.softcap).reshape(batch, kv_heads, -1, length, keys.shape[2])
+  def score(keys: Float[Array, "B K H S"], mask: Bool[Array, "B T S"]) -> Float[Array, "B K GT S"]:
+    scores = jnp.matmul(grouped, keys, preferred_element_type=jnp.float32) * settings.scale
+    scores = softcap(scores, settings.softcap).reshape(batch, kv_heads, -1, length, keys.shape[3])
     # A finite minimum: a row that sees nothing (padding) averages instead of giving NaN.
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    return scores.reshape(batch, kv_heads, -1, keys.shape[2])
+    return scores.reshape(batch, kv_heads, -1, keys.shape[3])
 
   places = jnp.arange(length)
   first = first_visible(segment_ids, settings.window, windowed)
   mask = (places <= places[:, None]) & (places >= first[:, :, None])
-  parts, scores = [values.swapaxes(1, 2)], [score(keys.swapaxes(1, 2), mask)]
+  parts, scores = [values.swapaxes(1, 2)], [score(keys.transpose(0, 2, 3, 1), mask)]
   if cached:
     begins = positions - (places - first_visible(segment_ids, None, None))  # of each token's segment
   for part in cached:

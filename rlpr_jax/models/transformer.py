@@ -11,7 +11,7 @@ they give the same numbers:
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -49,21 +49,38 @@ _REMAT = {
 class Quantized(NamedTuple):
   """Numbers in eight bits, with one scale for the numbers of each head."""
 
-  numbers: Int8[Array, "*B H"]
-  scales: Float[Array, "*B 1"]
+  numbers: Int8[Array, "..."]
+  scales: Float[Array, "..."]  # of length 1 along the head
 
   @classmethod
-  def of(cls, x: Float[Array, "*B H"]) -> "Quantized":
+  def of(cls, x: Float[Array, "..."], axis: int) -> "Quantized":
+    """`axis`: along the head."""
     wide = x.astype(jnp.float32)
-    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=-1, keepdims=True), 1e-30) / 127
+    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=axis, keepdims=True), 1e-30) / 127
     return cls(jnp.round(wide / scales).astype(jnp.int8), scales)
 
 
 class KVCache(NamedTuple):
-  """Keys (rotated) and values of every layer, in the compute dtype or `Quantized`."""
+  """Keys (rotated) and values of every layer, in the compute dtype or `Quantized`; S tokens.
 
-  keys: Float[Array, "L B K S H"] | Quantized
+  Both lie as the products of attention take them: queries times keys, and weights times values.
+  """
+
+  keys: Float[Array, "L B K H S"] | Quantized
   values: Float[Array, "L B K S H"] | Quantized
+
+  def map(self, function: Callable[..., jax.Array], *others: "KVCache") -> "KVCache":
+    """`function(axis, x, *others)` of each array and those of other caches in its place; `axis` is that of tokens."""
+    return KVCache(
+      *(
+        jax.tree.map(functools.partial(function, axis), *parts)
+        for axis, parts in zip((4, 3), zip(self, *others, strict=True), strict=True)
+      )
+    )
+
+  @property
+  def rows(self) -> int:
+    return jax.tree.leaves(self)[0].shape[1]
 
 
 class Part(NamedTuple):
@@ -77,20 +94,22 @@ class Part(NamedTuple):
     """The tokens' keys and values in one layer. `ways`: into how many parts the cache's rows and `rows` are split."""
     keys, values = (
       (part.numbers * part.scales).astype(dtype) if isinstance(part, Quantized) else part
-      for part in jax.tree.map(lambda x: self._take(x, number, ways), self.cache)
+      for part in self.cache.map(functools.partial(self._take, number, ways))
     )
     return Cached(keys, values, self.positions)
 
-  def _take(self, x: Shaped[Array, "L R K C H"], number: Int[Array, ""], ways: int) -> Shaped[Array, "B K S H"]:
-    layers, all_rows, heads, _, head_dim = x.shape
+  def _take(
+    self, number: Int[Array, ""], ways: int, axis: int, x: Shaped[Array, "L R K *T"]
+  ) -> Shaped[Array, "B K *S"]:
+    layers, all_rows, *rest = x.shape
     rows, slots = self.positions.shape
+    rest[axis - 2] = slots
     split = x.reshape(layers, ways, all_rows // ways, *x.shape[2:])  # each device takes from its own rows
     if self.rows is None:
-      taken = jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, ways, rows // ways, heads, slots, head_dim))
-      return taken.reshape(rows, heads, slots, head_dim)
+      return jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, ways, rows // ways, *rest)).reshape(rows, *rest)
     local = self.rows.reshape(ways, -1) - jnp.arange(ways)[:, None] * (all_rows // ways)
-    taken = jax.vmap(lambda part, rows: part[number, rows, :, :slots], in_axes=(1, 0))(split, local)
-    return taken.reshape(-1, *taken.shape[2:])
+    taken = jax.vmap(lambda part, rows: part[number, rows], in_axes=(1, 0))(split, local)
+    return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
@@ -229,7 +248,7 @@ class Decoder(nnx.Module):
     return self.final_norm(x)
 
   def prefill(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states of rows read from their beginning, and their keys and values [L, B, K, T, H]."""
+    """Hidden states of rows read from their beginning, and their keys and values."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return self._read(tokens, positions, jnp.ones_like(tokens), ())
 
@@ -240,7 +259,7 @@ class Decoder(nnx.Module):
     parts: Sequence[Part],
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
-    """Hidden states of tokens that follow what parts of a cache hold, and their own keys and values [L, B, K, T, H].
+    """Hidden states of tokens that follow what parts of a cache hold, and their own keys and values.
 
     Nothing is written: where the new keys and values go is the caller's to say.
 
@@ -251,14 +270,18 @@ class Decoder(nnx.Module):
     return self._read(tokens, positions, jnp.ones_like(tokens) if segment_ids is None else segment_ids, parts)
 
   def empty_cache(self, rows: int, length: int) -> KVCache:
-    """A cache [L, rows, K, length, H] of zeros, in the compute dtype, on the devices where it is to lie."""
+    """A cache of zeros, `rows` of `length` tokens, in the compute dtype, on the devices where it is to lie."""
     config = self.config
-    shape = (config.num_layers, rows, config.num_kv_heads, length, config.head_dim)
-    zeros = jnp.zeros(shape, self.runtime.compute_dtype)
+    zeros = jnp.zeros(
+      (config.num_layers, rows, length, config.num_kv_heads, config.head_dim), self.runtime.compute_dtype
+    )
     return jax.tree.map(self.place_cache, self._store(zeros, zeros))
 
-  def _store(self, keys: Float[Array, "*B H"], values: Float[Array, "*B H"]) -> KVCache:
-    return KVCache(Quantized.of(keys), Quantized.of(values)) if self.runtime.int8_cache else KVCache(keys, values)
+  def _store(self, keys: Float[Array, "*B T K H"], values: Float[Array, "*B T K H"]) -> KVCache:
+    keys, values = jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
+    return (
+      KVCache(Quantized.of(keys, -2), Quantized.of(values, -1)) if self.runtime.int8_cache else KVCache(keys, values)
+    )
 
   def _read(self, tokens, positions, segment_ids, parts: Sequence[Part]):
     """Hidden states, and the tokens' keys and values.
@@ -273,7 +296,7 @@ class Decoder(nnx.Module):
       queries, keys, values = layer.project(x, positions, windowed)
       cached = [part.layer(number, self.runtime.sharding.ways("batch"), self.runtime.compute_dtype) for part in parts]
       attended = attend(queries, keys, values, segment_ids, self.attention, windowed, positions, cached)
-      return layer.mix(x, attended), self._store(keys.swapaxes(1, 2), values.swapaxes(1, 2))
+      return layer.mix(x, attended), self._store(keys, values)
 
     numbers = jnp.arange(self.config.num_layers)
     x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, numbers))
@@ -310,7 +333,7 @@ class Decoder(nnx.Module):
       x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
     return constrain(x, "batch", "sequence", "embed")
 
-  def place_cache(self, cache: Shaped[Array, "L B K S H"]) -> Shaped[Array, "L B K S H"]:
+  def place_cache(self, cache: Shaped[Array, "L B K *T"]) -> Shaped[Array, "L B K *T"]:
     """Tells the compiler how an array of a cache is to lie."""
     return self.runtime.sharding.constrain(cache, "layers", "batch", "kv_heads", None, None)
 

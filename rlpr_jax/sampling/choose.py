@@ -30,11 +30,11 @@ def choose(
   greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
   """
   logits = logits / (choice.temperature or 1.0)
-  if not choice.temperature:
-    tokens = jnp.argmax(logits, axis=-1)
+  if choice.temperature:  # the Gumbel trick, as in jax.random.categorical
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
+    tokens = _argmax((truncate(logits, choice) if choice.truncates else logits) + noise)
   else:
-    tokens = jax.vmap(jax.random.categorical)(keys, truncate(logits, choice) if choice.truncates else logits)
-  tokens = tokens.astype(jnp.int32)
+    tokens = _argmax(logits)
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
@@ -61,3 +61,10 @@ def truncate(logits: Float[Array, "B V"], choice: Choice) -> Float[Array, "B V"]
 
 def _at_least(logits: Float[Array, "B V"], smallest: Float[Array, "B 1"]) -> Float[Array, "B V"]:
   return jnp.where(logits >= smallest, logits, -jnp.inf)
+
+
+def _argmax(x: Float[Array, "B V"]) -> Int[Array, "B"]:
+  """The first of the largest. As two plain reductions, which XLA vectorises on a CPU; argmax it does not."""
+  size = x.shape[-1]
+  first = jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), jnp.arange(size), size), axis=-1)
+  return jnp.minimum(first, size - 1).astype(jnp.int32)  # NaN is nowhere the largest

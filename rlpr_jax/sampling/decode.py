@@ -34,7 +34,7 @@ class DecodeSettings:
 class Slots(NamedTuple):
   """Rows under way, and rows that ended and were not replaced yet. A slot's text is its prompt and its response."""
 
-  cache: KVCache  # [L, S, K, C, H] keys and values of the text
+  cache: KVCache  # of the text; rows are slots, of C tokens
   lengths: Int[Array, "S"]  # tokens of text in the cache
   hidden: Float[Array, "S D"]  # at the last of them: what predicts the next
   keys: UInt32[Array, "S 2"]  # of each row's random numbers
@@ -78,7 +78,7 @@ def _lay(decoder: Decoder, slots: Slots) -> Slots:
 def prefill(
   model: nnx.GraphDef, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"]
 ) -> tuple[Float[Array, "P D"], KVCache]:
-  """Reads each prompt once: the hidden state of its last token, and its keys and values [L, P, K, N, H]."""
+  """Reads each prompt once: the hidden state of its last token, and its keys and values."""
   decoder: Decoder = nnx.merge(model, params)
   hidden, cache = decoder.prefill(tokens)
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
@@ -170,7 +170,7 @@ def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSe
     finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))
     newest = Part(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (text, newest))
-    recent = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis=3), recent, added)
+    recent = recent.map(lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis), added)
     state = state._replace(
       hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
       tokens=state.tokens.at[numbers, places].set(tokens, mode="drop"),
@@ -189,8 +189,7 @@ def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSe
   _, recent, new = jax.lax.while_loop(under_way, step, start)
   new = new._replace(lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
-  append = functools.partial(_append, begin=begin, where=decoder.runtime.sharding)
-  cache = jax.tree.map(append, cache, recent)
+  cache = cache.map(functools.partial(_append, begin, decoder.runtime.sharding), recent)
   whole = jax.tree.map(lambda old, new: _with_first(old, new, ways), whole, new)
   return _lay(decoder, whole._replace(cache=cache))
 
@@ -214,25 +213,27 @@ CACHE, ROWS, EVERYWHERE = ("layers", "batch", "kv_heads", None, None), ("batch",
 
 
 def _append(
-  old: Shaped[Array, "L S K C H"], new: Shaped[Array, "L R K N H"], begin: Int[Array, "R"], where: Sharding
-) -> Shaped[Array, "L S K C H"]:
-  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on."""
+  begin: Int[Array, "R"], where: Sharding, axis: int, old: Shaped[Array, "L S K *C"], new: Shaped[Array, "L R K *N"]
+) -> Shaped[Array, "L S K *C"]:
+  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on; `axis`: tokens."""
 
   def rows(old, new, begin):
     for row in range(begin.size):
-      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], (0, row, 0, begin[row], 0))
+      place = [0, row, 0, 0, 0]
+      place[axis] = begin[row]
+      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], place)
     return old
 
   return _on_each_part(rows, where, (old, new, begin), (CACHE, CACHE, ROWS))
 
 
 def _fill(
-  old: Shaped[Array, "L S K C H"],
-  new: Shaped[Array, "L P K N H"],
+  old: Shaped[Array, "L S K *C"],
+  new: Shaped[Array, "L P K *N"],
   source: Int[Array, "I"],
   target: Int[Array, "I"],
   where: Sharding,
-) -> Shaped[Array, "L S K C H"]:
+) -> Shaped[Array, "L S K *C"]:
   """Writes rows of another cache to the beginning of rows of this one, or nowhere where the target is S."""
 
   def rows(old, new, source, target):

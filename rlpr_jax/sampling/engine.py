@@ -132,7 +132,7 @@ class _Prefilled(NamedTuple):
   """Prompts on the device, read once for all their samples."""
 
   hidden: jax.Array  # [P, D]
-  cache: KVCache  # [L, P, K, N, H]
+  cache: KVCache  # of P rows
   lengths: np.ndarray  # int32[P]
 
 
@@ -238,7 +238,7 @@ class Engine:
     Rows of a call are of one suffix bucket, and lie as the mesh splits them: a part of the call's rows for each part
     of the cache's.
     """
-    ways, all_rows = self.shapes.ways, jax.tree.leaves(cache)[0].shape[1]
+    ways, all_rows = self.shapes.ways, cache.rows
     by_bucket = collections.defaultdict(list)
     for item in todo:
       by_bucket[bucket(self.shapes.suffix_buckets, len(item.ids))].append(item)
@@ -310,7 +310,7 @@ class Engine:
 
   def score_padding(self, params: Params, cache: KVCache, size: int, reach: int, width: int) -> None:
     """Runs a scoring program on nothing."""
-    ways, all_rows = self.shapes.ways, jax.tree.leaves(cache)[0].shape[1]
+    ways, all_rows = self.shapes.ways, cache.rows
     rows, suffixes, _ = lay_out([[] for _ in range(ways)], size // ways, all_rows // ways, width)
     jax.block_until_ready(decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach))
 

@@ -194,20 +194,27 @@ def extend(model, params, tokens, starts, cache):
   """
   decoder = nnx.merge(model, params)
   positions = starts[:, None] + jnp.arange(tokens.shape[1])
-  slots = jnp.broadcast_to(jnp.arange(cache.keys.shape[3]), (tokens.shape[0], cache.keys.shape[3]))
+  capacity = cache.values.shape[3]
+  slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
   hidden, new = decoder.extend(tokens, positions, (Part(cache, slots),))
   return decoder.logits(hidden), _write(cache, new, starts)
 
 
 def _write(cache, new, starts):
   """The cache with new keys and values from slot `starts` of each row on."""
-  rows = jnp.arange(new.keys.shape[1])[:, None]
-  slots = starts[:, None] + jnp.arange(new.keys.shape[3])
+  rows = jnp.arange(new.rows)[:, None]
+  slots = starts[:, None] + jnp.arange(new.values.shape[3])
 
-  def write(old, new):  # the two indices stand apart, so that their axes come first
-    return old.at[:, rows, :, slots].set(new.transpose(1, 3, 0, 2, 4), mode="drop")
+  def write(axis, old, new):
+    old, new = jnp.moveaxis(old, axis, 2), jnp.moveaxis(new, axis, 2)
+    return jnp.moveaxis(old.at[:, rows, slots].set(new, mode="drop"), 2, axis)
 
-  return jax.tree.map(write, cache, new)
+  return cache.map(write, new)
+
+
+def by_token(cache):
+  """Keys and values as [L, B, S, K, H]."""
+  return np.moveaxis(np.asarray(cache.keys), 4, 2), np.moveaxis(np.asarray(cache.values), 3, 2)
 
 
 def chunked_logits(

@@ -17,7 +17,7 @@ from rlpr_jax.models import UNSEEN, KVCache, Part, logprobs
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
 from tests.models import cases
-from tests.models.cases import extend, pack, prefill, whole_logits
+from tests.models.cases import by_token, extend, pack, prefill, whole_logits
 
 VOCAB = 64  # of the policy in conftest.py, and fewer than the cases have
 
@@ -27,8 +27,10 @@ def random_tokens(*shape, seed=0):
 
 
 def empty_cache(config, rows, capacity, dtype=jnp.float32):
-  shape = (config.num_layers, rows, config.num_kv_heads, capacity, config.head_dim)
-  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  shape = (config.num_layers, rows, config.num_kv_heads)
+  return KVCache(
+    jnp.zeros((*shape, config.head_dim, capacity), dtype), jnp.zeros((*shape, capacity, config.head_dim), dtype)
+  )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
@@ -201,7 +203,9 @@ def test_suffixes_of_one_row_are_as_if_alone(name):
       positions[row, place] = start + np.arange(place.size)
   found, new = read_on(model, params, suffixes, positions, (Part(cache, filled(5, 20)),), segment_ids)
   assert np.all(np.isfinite(found))  # on padding too
-  assert new.keys.shape == new.values.shape == (*cache.keys.shape[:3], 6, cache.keys.shape[-1])
+  shape = new.values.shape
+  assert shape == (*cache.values.shape[:3], 6, cache.values.shape[-1])
+  assert new.keys.shape == (*shape[:3], shape[4], shape[3])
   for row, segments in enumerate(places):
     for start, place in zip(starts[row], segments, strict=True):
       text = np.concatenate([tokens[row, :start], suffixes[row, place]])[None]
@@ -209,8 +213,8 @@ def test_suffixes_of_one_row_are_as_if_alone(name):
       expected = whole_logits(model, params, padded)[0, start : text.size]
       np.testing.assert_allclose(found[row, place], expected, atol=1e-4)
       alone = prefill(model, params, padded, 26)[1]
-      for ours, theirs in zip(new, alone, strict=True):
-        np.testing.assert_allclose(ours[:, row][:, :, place], theirs[:, 0, :, start : text.size], atol=1e-4)
+      for ours, theirs in zip(by_token(new), by_token(alone), strict=True):
+        np.testing.assert_allclose(ours[:, row, place], theirs[:, 0, start : text.size], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -230,13 +234,13 @@ def test_rows_of_a_larger_cache(name):
 @pytest.mark.parametrize("ways", [1, 2, 3])
 def test_rows_are_taken_from_each_part_of_the_cache(ways):
   """Whether they are asked for as one list or part by part. What a mesh makes of it is in test_sharding.py."""
-  shape = (3, 6, 2, 5, 4)  # six rows, in parts of six, three or two
-  cache = KVCache(*np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32))
+  rng = np.random.default_rng(0)  # six rows, in parts of six, three or two
+  cache = KVCache(*(rng.normal(size=(3, 6, 2, *shape)).astype(np.float32) for shape in ((4, 5), (5, 4))))
   rows = {1: [5, 0, 0, 3, 2, 4], 2: [2, 0, 2, 5, 3, 3], 3: [1, 1, 2, 3, 5, 4]}[ways]
   part = Part(cache, filled(6, 4), np.array(rows, np.int32))
   for layer in range(3):
     found = jax.jit(Part.layer, static_argnums=(2, 3))(part, layer, ways, "float32")
-    np.testing.assert_array_equal(found.keys, cache.keys[layer][rows][:, :, :4])
+    np.testing.assert_array_equal(found.keys, cache.keys[layer][rows][..., :4])
     np.testing.assert_array_equal(found.values, cache.values[layer][rows][:, :, :4])
     np.testing.assert_array_equal(found.positions, part.positions)
 
@@ -254,9 +258,10 @@ def test_two_parts_are_as_one(name):
   text = Part(cache, np.where(places < lengths[:, None], places, UNSEEN).astype(np.int32))
   order = np.array([3, 0, 4, 1, 2])  # of the later slots
   reach = lengths[:, None] + order
-  index = np.minimum(reach, 19)[None, :, None, :, None]  # the same place in the cache of the whole text
-  newer = KVCache(*(np.take_along_axis(np.asarray(x), index, axis=3) for x in cache))
-  newer = KVCache(*(np.where((order < recent - 1)[:, None], x, 1e3) for x in newer))  # were it seen, it would show
+  index = np.minimum(reach, 19)[None, :, :, None, None]  # the same place in the cache of the whole text
+  newer = [np.take_along_axis(x, index, axis=2) for x in by_token(cache)]
+  keys, values = (np.where((order < recent - 1)[:, None, None], x, 1e3) for x in newer)  # were it seen, it would show
+  newer = KVCache(np.moveaxis(keys, 2, 4), np.moveaxis(values, 2, 3))
   after = Part(newer, np.where(order < recent - 1, reach, UNSEEN).astype(np.int32))
   positions = starts[:, None] + np.arange(2)
   two, _ = read_on(model, params, suffixes, positions, (text, after))

@@ -15,6 +15,7 @@ from rlpr_jax.sampling.decode import DecodeSettings, Suffixes
 from rlpr_jax.sampling.engine import row_keys
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.update import row_logprobs
+from tests.models.cases import by_token
 
 VOCAB, LIMIT, SLOTS = 64, 12, 10
 # Ten rows: of four prompts, two or three samples each. One limit is 0, some are short.
@@ -219,7 +220,7 @@ def test_ended_rows_stay_as_they_are(policy, ended):
   for name in set(before._fields) - {"cache"}:
     np.testing.assert_array_equal(getattr(after, name), getattr(before, name), name)
   for row, length in enumerate(before.lengths):
-    np.testing.assert_array_equal(after.cache.keys[:, row, :, :length], before.cache.keys[:, row, :, :length])
+    np.testing.assert_array_equal(after.cache.keys[:, row, ..., :length], before.cache.keys[:, row, ..., :length])
 
 
 def test_ended_rows_stay_as_they_are_while_others_go_on(policy, keys):
@@ -228,13 +229,13 @@ def test_ended_rows_stay_as_they_are_while_others_go_on(policy, keys):
   first = run(policy, fill(policy, keys, [0, 7, 5, 2], steps=steps), eos_ids=ENDLESS, steps=steps)
   slots = fill(policy, keys, [None, None, None, 8], steps=steps, slots=copy(first))
   first, last = jax.device_get((first, run(policy, slots, eos_ids=ENDLESS, steps=steps)))
-  assert first.lengths[0] == TEXT == first.cache.keys.shape[3] - steps
+  assert first.lengths[0] == TEXT == first.cache.values.shape[3] - steps
   assert last.tokens[3].tolist() != first.tokens[3].tolist()
   for slot in (0, 1, 2):
     for name in set(first._fields) - {"cache"}:
       np.testing.assert_array_equal(getattr(last, name)[slot], getattr(first, name)[slot], name)
-    for old, new in zip(first.cache, last.cache, strict=True):
-      np.testing.assert_array_equal(new[:, slot, :, : first.lengths[slot]], old[:, slot, :, : first.lengths[slot]])
+    for old, new in zip(by_token(first.cache), by_token(last.cache), strict=True):
+      np.testing.assert_array_equal(new[:, slot, : first.lengths[slot]], old[:, slot, : first.lengths[slot]])
 
 
 @pytest.mark.parametrize("steps", [1, 5, 16])
@@ -245,9 +246,9 @@ def test_the_cache_holds_the_text(policy, keys, steps):
   for row in range(SLOTS):
     texts[row, : slots.lengths[row]] = text_of(row, slots.tokens, slots.counts[row])
   hidden, cache = decode.prefill(policy.model, policy.params, texts, slots.lengths)
-  for found, expected in zip(slots.cache, cache, strict=True):
+  for found, expected in zip(by_token(slots.cache), by_token(cache), strict=True):
     for row, length in enumerate(slots.lengths):
-      np.testing.assert_allclose(found[:, row, :, :length], expected[:, row, :, :length], atol=1e-5)
+      np.testing.assert_allclose(found[:, row, :length], expected[:, row, :length], atol=1e-5)
   np.testing.assert_allclose(slots.hidden, hidden, atol=1e-5)
 
 
@@ -257,7 +258,7 @@ def test_decoding_stops_when_the_last_row_ends(policy, keys):
   slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, SLOTS, TEXT))
   assert (slots.counts == 1).all()
   assert slots.finished.all()
-  written = np.abs(slots.cache.keys).sum(axis=(0, 2, 4)) > 0  # [S, C]
+  written = np.abs(slots.cache.values).sum(axis=(0, 2, 4)) > 0  # [S, C]
   for row, length in enumerate(slots.lengths):
     assert written[row, :length].all()
     assert not written[row, max(length, WIDTH) :].any()  # up to WIDTH the prompt's padding was written
@@ -289,9 +290,12 @@ def test_a_limit_of_nothing_is_no_row(policy, keys):
 
 def poison(slots):
   """Large numbers wherever no text is."""
-  room = np.arange(slots.cache.keys.shape[3]) >= np.asarray(slots.lengths)[:, None]
+  room = np.arange(slots.cache.values.shape[3]) >= np.asarray(slots.lengths)[:, None]
   return slots._replace(
-    cache=KVCache(*(jnp.where(room[None, :, None, :, None], 1e4, x) for x in slots.cache)),
+    cache=KVCache(
+      jnp.where(room[None, :, None, None], 1e4, slots.cache.keys),
+      jnp.where(room[None, :, None, :, None], 1e4, slots.cache.values),
+    ),
     tokens=jnp.full_like(slots.tokens, 7),
     logprobs=jnp.full_like(slots.logprobs, 1e4),
   )
