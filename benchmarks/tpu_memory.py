@@ -2,11 +2,12 @@
 
     make libtpu && PYTHONPATH=. python -m benchmarks.tpu_memory --topology=v5p:2x2x1 --tensor=1
 
-Compiles the decoding program for two numbers of slots by the real TPU compiler, works out from their peaks how many
-slots fit, and compiles that number. Nothing is run: the figures are the compiler's.
+Compiles the programs of a rollout for two numbers of slots by the real TPU compiler, works out from their peaks how
+many slots fit, and compiles that number. Nothing is run: the figures are the compiler's.
 """
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -24,6 +25,7 @@ _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "As jax.experimental.to
 _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices along the tensor axis; the rest are along fsdp.")
 GRANTED = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # GiB that the compiler gives a program
 PROMPT, RESPONSE, STEPS = 2048, 3072, 16
+PREFILL, INSERT, SCORE, SUFFIX = 4, 8, 8, 64  # prompts read and answers scored at once in each part; tokens of those
 QWEN = models.ModelConfig(
   vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
   biases=("query", "key", "value"), rope=models.Rope(theta=1e6),
@@ -31,22 +33,52 @@ QWEN = models.ModelConfig(
 CHILD = "RLPR_JAX_TPU_MEMORY"  # set in the process that has the compiler's environment
 
 
-def peak(where: sharding.Sharding, slots: int) -> float:
-  """GiB a device of the decoding program, parameters and cache included."""
+def peaks(where: sharding.Sharding, each: int) -> dict[str, float]:
+  """GiB a device of the programs of a rollout, parameters and cache included, with `each` slots in every part."""
+  ways = where.ways("batch")
   gathered = where.replicate("embed")
   model = models.definition(QWEN, models.Runtime("bfloat16", "splash", sharding=gathered))
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=x.sharding), models.abstract_params(QWEN, gathered)
   )
-  make = functools.partial(decode.empty_slots, model, slots=slots, capacity=PROMPT + RESPONSE + STEPS, limit=RESPONSE)
-  names = {5: ("layers", "batch", "kv_heads", None, None), 2: ("batch", None), 1: ("batch",)}
-  state = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gathered.named(names[x.ndim])),
-    jax.eval_shape(make, params),
+  names = {5: decode.CACHE, 2: ("batch", None), 1: ("batch",)}
+
+  def lay(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=gathered.named(names[x.ndim])), tree)
+
+  def ids(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+  make = functools.partial(
+    decode.empty_slots, model, slots=each * ways, capacity=PROMPT + RESPONSE + STEPS, limit=RESPONSE
   )
-  settings = decode.DecodeSettings(Choice(1.0), STEPS, (151645,))
-  program = decode.decode.trace(model, params, state, settings, PROMPT + RESPONSE).lower(lowering_platforms=("tpu",))
-  return program.compile().memory_analysis().peak_memory_in_bytes / 2**30
+  slots = lay(jax.eval_shape(make, params))
+  hidden, read = lay(
+    jax.eval_shape(functools.partial(decode.prefill, model), params, ids(PREFILL * ways, PROMPT), ids(PREFILL * ways))
+  )
+  settings, reach = decode.DecodeSettings(Choice(1.0), STEPS, (151645,)), PROMPT + RESPONSE
+  inserted = ids(INSERT), ids(INSERT), jax.ShapeDtypeStruct((INSERT, 2), jnp.uint32), ids(INSERT)
+  suffixes = decode.Suffixes(*(ids(SCORE * ways, SUFFIX) for _ in decode.Suffixes._fields))
+  programs = {
+    "decode": decode.decode.trace(model, params, slots, settings, each * ways, reach),
+    "prefill": decode.prefill.trace(model, params, ids(PREFILL * ways, PROMPT), ids(PREFILL * ways)),
+    "insert": decode.insert.trace(model, params, slots, hidden, read, ids(PREFILL * ways), *inserted),
+    "score": decode.score.trace(model, params, slots.cache, ids(SCORE * ways), suffixes, 1.0, reach),
+  }
+  sizes = {}
+  weights = sum(bytes_a_device(x) for x in jax.tree.leaves(params))
+  cache = sum(bytes_a_device(x) for x in jax.tree.leaves(slots))
+  for name, program in programs.items():
+    memory = program.lower(lowering_platforms=("tpu",)).compile().memory_analysis()
+    # What is alive beside the program's own arguments: the slots while prompts are read, the weights while they are
+    # put into slots.
+    beside = {"prefill": cache, "insert": weights}.get(name, 0)
+    sizes[name] = (memory.peak_memory_in_bytes + beside) / 2**30
+  return sizes
+
+
+def bytes_a_device(x: jax.ShapeDtypeStruct) -> int:
+  return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def main(argv: list[str]) -> None:
@@ -63,17 +95,22 @@ def main(argv: list[str]) -> None:
   mesh = sharding.create_mesh(1, -1, _TENSOR.value, devices=list(devices))
   where = sharding.fit(sharding.create(mesh), models.axis_sizes(QWEN))
   ways, granted = where.ways("batch"), GRANTED[name.split(":")[0]]
-  small, large = (peak(where, slots * ways) for slots in (16, 32))
-  each = (large - small) / 16
-  fit = int((granted - small) / each + 16) // 8 * 8
+  few, more = (peaks(where, slots) for slots in (16, 32))
+  each = {name: (more[name] - few[name]) / 16 for name in few}
+  # Slots that every program leaves room for, in eighths.
+  fit = min(int((granted - few[name]) / each[name] + 16) // 8 * 8 for name in few)
+  found = peaks(where, fit)
+  print("| topology | mesh | GiB a slot | slots a part | slots | GiB a chip: " + " | ".join(found) + " | granted |")
+  print("|---|---|---|---|---|" + "---|" * (len(found) + 1))
   print(
-    f"| topology | mesh | chips | GiB a slot | GiB a chip at {16 * ways} / {32 * ways} slots | slots that fit | GiB |"
+    f"| {name_of(mesh, name)} | {each['decode']:.3f} | {fit} | {fit * ways} | "
+    + " | ".join(f"{size:.1f}" for size in found.values())
+    + f" | {granted} |"
   )
-  print("|---|---|---|---|---|---|---|")
-  print(
-    f"| {name} | fsdp {mesh.shape['fsdp']}, tensor {mesh.shape['tensor']} | {len(devices)} | {each:.3f}"
-    f" | {small:.1f} / {large:.1f} | {fit * ways} ({fit} a part) | {peak(where, fit * ways):.1f} of {granted} |"
-  )
+
+
+def name_of(mesh: jax.sharding.Mesh, topology: str) -> str:
+  return f"{topology} | fsdp {mesh.shape['fsdp']}, tensor {mesh.shape['tensor']}"
 
 
 if __name__ == "__main__":

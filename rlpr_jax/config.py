@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import filtering, grpo, rewards, sharding
 from rlpr_jax.errors import InputError
+from rlpr_jax.evaluation import graders
 from rlpr_jax.models.config import ATTENTION_BACKENDS, REMAT_POLICIES
-from rlpr_jax.training import warm_start
+from rlpr_jax.training import reward, warm_start
 
 
 def default() -> ConfigDict:
@@ -75,31 +76,48 @@ def default() -> ConfigDict:
   c.rollout.gather_params = True  # over fsdp, once a step; without it, which takes less memory, once a token
 
   c.reward = ConfigDict()
-  c.reward.kind = "reference"  # reference | random (control: uniform in [0, 1), knows nothing)
+  c.reward.kind = "reference"  # reference | rule (verifier) | mixture of both | random (control: uniform in [0, 1))
+  c.reward.verifier = "none"  # none | exact | multiple_choice | math | builtin; of rule, mixture, accuracy filter, AUC
+  c.reward.rule_weight = 0.5  # of mixture: (1 - w) * reference + w * rule
+  c.reward.normalization = "joint"  # of mixture: joint (advantages of the sum) | separate (sum of each one's own)
+  c.reward.scorer = "policy"  # whose probability: policy | initial (frozen) | lagged (the policy some steps ago)
+  c.reward.scorer_every = 10  # training steps between two copies of the policy for a lagged scorer
   c.reward.aggregate = "mean_prob"  # mean_prob | geometric_mean | product | mean_logprob
-  c.reward.shaping = "clip"  # clip | identity | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N
-  c.reward.baseline_policy = "initial"  # initial | none
+  c.reward.token_weights = "uniform"  # uniform | inverse (rare tokens) | base (unknown without reasoning) | spread
+  c.reward.shaping = "clip"  # clip | identity | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N | rank | zscore
+  c.reward.baseline_policy = "initial"  # initial | current | moving_average | none
+  c.reward.baseline_rate = 0.1  # of moving_average: weight of the newest probabilities
   c.reward.baseline_prefix = "bare"  # bare | tagged (with <answer> before the reference)
   c.reward.format_coefficient = 0.1  # share of the format term; -1: a wrong format scores -1
+  c.reward.answer_length_coefficient = 0.0  # most that is taken off for an answer longer than the reference
   c.reward.repetition_window = 10  # words
   c.reward.repetition_limit = 10  # occurrences of one window from which on the response gets -1
   c.reward.score_temperature = 1.0  # of the distribution in which the reference is scored
+  c.reward.shadow = ()  # rewards that are logged and not trained on: ("product: aggregate=product", ...)
 
   c.filter = ConfigDict()
-  c.filter.kind = "ema"  # ema | fixed | off
+  c.filter.kind = "ema"  # ema | fixed | accuracy (drops all right and all wrong) | off
   c.filter.scale = 0.5  # of the moving average; Qwen 0.5, Llama 0.9, Gemma 1.0
+  c.filter.source_scales = ()  # of some sources' own: (("stem", 0.9), ...)
   c.filter.alpha = 0.01  # weight of the newest step in the average
   c.filter.collect_from = 6  # first step (from 1) whose spread enters the average
   c.filter.start = 11  # first step that filters
   c.filter.threshold = 0.0  # of kind "fixed": smallest standard deviation kept
 
   c.training = ConfigDict()
-  c.training.minibatches = 4  # optimiser steps a training step
+  c.training.minibatches = 4  # optimiser steps a pass over the step's rollouts
+  c.training.epochs_per_step = 1  # passes
   c.training.micro_batch_rows = 0  # rows whose gradients are held at once; 0 for the whole minibatch
   c.training.advantages = "std"  # std | none (Dr. GRPO) | leave_one_out (RLOO)
   c.training.aggregate = "token_mean"  # token_mean | seq_mean_token_sum | seq_mean_token_mean
+  c.training.loss = "clip"  # clip (PPO) | truncated (importance weights, REINFORCE)
   c.training.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
   c.training.clip_high = 0.27
+  c.training.dual_clip = 0.0  # of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off
+  c.training.ratio_cap = 2.0  # of truncated: largest importance weight
+  c.training.answer_gradient = "none"  # through the reference: none (RLPR) | verifree (reward-weighted) | jepo (bound)
+  c.training.answer_coefficient = 1.0  # of that term
+  c.training.kl_coefficient = 0.0  # of the k3 estimate against the initial policy, which is kept only above 0
   c.training.entropy_coefficient = 0.001  # nats of mean token entropy
   c.training.learning_rate = 1e-6  # AdamW, constant
   c.training.weight_decay = 0.01
@@ -117,6 +135,8 @@ def default() -> ConfigDict:
   c.evaluation.split = ""
   c.evaluation.prompts = 0  # first so many of them; 0 for no evaluation
   c.evaluation.samples = 4  # k of Avg@k
+  c.evaluation.temperature = 1.0
+  c.evaluation.top_p = 1.0
   c.evaluation.every = 0  # training steps between evaluations; 0 for before the first and after the last alone
 
   c.log = ConfigDict()
@@ -132,29 +152,35 @@ _CHOICES = {
   "model.remat": REMAT_POLICIES,
   "lora.base_dtype": ("float32", "bfloat16"),
   "data.template": tuple(rewards.TEMPLATE_TAGS),
-  "reward.kind": ("reference", "random"),
+  "reward.kind": reward.KINDS,
+  "reward.verifier": ("none", *graders.VERIFIERS),
+  "reward.normalization": ("joint", "separate"),
+  "reward.scorer": ("policy", "initial", "lagged"),
   "reward.aggregate": rewards.AGGREGATES,
-  "reward.baseline_policy": ("initial", "none"),
+  "reward.token_weights": rewards.TOKEN_WEIGHTS,
+  "reward.baseline_policy": ("initial", "current", "moving_average", "none"),
   "reward.baseline_prefix": ("bare", "tagged"),
   "filter.kind": filtering.KINDS,
   "warm_start.optimizer": warm_start.OPTIMIZERS,
   "training.advantages": grpo.NORMALIZATIONS,
+  "training.loss": ("clip", "truncated"),
+  "training.answer_gradient": ("none", "verifree", "jepo"),
   "training.aggregate": grpo.AGGREGATES,
 }
 _AT_LEAST = {
   0: (
     "seed", "steps", "lora.rank", "training.micro_batch_rows", "training.clip_low", "training.clip_high",
-    "training.learning_rate",
-    "training.weight_decay", "training.entropy_coefficient", "warm_start.steps", "evaluation.prompts",
-    "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
+    "training.learning_rate", "training.kl_coefficient", "training.answer_coefficient", "evaluation.temperature",
+    "reward.answer_length_coefficient", "training.weight_decay", "training.entropy_coefficient", "warm_start.steps",
+    "evaluation.prompts", "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
   ),
   1: (
     "prompts_per_step", "max_draws", "samples_per_prompt", "model.embed_dim", "model.mlp_dim", "model.num_layers",
     "model.num_heads", "model.head_dim", "data.count", "data.prompt_limit", "data.max_reference_length",
     "rollout.max_response_length", "rollout.prompts_per_draw", "rollout.slots", "rollout.decode_steps",
     "rollout.prefill_prompts", "rollout.score_rows", "reward.repetition_window", "reward.repetition_limit",
-    "training.minibatches", "warm_start.batch_size", "evaluation.samples",
-    "filter.collect_from", "log.checkpoint_every", "log.keep_checkpoints",
+    "reward.scorer_every", "training.minibatches", "training.epochs_per_step", "warm_start.batch_size",
+    "evaluation.samples", "filter.collect_from", "log.checkpoint_every", "log.keep_checkpoints",
   ),
 }  # fmt: skip
 # A resumed run may change these and still be the same run.
@@ -174,17 +200,28 @@ def validate(config: ConfigDict) -> None:
   for least, fields in _AT_LEAST.items():
     for field in fields:
       _expect(config, field, lambda value, least=least: value >= least, f"at least {least}")
-  _expect(config, "lora.alpha", lambda value: value > 0, "more than 0")
-  _expect(config, "reward.score_temperature", lambda value: value > 0, "more than 0")
-  _expect(config, "rollout.temperature", lambda value: value > 0, "more than 0")
-  _expect(config, "training.max_grad_norm", lambda value: value > 0, "more than 0")
-  _expect(config, "filter.alpha", lambda value: 0 < value <= 1, "more than 0 and at most 1")
+  for field in ("lora.alpha", "reward.score_temperature", "rollout.temperature", "training.max_grad_norm",
+                "training.ratio_cap", "evaluation.top_p"):  # fmt: skip
+    _expect(config, field, lambda value: value > 0, "more than 0")
+  for field in ("filter.alpha", "reward.baseline_rate", "evaluation.top_p"):
+    _expect(config, field, lambda value: 0 < value <= 1, "more than 0 and at most 1")
+  _expect(config, "reward.rule_weight", lambda value: 0 <= value <= 1, "between 0 and 1")
+  _expect(config, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
   _expect(config, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
-  _expect(config, "reward.format_coefficient", lambda value: value == -1 or 0 <= value <= 1, "-1, or between 0 and 1")
-  try:
-    rewards.parse_shaping(config.reward.shaping)
-  except ValueError as error:
-    raise InputError(f"config.reward.shaping: {error}") from None
+  check_reward("config.reward", reward.RewardSettings.of(config.reward), config.reward.verifier)
+  names = set()
+  for text in config.reward.shadow:
+    name, settings = reward.parse_shadow(config, text)
+    check_reward(f"config.reward.shadow {name}", settings, config.reward.verifier)
+    if name in names:
+      raise InputError(f"config.reward.shadow: {name!r} twice, expected names of their own")
+    names.add(name)
+    if settings.baseline_policy not in ("none", config.reward.baseline_policy):
+      raise InputError(f"config.reward.shadow {name}: baselines of the run itself or none, there are no others")
+  if config.filter.kind == "accuracy" and config.reward.verifier == "none":
+    raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")
+  if not all(len(pair) == 2 and isinstance(pair[0], str) and pair[1] >= 0 for pair in config.filter.source_scales):
+    raise InputError("config.filter.source_scales: expected pairs of a source's name and its scale")
   if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in config.data.examples):
     raise InputError("config.data.examples: expected pairs of question and response texts")
   minibatches, rows = config.training.minibatches, config.training.micro_batch_rows
@@ -197,6 +234,22 @@ def validate(config: ConfigDict) -> None:
     raise InputError(
       f"config.training.micro_batch_rows: {rows} does not divide the {minibatch_rows} rows of a minibatch"
     )
+
+
+def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> None:
+  """Checks what a reward and a shadow reward have in common; `where` begins the message."""
+  for field in ("kind", "aggregate", "token_weights", "baseline_policy"):
+    value, choices = getattr(settings, field), _CHOICES[f"reward.{field}"]
+    if value not in choices:
+      raise InputError(f"{where}.{field}: {value!r}, expected one of {', '.join(choices)}")
+  if settings.kind in ("rule", "mixture") and verifier == "none":
+    raise InputError(f"{where}.kind: {settings.kind} needs a verifier, expected config.reward.verifier")
+  if settings.format_coefficient != -1 and not 0 <= settings.format_coefficient <= 1:
+    raise InputError(f"{where}.format_coefficient: {settings.format_coefficient}, expected -1, or between 0 and 1")
+  try:
+    rewards.parse_shaping(settings.shaping)
+  except ValueError as error:
+    raise InputError(f"{where}.shaping: {error}") from None
 
 
 def to_json(config: ConfigDict) -> str:

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-KINDS = ("ema", "fixed", "off")
+KINDS = ("ema", "fixed", "accuracy", "off")
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
   """Settings of the filter; the defaults are the paper's for Qwen2.5."""
 
-  kind: str = "ema"  # ema | fixed | off; non-finite spreads are dropped by all three
+  kind: str = "ema"  # ema | fixed | accuracy | off; non-finite spreads are dropped by all four
   scale: float = 0.5  # ema: a prompt is kept from scale * average on (Qwen 0.5, Llama 0.9, Gemma 1.0)
   alpha: float = 0.01  # ema: weight of the newest step in the average
   collect_from: int = 6  # ema: steps (counted from 1) before this one ignore the spread
@@ -66,25 +66,56 @@ def update(state: FilterState, stds: ArrayLike, config: FilterConfig) -> FilterS
   )
 
 
-def threshold(state: FilterState, config: FilterConfig) -> jax.Array:
-  """The smallest spread that the step under way keeps; float32 scalar, -inf while nothing is filtered."""
-  if config.kind == "off":
-    return jnp.full((), -jnp.inf)
+def threshold(state: FilterState, config: FilterConfig, scales: ArrayLike | None = None) -> jax.Array:
+  """The smallest spread that the step under way keeps, -inf while nothing is filtered; float32 scalar.
+
+  Args:
+    scales: [P] in the place of `config.scale`, for each prompt its own; the threshold is then [P]. `ema` only.
+  """
   if config.kind == "fixed":
     return jnp.full((), config.threshold, jnp.float32)
+  if config.kind != "ema":
+    return jnp.full((), -jnp.inf)
   filtering = (state.step + 1 >= config.start) & (state.collected > 0)
-  return jnp.where(filtering, config.scale * state.average, -jnp.inf)
+  scale = config.scale if scales is None else jnp.asarray(scales, jnp.float32)
+  return jnp.where(filtering, scale * state.average, -jnp.inf)
 
 
-def keep(state: FilterState, stds: ArrayLike, config: FilterConfig) -> jax.Array:
+def keep_mixed(correct: ArrayLike) -> jax.Array:
+  """Prompts whose responses are neither all right nor all wrong: the accuracy filter of DAPO (arXiv 2503.14476).
+
+  Args:
+    correct: [P, G] rewards of a verifier, right above 0.
+
+  Returns:
+    [P] True where a prompt is kept; never for a group of one.
+  """
+  right = jnp.asarray(correct) > 0
+  return jnp.any(right, axis=-1) & ~jnp.all(right, axis=-1)
+
+
+def keep(
+  state: FilterState,
+  stds: ArrayLike,
+  config: FilterConfig,
+  correct: ArrayLike | None = None,
+  scales: ArrayLike | None = None,
+) -> jax.Array:
   """Prompts worth training on: those whose rewards spread at least as far as usual.
 
   Args:
     state: what the steps before this one left; the step's own spreads are not known yet when it refills.
     stds: [P] unbiased standard deviation of each prompt's rewards.
     config: `scale` multiplies the average; 0.5 in the paper for Qwen2.5.
+    correct: [P, G] as for `keep_mixed`, which decides in the place of the spread; `accuracy` only, and needed there.
+    scales: [P] in the place of `config.scale`, for each prompt its own (by source, say); `ema` only.
 
   Returns:
     [P] True where a prompt is kept. All finite prompts are kept until the warm-up is over (section 3.3).
   """
-  return jnp.isfinite(stds) & (stds >= threshold(state, config))
+  finite = jnp.isfinite(stds)
+  if config.kind == "accuracy":
+    if correct is None:
+      raise ValueError('filter kind "accuracy": expected correct [P, G], what a verifier says of each response')
+    return finite & keep_mixed(correct)
+  return finite & (stds >= threshold(state, config, scales))

@@ -1,7 +1,9 @@
-"""Group-relative advantages and the clipped policy loss. Imports nothing but jax.
+"""Group-relative advantages, weights of the answer's own gradient, and the policy losses. Imports nothing but jax.
 
 Shapes: P prompts, G responses a prompt, B sequences, T tokens.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +43,84 @@ def group_advantages(rewards: ArrayLike, normalize: str = "std") -> tuple[jax.Ar
   raise ValueError(f"normalize {normalize!r}: expected one of {', '.join(NORMALIZATIONS)}")
 
 
+def separate_advantages(
+  parts: Sequence[ArrayLike], weights: Sequence[ArrayLike], normalize: str = "std"
+) -> tuple[jax.Array, jax.Array]:
+  """sum_k w_k * group_advantages(part_k): each part of the reward is normalised by itself, so none drowns another.
+
+  The decoupled normalisation of GDPO (arXiv 2601.05242), without its last step over the whole batch. Under `none` and
+  `leave_one_out` this is `group_advantages` of the weighted sum.
+
+  Args:
+    parts: K rewards, [P, G] each.
+    weights: K numbers; a part of weight 0 counts for nothing, unless it is not finite.
+    normalize: as for `group_advantages`, of each part in each group.
+
+  Returns:
+    (advantages [P, G], stds [P]), float32; stds are those of the weighted sum of the raw parts, by which a filter
+    judges the group. A non-finite value in any part makes its own group non-finite and no other.
+  """
+  weighted = list(zip(weights, parts, strict=True))
+  advantages = sum(weight * group_advantages(part, normalize)[0] for weight, part in weighted)
+  total = sum(weight * jnp.asarray(part, jnp.float32) for weight, part in weighted)
+  return advantages, group_advantages(total, normalize)[1]
+
+
+def verifree_weights(rewards: ArrayLike) -> jax.Array:
+  """Weights w[P, G] of -log p(reference answer | reasoning) in the loss: the rewards, as constants (arXiv 2505.21493).
+
+  The gradient of E[p(y*|z)] is E[p(y*|z) (grad log p(z) + grad log p(y*|z))]: `group_advantages` serves the first
+  term, this the second. Both are means over the samples. A baseline belongs to the first alone.
+
+  Args:
+    rewards: [P, G] probability of the reference answer, or what takes its place.
+  """
+  return jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32))
+
+
+def group_bound(answer_logps: ArrayLike, valid: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """JEPO's multi-sample Jensen bound on log p(reference answer), and what its gradient needs (arXiv 2503.19618).
+
+  bound = log(1/n sum_i exp(l_i)) over the n valid samples. Its gradient is the expectation of
+
+      sum_i advantage_i * grad log p(z_i) + weight_i * grad l_i
+
+  summed over the group and not averaged: both shrink as 1/n by themselves.
+
+  Args:
+    answer_logps: [P, G] l, log-probability of the reference answer after each reasoning z; finite where valid.
+    valid: [P, G] False where the answer could not be scored; what stands there never matters.
+
+  Returns:
+    bound: [P], differentiable by l; -inf where no sample is valid.
+    advantages: [P, G] constants: bound - the bound of the group without sample i. For an invalid sample this is 0 by
+      itself, since it was not in the bound: n counts valid samples, so failing to answer is not punished here. A lone
+      valid sample has nothing to be compared with and gets 0 too. Never below log(1 - 1/n); as large as the range of l.
+    weights: [P, G] constants: exp(l_i) / sum_j exp(l_j) over the valid samples, the bound's gradient by l; 0 elsewhere.
+  """
+  valid = jnp.asarray(valid, bool)
+  logps = jnp.where(valid, jnp.asarray(answer_logps, jnp.float32), 0.0)
+  count = jnp.sum(valid, axis=-1, keepdims=True)
+  best = jax.lax.stop_gradient(jnp.max(logps, axis=-1, keepdims=True, where=valid, initial=-jnp.inf))
+  best = jnp.where(count > 0, best, 0.0)
+  logps = logps - best  # differences stay exact, however improbable all answers are
+  bound = _log_mean_exp(logps, valid)
+  others = valid[..., None, :] & ~jnp.eye(valid.shape[-1], dtype=bool)
+  without = _log_mean_exp(logps[..., None, :], others)
+  advantages = jnp.where(valid & (count > 1), bound[..., None] - without, 0.0)
+  weights = jnp.where(valid, jnp.exp(logps - bound[..., None]) / jnp.maximum(count, 1), 0.0)
+  return bound + best[..., 0], jax.lax.stop_gradient(advantages), jax.lax.stop_gradient(weights)
+
+
+def _log_mean_exp(x: jax.Array, included: jax.Array) -> jax.Array:
+  """log(mean of exp(x) over the included) along the last axis; -inf, with gradient 0, where none is."""
+  count = jnp.sum(included, axis=-1)
+  top = jax.lax.stop_gradient(jnp.max(x, axis=-1, where=included, initial=-jnp.inf))
+  top = jnp.where(count > 0, top, 0.0)
+  total = jnp.sum(jnp.where(included, jnp.exp(jnp.where(included, x - top[..., None], 0.0)), 0.0), axis=-1)
+  return jnp.where(count > 0, top + jnp.log(jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)), -jnp.inf)
+
+
 def token_weights(mask: ArrayLike, aggregate: str = "token_mean", length: int | None = None) -> jax.Array:
   """Weights w[B, T] that turn per-token losses into the minibatch's loss: loss = sum(w * token_loss).
 
@@ -65,21 +145,55 @@ def token_weights(mask: ArrayLike, aggregate: str = "token_mean", length: int | 
 
 
 def clipped_loss(
-  logps: ArrayLike, old_logps: ArrayLike, advantages: ArrayLike, clip_low: float = 0.2, clip_high: float = 0.27
+  logps: ArrayLike,
+  old_logps: ArrayLike,
+  advantages: ArrayLike,
+  clip_low: float = 0.2,
+  clip_high: float = 0.27,
+  dual_clip: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) for each token.
 
   Args:
     logps, old_logps: [...] log-probabilities under the policy and under the one that sampled, same temperature.
     advantages: broadcastable to [...].
+    dual_clip: c > 1, a Python number: where A < 0 the loss is at most -c * A, so that a bad token that became much
+      likelier does not rule the step (Ye et al. 2020, arXiv 1912.09729; 3 there). None for no such limit.
 
   Returns:
-    (loss [...], ratio [...], clipped [...] True where the clip decides and the gradient is therefore zero).
+    (loss [...], ratio [...], clipped [...] True where a clip decides and the gradient is therefore zero).
   """
-  ratio = jnp.exp(jnp.asarray(logps) - jnp.asarray(old_logps))
-  plain = ratio * advantages
-  bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-  return -jnp.minimum(plain, bounded), ratio, bounded < plain
+  if dual_clip is not None and dual_clip <= 1:
+    raise ValueError(f"dual_clip {dual_clip}: expected a number above 1")
+  difference, advantages = jnp.asarray(logps) - jnp.asarray(old_logps), jnp.asarray(advantages)
+  ratio = jnp.exp(difference)
+  cap = jnp.inf if dual_clip is None else dual_clip
+  too_good = (advantages > 0) & (ratio > 1 + clip_high)
+  clipped = jnp.where(advantages < 0, (ratio < 1 - clip_low) | (ratio > cap), too_good)
+  limit = jnp.where(advantages > 0, 1 + clip_high, jnp.where(ratio > cap, cap, 1 - clip_low))
+  # Replaced before the exponential: where that overflows, zero times its gradient would be NaN.
+  plain = jnp.exp(jnp.where(clipped, 0.0, difference))
+  return -jnp.where(clipped, limit, plain) * advantages, ratio, clipped
+
+
+def truncated_loss(
+  logps: ArrayLike, old_logps: ArrayLike, advantages: ArrayLike, cap: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """-stop_gradient(min(ratio, cap)) * A * logp for each token: REINFORCE with truncated importance weights.
+
+  The truncation of IMPALA (arXiv 1802.01561) on each token, as in CISPO (MiniMax-M1, arXiv 2506.13585): unlike a clip,
+  it leaves no token without a gradient. The value of the loss means little, its gradient -min(ratio, cap) * A is meant.
+
+  Args:
+    logps, old_logps, advantages: as for `clipped_loss`.
+    cap: largest weight.
+
+  Returns:
+    (loss [...], ratio [...] a constant, truncated [...] True where ratio > cap).
+  """
+  logps = jnp.asarray(logps)
+  ratio = jnp.exp(jax.lax.stop_gradient(logps - jnp.asarray(old_logps)))
+  return -jnp.minimum(ratio, cap) * advantages * logps, ratio, ratio > cap
 
 
 def kl_k3(logps: ArrayLike, reference_logps: ArrayLike) -> jax.Array:
@@ -96,6 +210,7 @@ def policy_loss(
   clip_low: float = 0.2,
   clip_high: float = 0.27,
   aggregate: str = "token_mean",
+  dual_clip: float | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The clipped loss of one minibatch of padded sequences.
 
@@ -103,6 +218,8 @@ def policy_loss(
     logps, old_logps: [B, T]; what stands outside the mask never matters.
     advantages: [B], one for each sequence.
     mask: [B, T] True on response tokens up to and including EOS, built from lengths.
+    clip_low, clip_high, dual_clip: as for `clipped_loss`.
+    aggregate: as for `token_weights`.
 
   Returns:
     (loss, {"ratio_mean", "ratio_worst", "clip_fraction"}), scalars; `ratio_worst` is the largest |ratio - 1|.
@@ -110,7 +227,8 @@ def policy_loss(
   mask = jnp.asarray(mask, bool)
   # Both are replaced before the exponential: a gradient through an unused inf would be NaN.
   logps, old_logps = jnp.where(mask, logps, 0.0), jnp.where(mask, old_logps, 0.0)
-  loss, ratio, clipped = clipped_loss(logps, old_logps, jnp.asarray(advantages)[:, None], clip_low, clip_high)
+  advantages = jnp.asarray(advantages)[:, None]
+  loss, ratio, clipped = clipped_loss(logps, old_logps, advantages, clip_low, clip_high, dual_clip)
   weights = token_weights(mask, aggregate)
   tokens = jnp.maximum(jnp.sum(mask), 1)
   metrics = {

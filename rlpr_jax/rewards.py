@@ -15,13 +15,16 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 AGGREGATES = ("mean_prob", "geometric_mean", "product", "mean_logprob")
-SHAPINGS = ("clip", "identity", "threshold_T", "one_minus", "sigmoid_K", "leaky_T", "bins_N")
+TOKEN_WEIGHTS = ("uniform", "inverse", "base", "spread")
+SHAPINGS = ("clip", "identity", "threshold_T", "one_minus", "sigmoid_K", "leaky_T", "bins_N", "rank", "zscore")
 TEMPLATE_TAGS = {
   "think": ("<think>", "</think>", "<answer>", "</answer>"),
   "answer_only": ("<answer>", "</answer>"),
 }
 # The score of a response that cannot be scored. Under `mean_logprob` 0 would be the best score there is.
 LOWEST_LOGPROB = math.log(1e-9)
+STD_FLOOR = 1e-6  # what spreads less does not spread
+_RARE = 1e-3  # added to p before 1 / p
 
 
 class Rewards(NamedTuple):
@@ -32,18 +35,23 @@ class Rewards(NamedTuple):
   debiased: jax.Array  # [P, G] shaping(r - r')
   format: jax.Array  # [P, G] 1 where the tags of the template are all there, in order
   repetition: jax.Array  # [P, G] -1 where the response repeats itself, else 0
+  length: jax.Array  # [P, G] at most 0: penalty of an answer longer than the reference
   total: jax.Array  # [P, G] what the policy is trained on
 
 
-def reference_probability(logps: ArrayLike, mask: ArrayLike, aggregate: str = "mean_prob") -> jax.Array:
+def reference_probability(
+  logps: ArrayLike, mask: ArrayLike, aggregate: str = "mean_prob", weights: ArrayLike | None = None
+) -> jax.Array:
   """How probable the policy finds the reference answer (section 3.2).
 
   Args:
     logps: [..., A] float32 log-probabilities of the reference answer's tokens, in nats.
     mask: [..., A] True where a token belongs to the answer; what stands elsewhere never matters.
-    aggregate: `mean_prob` = mean of p; `geometric_mean` = exp(mean of log p); `product` = exp(sum of log p);
-      `mean_logprob` = mean of log p. The mean forgives one improbable token: (0.01, 0.7, 0.9) and (0.05, 0.7, 0.9)
-      are close in the mean and five times apart in the product.
+    aggregate: `mean_prob` = mean of p; `geometric_mean` = exp(mean of log p); `product` = exp(n * mean of log p), n
+      being the number of tokens; `mean_logprob` = mean of log p. The mean forgives one improbable token:
+      (0.01, 0.7, 0.9) and (0.05, 0.7, 0.9) are close in the mean and five times apart in the product.
+    weights: [..., A] how much each token counts in these means, sum(w x) / sum(w); at least 0, on any scale. A token
+      of weight 0 does not matter, except that it counts in n. None, and weights that are all 0, are uniform.
 
   Returns:
     [...] float32 score; 0 where the mask is empty.
@@ -51,21 +59,116 @@ def reference_probability(logps: ArrayLike, mask: ArrayLike, aggregate: str = "m
   Raises:
     ValueError: unknown aggregate.
   """
-  mask = jnp.asarray(mask, bool)
-  logps = jnp.where(mask, jnp.asarray(logps, jnp.float32), 0.0)
-  count = jnp.sum(mask, axis=-1)
-  tokens = jnp.maximum(count, 1)
-  if aggregate == "mean_prob":
-    score = jnp.sum(jnp.where(mask, jnp.exp(logps), 0.0), axis=-1) / tokens
-  elif aggregate == "geometric_mean":
-    score = jnp.exp(jnp.sum(logps, axis=-1) / tokens)
-  elif aggregate == "product":
-    score = jnp.exp(jnp.sum(logps, axis=-1))
-  elif aggregate == "mean_logprob":
-    score = jnp.sum(logps, axis=-1) / tokens
-  else:
+  if aggregate not in AGGREGATES:
     raise ValueError(f"aggregate {aggregate!r}: expected one of {', '.join(AGGREGATES)}")
+  mask = jnp.asarray(mask, bool)
+  weights = mask.astype(jnp.float32) if weights is None else _scaled(weights, mask)
+  used = weights != 0  # NaN is used, and seen
+  values = jnp.where(used, jnp.asarray(logps, jnp.float32), 0.0)
+  if aggregate == "mean_prob":
+    values = jnp.exp(values)
+  count = jnp.sum(mask, axis=-1)
+  total = jnp.where(count > 0, jnp.sum(weights, axis=-1), 1.0)
+  score = jnp.sum(jnp.where(used, weights * values, 0.0), axis=-1) / total
+  if aggregate == "product":
+    score = count * score
+  if aggregate in ("geometric_mean", "product"):
+    score = jnp.exp(score)
   return jnp.where(count > 0, score, 0.0)
+
+
+def _scaled(weights: ArrayLike, mask: jax.Array) -> jax.Array:
+  """Weights [..., A] with 1 as the largest, so that no sum of them overflows; 1 each if all are 0; 0 off the mask."""
+  weights = jnp.where(mask, jnp.asarray(weights, jnp.float32), 0.0)
+  # The scale cancels out of every mean, so nothing is lost by keeping it out of the gradient.
+  largest = jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True, initial=0.0))
+  none = largest < jnp.finfo(jnp.float32).tiny
+  return jnp.where(none, mask, weights / jnp.where(none, 1.0, largest))
+
+
+def token_weights(
+  logps: ArrayLike,
+  mask: ArrayLike,
+  kind: str,
+  baseline_logps: ArrayLike | None = None,
+  baseline_mask: ArrayLike | None = None,
+) -> jax.Array:
+  """How much each token of the reference answer counts: `weights` of `reference_probability`. No gradients pass.
+
+  The k-th tokens of the answer are compared with each other, wherever the masks of the rows begin. Rows that tokenise
+  the answer into another number of tokens than most rows of the group do (the smaller number if two are as frequent;
+  empty rows have no say) are compared with nothing: they get uniform weights and stay out of means and deviations.
+
+  Args:
+    logps, mask: [..., G, A] as for `reference_probability`; the mask of a row without a score is empty.
+    kind: `uniform`: 1. `inverse`: 1 / (mean over the group of p + 1e-3), rare tokens count more. `base`: 1 - p', p'
+      being the probability without reasoning, what was known anyway counts less; rows that differ from the baseline in
+      their number of tokens, and no others, are uniform. `spread`: unbiased standard deviation over the group of p
+      (0 if under 1e-6; uniform if it is of one row), tokens that the reasoning decides count more, as in the reasoning
+      reflection reward of arXiv 2506.13351.
+    baseline_logps, baseline_mask: [..., A] the reference answer without reasoning, for `base`.
+
+  Returns:
+    [..., G, A] float32, at least 0, and 0 off the mask. The scale of each row means nothing.
+
+  Raises:
+    ValueError: unknown kind, or `base` without a baseline.
+  """
+  if kind not in TOKEN_WEIGHTS:
+    raise ValueError(f"token weights {kind!r}: expected one of {', '.join(TOKEN_WEIGHTS)}")
+  mask = jnp.asarray(mask, bool)
+  uniform = mask.astype(jnp.float32)
+  if kind == "uniform":
+    return uniform
+  if kind == "base":
+    if baseline_logps is None or baseline_mask is None:
+      raise ValueError("token weights 'base': expected baseline_logps and baseline_mask")
+    known, usual = _own_tokens(baseline_logps, baseline_mask)
+    kth = jnp.maximum(-jnp.expm1(known), 0.0)
+  else:
+    own, counts = _own_tokens(logps, mask)
+    usual = _most_frequent(counts)
+    kth = _group_weights(jnp.exp(own), counts == usual[..., None], kind)
+  # mask F F T T F T  ->  k 0 0 0 1 1 2
+  k = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
+  alike = jnp.sum(mask, axis=-1, keepdims=True) == usual[..., None, None]
+  return jnp.where(mask & alike, jnp.take_along_axis(kth[..., None, :], k, axis=-1), uniform)
+
+
+def _own_tokens(logps: ArrayLike, mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
+  """Log-probabilities [..., A] of the answer's own tokens, moved to the front and 0 behind; their number [...]."""
+  mask = jnp.asarray(mask, bool)
+  logps = jnp.where(mask, jax.lax.stop_gradient(jnp.asarray(logps, jnp.float32)), 0.0)
+  front = jnp.argsort(~mask, axis=-1, stable=True)
+  return jnp.take_along_axis(logps, front, axis=-1), jnp.sum(mask, axis=-1)
+
+
+def _most_frequent(counts: jax.Array) -> jax.Array:
+  """[..., G] -> [...]: the count above 0 that most rows have, the smallest of several; 0 if there is none."""
+  rows = jnp.where(counts > 0, jnp.sum(counts[..., :, None] == counts[..., None, :], axis=-1), 0)
+  frequent = rows == jnp.max(rows, axis=-1, keepdims=True)
+  return jnp.min(counts, axis=-1, where=frequent, initial=jnp.iinfo(counts.dtype).max)
+
+
+def _group_weights(probs: jax.Array, members: jax.Array, kind: str) -> jax.Array:
+  """Weight [..., A] of the k-th token, from the members [..., G] of the group that have one."""
+  inside = members[..., None]
+  size = jnp.sum(inside, axis=-2)
+  if kind == "inverse":
+    return 1.0 / (jnp.sum(probs, axis=-2, where=inside) / size + _RARE)
+  _, std = _spread(probs, -2, inside)
+  return jnp.where(size > 1, jnp.squeeze(std, -2), 1.0)
+
+
+def _spread(values: jax.Array, axis: int, where: ArrayLike = True) -> tuple[jax.Array, jax.Array]:
+  """(values - mean, unbiased std, or 0 where that is under STD_FLOOR), of where `where` holds; the axis is kept."""
+  size = jnp.sum(jnp.broadcast_to(where, values.shape), axis=axis, keepdims=True)
+  # Twice, for equal values: the first mean may be an ulp off, which would be taken for a spread.
+  for _ in range(2):
+    values = values - jnp.sum(values, axis=axis, keepdims=True, where=where) / size
+  variance = jnp.sum(values**2, axis=axis, keepdims=True, where=where) / jnp.maximum(size - 1, 1)
+  flat = variance < STD_FLOOR**2
+  return values, jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
 
 
 def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.Array:
@@ -76,10 +179,13 @@ def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.
     baseline: [...] r', without it; broadcast against `score`.
     shaping: of d = score - baseline: `clip` to [0, 1]; `identity`; `threshold_T` (0 where d < T); `one_minus`
       (1 - d); `sigmoid_K` (1 / (1 + exp(-K (2d - 1))), the plain sigmoid for K = 0); `leaky_T` (0.01 d where d < T);
-      `bins_N` (d clipped, to the nearest multiple of 1/N). T, K and N are numbers: `threshold_0.05`.
+      `bins_N` (d clipped, to the nearest multiple of 1/N). T, K and N are numbers: `threshold_0.05`. Two look at
+      the whole group, which is the last axis: `rank` (from 0 for its lowest d to 1 for its highest, equal ones share
+      their mean rank; 0.5 in a group of one) and `zscore` ((d - mean) / (unbiased std + 1e-6); 0 in a group whose
+      std is under 1e-6, and in a group of one).
 
   Raises:
-    ValueError: unknown shaping, or a parameter that is not a number.
+    ValueError: unknown shaping, or a parameter that is not a number, or a single number where a group is needed.
   """
   difference = jnp.asarray(score) - jnp.asarray(baseline)
   name, parameter = parse_shaping(shaping)
@@ -93,15 +199,35 @@ def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.
     return jnp.where(difference < parameter, 0.0, difference)
   if name == "leaky":
     return jnp.where(difference < parameter, 0.01 * difference, difference)
+  if name in ("rank", "zscore"):
+    if difference.ndim == 0:
+      raise ValueError(f"shaping {shaping!r}: expected groups, not a single score")
+    return _rank(difference) if name == "rank" else _zscore(difference)
   if name == "sigmoid":
     return jax.nn.sigmoid(difference if parameter == 0 else parameter * (2 * difference - 1))
   return jnp.round(jnp.clip(difference, 0.0, 1.0) * parameter) / parameter
 
 
+def _rank(values: jax.Array) -> jax.Array:
+  """Mean rank [..., G] of equal values, scaled to [0, 1]; NaN stays NaN."""
+  size = values.shape[-1]
+  if size == 1:
+    return jnp.where(jnp.isnan(values), jnp.nan, 0.5)
+  mine, others = values[..., :, None], values[..., None, :]
+  rank = jnp.sum(others < mine, axis=-1) + (jnp.sum(others == mine, axis=-1) - 1) / 2
+  return jnp.where(jnp.isnan(values), jnp.nan, rank / (size - 1))
+
+
+def _zscore(values: jax.Array) -> jax.Array:
+  """(values - mean) / (std + 1e-6) [..., G]; 0 where nothing spreads."""
+  centred, std = _spread(values, -1)
+  return jnp.where(std == 0, 0.0, centred / (std + STD_FLOOR))
+
+
 def parse_shaping(shaping: str) -> tuple[str, float]:
   """Splits `threshold_0.05` into its name and number (0 for those without one); ValueError if unknown."""
   name, _, number = shaping.rpartition("_")  # from the right: Python would read threshold_0_05 as 5
-  if shaping in ("clip", "identity", "one_minus"):
+  if shaping in ("clip", "identity", "one_minus", "rank", "zscore"):
     return shaping, 0.0
   try:
     parameter = float(number)
@@ -118,7 +244,12 @@ def format_score(text: str, template: str = "think") -> float:
 
   Nothing may stand before `<think>`. Text between `</think>` and `<answer>` and after `</answer>` is allowed; the
   `answer_only` template allows text on both sides.
+
+  Raises:
+    ValueError: unknown template.
   """
+  if template not in TEMPLATE_TAGS:
+    raise ValueError(f"template {template!r}: expected one of {', '.join(TEMPLATE_TAGS)}")
   tags = TEMPLATE_TAGS[template]
   if any(text.count(tag) != 1 for tag in tags):
     return 0.0
@@ -137,6 +268,45 @@ def repetition_penalty(text: str, window: int = 10, limit: int = 10) -> float:
     return 0.0
   windows = Counter(tuple(words[i : i + window]) for i in range(len(words) - window + 1))
   return -1.0 if max(windows.values()) >= limit else 0.0
+
+
+def answer_length_penalty(answer: str | None, reference: str, coefficient: float) -> float:
+  """-coefficient * min(1, max(0, len(answer) - len(reference)) / len(reference)), in characters, both stripped.
+
+  0 for an answer that is None, since the format term has that. So an answer of twice the reference's length and any
+  longer one cost `coefficient`.
+  """
+  if answer is None:
+    return 0.0
+  length = len(reference.strip())
+  excess = max(0, len(answer.strip()) - length) / max(length, 1)
+  return -coefficient * min(1.0, excess) if excess else 0.0
+
+
+def mixture(reference: ArrayLike, verified: ArrayLike, weight: float) -> jax.Array:
+  """(1 - weight) * reference + weight * verified.
+
+  Args:
+    reference: [P, G] reward from the reference answer's probability.
+    verified: [P, G] reward from a verifier, such as 1 and 0.
+    weight: share of the verifier, 0 to 1.
+  """
+  return (1 - weight) * jnp.asarray(reference) + weight * jnp.asarray(verified)
+
+
+def moving_average(old: ArrayLike, new: ArrayLike, rate: float) -> jax.Array:
+  """log((1 - rate) * exp(old) + rate * exp(new)): probabilities averaged, given and returned as logarithms.
+
+  Args:
+    old: [...] log-probabilities so far; NaN where not known yet, which gives `new`.
+    new: [...] log-probabilities now, down to -inf.
+    rate: 0 keeps the old, 1 takes the new.
+  """
+  old, new = jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32)
+  unknown = jnp.isnan(old)
+  known_old, known_new = (jnp.where(unknown, 0.0, logps) for logps in (old, new))  # keeps NaN out of gradients
+  average = jnp.logaddexp(known_old + jnp.log1p(-rate), known_new + jnp.log(rate))
+  return jnp.where(unknown, new, average)
 
 
 def combine(
@@ -167,6 +337,8 @@ def assess(
   aggregate: str = "mean_prob",
   shaping: str = "clip",
   format_coefficient: float = 0.1,
+  token_weights: ArrayLike | None = None,
+  length_penalty: ArrayLike = 0.0,
 ) -> Rewards:
   """The whole reward of P groups of G responses.
 
@@ -175,9 +347,14 @@ def assess(
     scorable: [P, G] False where the response could not be spliced; it scores as low as can be.
     baselines: [P] r' of each prompt; zeros for no debiasing.
     format_scores, repetition: [P, G].
+    aggregate, shaping, format_coefficient: as for `reference_probability`, `debias` and `combine`.
+    token_weights: [P, G, A] of `token_weights`; None for uniform ones.
+    length_penalty: [P, G] of `answer_length_penalty`, added to the total as `repetition` is.
   """
   lowest = LOWEST_LOGPROB if aggregate == "mean_logprob" else 0.0
-  reference = jnp.where(scorable, reference_probability(reference_logps, reference_mask, aggregate), lowest)
+  score = reference_probability(reference_logps, reference_mask, aggregate, token_weights)
+  reference = jnp.where(scorable, score, lowest)
   debiased = debias(reference, jnp.asarray(baselines)[:, None], shaping)
-  total = combine(debiased, format_scores, format_coefficient, repetition)
-  return Rewards(reference, baselines, debiased, format_scores, repetition, total)
+  length = jnp.broadcast_to(length_penalty, reference.shape)
+  total = combine(debiased, format_scores, format_coefficient, repetition + length)
+  return Rewards(reference, baselines, debiased, format_scores, repetition, length, total)

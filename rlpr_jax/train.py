@@ -8,7 +8,9 @@ A run that was stopped or killed goes on from its last checkpoint when the same 
 import json
 import os
 import pathlib
+import re
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -16,18 +18,20 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlpr_jax import config as configs
-from rlpr_jax import filtering, report
+from rlpr_jax import filtering, models, report
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.collect import Harvest, collect
 from rlpr_jax.training.interrupt import StopRequest
-from rlpr_jax.training.setup import Run, abstract_state, evaluate, first_state, set_up
+from rlpr_jax.training.reward import CustomReward
+from rlpr_jax.training.setup import Run, abstract_state, copy_params, evaluate, first_state, set_up
 from rlpr_jax.training.state import Checkpoints, TrainState
-from rlpr_jax.training.update import UpdateSettings, update
+from rlpr_jax.training.update import UpdateSettings, reference_logprobs, update
 
 _QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
-_CONFIG = config_flags.DEFINE_config_file("config", _QUICKSTART, "Recipe of the run.")
+# No default here: a mistyped override would then be looked at, and fail, while this module is imported.
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; configs/quickstart.py if not given.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, rollouts, report.")
 
 
@@ -44,14 +48,23 @@ def main(_: list[str]) -> None:
     train(config, pathlib.Path(_WORKDIR.value))
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Runs `config` in `workdir` from its last checkpoint, or from the beginning, until `config.steps` are done."""
+def parse_arguments(argv: Sequence[str]) -> list[str]:
+  given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
+  return parse_flags(argv if given else [argv[0], f"--config={_QUICKSTART}", *argv[1:]])
+
+
+def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward | None = None) -> None:
+  """Runs `config` in `workdir` from its last checkpoint, or from the beginning, until `config.steps` are done.
+
+  Args:
+    custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence.
+  """
   configs.validate(config)
   open_workdir(workdir, config)
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  run = set_up(config)
+  run = set_up(config, custom_reward)
   metrics.write_atomically(workdir / "config.json", configs.to_json(config))
 
   checkpoints = Checkpoints(workdir, config.log.keep_checkpoints, config.rollout.prompts_per_draw)
@@ -81,14 +94,7 @@ def train_steps(
   config = run.config
   stream = PromptStream(run.prompts, config.seed)
   stream.restore(state.stream)
-  settings = UpdateSettings(
-    config.rollout.temperature,
-    config.training.clip_low,
-    config.training.clip_high,
-    config.training.entropy_coefficient,
-    config.training.micro_batch_rows,
-    run.policy.sharding,
-  )
+  settings = update_settings(run)
   progress_start, first = time.perf_counter(), state.step
   while state.step < config.steps and not stop:
     started, compiled = time.perf_counter(), metrics.compilations()
@@ -100,11 +106,17 @@ def train_steps(
     checkpoints.wait()
     update_started = time.perf_counter()
     params, opt_state, losses = state.params, state.opt_state, []
-    for rows in packing.minibatches(
+    rows = packing.minibatches(
       harvest.groups, config.prompts_per_step, config.training.minibatches, config.training.aggregate
-    ):
+    )
+    if settings.kl_coefficient:
+      initial = run.policy.whole(state.initial)
+      rows = [
+        part._replace(reference_logprobs=reference_logprobs(run.policy.model, initial, part, settings)) for part in rows
+      ]
+    for part in rows * config.training.epochs_per_step:
       params, opt_state, loss = update(
-        run.policy.model, run.optimizer, run.policy.frozen, params, opt_state, rows, settings
+        run.policy.model, run.optimizer, run.policy.frozen, params, opt_state, part, settings
       )
       losses.append(loss)
     losses = jax.device_get(losses)
@@ -116,7 +128,9 @@ def train_steps(
       params=params,
       opt_state=opt_state,
       filter=filtering.update(state.filter, harvest.stds, run.filter),
-      baselines=state.baselines,
+      baselines=harvest.baselines,
+      initial=state.initial,
+      lagged=newest_lagged(run, state, params),
       carried=harvest.carried,
       stream=stream.state(),
     )
@@ -135,6 +149,29 @@ def train_steps(
     if last or stop or state.step % config.log.checkpoint_every == 0:
       checkpoints.save(state)
   return state
+
+
+def update_settings(run: Run) -> UpdateSettings:
+  training = run.config.training
+  return UpdateSettings(
+    temperature=run.config.rollout.temperature,
+    loss=training.loss,
+    clip_low=training.clip_low,
+    clip_high=training.clip_high,
+    dual_clip=training.dual_clip,
+    ratio_cap=training.ratio_cap,
+    entropy_coefficient=training.entropy_coefficient,
+    kl_coefficient=training.kl_coefficient,
+    micro_batch_rows=training.micro_batch_rows,
+    sharding=run.policy.sharding,
+  )
+
+
+def newest_lagged(run: Run, state: TrainState, params: models.Params) -> models.Params:
+  """The copy of the policy that a lagged scorer uses from the next step on."""
+  settings = run.config.reward
+  due = settings.scorer == "lagged" and (state.step + 1) % settings.scorer_every == 0
+  return copy_params(params) if due else state.lagged
 
 
 def update_metrics(
@@ -202,4 +239,4 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: float) 
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  app.run(main, flags_parser=parse_arguments)

@@ -143,8 +143,9 @@ def test_non_finite_spreads_are_dropped_by_every_kind(kind):
   stds = np.array([np.nan, np.inf, -np.inf, 0.5], np.float32)
   config = FilterConfig(kind=kind)
   state = filtering.init(config)
+  mixed = np.resize(np.array([1, 0], np.float32), (4, 2))
   for _ in range(12):
-    np.testing.assert_array_equal(filtering.keep(state, stds, config), [False, False, False, True])
+    np.testing.assert_array_equal(filtering.keep(state, stds, config, mixed), [False, False, False, True])
     state = filtering.update(state, stds, config)
     assert np.isfinite(state.average)
 
@@ -170,8 +171,70 @@ def test_off_keeps_every_finite_prompt():
 
 
 def test_unknown_kind_is_refused():
-  with pytest.raises(ValueError, match="filter kind 'median': expected one of ema, fixed, off"):
+  with pytest.raises(ValueError, match="filter kind 'median': expected one of ema, fixed, accuracy, off"):
     filtering.init(FilterConfig(kind="median"))
+
+
+@pytest.mark.parametrize("kind", [bool, np.int32, np.float32])
+def test_accuracy_drops_what_is_all_right_and_all_wrong(kind):
+  correct = np.array([[0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [0, 1, 0]]).astype(kind)
+  mixed = [False, True, True, False, True]
+  np.testing.assert_array_equal(filtering.keep_mixed(correct), mixed)
+  np.testing.assert_array_equal(jax.jit(jax.vmap(filtering.keep_mixed))(correct), mixed)
+  config = FilterConfig(kind="accuracy", scale=100.0, threshold=100.0)
+  state = filtering.init(config)
+  stds = np.array([0.5, 0.0, 0.3, 0.9, np.nan], np.float32)  # how far they spread does not matter
+  for _ in range(12):
+    np.testing.assert_array_equal(filtering.keep(state, stds, config, correct), [False, True, True, False, False])
+    state = filtering.update(state, stds, config)
+  assert float(filtering.threshold(state, config)) == -np.inf
+
+
+def test_a_group_of_one_is_never_mixed():
+  np.testing.assert_array_equal(filtering.keep_mixed(np.array([[0], [1]])), [False, False])
+
+
+def test_accuracy_without_a_verifier_is_refused():
+  config = FilterConfig(kind="accuracy")
+  with pytest.raises(ValueError, match='filter kind "accuracy": expected correct'):
+    filtering.keep(filtering.init(config), np.ones(3, np.float32), config)
+
+
+@pytest.mark.parametrize("kind", ["ema", "fixed", "off"])
+def test_the_other_kinds_do_not_look_at_the_verifier(kind):
+  config = FilterConfig(kind=kind)
+  stds, wrong = np.array([0.1, 0.5, np.nan], np.float32), np.zeros((3, 2))
+  keep = [filtering.keep(filtering.init(config), stds, config, *correct) for correct in ((), (wrong,))]
+  np.testing.assert_array_equal(*keep)
+
+
+def test_scales_of_sources():
+  """Each prompt against its own multiple of one average; the config's is for those without a say."""
+  config = FilterConfig(scale=0.5, alpha=0.3)
+  scales = np.resize(np.array([0.5, 0.9, 1.0, 0.0], np.float32), PROMPTS)
+  spreads = make_spreads()
+  by_scale = {scale: simulate(spreads, float(scale), config.alpha)[1] for scale in np.unique(scales)}
+  state = filtering.init(config)
+  keep = jax.jit(lambda state, stds, scales: filtering.keep(state, stds, config, scales=scales))
+  for step, stds in enumerate(spreads):
+    expected = [by_scale[scale][step, p] for p, scale in enumerate(scales)]
+    np.testing.assert_array_equal(keep(state, stds, scales), expected)
+    np.testing.assert_array_equal(
+      filtering.keep(state, stds, config, scales=np.full(PROMPTS, 0.5)), filtering.keep(state, stds, config)
+    )
+    state = filtering.update(state, stds, config)
+  np.testing.assert_allclose(filtering.threshold(state, config, scales), scales * state.average, rtol=1e-6)
+  assert filtering.threshold(state, config).shape == ()
+
+
+@pytest.mark.parametrize("kind", ["fixed", "accuracy", "off"])
+def test_scales_are_of_the_moving_average_alone(kind):
+  config = FilterConfig(kind=kind, threshold=0.2)
+  state = filtering.FilterState(jnp.int32(20), jnp.float32(0.4), jnp.int32(5))
+  stds, mixed = np.array([0.1, 0.3], np.float32), np.array([[0, 1], [1, 0]])
+  plain = filtering.keep(state, stds, config, mixed)
+  np.testing.assert_array_equal(filtering.keep(state, stds, config, mixed, scales=np.full(2, 100.0)), plain)
+  assert np.any(plain)
 
 
 def test_other_warm_ups():

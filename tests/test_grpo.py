@@ -1,5 +1,6 @@
 """grpo.py against float64 loops, and its gradients against the formula."""
 
+import itertools
 import math
 
 import jax
@@ -96,14 +97,216 @@ def test_unknown_normalization_is_refused():
     grpo.group_advantages(np.zeros((1, 2), np.float32), "max")
 
 
+# --- parts of the reward apart ---
+
+
+@pytest.mark.parametrize("normalize", grpo.NORMALIZATIONS)
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_separate_advantages(normalize, size):
+  rng = np.random.default_rng(size)
+  parts = [rng.normal(0.3, spread, (20, size)).astype(np.float32) for spread in (0.01, 0.4, 7.0)]
+  parts[1][3] = 0.25  # a part that does not spread says nothing, and is not blown up
+  weights = [0.9, 0.1, -2.0]
+  separate = jax.jit(grpo.separate_advantages, static_argnums=2)
+  advantages, stds = separate(parts, weights, normalize)
+  by_hand = [advantages_by_hand(part, normalize) for part in parts]
+  expected = sum(weight * part[0] for weight, part in zip(weights, by_hand, strict=True))
+  _, expected_stds = advantages_by_hand(
+    sum(weight * part.astype(np.float64) for weight, part in zip(weights, parts, strict=True)), normalize
+  )
+  assert (advantages.dtype, stds.dtype) == (jnp.float32, jnp.float32)
+  np.testing.assert_allclose(advantages, expected, atol=1e-4)  # rounding, beside a spread of 0.01
+  np.testing.assert_allclose(stds, expected_stds, rtol=1e-5)
+
+
+def test_a_small_part_is_heard_beside_a_large_one():
+  small = np.array([[1, 0, 1, 0]], np.float32)
+  large = 1000 * np.array([[1, 1, 0, 0]], np.float32)
+  separate, _ = grpo.separate_advantages([small, large], [1.0, 1.0])
+  np.testing.assert_allclose(separate, np.sqrt(3) * np.array([[1, 0, 0, -1]]), atol=1e-5)
+  together, _ = grpo.group_advantages(small + large)
+  assert abs(together[0, 0] - together[0, 1]) < 0.01  # here it is all but lost
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_bad_value_in_one_part_spoils_its_own_group_and_no_other(part):
+  parts = np.random.default_rng(0).random((2, 5, 4)).astype(np.float32)
+  good, good_stds = grpo.separate_advantages(list(parts), [0.5, 0.5])
+  parts[part, 2, 1] = np.nan
+  advantages, stds = grpo.separate_advantages(list(parts), [0.5, 0.5])
+  assert not np.isfinite(stds[2])  # by which the filter drops it
+  assert not np.any(np.isfinite(advantages[2]))
+  others = [0, 1, 3, 4]
+  np.testing.assert_array_equal(np.array(advantages)[others], np.array(good)[others])
+  np.testing.assert_array_equal(np.array(stds)[others], np.array(good_stds)[others])
+
+
+def test_as_many_weights_as_parts():
+  with pytest.raises(ValueError, match="zip"):
+    grpo.separate_advantages([np.zeros((1, 2), np.float32)], [1.0, 2.0])
+
+
+# --- the answer's own gradient ---
+
+
+group_bound = jax.jit(grpo.group_bound)
+
+
+def log_mean(values):
+  """log of the mean of exp, float64; -inf of nothing."""
+  values = [float(value) for value in values]
+  if not values:
+    return -math.inf
+  top = max(values)
+  return top + math.log(sum(math.exp(value - top) for value in values) / len(values))
+
+
+def bound_by_hand(logps, valid):
+  bounds, advantages, weights = [], np.zeros(logps.shape), np.zeros(logps.shape)
+  for p, (group, known) in enumerate(zip(logps, valid, strict=True)):
+    bounds.append(log_mean(group[known]))
+    for i in np.flatnonzero(known):
+      others = [group[j] for j in np.flatnonzero(known) if j != i]
+      advantages[p, i] = bounds[p] - log_mean(others) if others else 0
+      weights[p, i] = 1 / sum(math.exp(min(float(group[j]) - float(group[i]), 700)) for j in np.flatnonzero(known))
+  return np.array(bounds), advantages, weights
+
+
+@pytest.mark.parametrize("spread", [0.1, 5.0, 1000.0])
+@pytest.mark.parametrize(
+  ("size", "transform"), [(1, jax.jit), (2, jax.jit), (3, jax.vmap), (8, jax.jit), (8, lambda f: f)]
+)
+def test_group_bound(size, transform, spread):
+  rng = np.random.default_rng(size)
+  logps = -rng.uniform(0, spread, (30, size)).astype(np.float32)
+  valid = rng.random((30, size)) < 0.7
+  valid[0], valid[1], logps[2] = True, False, -1000
+  logps[~valid] = rng.choice([np.nan, np.inf, -np.inf, 1e38, 5.0], np.sum(~valid))
+  found = transform(grpo.group_bound)(logps, valid)
+  assert [x.dtype for x in found] == [jnp.float32] * 3
+  for x, expected in zip(found, bound_by_hand(logps, valid), strict=True):
+    np.testing.assert_allclose(x, expected, rtol=2e-6, atol=2e-6)
+  _, advantages, weights = found
+  np.testing.assert_array_equal(np.asarray(advantages)[~valid], 0)
+  np.testing.assert_array_equal(np.asarray(weights)[~valid], 0)
+
+
+def test_group_bound_of_answers_that_are_all_but_impossible():
+  """exp(-1000) is 0 in float32 and in float64; the shares are those of the same group 1000 nats higher."""
+  logps = np.array([[-3.0, -1.0, -2.0, -40.0]], np.float32)
+  valid = np.ones((1, 4), bool)
+  bound, *shares = group_bound(logps, valid)
+  far, *far_shares = group_bound(logps - 1000, valid)
+  np.testing.assert_allclose(far, bound - 1000, rtol=1e-6)
+  jax.tree.map(np.testing.assert_array_equal, far_shares, shares)
+
+
+def test_a_lone_answer_is_its_own_bound_and_has_no_advantage():
+  logps, valid = np.array([[-5.0, np.nan, -1.0]], np.float32), np.array([[True, False, False]])
+  bound, advantages, weights = group_bound(logps, valid)
+  np.testing.assert_allclose(bound, [-5], rtol=1e-6)
+  np.testing.assert_array_equal(advantages, [[0, 0, 0]])
+  np.testing.assert_array_equal(weights, [[1, 0, 0]])
+
+
+def test_a_group_without_an_answer():
+  bad = np.array([[np.nan, -1.0, np.inf]], np.float32)
+  valid = np.zeros((1, 3), bool)
+  bound, advantages, weights = group_bound(bad, valid)
+  np.testing.assert_array_equal(bound, [-np.inf])
+  np.testing.assert_array_equal(advantages, np.zeros((1, 3)))
+  np.testing.assert_array_equal(weights, np.zeros((1, 3)))
+  np.testing.assert_array_equal(jax.grad(lambda x: group_bound(x, valid)[0].sum())(bad), np.zeros((1, 3)))
+
+
+def test_the_bound_alone_carries_a_gradient():
+  logps = np.array([[-5.0, -2.0, -1.0]], np.float32)
+  valid = np.ones((1, 3), bool)
+  for part in (1, 2):
+    gradient = jax.grad(lambda x, part=part: jnp.sum(group_bound(x, valid)[part] ** 2))(logps)
+    np.testing.assert_array_equal(gradient, np.zeros((1, 3)))
+  gradient = jax.grad(lambda x: jnp.sum(grpo.verifree_weights(x) * x))(logps)
+  np.testing.assert_array_equal(gradient, logps)
+
+
+class Reasonings:
+  """A policy of four reasonings z, small enough to sum over every group of three: E and its gradients are exact.
+
+  p(z) = softmax(theta)_z and p(y*|z) = sigmoid(phi_z), all in float64.
+  """
+
+  theta, phi = np.array([0.3, -0.5, 0.0, 0.8]), np.array([-2.0, 1.0, 0.3, -0.7])
+  groups = np.array(list(itertools.product(range(4), repeat=3)))
+
+  def __init__(self, theta=theta, phi=phi):
+    self.probability = np.exp(theta) / np.exp(theta).sum()
+    self.answer = 1 / (1 + np.exp(-phi))
+    self.chance = self.probability[self.groups].prod(axis=1)  # of each group
+
+  def estimate(self, advantages, weights):
+    """Mean over all groups of sum_i advantage_i grad log p(z_i) + weight_i grad log p(y*|z_i), by theta and by phi."""
+    theta, phi = np.zeros(4), np.zeros(4)
+    for chance, group, a, w in zip(self.chance, self.groups, np.asarray(advantages), np.asarray(weights), strict=True):
+      for z, advantage, weight in zip(group, a, w, strict=True):
+        theta += chance * float(advantage) * (np.eye(4)[z] - self.probability)
+        phi[z] += chance * float(weight) * (1 - self.answer[z])
+    return theta, phi
+
+  @classmethod
+  def gradient(cls, objective):
+    """Central differences of an objective of a policy, by theta and by phi."""
+    step = 1e-5 * np.eye(4)
+    return (
+      np.array([objective(cls(theta=cls.theta + d)) - objective(cls(theta=cls.theta - d)) for d in step]) / 2e-5,
+      np.array([objective(cls(phi=cls.phi + d)) - objective(cls(phi=cls.phi - d)) for d in step]) / 2e-5,
+    )
+
+
+def test_verifree_is_the_gradient_of_the_answers_probability():
+  policy = Reasonings()
+  rewards = policy.answer[policy.groups].astype(np.float32)
+  advantages, _ = grpo.group_advantages(rewards, "leave_one_out")
+  found = policy.estimate(advantages / 3, grpo.verifree_weights(rewards) / 3)
+  expected = Reasonings.gradient(lambda policy: policy.probability @ policy.answer)
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  assert np.abs(expected).max() > 0.01
+
+
+def test_jepo_is_the_gradient_of_the_bound():
+  policy = Reasonings()
+  _, advantages, weights = group_bound(np.log(policy.answer)[policy.groups], np.ones((64, 3), bool))
+  found = policy.estimate(advantages, weights)
+  expected = Reasonings.gradient(lambda policy: policy.chance @ np.log(policy.answer[policy.groups].mean(axis=1)))
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+  assert np.abs(expected).max() > 0.01
+
+
+def test_jepo_with_a_reasoning_that_cannot_be_scored():
+  """Reasoning 1 gives no answer. With the advantage of lone answers, which is left out, the gradient is exact again.
+
+  So an invalid sample's advantage must be 0; log((G - 1) / G), which a mean over all G would give it, must not be.
+  """
+
+  def bounds(policy):
+    return [log_mean(np.log(policy.answer)[group[group != 1]]) if any(group != 1) else 0 for group in policy.groups]
+
+  policy = Reasonings()
+  valid = policy.groups != 1
+  _, advantages, weights = group_bound(np.where(valid, np.log(policy.answer)[policy.groups], np.nan), valid)
+  lone = valid & (valid.sum(axis=1, keepdims=True) == 1)
+  found = policy.estimate(np.where(lone, np.log(policy.answer)[policy.groups], advantages), weights)
+  expected = Reasonings.gradient(lambda policy: policy.chance @ bounds(policy))
+  np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 # --- loss ---
 
 
-def decided_by_clip(ratio, advantage):
-  return (ratio > 1 + HIGH and advantage > 0) or (ratio < 1 - LOW and advantage < 0)
+def decided_by_clip(ratio, advantage, dual=math.inf):
+  return (ratio > 1 + HIGH and advantage > 0) or (advantage < 0 and (ratio < 1 - LOW or ratio > dual))
 
 
-def loss_by_hand(logps, old_logps, advantages, mask, aggregate):
+def loss_by_hand(logps, old_logps, advantages, mask, aggregate, dual=math.inf):
   """Float64, token by token: the loss, its gradient by logps, and the metrics."""
   batch, length = mask.shape
   counts = mask.sum(axis=1)
@@ -119,11 +322,11 @@ def loss_by_hand(logps, old_logps, advantages, mask, aggregate):
       advantage = float(advantages[b])
       ratio = math.exp(float(logps[b, t]) - float(old_logps[b, t]))
       ratios.append(ratio)
-      if decided_by_clip(ratio, advantage):
+      gain = min(ratio * advantage, min(max(ratio, 1 - LOW), 1 + HIGH) * advantage)
+      total -= weight * (max(gain, dual * advantage) if advantage < 0 else gain)
+      if decided_by_clip(ratio, advantage, dual):
         clipped += 1
-        total -= weight * min(max(ratio, 1 - LOW), 1 + HIGH) * advantage
       else:
-        total -= weight * ratio * advantage
         gradient[b, t] = -weight * ratio * advantage
   metrics = {
     "ratio_mean": sum(ratios) / tokens,
@@ -149,19 +352,23 @@ def batch():
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
-def test_policy_loss_and_its_gradient(batch, aggregate, transform):
+@pytest.mark.parametrize(("dual", "transform"), [(None, lambda f: f), (None, jax.jit), (1.3, jax.jit)])
+def test_policy_loss_and_its_gradient(batch, aggregate, dual, transform):
   logps, old_logps, advantages, mask = batch
 
   def loss(logps):
-    return grpo.policy_loss(logps, old_logps, advantages, mask, LOW, HIGH, aggregate)
+    return grpo.policy_loss(logps, old_logps, advantages, mask, LOW, HIGH, aggregate, dual)
 
   (value, metrics), gradient = transform(jax.value_and_grad(loss, has_aux=True))(logps)
-  expected, expected_gradient, expected_metrics = loss_by_hand(*batch, aggregate)
+  expected, expected_gradient, expected_metrics = loss_by_hand(*batch, aggregate, dual or math.inf)
   assert float(value) == pytest.approx(expected, abs=2e-6)
   np.testing.assert_allclose(gradient, expected_gradient, atol=1e-6)
   assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected_metrics, rel=1e-5)
   assert 0 < expected_metrics["clip_fraction"] < 1
+  if dual:
+    without, _, plain_metrics = loss_by_hand(*batch, aggregate)
+    assert expected < without  # it took something off
+    assert expected_metrics["clip_fraction"] > plain_metrics["clip_fraction"]
   # Where the clip decides, the gradient is zero and not nearly so; and so it is outside the mask.
   np.testing.assert_array_equal(np.asarray(gradient)[expected_gradient == 0], 0)
 
@@ -176,7 +383,7 @@ def test_what_is_masked_never_matters():
   def loss(logps, old_logps, advantages):
     return grpo.policy_loss(logps, old_logps, advantages, mask)[0]
 
-  grad = jax.value_and_grad(loss, argnums=(0, 1, 2))
+  grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
   expected = grad(clean, clean * 0.9, advantages)
   for new in (np.nan, np.inf, -np.inf, 1e38):
     for old in (np.nan, np.inf, -np.inf, -1e38):
@@ -222,6 +429,71 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
   mask = np.array([[1, 1, 0], [1, 1, 1]], bool)
   gradient = jax.grad(lambda x: grpo.policy_loss(x, logps, advantages, mask)[0])(logps)
   np.testing.assert_allclose(gradient, -advantages[:, None] * mask / 5, rtol=1e-6)
+
+
+def test_dual_clip_limits_what_a_bad_token_costs():
+  ratio = np.array([0.5, 1.0, 2.9, 3.1, 1e6, 1e30], np.float32)
+  for advantage in (-2.0, 2.0):
+    logps, old_logps = np.log(ratio), np.zeros(6, np.float32)
+    loss, found, clipped = grpo.clipped_loss(logps, old_logps, np.float32(advantage), LOW, HIGH, 3)
+    np.testing.assert_allclose(found, ratio, rtol=1e-5)  # the true ratio, for the metrics
+    if advantage < 0:
+      np.testing.assert_allclose(loss, 2 * np.array([0.8, 1, 2.9, 3, 3, 3]), rtol=1e-5)
+      np.testing.assert_array_equal(clipped, [True, False, False, True, True, True])
+    else:  # a good token is limited already
+      np.testing.assert_allclose(loss, -2 * np.array([0.5, 1, 1.27, 1.27, 1.27, 1.27]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("advantage", "dual"), [(1.0, None), (1.0, 3.0), (-1.0, 3.0)])
+def test_where_a_clip_decides_an_infinite_ratio_has_gradient_zero(advantage, dual):
+  def loss(logps):
+    return grpo.clipped_loss(logps, np.float32(-200), np.float32(advantage), LOW, HIGH, dual)[0]
+
+  value, gradient = jax.value_and_grad(loss)(np.float32(0))
+  assert (float(value), float(gradient)) == (pytest.approx(-1.27 if advantage > 0 else 3.0), 0)
+
+
+@pytest.mark.parametrize("dual", [1, 1.0, 0.5, 0, -3.0])
+def test_a_dual_clip_that_would_clip_everything_is_refused(dual):
+  with pytest.raises(ValueError, match=f"dual_clip {dual}: expected a number above 1"):
+    grpo.policy_loss(*np.zeros((2, 1, 1), np.float32), np.ones(1, np.float32), np.ones((1, 1), bool), dual_clip=dual)
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+@pytest.mark.parametrize("cap", [0.5, 1.0, 2.0])
+def test_truncated_loss(cap, transform):
+  rng = np.random.default_rng(0)
+  logps = -rng.exponential(1.0, (5, 7)).astype(np.float32)
+  old_logps = logps + rng.normal(0, 0.7, logps.shape).astype(np.float32)
+  old_logps[0, 0] = -500.0  # an infinite ratio
+  advantages = np.array([1.5, -0.7, 2.0, 0.0, -2.0], np.float32)[:, None]
+
+  def loss(logps):
+    each, ratio, truncated = grpo.truncated_loss(logps, old_logps, advantages, cap)
+    return jnp.sum(each), (each, ratio, truncated)
+
+  (_, (each, ratio, truncated)), gradient = transform(jax.value_and_grad(loss, has_aux=True))(logps)
+  exact = np.exp(logps.astype(np.float64) - old_logps)
+  weight = np.minimum(exact, cap)
+  assert 0 < np.mean(exact > cap) < 1
+  np.testing.assert_allclose(each, -weight * advantages * logps, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(gradient, -weight * advantages + 0 * logps, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(truncated, exact > cap)
+  with np.errstate(over="ignore"):
+    np.testing.assert_allclose(ratio, exact.astype(np.float32), rtol=1e-5)
+
+
+def test_the_truncated_ratio_carries_no_gradient():
+  gradient = jax.grad(lambda x: grpo.truncated_loss(x, np.float32(-1), np.float32(1), 2.0)[1])(np.float32(-1.2))
+  assert float(gradient) == 0
+
+
+def test_on_policy_both_losses_pull_alike():
+  logps = -np.random.default_rng(0).random((2, 3)).astype(np.float32)
+  advantages = np.array([[2.0], [-0.5]], np.float32)
+  clip = jax.grad(lambda x: jnp.sum(grpo.clipped_loss(x, logps, advantages)[0]))(logps)
+  truncated = jax.grad(lambda x: jnp.sum(grpo.truncated_loss(x, logps, advantages, 1.0)[0]))(logps)
+  np.testing.assert_allclose(clip, truncated, rtol=1e-6)
 
 
 def test_kl_k3():

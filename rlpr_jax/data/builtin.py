@@ -1,7 +1,11 @@
-"""The built-in question set: five small domains with free-form answers, and demonstrations for a warm start.
+"""The built-in question set: eight small domains with free-form answers, and demonstrations for a warm start.
 
 Everything is made from a seed, so it needs no download. Questions are split into training and held-out ones by a hash
 of their text: no held-out question is ever demonstrated or trained on.
+
+The answers of the short domains have one wording. Those of the sentence domains have dozens, of which the reference is
+one drawn at random: a few tokens of it (a name, a number, a unit) carry what it says, the others how it is said. Which
+answers are right is then no longer a matter of comparing texts; `grade` reads what they say.
 
 The demonstrations mix three ways of thinking, as text from the world does:
   careful    every step written out, right answer
@@ -11,8 +15,11 @@ A policy warm-started on the mixture answers right when it happens to think care
 reference answer probable is what RLPR has to find out.
 """
 
+import functools
 import hashlib
+import itertools
 import random
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,9 +32,19 @@ from rlpr_jax.rewards import TEMPLATE_TAGS
 
 CAREFUL, TERSE = 0.45, 0.25  # shares of the mixture; the rest is careless
 HELD_OUT_IN = 5  # one question in five is held out
+DOMAINS = ("short", "sentences", "all")
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+_PEOPLE = (
+  "ann", "bob", "cal", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "lee", "may", "ned", "pam", "ray", "sue",
+  "tom", "una", "vic",
+)  # fmt: skip
+_UNITS = ("cats", "cups", "eggs", "figs", "hats", "keys", "nuts", "pens")
+_VEHICLES = ("bus", "cab", "tram", "train", "ferry", "plane")
+_EVENTS = (
+  "art", "bus", "cab", "dig", "fly", "gym", "jog", "lab", "mop", "nap", "oil", "pub", "run", "spa", "tea", "zoo",
+)  # fmt: skip
 _TAGS = TEMPLATE_TAGS["think"]
 _SPECIAL = ("<pad>", "<end>", "<q>", "<a>")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=?,.:'()/$%#><!;"
@@ -49,6 +66,15 @@ class Question(NamedTuple):
   careless_answer: str
 
 
+class Meaning(NamedTuple):
+  """What every right answer to a sentence question says, however it says it."""
+
+  domain: str
+  names: tuple[str, ...]  # in the order that is asked for: who has more, what comes first
+  number: str  # the difference, the time; "" where there is none
+  unit: str  # what is counted, what comes at that time; an answer may leave it out
+
+
 def tokenizer() -> PreTrainedTokenizerFast:
   """One token a character and one a tag, 64 in all, with a chat template: `<q>question<a>response<end>`."""
   words = (*_SPECIAL, *_TAGS, *_CHARACTERS)
@@ -62,36 +88,85 @@ def tokenizer() -> PreTrainedTokenizerFast:
   )
 
 
-def examples(split: str, count: int, seed: int = 0) -> list[Example]:
-  """`count` different questions of the split "train" or "held_out", the domains taking turns."""
+def examples(split: str, count: int, seed: int = 0, domains: str = "short") -> list[Example]:
+  """`count` different questions of the split "train" or "held_out", the domains taking turns.
+
+  Args:
+    domains: one of `DOMAINS`.
+  """
   return [
     Example(({"role": "user", "content": question.text},), question.answer, question.domain, row)
-    for row, question in enumerate(_questions(split, count, seed))
+    for row, question in enumerate(_questions(split, count, seed, domains))
   ]
 
 
-def demonstrations(count: int, seed: int = 0) -> list[tuple[Example, str]]:
+def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tuple[Example, str]]:
   """`count` training questions, each with one response in the mixture of the three ways of thinking."""
-  rng = random.Random(f"demonstrations {seed}")
+  rng, makers = random.Random(f"demonstrations {seed}"), _makers(domains)
   pairs = []
   while len(pairs) < count:
-    question = _DOMAINS[len(pairs) % len(_DOMAINS)](rng)
+    question = makers[len(pairs) % len(makers)](rng)
     if not _is_held_out(question.text):
       example = Example(({"role": "user", "content": question.text},), question.answer, question.domain, len(pairs))
       pairs.append((example, _demonstrate(question, rng)))
   return pairs
 
 
-def _questions(split: str, count: int, seed: int) -> list[Question]:
-  rng = random.Random(f"{split} {seed}")
+def meaning(question: str) -> Meaning | None:
+  """What the answer to a sentence question has to say; None for any other text."""
+  for grammar in _GRAMMARS.values():
+    if found := grammar.question.fullmatch(question.strip()):
+      return grammar.solve(*found.groups())
+  return None
+
+
+def wordings(meant: Meaning) -> list[str]:
+  """Every way in which the reference answers and demonstrations word a meaning."""
+  content = {"n": meant.number, "u": meant.unit, "spoken": _spoken(meant.number)}
+  return [form.format(*meant.names, **content) for form in _forms(meant.domain)]
+
+
+def same_content(text: str, meant: Meaning) -> bool:
+  """Whether a text says what is meant, no more and no less, in any words of the domain's wordings.
+
+  Each name and the number must be said once. The names stand in the order of the meaning or in the opposite one, as
+  words such as "more" and "fewer" tell. Any other word than those of the wordings makes the text wrong, since it may
+  say anything: a wrong name, a wrong number, "not".
+  """
+  grammar = _GRAMMARS[meant.domain]
+  text = _SPOKEN.sub(lambda time: f"{time[2]}:{time[1]:0>2}", " ".join(text.lower().split()))
+  words = re.sub("[,.;!]", " ", text).split()
+  if not set(words) <= _style(meant.domain) | {*meant.names, meant.number, meant.unit}:
+    return False
+  names = tuple(word for word in words if word in meant.names)
+  onward, backward = (not cues.isdisjoint(words) for cues in (grammar.onward, grammar.backward))
+  in_order = onward != backward and names == (meant.names if onward else meant.names[::-1])
+  number_once = not meant.number or words.count(meant.number) == 1
+  return (in_order or not meant.names) and number_once and words.count(meant.unit) <= 1
+
+
+def grade(question: str, answer: str) -> bool | None:
+  """Whether an answer to a sentence question is right, by what it says; None for any other question."""
+  meant = meaning(question)
+  return None if meant is None else same_content(answer, meant)
+
+
+def _questions(split: str, count: int, seed: int, domains: str) -> list[Question]:
+  rng, makers = random.Random(f"{split} {seed}"), _makers(domains)
   chosen: dict[str, Question] = {}
   for _ in range(100 * count):
     if len(chosen) == count:
       return list(chosen.values())
-    question = _DOMAINS[len(chosen) % len(_DOMAINS)](rng)
+    question = makers[len(chosen) % len(makers)](rng)
     if _is_held_out(question.text) == (split == "held_out"):
       chosen.setdefault(question.text, question)
   raise InputError(f"built-in questions: {count} {split} questions were asked for, only {len(chosen)} could be made")
+
+
+def _makers(domains: str) -> tuple[Callable[[random.Random], Question], ...]:
+  if domains not in _MAKERS:
+    raise InputError(f"built-in questions: domains {domains!r}, expected one of {', '.join(DOMAINS)}")
+  return _MAKERS[domains]
 
 
 def _is_held_out(text: str) -> bool:
@@ -191,4 +266,178 @@ def _chain(rng: random.Random) -> Question:
   return Question("chain", f"{value}{''.join(f'{s:+d}' for s in steps)}", answer, careful, careless, wrong)
 
 
-_DOMAINS: tuple[Callable[[random.Random], Question], ...] = (_addition, _weekday, _letters, _price, _chain)
+def _sentence(rng: random.Random, text: str, careful: str, careless: str, wrong: Meaning) -> Question:
+  """A question with right and wrong answers in wordings drawn at random."""
+  right = meaning(text)
+  answer, careless_answer = (rng.choice(wordings(said)) for said in (right, wrong))
+  return Question(right.domain, text, answer, careful, careless, careless_answer)
+
+
+def _gap(rng: random.Random) -> Question:
+  """`ann 17 cats, bob 31. who has more?`: the gap is counted by way of the next ten.
+
+  The careless way miscounts, or takes the one who has fewer for the other.
+  """
+  people, unit = rng.sample(_PEOPLE, 2), rng.choice(_UNITS)
+  counts = rng.sample(range(11, 50), 2)
+  low, high = sorted(counts)
+  to_ten, gap = -low % 10, high - low
+
+  def think(leader: str, gap: int) -> str:
+    if 0 < to_ten < high - low:
+      ten, rest = low + to_ten, high - low - to_ten
+      return f"{leader} {low}+{to_ten}={ten} {ten}+{rest}={high} {to_ten}+{rest}={gap}"
+    return f"{leader} {high}-{low}={gap}"
+
+  text = f"{people[0]} {counts[0]} {unit}, {people[1]} {counts[1]}. who has more?"
+  right = meaning(text)
+  if rng.random() < 0.5:
+    wrong = right._replace(names=right.names[::-1])
+  else:
+    wrong = right._replace(number=str(rng.choice([n for n in (gap - 10, gap - 1, gap + 1, gap + 10) if n > 0])))
+  return _sentence(rng, text, think(right.names[0], gap), think(wrong.names[0], int(wrong.number)), wrong)
+
+
+def _late(rng: random.Random) -> Question:
+  """`bus due 7:40, 35 min late. when?`: minutes over sixty make an hour.
+
+  The careless way forgets the hour, or gets the sum of the minutes wrong.
+  """
+  unit, hour, due = rng.choice(_VEHICLES), rng.randint(1, 11), 5 * rng.randint(1, 11)
+  late = rng.choice([late for late in range(6, 60) if (due + late) % 60])
+  total = due + late
+
+  def think(total: int, carry: int) -> tuple[str, str]:
+    time = f"{hour + carry}:{total % 60:02}"
+    return f"{due}+{late}={total} " + (f"{total}-60={total - 60} " if total > 60 else "") + time, time
+
+  careful, _ = think(total, total // 60)
+  if total > 60 and rng.random() < 0.5:
+    careless, wrong = think(total, 0)
+  else:
+    slips = [slip for slip in (total - 10, total - 1, total + 1, total + 10) if 0 < slip < 120 and slip % 60]
+    slip = rng.choice(slips)
+    careless, wrong = think(slip, slip // 60)
+  text = f"{unit} due {hour}:{due:02}, {late} min late. when?"
+  return _sentence(rng, text, careful, careless, meaning(text)._replace(number=wrong))
+
+
+def _order(rng: random.Random) -> Question:
+  """`run after tea. nap before tea. order?`: each pair is put in order, then the three.
+
+  The careless way reads one pair the wrong way round.
+  """
+  events = tuple(rng.sample(_EVENTS, 3))
+  said = rng.sample([(0, 1), (1, 2)], 2)
+  text = " ".join(
+    f"{events[i]} before {events[j]}." if rng.random() < 0.5 else f"{events[j]} after {events[i]}." for i, j in said
+  )
+  a, b, c = events
+  wrong = rng.choice(((b, a, c), (a, c, b)))
+
+  def think(names: tuple[str, ...]) -> str:
+    pairs = ["-".join(sorted((events[i], events[j]), key=names.index)) for i, j in said]
+    return " ".join((*pairs, "-".join(names)))
+
+  text = f"{text} order?"
+  return _sentence(rng, text, think(events), think(wrong), meaning(text)._replace(names=wrong))
+
+
+class _Grammar(NamedTuple):
+  """How the questions of a sentence domain read, what their answers mean and how those are worded."""
+
+  question: re.Pattern[str]
+  solve: Callable[..., Meaning | None]  # of the question's groups
+  templates: tuple[str, ...]  # (a|b) is a choice; {0}, {1}, {2} are names, {n} the number, {u} the unit
+  onward: frozenset[str] = frozenset()  # words that say that the names stand in the order of the meaning
+  backward: frozenset[str] = frozenset()  # words that say the opposite
+
+
+def _solve_gap(one: str, count: str, unit: str, other: str, other_count: str) -> Meaning | None:
+  gap = int(count) - int(other_count)
+  names = (one, other) if gap > 0 else (other, one)
+  return Meaning("gap", names, str(abs(gap)), unit) if gap and one != other else None
+
+
+def _solve_late(unit: str, hour: str, due: str, late: str) -> Meaning:
+  minutes = 60 * int(hour) + int(due) + int(late)
+  return Meaning("late", (), f"{minutes // 60}:{minutes % 60:02}", unit)
+
+
+def _solve_order(*said: str) -> Meaning | None:
+  (a, b), (c, d) = (((x, y) if word == "before" else (y, x)) for x, word, y in (said[:3], said[3:]))
+  names = (a, b, d) if b == c else (c, d, b)
+  return Meaning("order", names, "", "") if (b == c or d == a) and len(set(names)) == 3 else None
+
+
+def _any_of(words: tuple[str, ...]) -> str:
+  return f"({'|'.join(words)})"
+
+
+_GRAMMARS = {
+  "gap": _Grammar(
+    re.compile(
+      f"{_any_of(_PEOPLE)} ([0-9][0-9]) {_any_of(_UNITS)}, {_any_of(_PEOPLE)} ([0-9][0-9])\\. who has more\\?"
+    ),
+    _solve_gap,
+    (
+      "{0} (has|owns|holds|keeps) {n} (more {u}|{u} more) than {1}",
+      "{0} (leads|beats|tops) {1} by {n}(| {u})",
+      "{0} is {n}(| {u}) (ahead of|above|over|up on) {1}",
+      "{1} (has|owns|holds|keeps) {n} (fewer {u}|{u} fewer) than {0}",
+      "{1} (trails|lags|follows) {0} by {n}(| {u})",
+      "{1} is {n}(| {u}) (behind|below|under|down on) {0}",
+    ),
+    onward=frozenset(["more", "leads", "beats", "tops", "ahead", "above", "over", "up"]),
+    backward=frozenset(["fewer", "trails", "lags", "follows", "behind", "below", "under", "down"]),
+  ),
+  "late": _Grammar(
+    re.compile(f"{_any_of(_VEHICLES)} due ([0-9][0-9]?):([0-5][0-9]), ([0-9][0-9]?) min late\\. when\\?"),
+    _solve_late,
+    (
+      "(it|the {u}) (comes|arrives|gets in|pulls in|turns up) at ({n}|{spoken})",
+      "at ({n}|{spoken}) (it|the {u}) (comes|arrives|gets in|pulls in|turns up)",
+      "(expect|await|look for|meet) (it|the {u}) at ({n}|{spoken})",
+      "(it|the {u}) will be (here|there|in) at ({n}|{spoken})",
+    ),
+  ),
+  "order": _Grammar(
+    re.compile("{0} (before|after) {0}\\. {0} (before|after) {0}\\. order\\?".format(_any_of(_EVENTS))),
+    _solve_order,
+    (
+      "(|first |begin with |start with |it is |we have ){0}, then {1}(, then| and then|, next) {2}",
+      "{0} (is|comes|was|came) before {1}(, then| and then|, next) {2}",
+      "{2} (is|comes|was|came) after {1}, (which is|which was|itself) after {0}",
+      "{2} follows {1}, which (follows|is after|comes after|came after) {0}",
+    ),
+    onward=frozenset(["first", "begin", "start", "then", "next", "before"]),
+    backward=frozenset(["after", "follows"]),
+  ),
+}
+
+# `5 past 8`
+_SPOKEN = re.compile(r"(?<![0-9])([0-9]{1,2}) past ([0-9]{1,2})(?![0-9:])")
+
+
+@functools.cache
+def _forms(domain: str) -> tuple[str, ...]:
+  """The domain's templates with every choice made."""
+  choices = ([part.split("|") for part in re.split("[()]", template)] for template in _GRAMMARS[domain].templates)
+  return tuple("".join(parts) for choice in choices for parts in itertools.product(*choice))
+
+
+@functools.cache
+def _style(domain: str) -> frozenset[str]:
+  """The words of the domain's wordings that stand for nothing by themselves."""
+  return frozenset(word for form in _forms(domain) for word in re.sub("{.*?}|,", " ", form).split())
+
+
+def _spoken(time: str) -> str:
+  """`8:05` as `5 past 8`."""
+  hour, _, minutes = time.partition(":")
+  return f"{int(minutes)} past {hour}" if minutes else time
+
+
+_SHORT = (_addition, _weekday, _letters, _price, _chain)
+_SENTENCES = (_gap, _late, _order)
+_MAKERS = {"short": _SHORT, "sentences": _SENTENCES, "all": _SHORT + _SENTENCES}

@@ -1,4 +1,4 @@
-"""Exact match on held-out questions: Avg@k, the mean over k samples of each. It measures, and trains nothing."""
+"""Accuracy on held-out questions: Avg@k, the mean over k samples of each. It measures, and trains nothing."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -6,16 +6,11 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
-from rlpr_jax import rewards, splicing
+from rlpr_jax import rewards
 from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.evaluation import graders
 from rlpr_jax.models import Params
 from rlpr_jax.sampling.engine import Engine
-
-
-def exact_match(text: str, reference: str) -> bool:
-  """Whether the content of `<answer>` is the reference, but for case and runs of whitespace."""
-  answer = splicing.extract_answer(text)
-  return answer is not None and " ".join(answer.lower().split()) == " ".join(reference.lower().split())
 
 
 def evaluate(
@@ -26,7 +21,7 @@ def evaluate(
   key: jax.Array,
   progress: Callable[[int, int], None],
 ) -> dict[str, float]:
-  """Avg@samples over the prompts.
+  """Avg@samples over the prompts: exact match, but for built-in sentence questions, where what an answer says counts.
 
   Args:
     progress: called with how many responses have ended, of how many.
@@ -38,7 +33,7 @@ def evaluate(
   right: dict[str, list[bool]] = defaultdict(list)
   for i, text in enumerate(out.texts):
     prompt = prompts[i // samples]
-    right[prompt.source].append(exact_match(text, prompt.reference))
+    right[prompt.source].append(graders.verify("builtin", text, prompt.reference, prompt.question))
   return {
     "accuracy": float(np.mean([match for matches in right.values() for match in matches])),
     **{f"accuracy/{source}": float(np.mean(matches)) for source, matches in sorted(right.items())},

@@ -48,6 +48,7 @@ class References(NamedTuple):
   logps: np.ndarray  # float32[B, E] its log-probabilities; 0 where they were not needed
   mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
   overlong: np.ndarray  # bool[B] a suffix could have been spliced in, but did not fit
+  starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
 
 
 class Rollouts(NamedTuple):
@@ -61,6 +62,7 @@ class Rollouts(NamedTuple):
   refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
   scorable: np.ndarray  # bool[B] the reference answer could be spliced in
   overlong: np.ndarray  # bool[B] it could have been, but did not fit
+  reference_starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
   reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
   reference_logps: np.ndarray  # float32[B, E] log-probabilities of the reference answer's own tokens, else 0
   reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
@@ -96,7 +98,7 @@ class Shapes:
 
   @property
   def suffix_buckets(self) -> tuple[int, ...]:
-    return buckets(self.suffix_length, smallest=16, ratio=4)
+    return buckets(self.suffix_length, smallest=4, ratio=4)
 
   @property
   def decode_rows(self) -> tuple[int, ...]:
@@ -106,10 +108,19 @@ class Shapes:
       counts.append(-(-counts[-1] // (4 * self.ways)) * self.ways)
     return tuple(reversed(counts))
 
+  def score_sizes(self, rows: int) -> tuple[int, ...]:
+    """How many of at most `rows` suffixes a call scores: all, or a quarter. Ascending."""
+    return tuple(sorted({max(rows // 4 // self.ways, 1) * self.ways, rows}))
+
+  @property
+  def longest(self) -> int:
+    """Tokens of a text, at most."""
+    return self.prompt_limit + self.max_response_length
+
   @property
   def reaches(self) -> tuple[int, ...]:
     """How much of a slot is read: quarters, for attention to skip what no row has filled."""
-    longest = self.prompt_limit + self.max_response_length
+    longest = self.longest
     if longest < 256:
       return (longest,)
     return tuple(sorted({min(-(-longest * i // 4 // 64) * 64, longest) for i in range(1, 5)}))
@@ -182,6 +193,7 @@ class Engine:
       *sampled,
       scorable=references.mask.any(axis=1),
       overlong=references.overlong,
+      reference_starts=references.starts,
       reference_tokens=references.tokens,
       reference_logps=references.logps,
       reference_mask=references.mask,
@@ -210,7 +222,7 @@ class Engine:
           out.overlong[row] = not fits
           if fits:
             todo.append(_Scored(place, row, len(prompts[row].ids), int(prompts[row].ids[-1]), *suffix))
-        self.score(params, batch.cache, todo, size, (width,), out)
+        self.score(params, batch.cache, todo, size, width, out)
     return out.logps, out.mask
 
   def prefill(self, params: Params, prompts: Sequence[Prompt], width: int) -> _Prefilled:
@@ -229,26 +241,27 @@ class Engine:
     params: Params,
     cache: KVCache,
     todo: Sequence["_Scored"],
-    size: int,
-    reaches: Sequence[int],
+    most: int,
+    reach: int,
     out: "References",
   ) -> None:
-    """Scores suffixes after rows of a cache, `size` at a time, and writes them into `out`.
+    """Scores suffixes after rows of a cache, `most` at a time, and writes them into `out`.
 
     Rows of a call are of one suffix bucket, and lie as the mesh splits them: a part of the call's rows for each part
     of the cache's.
     """
-    ways, all_rows = self.shapes.ways, cache.rows
+    ways, all_rows, sizes = self.shapes.ways, cache.rows, self.shapes.score_sizes(most)
     by_bucket = collections.defaultdict(list)
     for item in todo:
       by_bucket[bucket(self.shapes.suffix_buckets, len(item.ids))].append(item)
     for width, items in sorted(by_bucket.items()):
       waiting = [[item for item in items if item.row * ways // all_rows == way] for way in range(ways)]
       while any(waiting):
+        left = max(map(len, waiting)) * ways
+        size = max((size for size in sizes if size <= left), default=sizes[0])
         batch = [way[: size // ways] for way in waiting]
         waiting = [way[size // ways :] for way in waiting]
         rows, suffixes, placed = lay_out(batch, size // ways, all_rows // ways, width)
-        reach = bucket(reaches, max(item.prefix for item, _ in placed))
         logps = decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach)
         for (item, _), row in zip(placed, np.asarray(logps)[[place for _, place in placed]], strict=True):
           mask = np.array(item.mask)
@@ -302,11 +315,12 @@ class Engine:
         slots = self.move(params, slots, [], rows)
     with self._memory(params, "rollout.score_rows", shapes.score_rows):
       for width in shapes.suffix_buckets if scoring else ():
-        for reach in shapes.reaches:
-          self.score_padding(params, slots.cache, shapes.score_rows, reach, width)
+        for size in shapes.score_sizes(shapes.score_rows):
+          self.score_padding(params, slots.cache, size, shapes.longest, width)
         for length in shapes.prompt_buckets:
           cache = self.prefill(params, [], length).cache
-          self.score_padding(params, cache, shapes.prefill_rows, length, width)
+          for size in shapes.score_sizes(shapes.prefill_rows):
+            self.score_padding(params, cache, size, length, width)
 
   def score_padding(self, params: Params, cache: KVCache, size: int, reach: int, width: int) -> None:
     """Runs a scoring program on nothing."""
@@ -558,6 +572,7 @@ class _Run:
       if fits:
         kept = [*prompt.ids, *response[: splice.prefix_length]]
         self.ready.append(_Scored(slot, request, len(kept), int(kept[-1]), *suffix))
+        self.references.starts[request] = splice.prefix_length
       else:
         self.references.overlong[request] = splice is not None
         self.free.append(slot)
@@ -565,7 +580,7 @@ class _Run:
 
   def score_ready(self) -> None:
     shapes = self.shapes
-    self.engine.score(self.params, self.slots.cache, self.ready, shapes.score_rows, shapes.reaches, self.references)
+    self.engine.score(self.params, self.slots.cache, self.ready, shapes.score_rows, shapes.longest, self.references)
     self.free += [item.row for item in self.ready]
     self.ready = []
 
@@ -586,7 +601,13 @@ def free_bytes() -> int:
 
 def empty_references(rows: int, suffix_length: int) -> References:
   shape = (rows, suffix_length)
-  return References(np.zeros(shape, np.int32), np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(rows, bool))
+  return References(
+    tokens=np.zeros(shape, np.int32),
+    logps=np.zeros(shape, np.float32),
+    mask=np.zeros(shape, bool),
+    overlong=np.zeros(rows, bool),
+    starts=np.zeros(rows, np.int32),
+  )
 
 
 def pad_prompts(prompts: Sequence[Prompt], width: int, rows: int | None = None) -> tuple[np.ndarray, np.ndarray]:

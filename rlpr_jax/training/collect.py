@@ -1,5 +1,7 @@
 """One step's harvest: draw prompts, sample, score, reward, filter, and draw again until the step has its groups."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +13,15 @@ from rlpr_jax.models import Params
 from rlpr_jax.rewards import Rewards
 from rlpr_jax.sampling.engine import Rollouts, pad_prompts
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Groups
-from rlpr_jax.training.setup import Run
+from rlpr_jax.training.packing import Answers, Groups
+from rlpr_jax.training.reward import Evidence, assess, auc, gather_evidence, within_group_correlation
+from rlpr_jax.training.scorer import score_again
+from rlpr_jax.training.setup import Run, baseline_logps, scorer_params
 from rlpr_jax.training.state import TrainState
 
-_assess = jax.jit(rewards.assess, static_argnames=("aggregate", "shaping", "format_coefficient"))
 _group_advantages = jax.jit(grpo.group_advantages, static_argnames=("normalize",))
+_separate_advantages = jax.jit(grpo.separate_advantages, static_argnames=("normalize",))
+_group_bound = jax.jit(grpo.group_bound)
 
 
 class Draw(NamedTuple):
@@ -24,8 +29,11 @@ class Draw(NamedTuple):
 
   prompts: list[Prompt]  # [P]
   rollouts: Rollouts  # [P * G]
+  evidence: Evidence
   rewards: Rewards  # [P, G]
+  shadows: dict[str, Rewards]  # by name
   advantages: np.ndarray  # float32[P, G]
+  answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
   stds: np.ndarray  # float32[P]
   keep: np.ndarray  # bool[P]
 
@@ -36,6 +44,7 @@ class Harvest(NamedTuple):
   groups: Groups  # kept, at most prompts_per_step
   carried: Groups  # kept beyond that
   stds: np.ndarray  # float32[max_draws * P] spread of every prompt drawn; NaN where nothing was drawn
+  baselines: np.ndarray  # float32[N, A] as in TrainState, with what was learned of them
   values: dict[str, float]  # metrics
   rows: list[dict[str, Any]]  # rollouts for the disk
 
@@ -46,7 +55,8 @@ def collect(run: Run, state: TrainState, stream: PromptStream) -> Harvest:
   params = run.policy.sampling_params(state.params)
   kept, draws = [state.carried], []
   while sum(groups.count for groups in kept) < config.prompts_per_step and len(draws) < config.max_draws:
-    draw = draw_once(run, state, params, stream)
+    draw, baselines = draw_once(run, state, params, stream)
+    state = state._replace(baselines=baselines)
     kept.append(to_groups(run, draw))
     draws.append(draw)
   groups = packing.concatenate(kept)
@@ -59,61 +69,98 @@ def collect(run: Run, state: TrainState, stream: PromptStream) -> Harvest:
     groups=groups.take(slice(size)),
     carried=groups.take(slice(size, None)),
     stds=stds,
+    baselines=state.baselines,
     values=summarize(run, state, draws, groups),
     rows=rollout_rows(run, state.step + 1, draws[0]) if draws else [],
   )
 
 
-def draw_once(run: Run, state: TrainState, params: Params, stream: PromptStream) -> Draw:
-  """The next prompts of the stream, sampled, scored, rewarded and judged by the filter."""
+def draw_once(run: Run, state: TrainState, params: Params, stream: PromptStream) -> tuple[Draw, np.ndarray]:
+  """The next prompts of the stream, sampled, scored, rewarded and judged by the filter; and the baselines after it."""
   config = run.config
   numbered = stream.next_batch(config.rollout.prompts_per_draw)
+  prompts = [prompt for _, prompt in numbered]
   rollouts = run.engine.rollout(params, numbered, run.key, config.samples_per_prompt)
-  parts = reward(run, state, numbered, rollouts)
-  advantages, stds = jax.device_get(_group_advantages(parts.total, config.training.advantages))
+  if config.reward.scorer != "policy":
+    rollouts = score_again(run, scorer_params(run, state), prompts, rollouts)
+  baselines = newest_baselines(run, state, params, prompts)
+  rows = [prompt.row for prompt in prompts]
+  evidence = gather_evidence(config, numbered, rollouts, baselines[rows])
+  parts = jax.device_get(assess(evidence, run.reward))
+  if run.custom_reward is not None:
+    parts = parts._replace(total=np.asarray(run.custom_reward(evidence, rollouts.texts, prompts), np.float32))
+  shadows = {name: jax.device_get(assess(evidence, settings)) for name, settings in run.shadows.items()}
+  advantages, stds, answer_weights = judge(run, evidence, parts)
+  scales = [dict(config.filter.source_scales).get(prompt.source, run.filter.scale) for prompt in prompts]
+  keep = filtering.keep(state.filter, stds, run.filter, correct=evidence.verified, scales=np.array(scales, np.float32))
   refused = rollouts.refused.reshape(stds.size, -1).any(axis=1)
-  keep = np.asarray(filtering.keep(state.filter, stds, run.filter)) & ~refused
-  return Draw([prompt for _, prompt in numbered], rollouts, parts, advantages, stds, keep)
+  keep = np.asarray(keep) & ~refused
+  return Draw(prompts, rollouts, evidence, parts, shadows, advantages, answer_weights, stds, keep), baselines
 
 
-def reward(run: Run, state: TrainState, numbered: list[tuple[int, Prompt]], rollouts: Rollouts) -> Rewards:
-  """Every part of the reward of a draw, as [P, G] arrays; rlpr sections 2 to 5."""
+def newest_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
+  """Log-probabilities [N, A] of all references without reasoning; those of the draw measured anew where asked for."""
   settings = run.config.reward
-  shape = (len(numbered), run.config.samples_per_prompt)
-  formats = [rewards.format_score(text, run.engine.template) for text in rollouts.texts]
-  repetition = [
-    rewards.repetition_penalty(text, settings.repetition_window, settings.repetition_limit) for text in rollouts.texts
-  ]
-  parts = jax.device_get(
-    _assess(
-      rollouts.reference_logps.reshape(*shape, -1),
-      rollouts.reference_mask.reshape(*shape, -1),
-      rollouts.scorable.reshape(shape),
-      state.baselines[[prompt.row for _, prompt in numbered]],
-      np.array(formats, np.float32).reshape(shape),
-      np.array(repetition, np.float32).reshape(shape),
-      aggregate=settings.aggregate,
-      shaping=settings.shaping,
-      format_coefficient=settings.format_coefficient,
-    )
-  )
-  if settings.kind == "random":  # the control: spread as a reward is, and knows nothing
-    noise = [np.random.default_rng([run.config.seed, number]).random(shape[1]) for number, _ in numbered]
-    parts = parts._replace(total=np.array(noise, np.float32))
-  return parts
+  if settings.baseline_policy not in ("current", "moving_average"):
+    return state.baselines
+  scorer = params if settings.scorer == "policy" else run.policy.sampling_params(scorer_params(run, state))
+  rows, new = [prompt.row for prompt in prompts], baseline_logps(run, scorer, prompts)
+  if settings.baseline_policy == "moving_average":
+    new = np.asarray(rewards.moving_average(state.baselines[rows], new, settings.baseline_rate))
+  baselines = state.baselines.copy()  # a checkpoint may still be reading the old ones
+  baselines[rows] = new
+  return baselines
+
+
+def judge(run: Run, evidence: Evidence, parts: Rewards) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Advantages [P, G], spreads [P], and the weights [P, G] of the gradient through the reference answer."""
+  settings, normalize = run.config.reward, run.config.training.advantages
+  if settings.kind == "mixture" and settings.normalization == "separate":
+    halves = [assess(evidence, dataclasses.replace(run.reward, kind="reference")).total, evidence.verified]
+    weights = [1 - settings.rule_weight, settings.rule_weight]
+    advantages, stds = _separate_advantages(halves, weights, normalize=normalize)
+  else:
+    advantages, stds = _group_advantages(parts.total, normalize)
+  answer_weights = np.zeros_like(parts.total)
+  match run.config.training.answer_gradient:
+    case "verifree":
+      answer_weights = grpo.verifree_weights(np.maximum(parts.debiased, 0))  # never away from the reference
+    case "jepo":
+      likelihoods = np.where(evidence.mask, evidence.logps, 0.0).sum(axis=-1)
+      _, gain, shares = _group_bound(likelihoods, evidence.scorable)
+      # Sums over the group, where everything else is a mean over its responses. What is not the bound stays a reward.
+      size = evidence.scorable.shape[1]
+      rest = rewards.combine(0.0, evidence.formats, settings.format_coefficient, parts.repetition + parts.length)
+      advantages = size * gain + _group_advantages(rest, "none")[0]
+      answer_weights = size * shares
+  answer_weights = np.where(evidence.scorable, answer_weights, 0.0) * run.config.training.answer_coefficient
+  return jax.device_get((advantages, stds, answer_weights.astype(np.float32)))
 
 
 def to_groups(run: Run, draw: Draw) -> Groups:
   """The groups of a draw that are kept."""
   kept, shape, rollouts = np.flatnonzero(draw.keep), draw.advantages.shape, draw.rollouts
   tokens, lengths = pad_prompts([draw.prompts[p] for p in kept], run.config.data.prompt_limit)
+
+  def grouped(x: np.ndarray) -> np.ndarray:
+    return x.reshape(*shape, *x.shape[1:])[kept]
+
+  answers = None
+  if run.config.training.answer_gradient != "none":
+    answers = Answers(
+      draw.answer_weights[kept],
+      grouped(rollouts.reference_starts),
+      grouped(rollouts.reference_tokens),
+      grouped(rollouts.reference_mask),
+    )
   return Groups(
     tokens,
     lengths,
-    rollouts.tokens.reshape(*shape, -1)[kept],
-    rollouts.lengths.reshape(shape)[kept],
-    rollouts.logprobs.reshape(*shape, -1)[kept],
+    grouped(rollouts.tokens),
+    grouped(rollouts.lengths),
+    grouped(rollouts.logprobs),
     draw.advantages[kept],
+    answers,
   )
 
 
@@ -138,6 +185,7 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
   return values | {
     **{f"reward/{name}": float(np.mean([getattr(draw.rewards, name) for draw in draws])) for name in Rewards._fields},
     "reward/group_std": float(np.mean([draw.stds for draw in draws])),
+    **compare(draws),
     "rollout/response_length": float(np.mean(everywhere("lengths"))),
     "rollout/truncated": float(np.mean(~everywhere("finished"))),
     "rollout/scorable": float(np.mean(everywhere("scorable"))),
@@ -150,6 +198,25 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
   }
 
 
+def compare(draws: list[Draw]) -> dict[str, float]:
+  """Each shadow reward beside the one that is trained on, and both against the verifier, if there is one."""
+
+  def everywhere(pick: Callable[[Draw], np.ndarray]) -> np.ndarray:
+    return np.concatenate([pick(draw) for draw in draws])
+
+  total, right = everywhere(lambda draw: draw.rewards.total), everywhere(lambda draw: draw.evidence.verified)
+  values = {"reward/verified": float(right.mean()), "reward/auc": auc(total, right)}
+  for name in draws[0].shadows:
+    shadow = everywhere(lambda draw, name=name: draw.shadows[name].total)
+    values |= {
+      f"shadow/{name}/total": float(shadow.mean()),
+      f"shadow/{name}/group_std": float(np.std(shadow, axis=1, ddof=1).mean()) if shadow.shape[1] > 1 else 1.0,
+      f"shadow/{name}/correlation": within_group_correlation(total, shadow),
+      f"shadow/{name}/auc": auc(shadow, right),
+    }
+  return {name: value for name, value in values.items() if value is not None}
+
+
 def rollout_rows(run: Run, step: int, draw: Draw) -> list[dict[str, Any]]:
   """The first `log.rollouts` responses of a draw with every part of their reward, as they go to disk."""
   rows = []
@@ -157,6 +224,7 @@ def rollout_rows(run: Run, step: int, draw: Draw) -> list[dict[str, Any]]:
     p, g = divmod(i, run.config.samples_per_prompt)
     prompt, answer = draw.prompts[p], draw.rollouts.reference_mask[i]
     parts = {f"reward_{name}": value for name, value in draw.rewards._asdict().items()}
+    parts |= {f"shadow_{name}": shadow.total for name, shadow in draw.shadows.items()}
     rows.append(
       {
         "step": step,

@@ -3,9 +3,19 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from rlpr_jax import grpo
+
+
+class Answers(NamedTuple):
+  """Reference answers in the place of the responses' own, for a gradient through them. numpy."""
+
+  weights: np.ndarray  # float32[K, G] of -log p(answer)
+  starts: np.ndarray  # int32[K, G] tokens of the response that stand before the suffix
+  tokens: np.ndarray  # int32[K, G, E] the suffix
+  mask: np.ndarray  # bool[K, G, E] True on the answer's own tokens; nowhere if the response has no place for it
 
 
 class Groups(NamedTuple):
@@ -17,6 +27,7 @@ class Groups(NamedTuple):
   lengths: np.ndarray  # int32[K, G]
   logprobs: np.ndarray  # float32[K, G, T] under the policy that sampled
   advantages: np.ndarray  # float32[K, G]
+  answers: Answers | None = None  # None where no gradient goes through them
 
   @property
   def count(self) -> int:
@@ -24,7 +35,7 @@ class Groups(NamedTuple):
 
   def take(self, which: slice | np.ndarray) -> "Groups":
     """The groups that an index, a slice or a mask over K selects."""
-    return Groups(*(field[which] for field in self))
+    return jax.tree.map(lambda field: field[which], self)
 
 
 class PackedRows(NamedTuple):
@@ -33,14 +44,30 @@ class PackedRows(NamedTuple):
   tokens: np.ndarray  # int32[R, L]
   positions: np.ndarray  # int32[R, L] within the segment
   segment_ids: np.ndarray  # int32[R, L]
-  mask: np.ndarray  # bool[R, L] True on response tokens, EOS included
+  mask: np.ndarray  # bool[R, L] True on sampled tokens, EOS included
   old_logprobs: np.ndarray  # float32[R, L] of the token at the same place
   advantages: np.ndarray  # float32[R, L]
   weights: np.ndarray  # float32[R, L] loss = sum(weights * token loss), over the whole minibatch
+  answer_weights: np.ndarray | None = None  # float32[R, L] loss -= sum(answer_weights * log p); None for no such term
+  reference_logprobs: np.ndarray | None = None  # float32[R, L] under the initial policy; None without a KL term
+
+
+def empty_rows(rows: int, length: int) -> PackedRows:
+  """Rows of padding."""
+  shape = (rows, length)
+  return PackedRows(
+    tokens=np.zeros(shape, np.int32),
+    positions=np.zeros(shape, np.int32),
+    segment_ids=np.zeros(shape, np.int32),
+    mask=np.zeros(shape, bool),
+    old_logprobs=np.zeros(shape, np.float32),
+    advantages=np.zeros(shape, np.float32),
+    weights=np.zeros(shape, np.float32),
+  )
 
 
 def concatenate(groups: Sequence[Groups]) -> Groups:
-  return Groups(*(np.concatenate(fields) for fields in zip(*groups, strict=True)))
+  return jax.tree.map(lambda *fields: np.concatenate(fields), *groups)
 
 
 def minibatches(groups: Groups, prompts_per_step: int, count: int, aggregate: str) -> list[PackedRows]:
@@ -55,27 +82,33 @@ def minibatches(groups: Groups, prompts_per_step: int, count: int, aggregate: st
 
 
 def pack(groups: Groups, size: int, aggregate: str) -> PackedRows:
-  """One row a response, prompt and response adjoining, for `size` groups; the rows of missing groups are padding."""
-  samples, limit = groups.tokens.shape[1:]
-  rows, length = size * samples, groups.prompt_tokens.shape[1] + limit
-  out = PackedRows(
-    tokens=np.zeros((rows, length), np.int32),
-    positions=np.zeros((rows, length), np.int32),
-    segment_ids=np.zeros((rows, length), np.int32),
-    mask=np.zeros((rows, length), bool),
-    old_logprobs=np.zeros((rows, length), np.float32),
-    advantages=np.zeros((rows, length), np.float32),
-    weights=np.zeros((rows, length), np.float32),
-  )
+  """One row a response, prompt and response adjoining, for `size` groups; the rows of missing groups are padding.
+
+  With a gradient through the reference answer, the answer stands in the place of what the response wrote from
+  `<answer>` on, and the advantage reaches the tokens before it.
+  """
+  (samples, limit), answers = groups.tokens.shape[1:], groups.answers
+  width = 0 if answers is None else answers.tokens.shape[2]
+  out = empty_rows(size * samples, groups.prompt_tokens.shape[1] + limit + width)
+  answer_weights, on_answers = np.zeros_like(out.weights), np.zeros_like(out.mask)
   for row in range(groups.count * samples):
     k, g = divmod(row, samples)
-    start, tokens = groups.prompt_lengths[k], groups.lengths[k, g]
+    spliced = np.flatnonzero(answers.mask[k, g]) if answers else np.zeros(0, int)
+    start, tokens = groups.prompt_lengths[k], answers.starts[k, g] if spliced.size else groups.lengths[k, g]
     end = start + tokens
     out.tokens[row, :start] = groups.prompt_tokens[k, :start]
     out.tokens[row, start:end] = groups.tokens[k, g, :tokens]
-    out.positions[row, :end] = np.arange(end)
-    out.segment_ids[row, :end] = 1
     out.mask[row, start:end] = True
     out.old_logprobs[row, start:end] = groups.logprobs[k, g, :tokens]
     out.advantages[row, start:end] = groups.advantages[k, g]
-  return out._replace(weights=np.asarray(grpo.token_weights(out.mask, aggregate, limit)))
+    if spliced.size:
+      on_answers[row, end + spliced] = True
+      answer_weights[row, end + spliced] = answers.weights[k, g]
+      suffix = spliced[-1] + 1
+      out.tokens[row, end : end + suffix] = answers.tokens[k, g, :suffix]
+      end += suffix
+    out.positions[row, :end] = np.arange(end)
+    out.segment_ids[row, :end] = 1
+  weights = np.asarray(grpo.token_weights(out.mask | on_answers, aggregate, limit))
+  out = out._replace(weights=np.where(out.mask, weights, 0))
+  return out if answers is None else out._replace(answer_weights=answer_weights * weights)

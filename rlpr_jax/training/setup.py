@@ -1,15 +1,17 @@
 """From a config to a run that can take its first step: data, policy, warm start, baselines, first evaluation."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from rlpr_jax import filtering, models, rewards, splicing
+from rlpr_jax import filtering, models, splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare
 from rlpr_jax.data.sources import Example, load_examples
@@ -20,8 +22,9 @@ from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import metrics, warm_start
 from rlpr_jax.training.interrupt import StopRequest
-from rlpr_jax.training.packing import Groups
+from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
+from rlpr_jax.training.reward import CustomReward, RewardSettings, align, parse_shadow
 from rlpr_jax.training.state import TrainState
 from rlpr_jax.training.update import adamw
 
@@ -41,9 +44,12 @@ class Run(NamedTuple):
   optimizer: optax.GradientTransformation
   filter: filtering.FilterConfig
   key: jax.Array
+  reward: RewardSettings
+  shadows: dict[str, RewardSettings]  # by name
+  custom_reward: CustomReward | None
 
 
-def set_up(config: ConfigDict) -> Run:
+def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run:
   """Model, tokenizer and data, with everything checked before anything compiles."""
   policy = load_policy(config)
   check_rows(config, policy.sharding.ways("batch"))
@@ -75,9 +81,21 @@ def set_up(config: ConfigDict) -> Run:
     config.reward.baseline_prefix,
   )
   optimizer = adamw(config.training.learning_rate, config.training.weight_decay, config.training.max_grad_norm)
-  filter_config = filtering.FilterConfig(**config.filter)
-  key = jax.random.key(config.seed)
-  return Run(config, policy, engine, prompts, held_out_prompts, optimizer, filter_config, key)
+  settings = config.filter.to_dict()
+  del settings["source_scales"]
+  return Run(
+    config,
+    policy,
+    engine,
+    prompts,
+    held_out_prompts,
+    optimizer,
+    filtering.FilterConfig(**settings),
+    jax.random.key(config.seed),
+    RewardSettings.of(config.reward),
+    dict(parse_shadow(config, text) for text in config.reward.shadow),
+    custom_reward,
+  )
 
 
 def check_rows(config: ConfigDict, ways: int) -> None:
@@ -142,7 +160,7 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   run.engine.warm_up(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here, before anything
   if run.config.warm_start.steps:
     params = warm_up(run, params, stop)
-  baselines = np.zeros(len(run.prompts), np.float32)
+  baselines = unknown_baselines(run)
   if run.config.reward.baseline_policy == "initial":
     baselines = initial_baselines(run, params, stop)
   if stop:
@@ -151,20 +169,51 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   if values:
     writer.write(0, values)
   return abstract_state(run)._replace(
-    params=params, opt_state=init_opt_state(run.optimizer, params, run.policy.sharding), baselines=baselines
+    params=params,
+    opt_state=init_opt_state(run.optimizer, params, run.policy.sharding),
+    baselines=baselines,
+    initial=copy_params(params) if keeps_initial(run.config) else {},
+    lagged=copy_params(params) if run.config.reward.scorer == "lagged" else {},
   )
+
+
+def keeps_initial(config: ConfigDict) -> bool:
+  """Whether the initial policy is needed after the first step."""
+  return config.training.kl_coefficient > 0 or config.reward.scorer == "initial"
+
+
+def copy_params(params: models.Params) -> models.Params:
+  """A copy that outlives the parameters, which an update gives away."""
+  return jax.tree.map(jnp.copy, params)
+
+
+def scorer_params(run: Run, state: TrainState) -> models.Params:
+  """The trained parameters of the policy that scores the references, where it is not the one that samples."""
+  return state.initial if run.config.reward.scorer == "initial" else state.lagged
 
 
 def abstract_state(run: Run) -> TrainState:
   """A state before step 1 with shapes in the place of parameters and optimiser state, to restore a checkpoint into."""
   config = run.config
-  samples, limit = config.samples_per_prompt, config.rollout.max_response_length
+  samples, limit, width = (
+    config.samples_per_prompt,
+    config.rollout.max_response_length,
+    config.data.max_reference_length,
+  )
+  answers = Answers(
+    np.zeros((0, samples), np.float32),
+    np.zeros((0, samples), np.int32),
+    np.zeros((0, samples, width), np.int32),
+    np.zeros((0, samples, width), bool),
+  )
   return TrainState(
     step=0,
     params=run.policy.trained,
     opt_state=abstract_opt_state(run.optimizer, run.policy.trained, run.policy.sharding),
     filter=filtering.init(run.filter),
-    baselines=np.zeros(len(run.prompts), np.float32),
+    baselines=unknown_baselines(run),
+    initial=run.policy.trained if keeps_initial(config) else {},
+    lagged=run.policy.trained if config.reward.scorer == "lagged" else {},
     carried=Groups(
       np.zeros((0, config.data.prompt_limit), np.int32),
       np.zeros(0, np.int32),
@@ -172,6 +221,7 @@ def abstract_state(run: Run) -> TrainState:
       np.zeros((0, samples), np.int32),
       np.zeros((0, samples, limit), np.float32),
       np.zeros((0, samples), np.float32),
+      None if config.training.answer_gradient == "none" else answers,
     ),
     stream=PromptStream(run.prompts, config.seed).state(),
   )
@@ -208,18 +258,26 @@ def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params
 
 
 def initial_baselines(run: Run, params: models.Params, stop: StopRequest) -> np.ndarray:
-  """r' of every prompt under the initial policy (rlpr section 3), computed once and kept in the state."""
+  """Log-probabilities [N, A] of every reference under the initial policy (rlpr section 3), kept in the state."""
   size, total = run.config.rollout.prompts_per_draw, len(run.prompts)
-  ready = run.policy.sampling_params(params)
+  ready, baselines = run.policy.sampling_params(params), unknown_baselines(run)
   progress = metrics.Progress("baselines, prompt")
-  parts = []
   for first in range(0, total, size):
     if stop:
-      return np.zeros(total, np.float32)
-    parts.append(run.engine.baseline(ready, run.prompts[first : first + size]))
+      break
+    baselines[first : first + size] = baseline_logps(run, ready, run.prompts[first : first + size])
     progress(min(first + size, total), total)
-  logps, mask = map(np.concatenate, zip(*parts, strict=True))
-  return np.asarray(rewards.reference_probability(logps, mask, run.config.reward.aggregate))
+  return baselines
+
+
+def baseline_logps(run: Run, params: models.Params, prompts: Sequence[Prompt]) -> np.ndarray:
+  """Log-probabilities [P, A] of each reference's tokens with no reasoning before them; NaN beyond the last."""
+  logps, mask = align(*run.engine.baseline(params, prompts))
+  return np.where(mask, logps, np.nan).astype(np.float32)
+
+
+def unknown_baselines(run: Run) -> np.ndarray:
+  return np.full((len(run.prompts), run.config.data.max_reference_length), np.nan, np.float32)
 
 
 def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
@@ -227,9 +285,11 @@ def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
   if not run.held_out:
     return {}
   settings = run.config.evaluation
+  choice = Choice(settings.temperature, top_p=settings.top_p)
+  evaluator = dataclasses.replace(run.engine, settings=dataclasses.replace(run.engine.settings, choice=choice))
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
   progress = metrics.Progress("held-out, response")
   values = held_out.evaluate(
-    run.engine, run.policy.sampling_params(params), run.held_out, settings.samples, key, progress
+    evaluator, run.policy.sampling_params(params), run.held_out, settings.samples, key, progress
   )
   return {f"held_out/{name}": value for name, value in values.items()}

@@ -21,7 +21,9 @@ class TrainState(NamedTuple):
   params: Params  # float32 masters of what is trained
   opt_state: optax.OptState
   filter: FilterState
-  baselines: np.ndarray  # float32[N] r' of each prompt under the initial policy
+  baselines: np.ndarray  # float32[N, A] log-probabilities of each reference without reasoning; NaN: no token, unknown
+  initial: Params  # the initial policy, for a KL term or as frozen scorer; else nothing
+  lagged: Params  # the policy some steps ago, as scorer; else nothing
   carried: Groups  # kept groups that the step before had no room for
   stream: dict[str, Any]  # position of the data stream
 
@@ -73,16 +75,17 @@ class Checkpoints:
     )
     arrays, host = restored["arrays"], restored["host"]
     arrays["carried"] = arrays["carried"].take(slice(host.pop("carried")))
-    return TrainState(params=restored["params"], **arrays, **host)
+    return TrainState(params=restored["params"], **{"initial": {}, "lagged": {}} | arrays, **host)
 
   def _split(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays beside the parameters, for orbax, and what goes beside them as JSON."""
     arrays = state._asdict()
     del arrays["params"]
     host = {name: arrays.pop(name) for name in ("step", "stream")}
+    arrays = {name: value for name, value in arrays.items() if jax.tree.leaves(value)}
     missing = self._carried_limit - state.carried.count
-    pad = [np.pad(field, [(0, missing)] + [(0, 0)] * (field.ndim - 1)) for field in state.carried]
-    return arrays | {"carried": Groups(*pad)}, host
+    carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
+    return arrays | {"carried": carried}, host
 
   def close(self) -> None:
     self._manager.close()  # waits for what is being written

@@ -24,6 +24,10 @@ class UpdateSettings:
   clip_high: float
   entropy_coefficient: float
   micro_batch_rows: int  # 0: the whole minibatch at once
+  loss: str = "clip"  # clip | truncated
+  dual_clip: float = 0.0  # 0 for none
+  ratio_cap: float = 2.0  # of truncated
+  kl_coefficient: float = 0.0
   sharding: Sharding = Sharding()
 
 
@@ -51,10 +55,14 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """This micro-batch's share of the minibatch's loss, and sums over its response tokens for the metrics."""
   logps, entropy = row_logprobs(model, params, rows, settings.temperature)
+  everywhere = logps
   logps = jnp.where(rows.mask, logps, 0.0)
-  token_loss, ratio, clipped = grpo.clipped_loss(
-    logps, rows.old_logprobs, rows.advantages, settings.clip_low, settings.clip_high
-  )
+  if settings.loss == "truncated":
+    token_loss, ratio, clipped = grpo.truncated_loss(logps, rows.old_logprobs, rows.advantages, settings.ratio_cap)
+  else:
+    token_loss, ratio, clipped = grpo.clipped_loss(
+      logps, rows.old_logprobs, rows.advantages, settings.clip_low, settings.clip_high, settings.dual_clip or None
+    )
   policy_loss = jnp.sum(rows.weights * token_loss)
   entropy = jnp.where(rows.mask, entropy, 0.0)
   sums = {
@@ -65,7 +73,30 @@ def loss(
     "ratio_worst": jnp.max(jnp.abs(ratio - 1) * rows.mask),
     "clipped": jnp.sum(clipped & rows.mask),
   }
-  return policy_loss - settings.entropy_coefficient * jnp.sum(rows.weights * entropy), sums
+  total = policy_loss - settings.entropy_coefficient * jnp.sum(rows.weights * entropy)
+  if rows.answer_weights is not None:
+    sums["answer_loss"] = -jnp.sum(jnp.where(rows.answer_weights == 0, 0.0, rows.answer_weights * everywhere))
+    total += sums["answer_loss"]
+  if rows.reference_logprobs is not None:
+    kl = jnp.where(rows.mask, grpo.kl_k3(logps, jnp.where(rows.mask, rows.reference_logprobs, 0.0)), 0.0)
+    sums["kl"] = jnp.sum(kl)
+    total += settings.kl_coefficient * jnp.sum(rows.weights * kl)
+  return total, sums
+
+
+@functools.partial(jax.jit, static_argnames=("model", "settings"))
+def reference_logprobs(
+  model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
+) -> Float[Array, "R L"]:
+  """Log-probabilities of the rows' tokens under the policy that a KL term measures from."""
+  one = functools.partial(row_logprobs, model, params, temperature=settings.temperature)
+  return jax.lax.map(lambda micro_batch: one(micro_batch)[0], _split(rows, settings)).reshape(rows.tokens.shape)
+
+
+def _split(rows: PackedRows, settings: UpdateSettings) -> PackedRows:
+  """The rows as micro-batches, stacked."""
+  size, constrain = settings.micro_batch_rows or rows.tokens.shape[0], settings.sharding.constrain
+  return jax.tree.map(lambda x: constrain(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer", "settings"), donate_argnames=("params", "opt_state"))
@@ -84,12 +115,11 @@ def update(
     frozen: parameters that are not trained (the base under LoRA); empty when all are.
 
   Returns:
-    parameters, optimiser state, and metrics: `loss` (without the entropy bonus), `entropy` (nats a token),
-    `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping).
+    parameters, optimiser state, and metrics: `loss` (of the sampled tokens alone), `entropy` (nats a token),
+    `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping), and where there
+    are such terms `answer_loss` and `kl` (nats a token).
   """
-  size = settings.micro_batch_rows or rows.tokens.shape[0]
-  split = settings.sharding.constrain
-  micro_batches = jax.tree.map(lambda x: split(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
+  micro_batches = _split(rows, settings)
 
   def share(params, micro_batch):
     return loss(model, combine(frozen, params), micro_batch, settings)
@@ -117,4 +147,8 @@ def update(
     "clip_fraction": sums["clipped"] / tokens,
     "grad_norm": optax.global_norm(gradients),
   }
+  if "answer_loss" in sums:
+    metrics["answer_loss"] = sums["answer_loss"]
+  if "kl" in sums:
+    metrics["kl"] = sums["kl"] / tokens
   return place(optax.apply_updates(params, steps), settings.sharding), opt_state, metrics

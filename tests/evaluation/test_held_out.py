@@ -1,4 +1,6 @@
-"""Exact match, and what Avg@k counts."""
+"""What Avg@k counts."""
+
+import dataclasses
 
 import jax
 import numpy as np
@@ -6,38 +8,10 @@ import pytest
 
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, prepare
-from rlpr_jax.evaluation.held_out import evaluate, exact_match
+from rlpr_jax.evaluation.held_out import evaluate
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Samples, Shapes
-
-
-@pytest.mark.parametrize(
-  ("text", "reference", "matches"),
-  [
-    ("<think> 6*7 </think> <answer> 42 </answer>", "42", True),
-    ("<answer>42</answer>", "42", True),
-    ("<answer>\n42\n\n</answer>", "42", True),
-    ("<answer> New  York\n</answer>", "new york", True),
-    ("<answer> new york </answer>", "New\tYork ", True),
-    ("<answer> 42 </answer> <answer> 41 </answer>", "42", True),  # the first one counts
-    ("<answer> 41 </answer> <answer> 42 </answer>", "42", False),
-    ("<answer> 42", "42", False),  # never closed
-    ("42 </answer>", "42", False),
-    ("42", "42", False),
-    ("", "42", False),
-    ("", "", False),
-    ("<answer></answer>", "42", False),
-    ("<answer> 42. </answer>", "42", False),
-    ("<answer> 142 </answer>", "42", False),
-    ("<answer> 4 2 </answer>", "42", False),
-    ("<answer> newyork </answer>", "New York", False),
-    ("<Answer> 42 </Answer>", "42", False),
-    ("</answer> <answer> 42 </answer>", "42", True),
-  ],
-)
-def test_exact_match(text, reference, matches):
-  assert exact_match(text, reference) is matches
 
 
 class Told:
@@ -86,6 +60,17 @@ def test_all_wrong_and_all_right():
   for text, accuracy in ((RIGHT, 1.0), (WRONG, 0.0)):
     values = evaluate(Told([[text]] * 3), {}, prompts, 1, jax.random.key(0), lambda *_: None)
     assert values["accuracy"] == values["accuracy/a"] == accuracy
+
+
+def test_sentences_count_by_what_they_say():
+  """Any wording of the right content, whatever the reference's; other questions by exact match."""
+  question, reference = "ann 17 cats, bob 31. who has more?", "bob has 14 more cats than ann"
+  answers = ["ann trails bob by 14", reference, "bob trails ann by 14", "bob has 13 more cats than ann"]
+  texts = [[f"<think></think><answer> {answer} </answer>" for answer in answers]] * 2
+  prompts = [dataclasses.replace(prompt(reference, source), question=q) for source, q in (("gap", question), ("b", ""))]
+  values = evaluate(Told(texts), {}, prompts, 4, jax.random.key(0), lambda *_: None)
+  assert values["accuracy/gap"] == 2 / 4
+  assert values["accuracy/b"] == 1 / 4
 
 
 def test_values_of_a_policy_do_not_depend_on_the_slots(policy):

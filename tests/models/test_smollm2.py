@@ -94,11 +94,10 @@ def sample(model, params, prompts, samples, settings: DecodeSettings, key) -> Sl
   rows = len(tokens) * samples
   slots = empty_slots(model, params, rows, WIDTH + NEW + settings.steps, NEW)
   source, keys = np.repeat(np.arange(len(tokens)), samples), jax.random.key_data(jax.random.split(key, rows))
-  slots = insert(
-    slots, *prefill(model, params, tokens, lengths), lengths, source, np.arange(rows), keys, np.full(rows, NEW)
-  )
+  read, limits = prefill(model, params, tokens, lengths), np.full(rows, NEW)
+  slots = insert(model, params, slots, *read, lengths, source, np.arange(rows), keys, limits)
   while slots.active.any():
-    slots = decode(model, params, slots, settings, WIDTH + NEW)
+    slots = decode(model, params, slots, settings, slots.counts.size, WIDTH + NEW)
   return jax.device_get(slots)
 
 

@@ -564,7 +564,7 @@ def test_nothing_compiles_after_the_warm_up(make, policy):
   # 270 tokens of text: four lengths to which slots are read.
   engine = make(prompt_limit=limit, max_response_length=response, slots=12, steps=6, prefill_rows=3, score_rows=5)
   assert len(engine.shapes.reaches) == 4
-  assert len(engine.shapes.prompt_buckets) == len(engine.shapes.suffix_buckets) == 2
+  assert (len(engine.shapes.prompt_buckets), len(engine.shapes.suffix_buckets)) == (2, 3)
   pairs = [(length, 1 + 37 * length % SUFFIX) for length in range(1, limit + 1)]
   prompts = [
     Prompt(

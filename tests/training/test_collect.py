@@ -14,6 +14,8 @@ from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.collect import collect
+from rlpr_jax.training.reward import RewardSettings
+from rlpr_jax.training.state import TrainState
 
 LIMIT, RESPONSE, SAMPLES = 8, 6, 4
 
@@ -51,6 +53,9 @@ def harvest(policy):
     policy=SimpleNamespace(sampling_params=lambda params: params),
     key=jax.random.key(0),
     filter=filtering.FilterConfig(kind="off"),
+    reward=RewardSettings.of(c.reward),
+    shadows={},
+    custom_reward=None,
   )
   nothing = packing.Groups(
     np.zeros((0, LIMIT), np.int32),
@@ -59,12 +64,16 @@ def harvest(policy):
     np.zeros((0, SAMPLES, RESPONSE), np.float32),
     np.zeros((0, SAMPLES), np.float32),
   )
-  state = SimpleNamespace(
+  state = TrainState(
     step=0,
     params=policy.params,
+    opt_state=None,
     filter=filtering.init(run.filter),
-    baselines=np.zeros(4, np.float32),
+    baselines=np.full((4, 8), np.nan, np.float32),
+    initial={},
+    lagged={},
     carried=nothing,
+    stream={},
   )
   return prompts, collect(run, state, Stream(prompts))
 

@@ -16,7 +16,7 @@ from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Groups, PackedRows
-from rlpr_jax.training.update import UpdateSettings, adamw, loss, row_logprobs, update
+from rlpr_jax.training.update import UpdateSettings, adamw, loss, reference_logprobs, row_logprobs, update
 
 PROMPT, RESPONSE, SAMPLES = 6, 7, 2  # tokens of a padded prompt, of a response; responses to a prompt
 TEMPERATURE = 0.8
@@ -167,12 +167,14 @@ def test_an_update_of_a_millionth_is_not_lost(policy, groups):
 def test_two_sequences_in_one_row_are_two_rows(policy, groups):
   rows = packing.pack(groups, 3, "token_mean")
   length = 2 * rows.tokens.shape[1]
-  packed = PackedRows(*(np.zeros((3, length), field.dtype) for field in rows))
+  packed = packing.empty_rows(3, length)
   for row in range(3):
     start = 0
     for segment, source in enumerate((row, row + 3), start=1):
       tokens = int(np.sum(rows.segment_ids[source] > 0))
       for name, field in packed._asdict().items():
+        if field is None:
+          continue
         value = segment if name == "segment_ids" else getattr(rows, name)[source, :tokens]
         field[row, start : start + tokens] = value
       start += tokens
@@ -221,9 +223,10 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   hidden, cache = prefill(policy.model, policy.params, prompts, lengths)
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), 6))
   limits = np.full(6, RESPONSE, np.int32)
-  slots = insert(slots, hidden, cache, lengths, np.repeat(np.arange(3), 2), np.arange(6), keys, limits)
+  source = np.repeat(np.arange(3), 2)
+  slots = insert(policy.model, policy.params, slots, hidden, cache, lengths, source, np.arange(6), keys, limits)
   while slots.active.any():
-    slots = decode(policy.model, policy.params, slots, settings, PROMPT + RESPONSE)
+    slots = decode(policy.model, policy.params, slots, settings, 6, PROMPT + RESPONSE)
   samples = jax.device_get((slots.tokens, slots.counts, slots.logprobs))
   by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in samples]
   advantages = rng.normal(size=(3, 2)).astype(np.float32)
@@ -290,8 +293,8 @@ def test_prompts_are_read_and_not_trained(policy, groups):
 def test_pack_row_by_row():
   groups = make_groups(count=3, seed=4)
   rows = packing.pack(groups, 5, "token_mean")
-  assert {field.shape for field in rows} == {(10, PROMPT + RESPONSE)}
-  dtypes = [field.dtype for field in rows]
+  assert {field.shape for field in rows if field is not None} == {(10, PROMPT + RESPONSE)}
+  dtypes = [field.dtype for field in rows if field is not None]
   assert dtypes == [np.int32, np.int32, np.int32, np.bool_, np.float32, np.float32, np.float32]
   for row in range(6):
     k, g = divmod(row, SAMPLES)
@@ -322,7 +325,7 @@ def test_minibatches_are_dealt_evenly(kept, sizes, aggregate):
   minibatches = packing.minibatches(groups, 8, 4, aggregate)
   found = []
   for rows in minibatches:
-    assert {field.shape for field in rows} == {(2 * SAMPLES, PROMPT + RESPONSE)}
+    assert {field.shape for field in rows if field is not None} == {(2 * SAMPLES, PROMPT + RESPONSE)}
     dealt = sorted({float(advantage) for advantage in rows.advantages[rows.mask]})
     found.append(len(dealt) / SAMPLES)
     assert not rows.weights[rows.segment_ids == 0].any()
@@ -342,3 +345,116 @@ def test_groups_select_and_join():
   joined = packing.concatenate([groups.take(slice(0)), groups.take(slice(1)), groups.take(slice(1, None))])
   for found, expected in zip(joined, groups, strict=True):
     np.testing.assert_array_equal(found, expected)
+
+
+# --- other terms ---
+
+
+def with_answers(groups, seed=3):
+  """Answers of one to three tokens in the place of what each response wrote from some token on; two have no place."""
+  rng = np.random.default_rng(seed)
+  shape, width = groups.lengths.shape, 5
+  mask = np.zeros((*shape, width), bool)
+  for k, g in np.ndindex(shape):
+    first = rng.integers(1, 3)
+    mask[k, g, first : first + rng.integers(1, 4)] = (k, g) not in ((0, 1), (1, 0))
+  answers = packing.Answers(
+    weights=np.where(mask.any(axis=2), rng.random(shape), 0).astype(np.float32),
+    starts=rng.integers(0, groups.lengths + 1).astype(np.int32),
+    tokens=rng.integers(0, 64, (*shape, width)).astype(np.int32),
+    mask=mask,
+  )
+  return groups._replace(answers=answers)
+
+
+def test_the_gradient_through_answers_is_that_of_their_weighted_log_probability(policy, groups):
+  """Against one sequence at a time: A log p of what was sampled before the answer, and w log p of the answer."""
+  spliced = with_answers(groups)
+  settings = dataclasses.replace(SETTINGS, entropy_coefficient=0.0, clip_low=1.0, clip_high=100.0)
+  rows = packing.pack(spliced, 3, "token_mean")
+  found, metrics = gradients(policy, rows, settings)
+  answers, total = spliced.answers, 0
+  texts = []
+  for k, g in np.ndindex(spliced.lengths.shape):
+    start, kept = int(spliced.prompt_lengths[k]), int(spliced.lengths[k, g])
+    suffix, places = [], []
+    if answers.mask[k, g].any():
+      kept = int(answers.starts[k, g])
+      places = np.flatnonzero(answers.mask[k, g])
+      suffix = answers.tokens[k, g, : places[-1] + 1].tolist()
+    text = [*spliced.prompt_tokens[k, :start], *spliced.tokens[k, g, :kept], *suffix]
+    texts.append((np.array(text), start, kept, np.array(places, int), k, g))
+    total += kept + len(places)
+
+  def objective(params):
+    value = 0.0
+    for text, start, kept, places, k, g in texts:
+      rows = PackedRows(text[None], np.arange(len(text))[None], np.ones((1, len(text)), int), *[None] * 4)
+      logps = row_logprobs(policy.model, params, rows, TEMPERATURE)[0][0]
+      old = spliced.logprobs[k, g, :kept]
+      ratio = jnp.exp(logps[start : start + kept] - old)
+      value += jnp.sum(ratio * spliced.advantages[k, g])
+      value += answers.weights[k, g] * jnp.sum(logps[start + kept + places])
+    return -value / total
+
+  expected = jax.grad(objective)(policy.params)
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1.0, float(np.abs(theirs).max())))
+  assert metrics["answer_loss"] > 0
+
+
+def test_answers_change_nothing_where_none_has_a_place(policy, groups):
+  spliced = with_answers(groups)
+  nowhere = spliced._replace(answers=spliced.answers._replace(mask=np.zeros_like(spliced.answers.mask)))
+  expected, _ = gradients(policy, packing.pack(groups, 3, "token_mean"))
+  found, metrics = gradients(policy, packing.pack(nowhere, 3, "token_mean"))
+  for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+  assert metrics["answer_loss"] == 0
+
+
+@pytest.mark.parametrize("micro_batch_rows", [0, 2])
+def test_kl_is_measured_from_the_reference(policy, groups, micro_batch_rows):
+  """No gradient from the policy to itself; from another policy that of exp(d) - d - 1, by differences in float64."""
+  settings = dataclasses.replace(
+    SETTINGS, entropy_coefficient=0.0, kl_coefficient=0.7, micro_batch_rows=micro_batch_rows
+  )
+  rows = packing.pack(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
+  other = jax.tree.map(lambda x: x * 1.05, policy.params)
+  own = rows._replace(reference_logprobs=reference_logprobs(policy.model, policy.params, rows, settings))
+  found, metrics = gradients(policy, own, settings)
+  assert abs(metrics["kl"]) < 1e-6
+  assert max(float(np.abs(x).max()) for x in jax.tree.leaves(found)) < 1e-5
+  far = rows._replace(reference_logprobs=reference_logprobs(policy.model, other, rows, settings))
+  np.testing.assert_allclose(far.reference_logprobs, row_logprobs(policy.model, other, rows, TEMPERATURE)[0], atol=1e-5)
+  found, metrics = gradients(policy, far, settings)
+  reference = np.asarray(far.reference_logprobs, np.float64)
+
+  def kl(params):
+    logps = np.asarray(trainer_logprobs(policy.model, params, rows)[0], np.float64)
+    d = reference - logps
+    return float(np.mean((np.exp(d) - d - 1)[rows.mask]))
+
+  assert metrics["kl"] == pytest.approx(kl(policy.params), rel=1e-4)
+  assert metrics["kl"] > 1e-4
+  towards = jax.tree.map(lambda x, g: x - 1e-3 * g, policy.params, found)
+  change = 0.7 * (kl(towards) - kl(policy.params))
+  predicted = -1e-3 * sum(float(np.sum(np.asarray(g, np.float64) ** 2)) for g in jax.tree.leaves(found))
+  assert change == pytest.approx(predicted, rel=0.1)
+
+
+def test_truncated_weights_and_dual_clip_reach_the_update(policy, groups):
+  rows = packing.pack(groups, 3, "token_mean")
+  rows = rows._replace(old_logprobs=rows.old_logprobs - 1.5 * (rows.advantages < 0))  # ratios of bad tokens above 4
+  plain = dataclasses.replace(SETTINGS, entropy_coefficient=0.0)
+  _, clipped = gradients(policy, rows, plain)
+  _, dual = gradients(policy, rows, dataclasses.replace(plain, dual_clip=2.0))
+  _, truncated = gradients(policy, rows, dataclasses.replace(plain, loss="truncated", ratio_cap=1.5))
+  logps = np.asarray(trainer_logprobs(policy.model, policy.params, rows)[0], np.float64)
+  ratio, a, m = np.exp(logps - rows.old_logprobs), rows.advantages, rows.mask
+  loss = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.27) * a)
+  assert clipped["loss"] == pytest.approx(np.mean(loss[m]), rel=1e-4)
+  bounded = np.where(a < 0, np.minimum(loss, -2 * a), loss)
+  assert dual["loss"] == pytest.approx(np.mean(bounded[m]), rel=1e-4)
+  assert dual["loss"] < clipped["loss"] - 0.01
+  assert truncated["loss"] == pytest.approx(np.mean((-np.minimum(ratio, 1.5) * a * logps)[m]), rel=1e-4)

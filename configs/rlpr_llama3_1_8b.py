@@ -1,0 +1,23 @@
+"""RLPR on Llama 3.1 8B as the paper runs it: no <think> tags, a lower temperature, a stricter filter, smaller batches.
+
+python -m rlpr_jax.train --config=configs/rlpr_llama3_1_8b.py --workdir=DIR --config.data.path=rlpr_train.parquet
+"""
+
+from rlpr_jax.config import default
+
+
+def get_config():
+  c = default()
+  c.prompts_per_step = 256
+  c.model.path = "meta-llama/Llama-3.1-8B-Instruct"
+  c.model.compute_dtype = "bfloat16"
+  c.data.path = "rlpr_train.parquet"
+  c.data.template = "answer_only"
+  c.data.prompt_limit = 2048
+  c.rollout.temperature = 0.6
+  c.rollout.prompts_per_draw = 256
+  c.filter.scale = 0.9
+  c.training.micro_batch_rows = 64
+  c.evaluation.temperature = 0.6
+  c.evaluation.top_p = 0.95
+  return c

@@ -1,0 +1,180 @@
+"""Runs a sweep: variants of one recipe, several seeds each, then a table and a plot.
+
+    python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/quickstart.py --workdir=runs/rewards \
+      [--seeds=0,1,2] [--processes=1] [--dry_run] [--config.field=value ...]
+
+Given again, the same command goes on where it stopped: runs that are finished are left alone, others resume.
+`--dry_run` prints one command a run, for a cluster's own queue; afterwards the same command without it makes the table.
+"""
+
+import concurrent.futures
+import json
+import pathlib
+import re
+import runpy
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from rlpr_jax import config as configs
+from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.training import metrics
+
+_SWEEP = flags.DEFINE_string("sweep", None, "File whose get_sweep() gives {name: {field: value}}.", required=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe that the variants change.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the runs, the table and the plot.", required=True)
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each variant.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound=1)
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands alone.")
+
+
+class Job(NamedTuple):
+  """One run."""
+
+  name: str
+  seed: int
+  workdir: pathlib.Path
+  command: list[str]
+  steps: int
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  with exit_on_input_error():
+    sweep = load_sweep(_SWEEP.value)
+    jobs = make_jobs(sweep, _CONFIG.value, pathlib.Path(_WORKDIR.value))
+  if _DRY_RUN.value:
+    for job in jobs:
+      print(shlex.join(job.command))
+    return
+  failed = run_all([job for job in jobs if not is_finished(job)], len(jobs))
+  results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
+  write_results(pathlib.Path(_WORKDIR.value), results)
+  if failed:
+    print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def load_sweep(path: str) -> dict[str, dict[str, object]]:
+  """The variants of a sweep file.
+
+  Raises:
+    InputError: no such file, or not such a function in it.
+  """
+  try:
+    sweep = runpy.run_path(path)["get_sweep"]()
+  except OSError as error:
+    raise InputError(f"--sweep: {path} cannot be read ({error.strerror})") from None
+  except KeyError:
+    raise InputError(f"--sweep: {path} has no get_sweep()") from None
+  if not sweep or not all(re.fullmatch(r"[\w.-]+", name) for name in sweep):
+    raise InputError(f"--sweep: {path}, expected names of letters, digits, '_', '-' and '.'")
+  return sweep
+
+
+def make_jobs(sweep: dict[str, dict[str, object]], config: ConfigDict | None, workdir: pathlib.Path) -> list[Job]:
+  """Every run of the sweep, seed by seed; all of them are checked before the first begins.
+
+  Raises:
+    InputError: no recipe, or one of the variants cannot be run.
+  """
+  if config is None:
+    raise InputError("--config: missing, expected the recipe that the variants change")
+  given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
+  jobs = []
+  for seed in _SEEDS.value:
+    for name, overrides in sweep.items():
+      changes = {**overrides, "seed": seed}
+      variant = ConfigDict(config)
+      try:
+        variant.update_from_flattened_dict({**overrides, "seed": int(seed)})
+        configs.validate(variant)
+      except (InputError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"--sweep: {name}, seed {seed}: {' '.join(str(error).split())}") from None
+      directory = workdir / f"{name}-{seed}"
+      command = [sys.executable, "-m", "rlpr_jax.train", *given, f"--workdir={directory}"]
+      command += [f"--config.{field}={value}" for field, value in changes.items()]
+      jobs.append(Job(name, int(seed), directory, command, variant.steps))
+  return jobs
+
+
+def run_all(jobs: list[Job], total: int) -> list[str]:
+  """Runs what is left of the sweep, `--processes` at a time; returns the directories of those that failed."""
+  start, done, failed = time.monotonic(), 0, []
+  print(f"{total - len(jobs)} of {total} runs were finished before", flush=True)
+  with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
+    for job, status in pool.map(lambda job: (job, run(job)), jobs):
+      done += 1
+      if status:
+        failed.append(job.workdir.name)
+      left = (time.monotonic() - start) / done * (len(jobs) - done)
+      word = f"failed with status {status}, see {job.workdir}.log" if status else "finished"
+      print(f"{job.workdir.name} {word}  {done}/{len(jobs)}  {metrics.duration(left)} left", flush=True)
+  return failed
+
+
+def run(job: Job) -> int:
+  job.workdir.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{job.workdir}.log", "a") as log:
+    return subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def is_finished(job: Job) -> bool:
+  path = job.workdir / "metrics.jsonl"
+  return path.exists() and any(row["step"] == job.steps for row in metrics.read(path))
+
+
+def last_accuracies(job: Job) -> tuple[float, float]:
+  """Held-out accuracy before the first step and after the last."""
+  rows = metrics.read(job.workdir / "metrics.jsonl")
+  accuracy = {row["step"]: row["held_out/accuracy"] for row in rows if "held_out/accuracy" in row}
+  return accuracy.get(0, float("nan")), accuracy.get(job.steps, float("nan"))
+
+
+def write_results(workdir: pathlib.Path, results: dict[str, list[tuple[float, float]]]) -> None:
+  """`table.md`, `table.json` and `table.png` in the sweep's directory, and the table on the screen."""
+  lines = ["| variant | seeds | held-out before | after | gain | least to most |", "|---|---|---|---|---|---|"]
+  for name, pairs in results.items():
+    if not pairs:
+      lines.append(f"| {name} | 0 | - | - | - | - |")
+      continue
+    before, after = (statistics.fmean(values) for values in zip(*pairs, strict=True))
+    gains = [100 * (last - first) for first, last in pairs]
+    spread = f" ± {statistics.stdev(gains):.1f}" if len(gains) > 1 else ""
+    lines.append(
+      f"| {name} | {len(pairs)} | {100 * before:.1f}% | {100 * after:.1f}% | {statistics.fmean(gains):+.1f}{spread} |"
+      f" {min(gains):+.1f} to {max(gains):+.1f} |"
+    )
+  table = "\n".join(lines) + "\n"
+  print(table, end="", flush=True)
+  metrics.write_atomically(workdir / "table.md", table)
+  metrics.write_atomically(workdir / "table.json", json.dumps(results, indent=2))
+  plot(workdir / "table.png", results)
+
+
+def plot(path: pathlib.Path, results: dict[str, list[tuple[float, float]]]) -> None:
+  """Each variant's gains, one dot a seed and a bar at their mean."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 0.5 * len(results) + 1.2), layout="constrained")
+  axes = figure.subplots()
+  for y, pairs in enumerate(results.values()):
+    gains = [100 * (last - first) for first, last in pairs]
+    if gains:
+      axes.barh(y, statistics.fmean(gains), color="#9ecae1")
+    axes.plot(gains, [y] * len(gains), "o", color="#08519c", markersize=5)
+  axes.axvline(0, color="black", linewidth=0.8)
+  axes.set_yticks(range(len(results)), list(results))
+  axes.invert_yaxis()
+  axes.set_xlabel("gain of held-out accuracy, points (one dot a seed)")
+  figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,178 @@
+"""From rollouts to rewards: what is known of each response, and the many ways to make one number of it.
+
+The same evidence serves the reward that is trained on and every shadow reward that is only logged, so that the question
+which one is better can be asked in one run.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from rlpr_jax import rewards, splicing
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.errors import InputError
+from rlpr_jax.evaluation import graders
+from rlpr_jax.rewards import Rewards
+from rlpr_jax.sampling.engine import Rollouts
+
+KINDS = ("reference", "rule", "mixture", "random")
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+  """How a reward is made of the evidence; the fields of `config.reward` that a shadow may have otherwise."""
+
+  kind: str
+  aggregate: str
+  token_weights: str
+  shaping: str
+  baseline_policy: str  # "none": r' is 0; all others: as the evidence has it
+  format_coefficient: float
+  answer_length_coefficient: float
+  rule_weight: float
+
+  @classmethod
+  def of(cls, config: ConfigDict) -> "RewardSettings":
+    return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
+
+
+class Evidence(NamedTuple):
+  """What a reward can be made of, of P groups of G responses. Column k is the answer's k-th token."""
+
+  logps: Float[Array, "P G A"]  # of the reference after the reasoning
+  mask: Bool[Array, "P G A"]  # True on the answer's tokens
+  scorable: Bool[Array, "P G"]
+  baseline_logps: Float[Array, "P A"]  # of the reference without reasoning; NaN where there is no token
+  formats: Float[Array, "P G"]  # 1 where the tags are right
+  repetition: Float[Array, "P G"]  # -1 where the response repeats itself
+  excess: Float[Array, "P G"]  # how much longer than the reference the answer is: 0 to -1
+  verified: Float[Array, "P G"]  # 1 where the verifier finds the answer right; 0 without a verifier
+  noise: Float[Array, "P G"]  # uniform in [0, 1)
+
+
+# A reward of the user's own: the evidence, the responses' texts [P * G] and the prompts -> rewards [P, G].
+CustomReward = Callable[[Evidence, Sequence[str], Sequence[Prompt]], np.ndarray]
+
+
+def gather_evidence(
+  config: ConfigDict, numbered: Sequence[tuple[int, Prompt]], rollouts: Rollouts, baseline_logps: np.ndarray
+) -> Evidence:
+  """The evidence of a draw.
+
+  Args:
+    numbered: the draw's prompts with their numbers, which decide the noise.
+    baseline_logps: [P, A], as in `Evidence`.
+  """
+  settings, shape = config.reward, (len(numbered), config.samples_per_prompt)
+  logps, mask = align(rollouts.reference_logps, rollouts.reference_mask)
+
+  def each(function: Callable[[str, Prompt], float]) -> np.ndarray:
+    values = [function(text, numbered[i // shape[1]][1]) for i, text in enumerate(rollouts.texts)]
+    return np.array(values, np.float32).reshape(shape)
+
+  def excess(text: str, prompt: Prompt) -> float:
+    return rewards.answer_length_penalty(splicing.extract_answer(text), prompt.reference, 1.0)
+
+  def verified(text: str, prompt: Prompt) -> float:
+    return graders.verify(settings.verifier, text, prompt.reference, prompt.question)
+
+  return Evidence(
+    logps=logps.reshape(*shape, -1),
+    mask=mask.reshape(*shape, -1),
+    scorable=rollouts.scorable.reshape(shape),
+    baseline_logps=baseline_logps,
+    formats=each(lambda text, _: rewards.format_score(text, config.data.template)),
+    repetition=each(
+      lambda text, _: rewards.repetition_penalty(text, settings.repetition_window, settings.repetition_limit)
+    ),
+    excess=each(excess),
+    verified=np.zeros(shape, np.float32) if settings.verifier == "none" else each(verified),
+    noise=np.array([np.random.default_rng([config.seed, n]).random(shape[1]) for n, _ in numbered], np.float32),
+  )
+
+
+def align(logps: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Log-probabilities [B, E] and mask of the answer's tokens, moved to the left: column k is the k-th of them."""
+  order = np.argsort(~mask, axis=1, kind="stable")
+  return np.take_along_axis(logps, order, axis=1), np.take_along_axis(mask, order, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("settings",))
+def assess(evidence: Evidence, settings: RewardSettings) -> Rewards:
+  """Every part of a reward; rlpr sections 2 to 5."""
+  known = jnp.isfinite(evidence.baseline_logps)
+  weights = rewards.token_weights(evidence.logps, evidence.mask, settings.token_weights, evidence.baseline_logps, known)
+  # The baseline's tokens weigh as those of a response with as many.
+  same = jnp.sum(evidence.mask, axis=-1) == jnp.sum(known, axis=-1)[:, None]
+  of_baseline = jnp.max(jnp.where((same & evidence.scorable)[..., None], weights, 0.0), axis=1)
+  baselines = rewards.reference_probability(evidence.baseline_logps, known, settings.aggregate, of_baseline)
+  if settings.baseline_policy == "none":
+    baselines = jnp.zeros_like(baselines)
+  parts = rewards.assess(
+    evidence.logps,
+    evidence.mask,
+    evidence.scorable,
+    baselines,
+    evidence.formats,
+    evidence.repetition,
+    aggregate=settings.aggregate,
+    shaping=settings.shaping,
+    format_coefficient=settings.format_coefficient,
+    token_weights=weights,
+    length_penalty=settings.answer_length_coefficient * evidence.excess,
+  )
+  match settings.kind:
+    case "rule":
+      return parts._replace(total=evidence.verified)
+    case "mixture":
+      return parts._replace(total=rewards.mixture(parts.total, evidence.verified, settings.rule_weight))
+    case "random":  # spread as a reward is, and knows nothing
+      return parts._replace(total=evidence.noise)
+  return parts
+
+
+def parse_shadow(config: ConfigDict, text: str) -> tuple[str, RewardSettings]:
+  """A shadow reward's name and settings, of "name: field=value, field=value".
+
+  Raises:
+    InputError: no name, or a field or value that `config.reward` could not have.
+  """
+  fields = {field.name: field.type for field in dataclasses.fields(RewardSettings)}
+  name, colon, overrides = text.partition(":")
+  values = {}
+  for override in filter(None, map(str.strip, overrides.split(","))):
+    field, equals, value = (part.strip() for part in override.partition("="))
+    if not equals or field not in fields:
+      raise InputError(f"config.reward.shadow: {override!r}, expected field=value with one of {', '.join(fields)}")
+    try:
+      values[field] = fields[field](value)
+    except ValueError:
+      raise InputError(f"config.reward.shadow: {override!r}, expected a number") from None
+  if not colon or not name.strip() or not values:
+    raise InputError(f"config.reward.shadow: {text!r}, expected 'name: field=value, ...'")
+  return name.strip(), dataclasses.replace(RewardSettings.of(config.reward), **values)
+
+
+def auc(scores: np.ndarray, right: np.ndarray) -> float | None:
+  """Area under the ROC curve: how often a right response scores above a wrong one, ties half; None without both."""
+  scores, right = scores.ravel(), right.ravel().astype(bool)
+  good, bad = scores[right], scores[~right]
+  if not good.size or not bad.size:
+    return None
+  bad = np.sort(bad)
+  below, up_to = np.searchsorted(bad, good, "left"), np.searchsorted(bad, good, "right")
+  return float(np.mean(below + up_to) / 2 / bad.size)
+
+
+def within_group_correlation(totals: np.ndarray, others: np.ndarray) -> float | None:
+  """Pearson correlation of two rewards [P, G] after each group's means are taken off; None if one does not vary."""
+  one, other = (x - x.mean(axis=1, keepdims=True) for x in (totals, others))
+  norm = np.sqrt((one**2).sum() * (other**2).sum())
+  return float((one * other).sum() / norm) if norm > 0 else None

@@ -1,0 +1,95 @@
+"""A sweep as a user starts it: commands, runs, a table, and going on where it stopped."""
+
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.test_train import RECIPE
+
+ROOT = pathlib.Path(__file__).parents[2]
+SWEEP = """
+def get_sweep():
+  return {"mean": {}, "random": {"reward.kind": "random", "log.rollouts": 2}}
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+  (tmp_path / "recipe.py").write_text(RECIPE)
+  (tmp_path / "sweep.py").write_text(SWEEP)
+  return tmp_path
+
+
+def sweep(files, *arguments, recipe="recipe.py", status=0):
+  done = subprocess.run(
+    [
+      sys.executable, str(ROOT / "launch/sweep.py"), f"--sweep={files / 'sweep.py'}", f"--config={files / recipe}",
+      f"--workdir={files / 'runs'}", *arguments,
+    ],
+    capture_output=True, text=True, check=False, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+  )  # fmt: skip
+  assert done.returncode == status, done.stdout + done.stderr
+  return done
+
+
+SHORT = ("--config.steps=1", "--config.warm_start.steps=2", "--config.evaluation.samples=1")
+
+
+def test_a_dry_run_prints_a_command_a_run(files):
+  lines = sweep(files, "--seeds=3,4", "--dry_run", *SHORT).stdout.splitlines()
+  assert len(lines) == 4
+  assert not (files / "runs").exists()
+  parts = shlex.split(lines[1])
+  assert parts[1:3] == ["-m", "rlpr_jax.train"]
+  assert f"--workdir={files / 'runs' / 'random-3'}" in parts
+  assert {"--config.steps=1", "--config.reward.kind=random", "--config.seed=3"} <= set(parts)
+  assert "--config.seed=4" in shlex.split(lines[3])
+
+
+def test_a_sweep_ends_in_a_table_and_goes_on_where_it_stopped(files):
+  first = sweep(files, "--seeds=0", "--processes=2", *SHORT)
+  assert "0 of 2 runs were finished before" in first.stdout
+  assert (files / "runs/table.png").read_bytes().startswith(b"\x89PNG")
+  results = json.loads((files / "runs/table.json").read_text())
+  for name, pairs in results.items():
+    metrics = [json.loads(line) for line in (files / f"runs/{name}-0/metrics.jsonl").read_text().splitlines()]
+    assert pairs == [[metrics[0]["held_out/accuracy"], metrics[-1]["held_out/accuracy"]]]
+  table = (files / "runs/table.md").read_text()
+  assert table in first.stdout
+  assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["mean", "random"]
+  log = files / "runs/random-0/metrics.jsonl"
+  before = log.stat().st_mtime_ns
+  again = sweep(files, "--seeds=0", *SHORT)
+  assert "2 of 2 runs were finished before" in again.stdout
+  assert log.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+  ("text", "line"),
+  [
+    ("def get_sweep():\n  return {'a': {'reward.agregate': 'product'}}", "--sweep: a, seed 0: "),
+    ("def get_sweep():\n  return {'a': {'reward.aggregate': 'median'}}", "config.reward.aggregate: 'median'"),
+    ("x = 1", "has no get_sweep()"),
+    ("def get_sweep():\n  return {'a/b': {}}", "expected names"),
+  ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(files, text, line):
+  (files / "sweep.py").write_text(text)
+  done = sweep(files, status=2)
+  assert done.stderr.splitlines()[-1].startswith("error: ")
+  assert line in done.stderr
+  assert not (files / "runs").exists()
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(files):
+  (files / "sweep.py").write_text(SWEEP.replace('"log.rollouts": 2', '"data.path": "nowhere.jsonl"'))
+  done = sweep(files, "--seeds=0", *SHORT, status=1)
+  assert "random-0 failed with status 2" in done.stdout
+  assert "error: 1 runs failed: random-0" in done.stderr
+  assert "nowhere.jsonl" in (files / "runs/random-0.log").read_text()
+  assert "| mean | 1 |" in (files / "runs/table.md").read_text()
+  assert "| random | 0 |" in (files / "runs/table.md").read_text()

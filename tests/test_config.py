@@ -1,0 +1,139 @@
+"""The config: every field is read by something and explained, wrong ones are refused, recipes hold what they claim."""
+
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from ml_collections import ConfigDict
+
+from rlpr_jax import config as configs
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def leaves(config, prefix=""):
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from leaves(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
+
+
+FIELDS = list(leaves(configs.default()))
+# Groups that are handed over whole, to keyword arguments or fields of the same names.
+WHOLE = {"mesh": "**config.mesh", "sharding": "config.sharding.items()"}
+
+
+def code() -> dict[str, str]:
+  return {str(path): path.read_text() for path in (ROOT / "rlpr_jax").rglob("*.py") if path.name != "config.py"}
+
+
+def is_read(field: str, sources: dict[str, str]) -> bool:
+  """Whether some code says `config.field`, or `name.field` after `name = ...config.group`."""
+  group, _, name = field.rpartition(".")
+  if group in WHOLE:
+    return any(WHOLE[group] in text for text in sources.values())
+  for text in sources.values():
+    if not group:
+      found = re.search(rf"\bconfig\.{name}\b", text)
+    else:
+      names = [group, *re.findall(rf"(\w+)(?:, \w+)* = [\w.]*config\.{group}\b", text)]
+      names += re.findall(r"(\w+): ConfigDict", text) if group in ("data", "evaluation") else []
+      # A line that takes several at once.
+      for left, right in re.findall(r"^\s*([\w, ]+) = (.*config\..*)$", text, re.MULTILINE):
+        for one, value in zip(left.split(", "), right.split(", "), strict=False):
+          if value.endswith(f"config.{group}"):
+            names.append(one)
+      found = any(re.search(rf"\b{one}\.{name}\b", text) for one in names)
+    if found:
+      return True
+  return False
+
+
+def read_by_fields(sources: dict[str, str]) -> set[str]:
+  """Fields that a dataclass takes by the names of its own fields."""
+  taken = set()
+  for cls, group, path in (
+    ("RewardSettings", "reward", "training/reward.py"),
+    ("FilterConfig", "filter", "filtering.py"),
+  ):
+    text = sources[str(ROOT / "rlpr_jax" / path)]
+    body = text[text.index(f"class {cls}") :]
+    names = re.findall(r"^  (\w+): \w+", body[: body.index("\n\n\n")], re.MULTILINE)
+    taken |= {f"{group}.{name}" for name in names}
+  return taken
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_every_field_is_read(field):
+  sources = code()
+  assert field in read_by_fields(sources) or is_read(field, sources), f"nothing reads config.{field}"
+
+
+def test_a_field_that_nothing_reads_is_found():
+  assert not is_read("reward.nothing", code())
+  assert not is_read("nothing", code())
+
+
+def test_every_field_is_explained():
+  """By a comment on its line, on its group's, or on the line of the field before it that covers it."""
+  text = (ROOT / "rlpr_jax/config.py").read_text()
+  body = text[text.index("def default") : text.index("  return c\n")]
+  covered = {"model.mlp_dim", "model.num_layers", "model.num_heads", "model.head_dim", "evaluation.split"}
+  explained = {
+    name for name, comment in re.findall(r"^  c\.([\w.]+) = .*?(  # .+)?$", body, re.MULTILINE) if len(comment) > 8
+  }
+  by_name = {field for field in FIELDS if field.split(".")[0] == "sharding" or field in explained | covered}
+  plain = {"evaluation.temperature", "evaluation.top_p", "rollout.temperature", "warm_start.adam_learning_rate",
+           "training.weight_decay", "training.max_grad_norm", "log.keep_checkpoints", "training.clip_high"}  # fmt: skip
+  assert set(FIELDS) - by_name <= plain
+
+
+@pytest.mark.parametrize(
+  ("argument", "words"),
+  [
+    ("--config.reward.agregate=product", ("agregate", "aggregate")),
+    ("--config.filter.kind=3x", ("filter.kind", "'3x'", "ema, fixed, accuracy, off")),
+    ("--config.prompts_per_step=many", ("prompts_per_step",)),
+    ("--config.trainning.loss=clip", ("trainning", "training")),
+  ],
+)
+def test_unknown_and_mistyped_fields_are_refused_with_the_nearest_name(tmp_path, argument, words):
+  done = subprocess.run(
+    [sys.executable, "-m", "rlpr_jax.train", f"--workdir={tmp_path / 'run'}", argument],
+    capture_output=True, text=True, check=False, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+  )  # fmt: skip
+  assert done.returncode == 2
+  line = done.stderr.splitlines()[-1]
+  assert line.startswith("error: ")
+  assert all(word in line for word in words), line
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("name", "expected"),
+  [
+    ("rlpr_qwen2_5_7b", (768, 192, 2048, 1.0, "think", 0.5, 1.0, 1.0)),
+    ("rlpr_llama3_1_8b", (256, 64, 2048, 0.6, "answer_only", 0.9, 0.6, 0.95)),
+    ("rlpr_gemma2_2b", (256, 64, 1024, 0.6, "answer_only", 1.0, 0.6, 0.95)),
+    ("rlpr_gemma2_9b", (256, 64, 1024, 0.6, "answer_only", 1.0, 0.6, 0.95)),
+  ],
+)
+def test_recipes_hold_the_papers_settings(name, expected):
+  """The table of section 9, and what all families have in common."""
+  c = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]()
+  configs.validate(c)
+  found = (
+    c.prompts_per_step, c.prompts_per_step // c.training.minibatches, c.data.prompt_limit, c.rollout.temperature,
+    c.data.template, c.filter.scale, c.evaluation.temperature, c.evaluation.top_p,
+  )  # fmt: skip
+  assert found == expected
+  assert (c.samples_per_prompt, c.rollout.max_response_length, c.training.minibatches) == (8, 3072, 4)
+  assert (c.reward.aggregate, c.reward.shaping, c.reward.baseline_policy) == ("mean_prob", "clip", "initial")
+  assert (c.reward.format_coefficient, c.reward.repetition_window, c.reward.repetition_limit) == (0.1, 10, 10)
+  assert (c.training.clip_low, c.training.clip_high, c.training.entropy_coefficient) == (0.2, 0.27, 0.001)
+  assert (c.training.learning_rate, c.training.weight_decay, c.training.max_grad_norm) == (1e-6, 0.01, 1.0)
+  assert (c.filter.alpha, c.filter.collect_from, c.filter.start) == (0.01, 6, 11)

@@ -1,0 +1,206 @@
+"""From rollouts to rewards: evidence against the pure functions, shadows, and what is measured between rewards."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax import config as configs
+from rlpr_jax import rewards
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.errors import InputError
+from rlpr_jax.sampling.engine import Rollouts
+from rlpr_jax.training.reward import (
+  RewardSettings,
+  align,
+  assess,
+  auc,
+  gather_evidence,
+  parse_shadow,
+  within_group_correlation,
+)
+
+P, G, E = 3, 4, 7
+TEXTS = (
+  "<think>a</think><answer> 4 </answer>",
+  "<think>a</think><answer> four </answer>",
+  "<think>a</think><answer> 4",
+  "no tags",
+)
+
+
+def config(**changes):
+  c = configs.default()
+  c.samples_per_prompt, c.reward.verifier = G, "exact"
+  c.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return c
+
+
+@pytest.fixture
+def evidence():
+  """Answers of two tokens, of three in the second group, which begin at different places of the suffix."""
+  rng = np.random.default_rng(0)
+  mask, logps = np.zeros((P * G, E), bool), np.zeros((P * G, E), np.float32)
+  for row in range(P * G):
+    begin, count = row % 3, 2 + (row // G == 1)
+    mask[row, begin : begin + count] = True
+    logps[row, begin : begin + count] = -rng.exponential(1, count)
+  scorable = np.resize([True, True, True, False], P * G)
+  mask &= scorable[:, None]
+  numbered = [(7 + p, Prompt(np.arange(3, dtype=np.int32), "4", "2+2", "test", p)) for p in range(P)]
+  fields = dict.fromkeys(Rollouts._fields)
+  rollouts = Rollouts(
+    **fields | {"texts": list(TEXTS) * P, "scorable": scorable, "reference_logps": logps * mask, "reference_mask": mask}
+  )
+  baselines = np.full((P, E), np.nan, np.float32)
+  baselines[0, :2], baselines[1, :3] = np.log([0.2, 0.1]), np.log([0.3, 0.2, 0.1])  # the third one is not known
+
+  def gather(c):
+    return gather_evidence(c, numbered, rollouts, baselines)
+
+  return gather, logps * mask, mask, baselines
+
+
+def test_the_reward_is_the_pure_functions_of_the_parts(evidence):
+  gather, logps, mask, baselines = evidence
+  c = config()
+  parts = jax.device_get(assess(gather(c), RewardSettings.of(c.reward)))
+  for p, g in np.ndindex(P, G):
+    row = p * G + g
+    there = mask[row]
+    r = np.exp(logps[row][there].astype(np.float64)).mean() if there.any() else 0.0
+    known = baselines[p][np.isfinite(baselines[p])].astype(np.float64)
+    r0 = np.exp(known).mean() if known.size else 0.0
+    form = [1.0, 1.0, 0.0, 0.0][g]
+    assert parts.reference[p, g] == pytest.approx(r, abs=1e-6)
+    assert parts.baseline[p] == pytest.approx(r0, abs=1e-6)
+    assert parts.total[p, g] == pytest.approx(0.9 * np.clip(r - r0, 0, 1) + 0.1 * form, abs=1e-6)
+
+
+def test_kinds(evidence):
+  gather, *_ = evidence
+
+  def total(**changes):
+    c = config(**changes)
+    return np.asarray(assess(gather(c), RewardSettings.of(c.reward)).total)
+
+  right = np.tile([1.0, 0.0, 0.0, 0.0], (P, 1))
+  np.testing.assert_array_equal(total(reward__kind="rule"), right)
+  mixed = total(reward__kind="mixture", reward__rule_weight=0.25)
+  np.testing.assert_allclose(mixed, 0.75 * total() + 0.25 * right, atol=1e-6)
+  noise = total(reward__kind="random")
+  assert ((noise >= 0) & (noise < 1)).all()
+  assert len(np.unique(noise)) == P * G
+  np.testing.assert_array_equal(noise[1], np.random.default_rng([0, 8]).random(G).astype(np.float32))
+  # "four" for "4" is three characters too many; without an answer nothing is taken off.
+  taken = total() - total(reward__answer_length_coefficient=0.5)
+  np.testing.assert_allclose(taken, np.tile([0, 0.5, 0, 0], (P, 1)), atol=1e-6)
+
+
+def test_weighted_rewards_weigh_their_baselines_alike(evidence):
+  """Were only r weighted and r' not, the difference would not be what the reasoning added."""
+  gather, logps, mask, baselines = evidence
+  c = config(reward__token_weights="base", reward__shaping="identity")
+  parts = jax.device_get(assess(gather(c), RewardSettings.of(c.reward)))
+  p0 = np.exp(baselines[0, :2].astype(np.float64))
+  weights = 1 - p0
+  assert parts.baseline[0] == pytest.approx((weights * p0).sum() / weights.sum(), abs=1e-5)
+  r = np.exp(logps[0][mask[0]].astype(np.float64))
+  assert parts.reference[0, 0] == pytest.approx((weights * r).sum() / weights.sum(), abs=1e-5)
+  plain = jax.device_get(assess(gather(c), RewardSettings.of(config().reward)))
+  assert abs(plain.baseline[0] - parts.baseline[0]) > 1e-3
+  assert parts.baseline[2] == 0
+
+
+def test_no_baseline_is_zero(evidence):
+  gather, *_ = evidence
+  c = config(reward__baseline_policy="none")
+  assert not np.any(assess(gather(c), RewardSettings.of(c.reward)).baseline)
+
+
+def test_shadows_are_rewards_of_the_same_evidence(evidence):
+  gather, *_ = evidence
+  c = config()
+  name, settings = parse_shadow(c, "odd: aggregate=product, format_coefficient=0.3, baseline_policy=none")
+  assert name == "odd"
+  other = config(reward__aggregate="product", reward__format_coefficient=0.3, reward__baseline_policy="none")
+  assert settings == RewardSettings.of(other.reward)
+  np.testing.assert_array_equal(
+    assess(gather(c), settings).total, assess(gather(other), RewardSettings.of(other.reward)).total
+  )
+
+
+@pytest.mark.parametrize(
+  ("text", "line"),
+  [
+    ("aggregate=product", "expected 'name: field=value, ...'"),
+    ("x:", "expected 'name: field=value, ...'"),
+    ("x: agregate=product", "'agregate=product', expected field=value with one of kind, aggregate"),
+    ("x: format_coefficient=much", "expected a number"),
+  ],
+)
+def test_a_shadow_that_cannot_be_is_one_line(text, line):
+  with pytest.raises(InputError, match=r"^config\.reward\.shadow: ") as error:
+    parse_shadow(config(), text)
+  assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ("changes", "line"),
+  [
+    ({"reward.shadow": ("x: aggregate=median",)}, "config.reward.shadow x.aggregate: 'median', expected one of mean"),
+    ({"reward.shadow": ("x: shaping=clap",)}, "config.reward.shadow x.shaping: shaping 'clap'"),
+    ({"reward.shadow": ("x: kind=rule",)}, "config.reward.shadow x.kind: rule needs a verifier"),
+    ({"reward.shadow": ("x: baseline_policy=current",)}, "config.reward.shadow x: baselines of the run itself or none"),
+    ({"reward.shadow": ("x: kind=random", "x: kind=reference")}, "'x' twice"),
+    ({"reward.kind": "mixture"}, "config.reward.kind: mixture needs a verifier"),
+    ({"filter.kind": "accuracy"}, "config.filter.kind: accuracy needs a verifier"),
+    ({"filter.source_scales": (("stem", -1.0),)}, "config.filter.source_scales: expected pairs"),
+    ({"training.dual_clip": 0.5}, "config.training.dual_clip: 0.5, expected 0, or more than 1"),
+    ({"reward.baseline_rate": 0.0}, "config.reward.baseline_rate: 0.0, expected more than 0"),
+    ({"training.loss": "ppo"}, "config.training.loss: 'ppo', expected one of clip, truncated"),
+  ],
+)
+def test_settings_that_cannot_be_are_one_line(changes, line):
+  c = configs.default()
+  with c.ignore_type():
+    c.update_from_flattened_dict(changes)
+  with pytest.raises(InputError) as error:
+    configs.validate(c)
+  assert line in str(error.value)
+
+
+def test_aligned_answers_begin_in_column_0():
+  mask = np.array([[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 0, 0]], bool)
+  logps = np.array([[9, -1, -2, 9], [-3, 9, 9, -4], [9, 9, 9, 9]], np.float32)
+  found, there = align(logps, mask)
+  np.testing.assert_array_equal(there, [[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+  np.testing.assert_array_equal(found[:2, :2], [[-1, -2], [-3, -4]])
+
+
+def test_auc_is_the_share_of_pairs_in_order():
+  rng = np.random.default_rng(0)
+  scores, right = rng.integers(0, 5, (6, 4)).astype(np.float32), rng.random((6, 4)) < 0.4
+  pairs = [
+    (good > bad) + (good == bad) / 2 for good, bad in itertools.product(scores[right].tolist(), scores[~right].tolist())
+  ]
+  assert auc(scores, right) == pytest.approx(np.mean(pairs))
+  assert auc(scores, np.zeros_like(right)) is None
+
+
+def test_correlation_is_within_groups():
+  rng = np.random.default_rng(0)
+  totals = rng.normal(size=(5, 4))
+  moved = 3 * totals + rng.normal(size=(5, 1))  # what a whole group shares does not matter
+  assert within_group_correlation(totals, moved) == pytest.approx(1)
+  assert within_group_correlation(totals, -moved) == pytest.approx(-1)
+  assert within_group_correlation(totals, np.ones((5, 4))) is None
+
+
+def test_the_module_is_given_what_rewards_says():
+  """Every aggregate and shaping can be a shadow."""
+  for aggregate, shaping in itertools.product(rewards.AGGREGATES, ("clip", "rank", "zscore", "threshold_0.1")):
+    c = configs.default()
+    c.reward.shadow = (f"x: aggregate={aggregate}, shaping={shaping}",)
+    configs.validate(c)

@@ -1,0 +1,65 @@
+"""References scored by another policy: the same numbers from the same weights, and those of the other from others."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax import config
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.training.scorer import score_again
+
+SAMPLES, LIMIT, RESPONSE, SUFFIX = 12, 8, 24, 12
+
+
+@pytest.fixture(scope="module")
+def case(policy):
+  c = config.default()
+  c.samples_per_prompt, c.data.template = SAMPLES, "answer_only"
+  c.data.prompt_limit, c.rollout.max_response_length, c.data.max_reference_length = LIMIT, RESPONSE, SUFFIX
+  c.rollout.score_rows, c.reward.score_temperature = 4, 0.8
+  engine = Engine(
+    policy.model,
+    policy.tokenizer,
+    DecodeSettings(Choice(), 8, (policy.tokenizer.eos_token_id,)),
+    Shapes(16, LIMIT, RESPONSE, SUFFIX, 8, 2, 4, 4),
+    "answer_only",
+    c.reward.score_temperature,
+    "bare",
+  )
+  rng = np.random.default_rng(0)
+  prompts = [
+    Prompt(rng.integers(10, 60, length).astype(np.int32), reference, "", "test", row)
+    for row, (length, reference) in enumerate([(3, "7"), (8, "ab1"), (5, "mon"), (6, "x y")])
+  ]
+  run = SimpleNamespace(
+    config=c, engine=engine, policy=SimpleNamespace(model=policy.model, whole=lambda params: params)
+  )
+  rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
+  assert rollouts.scorable.sum() > 5
+  return run, prompts, rollouts
+
+
+def test_the_same_policy_gives_the_same_scores(case, policy):
+  run, prompts, rollouts = case
+  found = score_again(run, policy.params, prompts, rollouts)
+  np.testing.assert_allclose(found.reference_logps, rollouts.reference_logps, atol=1e-5)
+  assert np.abs(rollouts.reference_logps).max() > 1
+
+
+def test_another_policy_scores_what_this_one_wrote(case, policy):
+  """Its scores are those of an engine that had sampled the same tokens: greedy from weights that agree on them."""
+  run, prompts, rollouts = case
+  sharper = jax.tree.map(lambda x: x, policy.params) | {"head": policy.params["head"] * 1.3}
+  found = score_again(run, sharper, prompts, rollouts)
+  # Logits are 1.3 times as large, so this is the old policy at 1.3 times the inverse temperature.
+  colder = dataclasses.replace(run.engine, score_temperature=0.8 / 1.3)
+  again = colder.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
+  np.testing.assert_array_equal(again.tokens, rollouts.tokens)
+  np.testing.assert_allclose(found.reference_logps, again.reference_logps, atol=1e-5)
+  assert np.abs(found.reference_logps - rollouts.reference_logps).max() > 0.1
