@@ -19,7 +19,8 @@ def test_the_mathematics_work_outside_the_trainer():
     [sys.executable, str(EXAMPLES / "in_another_trainer.py")], capture_output=True, text=True, check=True
   )
   numbers = [float(number) for number in re.findall(r"-?\d+\.\d*", done.stdout)]
-  # 0.9 * (mean p - r') + 0.1 * format: (0.85, 0.6, 0.15) - 0.25, the last below 0; then 0.5 - 0.4; the last have no tags.
+  # 0.9 * (mean p - r') + 0.1 * format: (0.85, 0.6, 0.15) - 0.25, the last below 0; then 0.5 - 0.4. The last of
+  # each group has no tags.
   expected = np.array([[0.64, 0.415, 0.0], [0.19, 0.19, 0.09]])
   np.testing.assert_allclose(numbers[:6], expected.ravel(), atol=1e-3)
   advantages = (expected - expected.mean(axis=1, keepdims=True)) / expected.std(axis=1, ddof=1, keepdims=True)

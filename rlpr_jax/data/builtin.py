@@ -36,15 +36,10 @@ DOMAINS = ("short", "sentences", "all")
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-_PEOPLE = (
-  "ann", "bob", "cal", "dan", "eve", "fay", "gus", "hal", "ida", "jon", "kim", "lee", "may", "ned", "pam", "ray", "sue",
-  "tom", "una", "vic",
-)  # fmt: skip
-_UNITS = ("cats", "cups", "eggs", "figs", "hats", "keys", "nuts", "pens")
+_PEOPLE = ("ann", "bob", "cal", "dan", "eve", "gus", "kim", "lee", "pam", "ray", "sue", "tom")
+_UNITS = ("cats", "cups", "eggs", "hats", "keys", "pens")
 _VEHICLES = ("bus", "cab", "tram", "train", "ferry", "plane")
-_EVENTS = (
-  "art", "bus", "cab", "dig", "fly", "gym", "jog", "lab", "mop", "nap", "oil", "pub", "run", "spa", "tea", "zoo",
-)  # fmt: skip
+_EVENTS = ("art", "bus", "cab", "dig", "gym", "jog", "lab", "mop", "nap", "run", "tea", "zoo")
 _TAGS = TEMPLATE_TAGS["think"]
 _SPECIAL = ("<pad>", "<end>", "<q>", "<a>")
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 +-*=?,.:'()/$%#><!;"
@@ -279,23 +274,23 @@ def _gap(rng: random.Random) -> Question:
   The careless way miscounts, or takes the one who has fewer for the other.
   """
   people, unit = rng.sample(_PEOPLE, 2), rng.choice(_UNITS)
-  counts = rng.sample(range(11, 50), 2)
+  tens = rng.sample(range(10, 50, 10), 2)
+  counts = [ten + rng.randint(1, 9) for ten in tens]
   low, high = sorted(counts)
-  to_ten, gap = -low % 10, high - low
+  ten = low + -low % 10
 
-  def think(leader: str, gap: int) -> str:
-    if 0 < to_ten < high - low:
-      ten, rest = low + to_ten, high - low - to_ten
-      return f"{leader} {low}+{to_ten}={ten} {ten}+{rest}={high} {to_ten}+{rest}={gap}"
-    return f"{leader} {high}-{low}={gap}"
+  def think(said: Meaning) -> str:
+    up = f"{low}+{ten - low}={ten} {ten}+{high - ten}={high} {ten - low}+{high - ten}={said.number}"
+    return f"{up} {'>'.join(said.names)}"
 
   text = f"{people[0]} {counts[0]} {unit}, {people[1]} {counts[1]}. who has more?"
   right = meaning(text)
   if rng.random() < 0.5:
     wrong = right._replace(names=right.names[::-1])
   else:
+    gap = high - low
     wrong = right._replace(number=str(rng.choice([n for n in (gap - 10, gap - 1, gap + 1, gap + 10) if n > 0])))
-  return _sentence(rng, text, think(right.names[0], gap), think(wrong.names[0], int(wrong.number)), wrong)
+  return _sentence(rng, text, think(right), think(wrong), wrong)
 
 
 def _late(rng: random.Random) -> Question:
@@ -381,15 +376,15 @@ _GRAMMARS = {
     ),
     _solve_gap,
     (
-      "{0} (has|owns|holds|keeps) {n} (more {u}|{u} more) than {1}",
+      "{0} (has|owns|holds) {n} (more {u}|{u} more) than {1}",
       "{0} (leads|beats|tops) {1} by {n}(| {u})",
-      "{0} is {n}(| {u}) (ahead of|above|over|up on) {1}",
-      "{1} (has|owns|holds|keeps) {n} (fewer {u}|{u} fewer) than {0}",
+      "{0} is {n}(| {u}) (ahead of|above|up on) {1}",
+      "{1} (has|owns|holds) {n} (fewer {u}|{u} fewer) than {0}",
       "{1} (trails|lags|follows) {0} by {n}(| {u})",
-      "{1} is {n}(| {u}) (behind|below|under|down on) {0}",
+      "{1} is {n}(| {u}) (behind|below|down on) {0}",
     ),
-    onward=frozenset(["more", "leads", "beats", "tops", "ahead", "above", "over", "up"]),
-    backward=frozenset(["fewer", "trails", "lags", "follows", "behind", "below", "under", "down"]),
+    onward=frozenset(["more", "leads", "beats", "tops", "ahead", "above", "up"]),
+    backward=frozenset(["fewer", "trails", "lags", "follows", "behind", "below", "down"]),
   ),
   "late": _Grammar(
     re.compile(f"{_any_of(_VEHICLES)} due ([0-9][0-9]?):([0-5][0-9]), ([0-9][0-9]?) min late\\. when\\?"),
@@ -405,12 +400,12 @@ _GRAMMARS = {
     re.compile("{0} (before|after) {0}\\. {0} (before|after) {0}\\. order\\?".format(_any_of(_EVENTS))),
     _solve_order,
     (
-      "(|first |begin with |start with |it is |we have ){0}, then {1}(, then| and then|, next) {2}",
-      "{0} (is|comes|was|came) before {1}(, then| and then|, next) {2}",
-      "{2} (is|comes|was|came) after {1}, (which is|which was|itself) after {0}",
-      "{2} follows {1}, which (follows|is after|comes after|came after) {0}",
+      "(|first |begin with |it is |we have ){0}, then {1}(, then| and then|, next) {2}",
+      "{0} (is|comes|was) before {1}(, then| and then|, next) {2}",
+      "{2} (is|comes|was) after {1}, (which is|itself) after {0}",
+      "{2} follows {1}, which (follows|is after|comes after) {0}",
     ),
-    onward=frozenset(["first", "begin", "start", "then", "next", "before"]),
+    onward=frozenset(["first", "begin", "then", "next", "before"]),
     backward=frozenset(["after", "follows"]),
   ),
 }

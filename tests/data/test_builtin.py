@@ -234,7 +234,7 @@ RIGHT = {
     "bob has 14 more cats than ann",
     "bob holds 14 cats more than ann",
     "ann has 14 fewer cats than bob",
-    "ann keeps 14 cats fewer than bob",
+    "ann owns 14 cats fewer than bob",
     "bob leads ann by 14",
     "bob tops ann by 14 cats",
     "bob is 14 ahead of ann",
@@ -270,10 +270,10 @@ RIGHT = {
     "begin with nap, then tea and then run",
     "it is nap, then tea, next run",
     "nap is before tea, then run",
-    "nap came before tea and then run",
+    "nap was before tea and then run",
     "run is after tea, which is after nap",
     "run comes after tea, itself after nap",
-    "run follows tea, which came after nap",
+    "run follows tea, which comes after nap",
     "run follows tea, which follows nap",
     "First nap, then tea, then run!",
     "nap before tea before run",
@@ -392,20 +392,14 @@ def check_sentence_thought(domain, text, thought):
   """Every step of a careful thought is true, and the last one is what the answer says."""
   meant = solve_sentence(domain, text)
   if domain == "gap":
-    leader, *steps = thought.split(" ")
-    assert leader == meant.names[0]
-    counts = sorted(map(int, re.findall(r"\d+", text)))
-    if len(steps) == 1:
-      high, low, gap = map(int, re.fullmatch(r"(\d+)-(\d+)=(\d+)", steps[0]).groups())
-      assert high - low == gap
-    else:
-      sums = [tuple(map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step).groups())) for step in steps]
-      assert all(a + b == c for a, b, c in sums)
-      (low, to_ten, ten), (again, rest, high), (first, second, gap) = sums
-      assert ten % 10 == 0
-      assert (ten, to_ten, rest) == (again, first, second)
-    assert [low, high] == counts
-    assert str(gap) == meant.number
+    *steps, names = thought.split(" ")
+    sums = [tuple(map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", step).groups())) for step in steps]
+    assert all(a + b == c for a, b, c in sums)
+    (low, to_ten, ten), (again, rest, high), (first, second, gap) = sums
+    assert ten % 10 == 0
+    assert (ten, to_ten, rest) == (again, first, second)
+    assert [low, high] == sorted(map(int, re.findall(r"\d+", text)))
+    assert (names, str(gap)) == (">".join(meant.names), meant.number)
   elif domain == "late":
     sum_, *over, time = thought.split(" ")
     due, late, total = map(int, re.fullmatch(r"(\d+)\+(\d+)=(\d+)", sum_).groups())
@@ -426,9 +420,7 @@ def thought_means(domain, text, thought):
   """What the answer should say if the thought were true."""
   meant = solve_sentence(domain, text)
   if domain == "gap":
-    leader = thought.split(" ")[0]
-    (other,) = {*meant.names} - {leader}
-    return meant._replace(names=(leader, other), number=thought.split("=")[-1])
+    return meant._replace(names=tuple(thought.split(" ")[-1].split(">")), number=re.findall(r"=(\d+)", thought)[-1])
   if domain == "late":
     return meant._replace(number=thought.split(" ")[-1])
   return meant._replace(names=tuple(thought.split(" ")[-1].split("-")))
@@ -546,7 +538,7 @@ def test_words_of_the_wordings_are_no_content():
   """Else a name could stand for the word, or the word for the name."""
   content = {word for _, text, _ in questions("sentences", count=3000) for word in re.findall(r"[a-z]{3,}", text)}
   content -= {"who", "has", "more", "due", "min", "late", "when", "before", "after", "order"}
-  assert len(content) == 20 + 8 + 6 + 16 - 2  # "bus" and "cab" are events too
+  assert len(content) == 12 + 6 + 6 + 12 - 2  # "bus" and "cab" are events too
   meanings = {"gap": (("N", "M"), "1", "U"), "late": ((), "1:00", "U"), "order": (("N", "M", "O"), "", "")}
   for domain, parts in meanings.items():
     assert content.isdisjoint(
