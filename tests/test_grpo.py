@@ -173,9 +173,7 @@ def bound_by_hand(logps, valid):
 
 
 @pytest.mark.parametrize("spread", [0.1, 5.0, 1000.0])
-@pytest.mark.parametrize(
-  ("size", "transform"), [(1, jax.jit), (2, jax.jit), (3, jax.vmap), (8, jax.jit), (8, lambda f: f)]
-)
+@pytest.mark.parametrize(("size", "transform"), [(1, jax.jit), (3, jax.vmap), (8, jax.jit), (8, lambda f: f)])
 def test_group_bound(size, transform, spread):
   rng = np.random.default_rng(size)
   logps = -rng.uniform(0, spread, (30, size)).astype(np.float32)
@@ -398,7 +396,7 @@ def test_a_batch_that_is_masked_out_has_loss_and_gradient_zero(aggregate):
   def loss(logps):
     return grpo.policy_loss(logps, logps, np.ones(3, np.float32), np.zeros((3, 4), bool), aggregate=aggregate)
 
-  (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(logps)
+  (value, metrics), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(logps)
   assert float(value) == 0
   assert {name: float(metric) for name, metric in metrics.items()} == dict.fromkeys(metrics, 0.0)
   np.testing.assert_array_equal(gradient, np.zeros((3, 4)))
@@ -427,7 +425,7 @@ def test_on_policy_the_gradient_is_the_policy_gradient():
   logps = -np.random.default_rng(0).random((2, 3)).astype(np.float32)
   advantages = np.array([2.0, -0.5], np.float32)
   mask = np.array([[1, 1, 0], [1, 1, 1]], bool)
-  gradient = jax.grad(lambda x: grpo.policy_loss(x, logps, advantages, mask)[0])(logps)
+  gradient = jax.jit(jax.grad(lambda x: grpo.policy_loss(x, logps, advantages, mask)[0]))(logps)
   np.testing.assert_allclose(gradient, -advantages[:, None] * mask / 5, rtol=1e-6)
 
 

@@ -162,8 +162,7 @@ def test_verifree_weights_are_the_rewards(rewards):
 SHAPE = (3, 5)
 
 
-@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
-@pytest.mark.parametrize("dual", [None, 2.0])
+@pytest.mark.parametrize(("aggregate", "dual"), [*((name, None) for name in grpo.AGGREGATES), ("token_mean", 2.0)])
 @PROPERTY
 @given(
   hnp.arrays(bool, SHAPE),
