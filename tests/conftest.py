@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import functools
+import gc
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from rlpr_jax.data import builtin
 from rlpr_jax.models import ModelConfig, Params, abstract_params, definition
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_are_dropped():
+  """Each file's compiled programs go with it: a process may hold only so many (vm.max_map_count), then XLA aborts."""
+  yield
+  jax.clear_caches()
+  gc.collect()
+
 
 CACHE = Path(__file__).parents[1] / ".cache"
 # Published tokenizers, where tools/fetch_tokenizers.py and tools/smollm2.py put them.

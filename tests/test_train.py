@@ -241,7 +241,7 @@ def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_
     ("lora.rank", 4, "config.lora.rank: adapters need a pretrained model"),
     ("training.minibatches", 3, "config.training.minibatches: 3 does not divide config.prompts_per_step 4"),
     ("training.micro_batch_rows", 3, "config.training.micro_batch_rows: 3 does not divide the 4 rows"),
-    ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, random"),
+    ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, rule"),
     ("reward.shaping", "threshold_x", "config.reward.shaping"),
     ("filter.alpha", 0.0, "config.filter.alpha"),
     ("steps", -1, "config.steps"),
