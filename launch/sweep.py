@@ -1,6 +1,6 @@
 """Runs a sweep: variants of one recipe, several seeds each, then a table and a plot.
 
-    python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/quickstart.py --workdir=runs/rewards \
+    python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/sentences.py --workdir=runs/rewards \
       [--seeds=0,1,2] [--processes=1] [--dry_run] [--config.field=value ...]
 
 Given again, the same command goes on where it stopped: runs that are finished are left alone, others resume.

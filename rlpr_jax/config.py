@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlpr_jax import filtering, grpo, rewards, sharding
+from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import graders
 from rlpr_jax.models.config import ATTENTION_BACKENDS, REMAT_POLICIES
@@ -58,6 +59,7 @@ def default() -> ConfigDict:
   c.data.path = ""  # .parquet (verl or question/answer), .jsonl or .csv; "" for the built-in questions
   c.data.split = ""  # rows whose column "split" says so; "" for all
   c.data.count = 2048  # of the built-in questions
+  c.data.domains = "short"  # of those, the held-out ones and the warm start's demonstrations: short | sentences | all
   c.data.template = "think"  # think | answer_only
   c.data.instruction = "default"  # system message of rows without one: "default" is the template's, "" is none
   c.data.examples = ()  # worked examples before each question: ((question, response), ...)
@@ -151,6 +153,7 @@ _CHOICES = {
   "model.attention": ATTENTION_BACKENDS,
   "model.remat": REMAT_POLICIES,
   "lora.base_dtype": ("float32", "bfloat16"),
+  "data.domains": builtin.DOMAINS,
   "data.template": tuple(rewards.TEMPLATE_TAGS),
   "reward.kind": reward.KINDS,
   "reward.verifier": ("none", *graders.VERIFIERS),

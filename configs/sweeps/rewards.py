@@ -1,6 +1,6 @@
 """Which reward? The full method, each part of it taken away, and other rewards, on one recipe.
 
-python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/quickstart.py --workdir=runs/rewards
+python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/sentences.py --workdir=runs/rewards
 """
 
 
@@ -9,10 +9,19 @@ def get_sweep():
   verifier = {"reward.verifier": "builtin"}
   return {
     "mean": verifier,
+    "geometric_mean": verifier | {"reward.aggregate": "geometric_mean"},
     "product": verifier | {"reward.aggregate": "product"},
     "no_debiasing": verifier | {"reward.baseline_policy": "none"},
     "no_filter": verifier | {"filter.kind": "off"},
-    "verifree": verifier | {"training.answer_gradient": "verifree"},
+    # VeriFree (arXiv 2505.21493): the probability of the whole answer, its gradient, leave-one-out, nothing filtered.
+    "verifree": verifier
+    | {
+      "reward.aggregate": "product",
+      "reward.baseline_policy": "none",
+      "training.answer_gradient": "verifree",
+      "training.advantages": "leave_one_out",
+      "filter.kind": "off",
+    },
     "rule": verifier | {"reward.kind": "rule"},
     "random": verifier | {"reward.kind": "random"},
   }

@@ -91,11 +91,13 @@ def draw_once(run: Run, state: TrainState, params: Params, stream: PromptStream)
     parts = parts._replace(total=np.asarray(run.custom_reward(evidence, rollouts.texts, prompts), np.float32))
   shadows = {name: jax.device_get(assess(evidence, settings)) for name, settings in run.shadows.items()}
   advantages, stds, answer_weights = judge(run, evidence, parts)
+  # A refused prompt has no spread: it is not kept, and no part of the filter's average.
+  stds = np.where(rollouts.refused.reshape(stds.size, -1).any(axis=1), np.nan, stds)
   scales = [dict(config.filter.source_scales).get(prompt.source, run.filter.scale) for prompt in prompts]
   keep = filtering.keep(state.filter, stds, run.filter, correct=evidence.verified, scales=np.array(scales, np.float32))
-  refused = rollouts.refused.reshape(stds.size, -1).any(axis=1)
-  keep = np.asarray(keep) & ~refused
-  return Draw(prompts, rollouts, evidence, parts, shadows, advantages, answer_weights, stds, keep), baselines
+  return Draw(
+    prompts, rollouts, evidence, parts, shadows, advantages, answer_weights, stds, np.asarray(keep)
+  ), baselines
 
 
 def newest_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -183,9 +185,10 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
   seconds = {name: sum(part.seconds[name] for part in rollouts) for name in rollouts[0].seconds}
   sampling = seconds["prefill"] + seconds["decode"]
   return values | {
-    **{f"reward/{name}": float(np.mean([getattr(draw.rewards, name) for draw in draws])) for name in Rewards._fields},
-    "reward/group_std": float(np.mean([draw.stds for draw in draws])),
-    **compare(draws),
+    **{f"reward/{name}": finite_mean([getattr(draw.rewards, name) for draw in draws]) for name in Rewards._fields},
+    "reward/group_std": finite_mean([draw.stds for draw in draws]),
+    "reward/not_finite": int(sum((~np.isfinite(draw.rewards.total)).sum() for draw in draws)),
+    **compare(draws, verifies=run.config.reward.verifier != "none"),
     "rollout/response_length": float(np.mean(everywhere("lengths"))),
     "rollout/truncated": float(np.mean(~everywhere("finished"))),
     "rollout/scorable": float(np.mean(everywhere("scorable"))),
@@ -198,19 +201,25 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
   }
 
 
-def compare(draws: list[Draw]) -> dict[str, float]:
+def finite_mean(parts: Sequence[np.ndarray]) -> float:
+  """Mean of what is finite; 0 if nothing is."""
+  values = np.concatenate([np.ravel(part) for part in parts])
+  return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else 0.0
+
+
+def compare(draws: list[Draw], verifies: bool) -> dict[str, float]:
   """Each shadow reward beside the one that is trained on, and both against the verifier, if there is one."""
 
   def everywhere(pick: Callable[[Draw], np.ndarray]) -> np.ndarray:
     return np.concatenate([pick(draw) for draw in draws])
 
   total, right = everywhere(lambda draw: draw.rewards.total), everywhere(lambda draw: draw.evidence.verified)
-  values = {"reward/verified": float(right.mean()), "reward/auc": auc(total, right)}
+  values = {"reward/verified": float(right.mean()), "reward/auc": auc(total, right)} if verifies else {}
   for name in draws[0].shadows:
     shadow = everywhere(lambda draw, name=name: draw.shadows[name].total)
     values |= {
-      f"shadow/{name}/total": float(shadow.mean()),
-      f"shadow/{name}/group_std": float(np.std(shadow, axis=1, ddof=1).mean()) if shadow.shape[1] > 1 else 1.0,
+      f"shadow/{name}/total": finite_mean([shadow]),
+      f"shadow/{name}/group_std": finite_mean([np.std(shadow, axis=1, ddof=1)]) if shadow.shape[1] > 1 else 1.0,
       f"shadow/{name}/correlation": within_group_correlation(total, shadow),
       f"shadow/{name}/auc": auc(shadow, right),
     }

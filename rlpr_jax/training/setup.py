@@ -132,7 +132,7 @@ def load_prompts(
   if source.path:
     examples = load_examples(source.path, source.split or None)
   else:
-    examples = builtin.examples(builtin_split, count, config.seed)
+    examples = builtin.examples(builtin_split, count, config.seed, config.data.domains)
   prompts, dropped = _prepare(config, examples, tokenizer)
   name = source.path or f"built-in {builtin_split} questions"
   print(f"{name}: {len(prompts)} prompts, dropped: {dropped}", flush=True)
@@ -230,17 +230,18 @@ def abstract_state(run: Run) -> TrainState:
 def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params:
   """Supervised steps on the built-in demonstrations."""
   settings, tokenizer = run.config.warm_start, run.engine.tokenizer
-  examples, responses = zip(*builtin.demonstrations(settings.steps * settings.batch_size, run.config.seed), strict=True)
+  pairs = builtin.demonstrations(settings.steps * settings.batch_size, run.config.seed, run.config.data.domains)
+  examples, responses = zip(*pairs, strict=True)
   prompts, dropped = _prepare(run.config, examples, tokenizer)
   if any(dropped.values()):
     raise InputError(
       f"config.data.prompt_limit or max_reference_length: too small for the warm start's demonstrations ({dropped})"
     )
-  pairs = [
+  rows = [
     (prompt.ids, [*tokenizer.encode(responses[prompt.row], add_special_tokens=False), tokenizer.eos_token_id])
     for prompt in prompts
   ]
-  demonstrations = warm_start.pad(pairs)
+  demonstrations = warm_start.pad(rows)
   transform = warm_start.optimizer(
     settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate
   )
