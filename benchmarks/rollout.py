@@ -9,7 +9,8 @@ EOS is one token among others. Lengths are as uneven as in training: exponential
 
     ours          rlpr_jax's engine: a response that ends makes room for the next; each prompt is read once
     scored        the same, and a reference answer is scored after every response, from the cache
-    fixed         the same programs without refilling: a batch runs until its last row ends
+    fixed         the same programs without refilling: a batch runs, all of its rows, until its last one ends
+    compacted     the same, but the rows that are left move to the front and fewer are decoded, as the engine does
     transformers  `generate` in torch, in the same batches, each row with its own limit
     tunix         google-tunix's vanilla sampler, in the same batches; no limits for single rows, so a batch runs up to
                   its longest row, and what a row has too much is not counted (its Llama ignores the model's rope_theta:
@@ -46,6 +47,7 @@ LABELS = {
   "ours": "slot engine",
   "scored": "slot engine, references scored",
   "fixed": "(a) fixed batches, our programs",
+  "compacted": "fixed batches that shrink, our programs",
   "transformers": "(b) transformers `generate`",
   "tunix": "(c) tunix vanilla sampler",
 }
@@ -126,8 +128,8 @@ def load_tokenizer():
   return AutoTokenizer.from_pretrained(MODEL.value)
 
 
-def with_engine(work: Work, refill: bool = True, scored: bool = False) -> Sample:
-  """rlpr_jax. Without refilling: batch after batch, each with all the slots to itself."""
+def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: bool = True) -> Sample:
+  """rlpr_jax. Without refilling: batch after batch, each with all the slots to itself, shrinking or not."""
   import jax
 
   from rlpr_jax import models, splicing
@@ -171,6 +173,8 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False) -> Sample
       seconds.update(parts)
     return dict(seconds)
 
+  if not shrink:
+    mock.patch.object(Shapes, "decode_rows", property(lambda shapes: (shapes.slots,))).start()
   # A response here is not worth scoring: it has no tags. The same number of tokens is scored behind it instead.
   mock.patch.object(splicing, "splice", splice_at_the_end).start()
   engine.warm_up(params, scored)
@@ -281,7 +285,8 @@ def with_tunix(work: Work) -> Sample:
 CONTENDERS: dict[str, Callable[[Work], Sample]] = {
   "ours": with_engine,
   "scored": lambda work: with_engine(work, scored=True),
-  "fixed": lambda work: with_engine(work, refill=False),
+  "fixed": lambda work: with_engine(work, refill=False, shrink=False),
+  "compacted": lambda work: with_engine(work, refill=False),
   "transformers": with_transformers,
   "tunix": with_tunix,
 }

@@ -6,6 +6,7 @@ A script and not a test, for the number of devices must be set before jax starts
 import dataclasses
 import functools
 import json
+import sys
 import tempfile
 
 import jax
@@ -236,23 +237,35 @@ def few_heads() -> dict:
 
 # What the others have beside these is the same to a mesh.
 CASES = ("llama", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3")
+SLOW = ("llama", "llama_biases", "qwen3", "parameters alone", "activations")  # left to the slow tests
 
 
-def main() -> None:
+def main(slow: bool) -> None:
   assert len(jax.devices()) == 8
   logprobs.CHUNK = 16  # several chunks of the rows, on one device and on eight
   llama = cases.config("llama")
   odd = dataclasses.replace(llama, num_heads=12, num_kv_heads=3)
   by_places = {"sequence": ("tensor",), "heads": (), "kv_heads": (), "mlp": ()}
+  meshes = {
+    "2 key/value heads on 8": functools.partial(compare, llama, (1, 1, 8)),
+    "3 key/value heads on 4": functools.partial(compare, odd, (1, 2, 4)),
+    "parameters alone": functools.partial(compare, llama, (1, 8, 1), temperatures=()),
+    "places": functools.partial(compare, llama, (2, 2, 2), by_places, temperatures=()),
+    "activations": functools.partial(compare, llama, (2, 2, 2), {"batch": ("data",)}, temperatures=()),
+  }
   result = {
-    "cases": {name: compare(cases.config(name), (2, 2, 2), temperatures=(0.0, 1.0)) for name in CASES},
-    "meshes": {
-      "2 key/value heads on 8": compare(llama, (1, 1, 8)),
-      "3 key/value heads on 4": compare(odd, (1, 2, 4)),
-      "parameters alone": compare(llama, (1, 8, 1), temperatures=()),
-      "places": compare(llama, (2, 2, 2), by_places, temperatures=()),
-      "activations": compare(llama, (2, 2, 2), {"batch": ("data",)}, temperatures=()),
+    "cases": {
+      name: compare(cases.config(name), (2, 2, 2), temperatures=(0.0, 1.0)) for name in CASES if (name in SLOW) == slow
     },
+    "meshes": {name: run() for name, run in meshes.items() if (name in SLOW) == slow},
+  }
+  if not slow:
+    result |= others(llama)
+  print(json.dumps(result))
+
+
+def others(llama: models.ModelConfig) -> dict:
+  return {
     "update": {
       "adamw": whole_update(cases.config("gemma2"), (2, 2, 2), ADAMW),
       "momentum": whole_update(llama, (2, 2, 2), MOMENTUM),
@@ -263,8 +276,7 @@ def main() -> None:
       str(shape): sharding.create_mesh(*shape).devices.shape for shape in ((), (2, -1, 2), (1, 1, -1), (4, 2, 1))
     },
   }
-  print(json.dumps(result))
 
 
 if __name__ == "__main__":
-  main()
+  main(slow="slow" in sys.argv)

@@ -4,6 +4,7 @@ The eight are CPU devices, which XLA makes when it is told so, in a process of i
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -147,12 +148,18 @@ def test_fewer_key_value_heads_than_parts_are_on_every_device(kv_heads, tensor, 
 # --- eight devices against one ---
 
 
-@pytest.fixture(scope="module")
-def eight():
+@pytest.fixture
+def eight(request):
+  """What tests/eight_devices.py found: once for the slow tests, once for the others."""
+  return run_on_eight(slow=request.node.get_closest_marker("slow") is not None)
+
+
+@functools.cache
+def run_on_eight(slow: bool) -> dict:
   flags = " ".join(f"--xla_{flag}" for flag in FLAGS)
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
   done = subprocess.run(
-    [sys.executable, "-m", "tests.eight_devices"],
+    [sys.executable, "-m", "tests.eight_devices", *(["slow"] if slow else [])],
     cwd=ROOT,
     env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
     capture_output=True,
@@ -165,12 +172,19 @@ def eight():
 
 
 MESHES = ("2 key/value heads on 8", "3 key/value heads on 4", "parameters alone", "places", "activations")
-SAMPLED = [*(("cases", name) for name in eight_devices.CASES), *(("meshes", name) for name in MESHES[:2])]
 
 
-@pytest.mark.parametrize(
-  ("kind", "name"), [*(("cases", name) for name in eight_devices.CASES), *(("meshes", name) for name in MESHES)]
-)
+def named(*names):
+  """Parameters of tests, some of them slow."""
+  slow = {True: [pytest.mark.slow], False: []}
+  return [pytest.param(*name, marks=slow[name[-1] in eight_devices.SLOW], id=" ".join(name)) for name in names]
+
+
+CASES = [("cases", name) for name in eight_devices.CASES]
+SAMPLED = named(*CASES, *(("meshes", name) for name in MESHES[:2]))
+
+
+@pytest.mark.parametrize(("kind", "name"), named(*CASES, *(("meshes", name) for name in MESHES)))
 def test_gradients_are_those_of_one_device(eight, kind, name):
   """Of the loss of training/update.py, by every parameter."""
   result = eight[kind][name]
@@ -203,11 +217,11 @@ def test_scores_are_those_of_one_device(eight, kind, name):
       assert result["ways"] == {"2 key/value heads on 8": 1, "3 key/value heads on 4": 2}.get(name, 4)
 
 
-@pytest.mark.parametrize("name", eight_devices.CASES)
-def test_cache_is_split_by_rows_and_key_value_heads(eight, name):
+@pytest.mark.parametrize(("kind", "name"), named(*CASES))
+def test_cache_is_split_by_rows_and_key_value_heads(eight, kind, name):
   """Rows over data and fsdp, heads over tensor unless there is but one."""
   config = cases.config(name)
-  for result in (eight["cases"][name], eight["cases"][name]["temperature 1"]):
+  for result in (eight[kind][name], eight[kind][name]["temperature 1"]):
     layers, rows, heads, slots, head_dim = result["cache"]
     assert heads == config.num_kv_heads
     assert result["cache_part"] == [layers, rows // 4, max(1, heads // 2), slots, head_dim]

@@ -157,7 +157,7 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run, recipe, tmp_pa
     assert (tmp_path / "rollouts" / file.name).read_text() == file.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_finishes_the_step_and_saves(whole_run, recipe, tmp_path, number):
   process = start(recipe, tmp_path, "--config.steps=500")
   wait_for(process, tmp_path / "rollouts/step_000002.jsonl")

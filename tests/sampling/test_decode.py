@@ -395,10 +395,11 @@ def test_tokens_of_a_row_are_drawn_independently(policy):
   keys = np.asarray(row_keys(jax.random.key(3), *np.divmod(np.arange(count, dtype=np.uint32), count // 2)))
   hidden, cache = decode.prefill(policy.model, flat, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
   slots = decode.empty_slots(policy.model, flat, count, 5, 2)
-  slots = decode.insert(
-    policy.model, flat, slots, hidden, cache, np.ones(1, np.int32), np.zeros(count, np.int32),
-    np.arange(count, dtype=np.int32), keys, np.full(count, 2, np.int32),
-  )  # fmt: skip
+  for rows in np.split(np.arange(count, dtype=np.int32), count // 32):
+    slots = decode.insert(
+      policy.model, flat, slots, hidden, cache, np.ones(1, np.int32), np.zeros(32, np.int32), rows, keys[rows],
+      np.full(32, 2, np.int32),
+    )  # fmt: skip
   slots = decode.decode(policy.model, flat, slots, DecodeSettings(WHOLE, 2, ENDLESS), count, 3)
   np.testing.assert_allclose(slots.logprobs, -np.log(VOCAB), rtol=1e-6)
   first, second = np.asarray(slots.tokens).T
