@@ -19,6 +19,7 @@ from absl import app, flags
 from rlpr_jax import models, sharding
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.engine import Shapes
 from tests.models.tpu_compile import environment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "As jax.experimental.topologies names it.")
@@ -26,6 +27,7 @@ _TENSOR = flags.DEFINE_integer("tensor", 1, "Devices along the tensor axis; the 
 GRANTED = {"v5e": 15.75, "v5p": 95.74, "v6e": 31.25}  # GiB that the compiler gives a program
 PROMPT, RESPONSE, STEPS = 2048, 3072, 16
 PREFILL, INSERT, SCORE, SUFFIX = 4, 8, 8, 64  # prompts read and answers scored at once in each part; tokens of those
+SHAPES = Shapes(1, PROMPT, RESPONSE, SUFFIX, STEPS, PREFILL, SCORE, INSERT)
 QWEN = models.ModelConfig(
   vocab_size=152064, embed_dim=3584, mlp_dim=18944, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
   biases=("query", "key", "value"), rope=models.Rope(theta=1e6),
@@ -49,9 +51,7 @@ def peaks(where: sharding.Sharding, each: int) -> dict[str, float]:
   def ids(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
-  make = functools.partial(
-    decode.empty_slots, model, slots=each * ways, capacity=PROMPT + RESPONSE + STEPS, limit=RESPONSE
-  )
+  make = functools.partial(decode.empty_slots, model, slots=each * ways, capacity=SHAPES.capacity, limit=RESPONSE)
   slots = lay(jax.eval_shape(make, params))
   hidden, read = lay(
     jax.eval_shape(functools.partial(decode.prefill, model), params, ids(PREFILL * ways, PROMPT), ids(PREFILL * ways))

@@ -69,6 +69,9 @@ class Rollouts(NamedTuple):
   seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
 
 
+_LANES = 128  # numbers that lie side by side in a TPU's registers
+
+
 @dataclasses.dataclass(frozen=True)
 class Shapes:
   """The sizes of the compiled programs, in rows and tokens."""
@@ -85,8 +88,13 @@ class Shapes:
 
   @property
   def capacity(self) -> int:
-    """C, room in a slot: a text, and the last call's garbage behind it."""
-    return self.prompt_limit + self.max_response_length + self.steps
+    """C, room in a slot: a text, and the last call's garbage behind it.
+
+    In whole lanes of a TPU, beyond the first: it lays other lengths out in another order, and decoding would copy all
+    keys to turn them round.
+    """
+    room = self.prompt_limit + self.max_response_length + self.steps
+    return room if room < _LANES else -(-room // _LANES) * _LANES
 
   def takes(self, prompt: Prompt) -> bool:
     """Whether the prompt can be read."""
