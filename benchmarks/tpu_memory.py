@@ -96,14 +96,15 @@ def main(argv: list[str]) -> None:
   where = sharding.fit(sharding.create(mesh), models.axis_sizes(QWEN))
   ways, granted = where.ways("batch"), GRANTED[name.split(":")[0]]
   few, more = (peaks(where, slots) for slots in (16, 32))
-  each = {name: (more[name] - few[name]) / 16 for name in few}
-  # Slots that every program leaves room for, in eighths.
-  fit = min(int((granted - few[name]) / each[name] + 16) // 8 * 8 for name in few)
-  found = peaks(where, fit)
+  each = (more["decode"] - few["decode"]) / 16
+  # As many as every program leaves room for, in eights.
+  fit = int((granted - max(few.values())) / each + 16) // 8 * 8
+  while max((found := peaks(where, fit)).values()) > granted:
+    fit -= 8
   print("| topology | mesh | GiB a slot | slots a part | slots | GiB a chip: " + " | ".join(found) + " | granted |")
   print("|---|---|---|---|---|" + "---|" * (len(found) + 1))
   print(
-    f"| {name_of(mesh, name)} | {each['decode']:.3f} | {fit} | {fit * ways} | "
+    f"| {name_of(mesh, name)} | {each:.3f} | {fit} | {fit * ways} | "
     + " | ".join(f"{size:.1f}" for size in found.values())
     + f" | {granted} |"
   )

@@ -28,7 +28,7 @@ def get_config():
     "no_debiasing: baseline_policy=none",
   )
   c.training.learning_rate = 3e-4
-  c.warm_start.steps = 800
+  c.warm_start.steps = 600
   c.evaluation.prompts = 300
   c.evaluation.every = 20
   c.log.checkpoint_every = 20

@@ -3,8 +3,12 @@
     python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/sentences.py --workdir=runs/rewards \
       [--seeds=0,1,2] [--processes=1] [--dry_run] [--config.field=value ...]
 
+A recipe with a warm start is warm-started once a seed; every variant begins from that policy, unless it changes what
+the policy starts from (`warm_start`, `model`, `lora` or `data`).
+
 Given again, the same command goes on where it stopped: runs that are finished are left alone, others resume.
-`--dry_run` prints one command a run, for a cluster's own queue; afterwards the same command without it makes the table.
+`--dry_run` prints one command a run, for a cluster's own queue, the warm starts first, which the others wait for;
+afterwards the same command without it makes the table.
 """
 
 import concurrent.futures
@@ -34,26 +38,39 @@ _PROCESSES = flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands alone.")
 
 
+_START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from
+
+
 class Job(NamedTuple):
   """One run."""
 
   name: str
   seed: int
   workdir: pathlib.Path
-  command: list[str]
+  commands: list[list[str]]  # one after the other
   steps: int
+
+  def __str__(self) -> str:
+    return " && ".join(map(shlex.join, self.commands))
+
+  @property
+  def policy(self) -> pathlib.Path:
+    """Of a warm start: the directory that its variants load."""
+    return self.workdir.with_name(f"{self.workdir.name}-policy")
 
 
 def main(argv: list[str]) -> None:
   del argv
   with exit_on_input_error():
     sweep = load_sweep(_SWEEP.value)
-    jobs = make_jobs(sweep, _CONFIG.value, pathlib.Path(_WORKDIR.value))
+    starts, jobs = make_jobs(sweep, _CONFIG.value, pathlib.Path(_WORKDIR.value))
   if _DRY_RUN.value:
-    for job in jobs:
-      print(shlex.join(job.command))
+    for job in starts + jobs:
+      print(job)
     return
-  failed = run_all([job for job in jobs if not is_finished(job)], len(jobs))
+  failed = run_all([job for job in starts if not (job.policy / "config.json").exists()], "warm starts", len(starts))
+  if not failed:
+    failed = run_all([job for job in jobs if not is_finished(job)], "runs", len(jobs))
   results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
   write_results(pathlib.Path(_WORKDIR.value), results)
   if failed:
@@ -78,8 +95,10 @@ def load_sweep(path: str) -> dict[str, dict[str, object]]:
   return sweep
 
 
-def make_jobs(sweep: dict[str, dict[str, object]], config: ConfigDict | None, workdir: pathlib.Path) -> list[Job]:
-  """Every run of the sweep, seed by seed; all of them are checked before the first begins.
+def make_jobs(
+  sweep: dict[str, dict[str, object]], config: ConfigDict | None, workdir: pathlib.Path
+) -> tuple[list[Job], list[Job]]:
+  """The warm starts, and every run of the sweep, seed by seed; all of them are checked before the first begins.
 
   Raises:
     InputError: no recipe, or one of the variants cannot be run.
@@ -87,8 +106,11 @@ def make_jobs(sweep: dict[str, dict[str, object]], config: ConfigDict | None, wo
   if config is None:
     raise InputError("--config: missing, expected the recipe that the variants change")
   given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
-  jobs = []
+  program = [sys.executable, "-m", "rlpr_jax.train", *given]
+  starts, jobs = [], []
   for seed in _SEEDS.value:
+    start = warm_start_of(seed, program, workdir)
+    shared = False
     for name, overrides in sweep.items():
       changes = {**overrides, "seed": seed}
       variant = ConfigDict(config)
@@ -97,17 +119,35 @@ def make_jobs(sweep: dict[str, dict[str, object]], config: ConfigDict | None, wo
         configs.validate(variant)
       except (InputError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"--sweep: {name}, seed {seed}: {' '.join(str(error).split())}") from None
+      if config.warm_start.steps and not any(field.startswith(_START) for field in overrides):
+        changes |= {"model.path": str(start.policy), "warm_start.steps": 0}
+        shared = True
       directory = workdir / f"{name}-{seed}"
-      command = [sys.executable, "-m", "rlpr_jax.train", *given, f"--workdir={directory}"]
-      command += [f"--config.{field}={value}" for field, value in changes.items()]
-      jobs.append(Job(name, int(seed), directory, command, variant.steps))
-  return jobs
+      command = [*program, f"--workdir={directory}", *options(changes)]
+      jobs.append(Job(name, int(seed), directory, [command], variant.steps))
+    if shared:
+      starts.append(start)
+  return starts, jobs
 
 
-def run_all(jobs: list[Job], total: int) -> list[str]:
-  """Runs what is left of the sweep, `--processes` at a time; returns the directories of those that failed."""
+def warm_start_of(seed: str, program: list[str], workdir: pathlib.Path) -> Job:
+  """The recipe up to its first step, and the policy that it has then, as a Hugging Face directory."""
+  directory = workdir / f"warm_start-{seed}"
+  changes = {"seed": seed, "steps": 0, "evaluation.prompts": 0, "reward.baseline_policy": "none", "reward.shadow": ()}
+  train = [*program, f"--workdir={directory}", *options(changes)]
+  job = Job("warm_start", int(seed), directory, [train], 0)
+  export = [sys.executable, "-m", "rlpr_jax.export", f"--workdir={directory}", f"--out={job.policy}", "--dtype=float32"]
+  return job._replace(commands=[train, export])
+
+
+def options(changes: dict[str, object]) -> list[str]:
+  return [f"--config.{field}={value}" for field, value in changes.items()]
+
+
+def run_all(jobs: list[Job], what: str, total: int) -> list[str]:
+  """Runs what is left, `--processes` at a time; returns the directories of those that failed."""
   start, done, failed = time.monotonic(), 0, []
-  print(f"{total - len(jobs)} of {total} runs were finished before", flush=True)
+  print(f"{total - len(jobs)} of {total} {what} were finished before", flush=True)
   with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
     for job, status in pool.map(lambda job: (job, run(job)), jobs):
       done += 1
@@ -122,7 +162,10 @@ def run_all(jobs: list[Job], total: int) -> list[str]:
 def run(job: Job) -> int:
   job.workdir.parent.mkdir(parents=True, exist_ok=True)
   with open(f"{job.workdir}.log", "a") as log:
-    return subprocess.run(job.command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    for command in job.commands:
+      if status := subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+        return status
+  return 0
 
 
 def is_finished(job: Job) -> bool:

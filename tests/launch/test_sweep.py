@@ -13,7 +13,7 @@ from tests.test_train import RECIPE
 ROOT = pathlib.Path(__file__).parents[2]
 SWEEP = """
 def get_sweep():
-  return {"mean": {}, "random": {"reward.kind": "random", "log.rollouts": 2}}
+  return {"mean": {}, "random": {"reward.kind": "random", "log.rollouts": 2}, "larger": {"model.embed_dim": 64}}
 """
 
 
@@ -41,29 +41,41 @@ SHORT = ("--config.steps=1", "--config.warm_start.steps=2", "--config.evaluation
 
 def test_a_dry_run_prints_a_command_a_run(files):
   lines = sweep(files, "--seeds=3,4", "--dry_run", *SHORT).stdout.splitlines()
-  assert len(lines) == 4
+  assert len(lines) == 2 + 6
   assert not (files / "runs").exists()
-  parts = shlex.split(lines[1])
+  policy = files / "runs" / "warm_start-3-policy"
+  train, export = lines[0].split(" && ")
+  assert {"--config.steps=0", "--config.seed=3"} <= set(shlex.split(train))
+  assert shlex.split(export)[2:] == [
+    "rlpr_jax.export", f"--workdir={files / 'runs' / 'warm_start-3'}", f"--out={policy}", "--dtype=float32",
+  ]  # fmt: skip
+  shared = {f"--config.model.path={policy}", "--config.warm_start.steps=0"}
+  assert [shared <= set(shlex.split(line)) for line in lines[2:5]] == [True, True, False]  # another model starts alone
+  parts = shlex.split(lines[3])
   assert parts[1:3] == ["-m", "rlpr_jax.train"]
   assert f"--workdir={files / 'runs' / 'random-3'}" in parts
   assert {"--config.steps=1", "--config.reward.kind=random", "--config.seed=3"} <= set(parts)
-  assert "--config.seed=4" in shlex.split(lines[3])
+  assert "--config.seed=4" in shlex.split(lines[5])
 
 
 def test_a_sweep_ends_in_a_table_and_goes_on_where_it_stopped(files):
+  (files / "sweep.py").write_text(SWEEP.replace(', "larger": {"model.embed_dim": 64}', ""))
   first = sweep(files, "--seeds=0", "--processes=2", *SHORT)
+  assert "0 of 1 warm starts were finished before" in first.stdout
   assert "0 of 2 runs were finished before" in first.stdout
   assert (files / "runs/table.png").read_bytes().startswith(b"\x89PNG")
   results = json.loads((files / "runs/table.json").read_text())
   for name, pairs in results.items():
     metrics = [json.loads(line) for line in (files / f"runs/{name}-0/metrics.jsonl").read_text().splitlines()]
     assert pairs == [[metrics[0]["held_out/accuracy"], metrics[-1]["held_out/accuracy"]]]
+  assert results["mean"][0][0] == results["random"][0][0]  # one policy before the first step
   table = (files / "runs/table.md").read_text()
   assert table in first.stdout
   assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["mean", "random"]
   log = files / "runs/random-0/metrics.jsonl"
   before = log.stat().st_mtime_ns
   again = sweep(files, "--seeds=0", *SHORT)
+  assert "1 of 1 warm starts were finished before" in again.stdout
   assert "2 of 2 runs were finished before" in again.stdout
   assert log.stat().st_mtime_ns == before
 
@@ -86,10 +98,10 @@ def test_what_cannot_run_is_refused_before_anything_runs(files, text, line):
 
 
 def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(files):
-  (files / "sweep.py").write_text(SWEEP.replace('"log.rollouts": 2', '"data.path": "nowhere.jsonl"'))
+  (files / "sweep.py").write_text(SWEEP.replace('"model.embed_dim": 64', '"data.path": "nowhere.jsonl"'))
   done = sweep(files, "--seeds=0", *SHORT, status=1)
-  assert "random-0 failed with status 2" in done.stdout
-  assert "error: 1 runs failed: random-0" in done.stderr
-  assert "nowhere.jsonl" in (files / "runs/random-0.log").read_text()
+  assert "larger-0 failed with status 2" in done.stdout
+  assert "error: 1 runs failed: larger-0" in done.stderr
+  assert "nowhere.jsonl" in (files / "runs/larger-0.log").read_text()
   assert "| mean | 1 |" in (files / "runs/table.md").read_text()
-  assert "| random | 0 |" in (files / "runs/table.md").read_text()
+  assert "| larger | 0 |" in (files / "runs/table.md").read_text()
