@@ -77,6 +77,17 @@ def peaks(where: sharding.Sharding, each: int) -> dict[str, float]:
   return sizes
 
 
+def peaks_if_they_fit(where: sharding.Sharding, each: int, granted: float) -> dict[str, float] | None:
+  """`peaks`, or None if one is beyond the memory; the compiler itself refuses what is far beyond."""
+  try:
+    found = peaks(where, each)
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
+  return found if max(found.values()) <= granted else None
+
+
 def bytes_a_device(x: jax.ShapeDtypeStruct) -> int:
   return math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
 
@@ -99,7 +110,7 @@ def main(argv: list[str]) -> None:
   each = (more["decode"] - few["decode"]) / 16
   # As many as every program leaves room for, in eights.
   fit = int((granted - max(few.values())) / each + 16) // 8 * 8
-  while max((found := peaks(where, fit)).values()) > granted:
+  while (found := peaks_if_they_fit(where, fit, granted)) is None:
     fit -= 8
   print("| topology | mesh | GiB a slot | slots a part | slots | GiB a chip: " + " | ".join(found) + " | granted |")
   print("|---|---|---|---|---|" + "---|" * (len(found) + 1))

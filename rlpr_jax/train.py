@@ -214,8 +214,10 @@ def finish(config: ConfigDict, workdir: pathlib.Path, state: TrainState | None) 
     return
   if state.step < config.steps:
     print(f"stopped after step {state.step} of {config.steps} and saved: the same command goes on from there")
-  path = report.write_report(workdir)
   rows = metrics.read(workdir / "metrics.jsonl")
+  if not rows:  # a warm start alone
+    return
+  path = report.write_report(workdir)
   accuracy = {row["step"]: row["held_out/accuracy"] for row in rows if "held_out/accuracy" in row}
   for step in sorted({min(accuracy), max(accuracy)} if accuracy else ()):
     when = "before RLPR" if step == 0 else "after RLPR"

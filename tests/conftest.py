@@ -2,8 +2,12 @@
 
 import functools
 import gc
+import os
 from pathlib import Path
 from typing import NamedTuple
+
+# Compiling is most of the tests' time: XLA's own passes as ever, LLVM's left out. Subprocesses inherit it.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import jax.numpy as jnp

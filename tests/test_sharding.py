@@ -156,7 +156,7 @@ def eight(request):
 
 @functools.cache
 def run_on_eight(slow: bool) -> dict:
-  flags = " ".join(f"--xla_{flag}" for flag in FLAGS)
+  flags = " ".join([os.environ["XLA_FLAGS"], *(f"--xla_{flag}" for flag in FLAGS)])
   path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
   done = subprocess.run(
     [sys.executable, "-m", "tests.eight_devices", *(["slow"] if slow else [])],

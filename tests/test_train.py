@@ -91,7 +91,7 @@ def final_state(workdir: pathlib.Path, config):
 
 def start(recipe: pathlib.Path, workdir: pathlib.Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
   command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
-  flags = f"--xla_force_host_platform_device_count={devices}"
+  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
   env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
 

@@ -132,7 +132,10 @@ def test_tokamax_missing(monkeypatch):
 @pytest.fixture(scope="module")
 def on_mesh():
   """Distances and parts on eight devices, by a process of its own."""
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+  }
   env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
   command = [sys.executable, "-m", "tests.models.attention_cases"]
   run = subprocess.run(command, cwd=ROOT, env=env, timeout=300, capture_output=True, text=True)

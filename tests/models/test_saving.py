@@ -195,7 +195,10 @@ models.save_adapter(sys.argv[1] + "/adapter", config, params, "base")
 
 def test_parameters_split_over_a_mesh(tmp_path):
   """Four devices, in another interpreter: the same files as from one."""
-  environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+  environment = os.environ | {
+    "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4",
+    "JAX_PLATFORMS": "cpu",
+  }
   subprocess.run([sys.executable, "-c", SAVE_FROM_A_MESH, tmp_path], env=environment, check=True, timeout=240)
   config = dataclasses.replace(cases.config("qwen3"), lora=models.LoRA(4, 6.0, ("query", "out", "up", "down")))
   params = jax.tree.map(jnp.asarray, cases.random_params(config))

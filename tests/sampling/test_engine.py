@@ -600,7 +600,11 @@ def test_a_mesh_changes_nothing_and_compiles_nothing_twice():
     [sys.executable, "-m", "tests.sampling.engine_on_mesh"],
     cwd=root,
     env=os.environ
-    | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+    | {
+      "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8",
+      "JAX_PLATFORMS": "cpu",
+      "PYTHONPATH": path,
+    },
     capture_output=True,
     text=True,
     timeout=600,

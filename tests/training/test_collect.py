@@ -13,7 +13,7 @@ from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import packing
-from rlpr_jax.training.collect import collect
+from rlpr_jax.training.collect import collect, finite_mean
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.state import TrainState
 
@@ -88,3 +88,11 @@ def test_refused_prompts_are_counted_and_never_trained_on(harvest):
     assert found.groups.prompt_tokens[group, : len(prompt.ids)].tolist() == prompt.ids.tolist()
   assert (found.groups.lengths > 0).all()
   assert all(np.isfinite(value) for value in found.values.values())
+  refused = np.array([False, True, False, True] * 2)
+  np.testing.assert_array_equal(np.isnan(found.stds), refused)  # no part of the filter's average
+  assert found.values["reward/group_std"] == pytest.approx(found.stds[~refused].mean())
+
+
+def test_means_leave_out_what_is_not_finite():
+  assert finite_mean([np.array([1.0, np.nan]), np.array([[3.0, np.inf]])]) == 2.0
+  assert finite_mean([np.array([np.nan])]) == 0.0
