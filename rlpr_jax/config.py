@@ -138,7 +138,10 @@ def default() -> ConfigDict:
   c.evaluation.prompts = 0  # first so many of them; 0 for no evaluation
   c.evaluation.samples = 4  # k of Avg@k
   c.evaluation.temperature = 1.0
-  c.evaluation.top_p = 1.0
+  c.evaluation.top_p = 1.0  # only the most probable tokens that together reach it; training never truncates
+  c.evaluation.top_k = 0  # only so many of the most probable tokens; 0 for all
+  c.evaluation.min_p = 0.0  # only tokens at least so many times as probable as the most probable one
+  c.evaluation.stop = ()  # strings that end a response, beside EOS: ("Question:", ...)
   c.evaluation.every = 0  # training steps between evaluations; 0 for before the first and after the last alone
 
   c.log = ConfigDict()
@@ -174,6 +177,7 @@ _AT_LEAST = {
   0: (
     "seed", "steps", "lora.rank", "training.micro_batch_rows", "training.clip_low", "training.clip_high",
     "training.learning_rate", "training.kl_coefficient", "training.answer_coefficient", "evaluation.temperature",
+    "evaluation.top_k", "evaluation.min_p",
     "reward.answer_length_coefficient", "training.weight_decay", "training.entropy_coefficient", "warm_start.steps",
     "evaluation.prompts", "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
   ),
@@ -208,6 +212,8 @@ def validate(config: ConfigDict) -> None:
     _expect(config, field, lambda value: value > 0, "more than 0")
   for field in ("filter.alpha", "reward.baseline_rate", "evaluation.top_p"):
     _expect(config, field, lambda value: 0 < value <= 1, "more than 0 and at most 1")
+  _expect(config, "evaluation.min_p", lambda value: value <= 1, "at most 1")
+  _expect(config, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
   _expect(config, "reward.rule_weight", lambda value: 0 <= value <= 1, "between 0 and 1")
   _expect(config, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
   _expect(config, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")

@@ -17,6 +17,7 @@ VARIANTS = {
     "reward.token_weights": "base", "reward.answer_length_coefficient": 0.2,
     "reward.shadow": ("product: aggregate=product", "bare: baseline_policy=none", "rule: kind=rule"),
     "training.answer_gradient": "verifree", "training.kl_coefficient": 0.1, "training.epochs_per_step": 2,
+    "evaluation.top_k": 5, "evaluation.min_p": 0.01, "evaluation.stop": ("</think>",),
     "training.dual_clip": 3.0, "filter.source_scales": (("addition", 0.1), ("letters", 2.0)),
   },
   "others": {
@@ -50,6 +51,7 @@ def test_everything_measured_is_finite(run):
   assert any(row.get("update/answer_loss", 0) > 0 for row in steps)
   assert steps[4]["compilations"] == 0
   if name == "many":
+    assert steps[0]["held_out/format"] == 0  # evaluation stops before the answer
     assert any(row.get("update/kl", 0) > 1e-6 for row in steps)
     assert {f"shadow/{shadow}/total" for shadow in ("product", "bare", "rule")} <= set(steps[1])
     rollout = json.loads((workdir / "rollouts/step_000002.jsonl").read_text().splitlines()[0])

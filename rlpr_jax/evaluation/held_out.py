@@ -20,16 +20,18 @@ def evaluate(
   samples: int,
   key: jax.Array,
   progress: Callable[[int, int], None],
+  stop: Sequence[str] = (),
 ) -> dict[str, float]:
   """Avg@samples over the prompts: exact match, but for built-in sentence questions, where what an answer says counts.
 
   Args:
     progress: called with how many responses have ended, of how many.
+    stop: strings that end a response.
 
   Returns:
     `accuracy`; `accuracy/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
   """
-  out = engine.sample(params, list(enumerate(prompts)), key, samples, progress)
+  out = engine.sample(params, list(enumerate(prompts)), key, samples, progress, stop=stop)
   right: dict[str, list[bool]] = defaultdict(list)
   for i, text in enumerate(out.texts):
     prompt = prompts[i // samples]

@@ -286,11 +286,11 @@ def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
   if not run.held_out:
     return {}
   settings = run.config.evaluation
-  choice = Choice(settings.temperature, top_p=settings.top_p)
+  choice = Choice(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
   evaluator = dataclasses.replace(run.engine, settings=dataclasses.replace(run.engine.settings, choice=choice))
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
   progress = metrics.Progress("held-out, response")
   values = held_out.evaluate(
-    evaluator, run.policy.sampling_params(params), run.held_out, settings.samples, key, progress
+    evaluator, run.policy.sampling_params(params), run.held_out, settings.samples, key, progress, settings.stop
   )
   return {f"held_out/{name}": value for name, value in values.items()}
