@@ -144,6 +144,7 @@ def test_merged_and_separate_adapters_are_the_policy(lora_run, base, tmp_path):
   assert np.abs(ours - their_logits(AutoModelForCausalLM.from_pretrained(base))).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_lora_resumes(lora_run, base, tmp_path):
   config = tiny()
   config.model.path = str(base)

@@ -171,6 +171,7 @@ def test_signal_finishes_the_step_and_saves(whole_run, recipe, tmp_path, number)
   assert timeless(tmp_path)[1:3] == timeless(whole_run)[1:3]
 
 
+@pytest.mark.slow
 def test_signal_in_the_warm_start_leaves_nothing_half_done(recipe, tmp_path):
   process = start(recipe, tmp_path, "--config.warm_start.steps=3000")
   wait_for(process, tmp_path / "rollouts")

@@ -97,6 +97,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(files, text, line):
   assert not (files / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(files):
   (files / "sweep.py").write_text(SWEEP.replace('"model.embed_dim": 64', '"data.path": "nowhere.jsonl"'))
   done = sweep(files, "--seeds=0", *SHORT, status=1)

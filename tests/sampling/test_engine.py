@@ -592,6 +592,7 @@ def test_nothing_compiles_after_the_warm_up(make, policy):
   assert ((sizes > 0) & (sizes < 14)).any()
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_and_compiles_nothing_twice():
   """Eight devices, two ways to split rows among them, against one."""
   root = Path(__file__).parents[2]
