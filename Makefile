@@ -16,7 +16,7 @@ seeds: .venv/ready  ## the quickstart over three seeds, with the random-reward c
 	done; done
 
 test: assets  ## everything but the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: assets  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow

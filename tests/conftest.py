@@ -20,6 +20,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from rlpr_jax.data import builtin
 from rlpr_jax.models import ModelConfig, Params, abstract_params, definition
 
+# Files of few and long tests begin first, or a worker is left alone with them at the end.
+LONG = ("test_train.py", "test_sharding.py", "test_engine.py", "test_update.py", "test_export.py", "test_sweep.py")
+
+
+def pytest_collection_modifyitems(items):
+  items.sort(key=lambda item: item.path.name not in LONG)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_are_dropped():
