@@ -10,13 +10,13 @@ from rlpr_jax.config import default
 def get_config():
   c = default()
   c.steps = 40
-  c.prompts_per_step = 32
+  c.prompts_per_step = 64
   c.data.domains = "sentences"
   c.data.instruction = ""
-  c.data.prompt_limit = 40
-  c.data.max_reference_length = 48
-  c.rollout.max_response_length = 80
-  c.rollout.prompts_per_draw = 32
+  c.data.prompt_limit = 24
+  c.data.max_reference_length = 24
+  c.rollout.max_response_length = 56
+  c.rollout.prompts_per_draw = 64
   c.rollout.slots = 256
   c.rollout.decode_steps = 8
   c.rollout.prefill_prompts = 32
@@ -28,8 +28,8 @@ def get_config():
     "no_debiasing: baseline_policy=none",
   )
   c.training.learning_rate = 3e-4
-  c.warm_start.steps = 600
+  c.warm_start.steps = 1000
   c.evaluation.prompts = 300
-  c.evaluation.every = 20
+  c.evaluation.every = 10
   c.log.checkpoint_every = 20
   return c

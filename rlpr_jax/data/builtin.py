@@ -70,11 +70,18 @@ class Meaning(NamedTuple):
   unit: str  # what is counted, what comes at that time; an answer may leave it out
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-  """One token a character and one a tag, 64 in all, with a chat template: `<q>question<a>response<end>`."""
-  words = (*_SPECIAL, *_TAGS, *_CHARACTERS)
-  inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
-  inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+def tokenizer(domains: str = "short") -> PreTrainedTokenizerFast:
+  """A chat tokenizer, `<q>question<a>response<end>`: one token a tag and one a character, 64 in all.
+
+  With sentences there is also one a word, with the space before it and without, as in a pretrained model's vocabulary:
+  what a sentence says would else be a small part of its tokens.
+  """
+  _check(domains)
+  words = () if domains == "short" else _sentence_words()
+  pieces = (*_SPECIAL, *_TAGS, *_CHARACTERS, *words, *(f" {word}" for word in words))
+  inner = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="?"))
+  whole_word = f"(?: |(?<![a-z0-9]))(?:{'|'.join(words)})(?![a-z0-9])|" if words else ""
+  inner.pre_tokenizer = pre_tokenizers.Split(Regex(f"{whole_word}."), "isolated")
   inner.decoder = decoders.Fuse()
   inner.add_tokens([AddedToken(tag, normalized=False) for tag in _TAGS])
   inner.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _SPECIAL])
@@ -159,9 +166,13 @@ def _questions(split: str, count: int, seed: int, domains: str) -> list[Question
 
 
 def _makers(domains: str) -> tuple[Callable[[random.Random], Question], ...]:
-  if domains not in _MAKERS:
-    raise InputError(f"built-in questions: domains {domains!r}, expected one of {', '.join(DOMAINS)}")
+  _check(domains)
   return _MAKERS[domains]
+
+
+def _check(domains: str) -> None:
+  if domains not in DOMAINS:
+    raise InputError(f"built-in questions: domains {domains!r}, expected one of {', '.join(DOMAINS)}")
 
 
 def _is_held_out(text: str) -> bool:
@@ -425,6 +436,13 @@ def _forms(domain: str) -> tuple[str, ...]:
 def _style(domain: str) -> frozenset[str]:
   """The words of the domain's wordings that stand for nothing by themselves."""
   return frozenset(word for form in _forms(domain) for word in re.sub("{.*?}|,", " ", form).split())
+
+
+def _sentence_words() -> tuple[str, ...]:
+  """Every word of the sentence domains' questions and answers."""
+  asked = {"after", "before", "due", "has", "late", "min", "more", "order", "quick", "when", "who"}
+  said = set().union(*map(_style, _GRAMMARS))
+  return tuple(sorted(asked | said | {*_PEOPLE, *_UNITS, *_VEHICLES, *_EVENTS}))
 
 
 def _spoken(time: str) -> str:

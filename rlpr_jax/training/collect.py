@@ -14,7 +14,7 @@ from rlpr_jax.rewards import Rewards
 from rlpr_jax.sampling.engine import Rollouts, pad_prompts
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Answers, Groups
-from rlpr_jax.training.reward import Evidence, assess, auc, gather_evidence, within_group_correlation
+from rlpr_jax.training.reward import Evidence, assess, auc, gather_evidence, group_auc, within_group_correlation
 from rlpr_jax.training.scorer import score_again
 from rlpr_jax.training.setup import Run, baseline_logps, scorer_params
 from rlpr_jax.training.state import TrainState
@@ -207,6 +207,11 @@ def finite_mean(parts: Sequence[np.ndarray]) -> float:
   return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else 0.0
 
 
+def aucs(name: str, scores: np.ndarray, right: np.ndarray) -> dict[str, float | None]:
+  """Does the reward tell right responses from wrong ones: of all prompts, and of the same prompt?"""
+  return {f"{name}/auc": auc(scores, right), f"{name}/group_auc": group_auc(scores, right)}
+
+
 def compare(draws: list[Draw], verifies: bool) -> dict[str, float]:
   """Each shadow reward beside the one that is trained on, and both against the verifier, if there is one."""
 
@@ -214,15 +219,16 @@ def compare(draws: list[Draw], verifies: bool) -> dict[str, float]:
     return np.concatenate([pick(draw) for draw in draws])
 
   total, right = everywhere(lambda draw: draw.rewards.total), everywhere(lambda draw: draw.evidence.verified)
-  values = {"reward/verified": float(right.mean()), "reward/auc": auc(total, right)} if verifies else {}
+  values = {}
+  if verifies:
+    values = {"reward/verified": float(right.mean())} | aucs("reward", total, right)
   for name in draws[0].shadows:
     shadow = everywhere(lambda draw, name=name: draw.shadows[name].total)
     values |= {
       f"shadow/{name}/total": finite_mean([shadow]),
       f"shadow/{name}/group_std": finite_mean([np.std(shadow, axis=1, ddof=1)]) if shadow.shape[1] > 1 else 1.0,
       f"shadow/{name}/correlation": within_group_correlation(total, shadow),
-      f"shadow/{name}/auc": auc(shadow, right),
-    }
+    } | aucs(f"shadow/{name}", shadow, right)
   return {name: value for name, value in values.items() if value is not None}
 
 

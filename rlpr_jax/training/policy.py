@@ -57,7 +57,7 @@ def load_policy(config: ConfigDict) -> Policy:
     directory = models.resolve(config.model.path)
     tokenizer, model_config = load_tokenizer(str(directory)), models.load_config(directory)
   else:
-    tokenizer = builtin.tokenizer()
+    tokenizer = builtin.tokenizer(config.data.domains)
     model_config = new_config(config, len(tokenizer))
   if len(tokenizer) > model_config.vocab_size:
     raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")

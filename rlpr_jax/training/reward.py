@@ -106,7 +106,7 @@ def align(logps: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.partial(jax.jit, static_argnames=("settings",))
 def assess(evidence: Evidence, settings: RewardSettings) -> Rewards:
-  """Every part of a reward; rlpr sections 2 to 5."""
+  """Every part of a reward (RLPR, sections 3.2 to 3.4)."""
   known = jnp.isfinite(evidence.baseline_logps)
   weights = rewards.token_weights(evidence.logps, evidence.mask, settings.token_weights, evidence.baseline_logps, known)
   # The baseline's tokens weigh as those of a response with as many.
@@ -161,14 +161,24 @@ def parse_shadow(config: ConfigDict, text: str) -> tuple[str, RewardSettings]:
 
 
 def auc(scores: np.ndarray, right: np.ndarray) -> float | None:
-  """Area under the ROC curve: how often a right response scores above a wrong one, ties half; None without both."""
-  scores, right = scores.ravel(), right.ravel().astype(bool)
-  good, bad = scores[right], scores[~right]
+  """Area under the ROC curve: how often a right response scores above a wrong one, ties half; None without both.
+
+  Non-finite scores are left out.
+  """
+  finite, right = np.isfinite(scores), right.astype(bool)
+  good, bad = scores[finite & right], np.sort(scores[finite & ~right])
   if not good.size or not bad.size:
     return None
-  bad = np.sort(bad)
   below, up_to = np.searchsorted(bad, good, "left"), np.searchsorted(bad, good, "right")
   return float(np.mean(below + up_to) / 2 / bad.size)
+
+
+def group_auc(scores: np.ndarray, right: np.ndarray) -> float | None:
+  """`auc` over the pairs within each group of [P, G] alone, which are all that an advantage compares."""
+  finite, right = np.isfinite(scores), right.astype(bool)
+  pairs = (finite & right)[:, :, None] & (finite & ~right)[:, None, :]
+  p, good, bad = np.nonzero(pairs)
+  return float((np.sign(scores[p, good] - scores[p, bad]) + 1).mean() / 2) if p.size else None
 
 
 def within_group_correlation(totals: np.ndarray, others: np.ndarray) -> float | None:

@@ -157,9 +157,10 @@ def _prepare(
 def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
   """The state before step 1: warm start, the baselines of the initial policy, the first evaluation."""
   params = initial_params(run.config, run.policy)
+  demonstrations = load_demonstrations(run) if run.config.warm_start.steps else None
   run.engine.warm_up(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here, before anything
-  if run.config.warm_start.steps:
-    params = warm_up(run, params, stop)
+  if demonstrations:
+    params = warm_up(run, params, demonstrations, stop)
   baselines = unknown_baselines(run)
   if run.config.reward.baseline_policy == "initial":
     baselines = initial_baselines(run, params, stop)
@@ -227,8 +228,8 @@ def abstract_state(run: Run) -> TrainState:
   )
 
 
-def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params:
-  """Supervised steps on the built-in demonstrations."""
+def load_demonstrations(run: Run) -> warm_start.Demonstrations:
+  """The built-in demonstrations, one for each row of the warm start."""
   settings, tokenizer = run.config.warm_start, run.engine.tokenizer
   pairs = builtin.demonstrations(settings.steps * settings.batch_size, run.config.seed, run.config.data.domains)
   examples, responses = zip(*pairs, strict=True)
@@ -237,11 +238,19 @@ def warm_up(run: Run, params: models.Params, stop: StopRequest) -> models.Params
     raise InputError(
       f"config.data.prompt_limit or max_reference_length: too small for the warm start's demonstrations ({dropped})"
     )
-  rows = [
-    (prompt.ids, [*tokenizer.encode(responses[prompt.row], add_special_tokens=False), tokenizer.eos_token_id])
-    for prompt in prompts
-  ]
-  demonstrations = warm_start.pad(rows)
+  return warm_start.pad(
+    [
+      (prompt.ids, [*tokenizer.encode(responses[prompt.row], add_special_tokens=False), tokenizer.eos_token_id])
+      for prompt in prompts
+    ]
+  )
+
+
+def warm_up(
+  run: Run, params: models.Params, demonstrations: warm_start.Demonstrations, stop: StopRequest
+) -> models.Params:
+  """Supervised steps on demonstrations."""
+  settings = run.config.warm_start
   transform = warm_start.optimizer(
     settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate
   )

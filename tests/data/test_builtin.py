@@ -223,7 +223,7 @@ def test_prompts_and_demonstrations_fit_the_quickstart(tokenizer):
 # --- sentences ---
 
 SENTENCES = ("gap", "late", "order")
-SENTENCE_PROMPT, SENTENCE_RESPONSE, SENTENCE_REFERENCE = 40, 80, 48  # tokens
+SENTENCE_PROMPT, SENTENCE_RESPONSE, SENTENCE_REFERENCE = 24, 56, 24  # tokens, of configs/sentences.py
 QUESTIONS = {  # one of each domain, and answers by hand
   "gap": "ann 17 cats, bob 31. who has more?",
   "late": "bus due 7:40, 25 min late. when?",
@@ -614,14 +614,39 @@ def test_held_out_sentences_are_neither_trained_on_nor_demonstrated(sentence_dem
   assert seen.isdisjoint(held_out)
 
 
-def test_sentences_fit_and_hold_known_characters(tokenizer):
+def test_words_of_sentences_are_tokens(tokenizer):
+  """With the space before them, as in a pretrained vocabulary; characters and tags keep their ids."""
+  words = builtin.tokenizer("sentences")
+  check_tokenizer(words)
+  ids = list(words.get_vocab().values())
+  assert sorted(ids) == list(range(len(words)))
+  assert tokenizer.get_vocab().items() <= words.get_vocab().items()
+  assert words.get_vocab() == builtin.tokenizer("all").get_vocab()
+
+  def split(text):
+    return words.convert_ids_to_tokens(words.encode(text, add_special_tokens=False))
+
+  assert split("ann 17 cats, bob 31. who has more?") == (
+    ["ann", " ", "1", "7", " cats", ",", " bob", " ", "3", "1", ".", " who", " has", " more", "?"]
+  )
+  assert split("<answer> ann is up on bob </answer>") == (
+    ["<answer>", " ann", " is", " up", " on", " bob", " ", "</answer>"]
+  )
+  assert split("art-zoo ann>bob") == ["art", "-", "zoo", " ann", ">", "bob"]
+  for text in ("annbob", "cats9", "9cats"):  # no part of a longer word
+    assert split(text) == list(text)
+
+
+def test_sentences_fit_and_hold_known_tokens():
+  tokenizer = builtin.tokenizer("sentences")
   longest = Counter()
   for example, response in builtin.demonstrations(3000, 0, "sentences"):
     prompt = render(tokenizer, build_messages(example, "think", instruction=""))
     ids = tokenizer.encode(response, add_special_tokens=False)
     text = example.messages[0]["content"]
     # The reference may be any wording.
-    reference = max(builtin.wordings(builtin.meaning(text)), key=len)
+    wordings = builtin.wordings(builtin.meaning(text))
+    reference = max(wordings, key=lambda wording: len(tokenizer.encode(wording, add_special_tokens=False)))
     assert format_score(response) == 1
     for part in (text, reference, response):
       found = tokenizer.encode(part, add_special_tokens=False)
@@ -630,7 +655,8 @@ def test_sentences_fit_and_hold_known_characters(tokenizer):
     answer = re.search("<answer> (.*) </answer>", response)[1]
     lengths = {
       "prompt": len(prompt),
-      "response": len(ids) + 1 - len(answer) + len(reference),  # EOS is the last
+      # EOS is the last.
+      "response": len(ids) + 1 + sum(s * len(tokenizer.encode(text)) for s, text in ((-1, answer), (1, reference))),
       "reference": reference_length(tokenizer, reference, "think"),
     }
     for name, length in lengths.items():

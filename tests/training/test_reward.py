@@ -17,6 +17,7 @@ from rlpr_jax.training.reward import (
   assess,
   auc,
   gather_evidence,
+  group_auc,
   parse_shadow,
   within_group_correlation,
 )
@@ -187,6 +188,21 @@ def test_auc_is_the_share_of_pairs_in_order():
   ]
   assert auc(scores, right) == pytest.approx(np.mean(pairs))
   assert auc(scores, np.zeros_like(right)) is None
+
+
+def test_auc_within_groups_compares_no_two_groups():
+  rng = np.random.default_rng(0)
+  scores, right = rng.integers(0, 5, (6, 4)).astype(np.float32), rng.random((6, 4)) < 0.4
+  scores[0], right[0] = [1, np.nan, 0, np.nan], [True, True, False, False]  # what is not finite has no say
+  pairs = [
+    (good > bad) + (good == bad) / 2
+    for row, is_right in zip(scores, right, strict=True)
+    for good, bad in itertools.product(row[is_right].tolist(), row[~is_right].tolist())
+    if np.isfinite(good) and np.isfinite(bad)
+  ]
+  assert group_auc(scores, right) == pytest.approx(np.mean(pairs))
+  assert group_auc(scores + 10 * np.arange(6)[:, None], right) == pytest.approx(np.mean(pairs))
+  assert group_auc(scores, np.ones_like(right)) is None
 
 
 def test_correlation_is_within_groups():
