@@ -17,7 +17,6 @@ def get_config():
   c.rollout.temperature = 0.6
   c.rollout.prompts_per_draw = 256
   c.filter.scale = 1.0
-  c.training.micro_batch_rows = 64
   c.evaluation.temperature = 0.6
   c.evaluation.top_p = 0.95
   return c

@@ -14,5 +14,4 @@ def get_config():
   c.model.path = "Qwen/Qwen2.5-7B"
   c.model.compute_dtype = "bfloat16"
   c.data.path = "rlpr_train.parquet"
-  c.training.micro_batch_rows = 64
   return c

@@ -109,7 +109,8 @@ def default() -> ConfigDict:
   c.training = ConfigDict()
   c.training.minibatches = 4  # optimiser steps a pass over the step's rollouts
   c.training.epochs_per_step = 1  # passes
-  c.training.micro_batch_rows = 0  # rows whose gradients are held at once; 0 for the whole minibatch
+  c.training.row_length = 0  # tokens of a row, into which sequences are packed; 0 for the longest sequence there can be
+  c.training.micro_batch_rows = 0  # rows whose gradients are taken at once; 0 for one on each part of the mesh
   c.training.advantages = "std"  # std | none (Dr. GRPO) | leave_one_out (RLOO)
   c.training.aggregate = "token_mean"  # token_mean | seq_mean_token_sum | seq_mean_token_mean
   c.training.loss = "clip"  # clip (PPO) | truncated (importance weights, REINFORCE)
@@ -175,7 +176,8 @@ _CHOICES = {
 }
 _AT_LEAST = {
   0: (
-    "seed", "steps", "lora.rank", "training.micro_batch_rows", "training.clip_low", "training.clip_high",
+    "seed", "steps", "lora.rank", "training.row_length", "training.micro_batch_rows", "training.clip_low",
+    "training.clip_high",
     "training.learning_rate", "training.kl_coefficient", "training.answer_coefficient", "evaluation.temperature",
     "evaluation.top_k", "evaluation.min_p",
     "reward.answer_length_coefficient", "training.weight_decay", "training.entropy_coefficient", "warm_start.steps",
@@ -193,6 +195,7 @@ _AT_LEAST = {
 # A resumed run may change these and still be the same run.
 _MAY_CHANGE = (
   "steps", "compilation_cache", "evaluation", "log", "mesh", "sharding", "model.attention", "model.remat",
+  "training.row_length", "training.micro_batch_rows",
 )  # fmt: skip
 
 
@@ -233,16 +236,22 @@ def validate(config: ConfigDict) -> None:
     raise InputError("config.filter.source_scales: expected pairs of a source's name and its scale")
   if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in config.data.examples):
     raise InputError("config.data.examples: expected pairs of question and response texts")
-  minibatches, rows = config.training.minibatches, config.training.micro_batch_rows
+  minibatches, row_length = config.training.minibatches, config.training.row_length
   if config.prompts_per_step % minibatches:
     raise InputError(
       f"config.training.minibatches: {minibatches} does not divide config.prompts_per_step {config.prompts_per_step}"
     )
-  minibatch_rows = config.prompts_per_step // minibatches * config.samples_per_prompt
-  if rows and minibatch_rows % rows:
+  if 0 < row_length < longest_sequence(config):
     raise InputError(
-      f"config.training.micro_batch_rows: {rows} does not divide the {minibatch_rows} rows of a minibatch"
+      f"config.training.row_length: {row_length}, expected 0 or room for the longest sequence,"
+      f" {longest_sequence(config)} tokens"
     )
+
+
+def longest_sequence(config: ConfigDict) -> int:
+  """Most tokens of a prompt and its response, the reference answer included where a gradient goes through it."""
+  answer = config.data.max_reference_length if config.training.answer_gradient != "none" else 0
+  return config.data.prompt_limit + config.rollout.max_response_length + answer
 
 
 def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> None:

@@ -124,23 +124,34 @@ def _log_mean_exp(x: jax.Array, included: jax.Array) -> jax.Array:
 def token_weights(mask: ArrayLike, aggregate: str = "token_mean", length: int | None = None) -> jax.Array:
   """Weights w[B, T] that turn per-token losses into the minibatch's loss: loss = sum(w * token_loss).
 
-  Writing the mean as weights lets micro-batches simply add up, whatever the lengths of their rows.
-
   Args:
     mask: [B, T] True on response tokens, EOS included.
-    aggregate: `token_mean`: 1 / tokens of the minibatch; `seq_mean_token_sum`: 1 / (sequences * length);
-      `seq_mean_token_mean`: 1 / (sequences * tokens of the sequence). Sequences without tokens do not count.
+    aggregate: as for `sequence_weights`.
     length: the constant of `seq_mean_token_sum`, T if None.
   """
   mask = jnp.asarray(mask, jnp.float32)
-  tokens = jnp.sum(mask, axis=-1, keepdims=True)
+  return mask * sequence_weights(jnp.sum(mask, axis=-1), aggregate, length or mask.shape[-1])[:, None]
+
+
+def sequence_weights(tokens: ArrayLike, aggregate: str, length: int) -> jax.Array:
+  """Weight w[B] of each token of a sequence, such that loss = sum(w * token_loss) is the minibatch's mean.
+
+  Writing the mean as weights lets micro-batches simply add up, whatever the lengths of their rows.
+
+  Args:
+    tokens: [B] number of response tokens of each sequence.
+    aggregate: `token_mean`: 1 / tokens of the minibatch; `seq_mean_token_sum`: 1 / (sequences * length);
+      `seq_mean_token_mean`: 1 / (sequences * tokens of the sequence). Sequences without tokens do not count.
+    length: the constant of `seq_mean_token_sum`.
+  """
+  tokens = jnp.asarray(tokens, jnp.float32)
   sequences = jnp.maximum(jnp.sum(tokens > 0), 1)
   if aggregate == "token_mean":
-    return mask / jnp.maximum(jnp.sum(mask), 1)
+    return jnp.full(tokens.shape, 1 / jnp.maximum(jnp.sum(tokens), 1))
   if aggregate == "seq_mean_token_sum":
-    return mask / (sequences * (length or mask.shape[-1]))
+    return jnp.full(tokens.shape, 1 / (sequences * length))
   if aggregate == "seq_mean_token_mean":
-    return mask / (sequences * jnp.maximum(tokens, 1))
+    return 1 / (sequences * jnp.maximum(tokens, 1))
   raise ValueError(f"aggregate {aggregate!r}: expected one of {', '.join(AGGREGATES)}")
 
 

@@ -107,7 +107,12 @@ def train_steps(
     update_started = time.perf_counter()
     params, opt_state, losses = state.params, state.opt_state, []
     rows = packing.minibatches(
-      harvest.groups, config.prompts_per_step, config.training.minibatches, config.training.aggregate
+      harvest.groups,
+      config.prompts_per_step,
+      config.training.minibatches,
+      config.training.aggregate,
+      config.training.row_length or configs.longest_sequence(config),
+      settings.micro_batch_rows,
     )
     if settings.kl_coefficient:
       initial = run.policy.whole(state.initial)
@@ -162,7 +167,7 @@ def update_settings(run: Run) -> UpdateSettings:
     ratio_cap=training.ratio_cap,
     entropy_coefficient=training.entropy_coefficient,
     kl_coefficient=training.kl_coefficient,
-    micro_batch_rows=training.micro_batch_rows,
+    micro_batch_rows=training.micro_batch_rows or run.policy.sharding.ways("batch"),
     sharding=run.policy.sharding,
   )
 

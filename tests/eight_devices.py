@@ -29,7 +29,7 @@ from tests.models import cases
 ROWS, LENGTH = 8, 24  # longer than every window of the cases
 PROMPTS, WIDTH, NEW, SUFFIX = 4, 10, 5, 3
 SLOTS, STEPS = 8, 3  # rows that are sampled at once, and tokens of a call: two calls, the second one cut short
-SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
+SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=ROWS)
 ADAMW = adamw(1e-3, weight_decay=0.1, max_grad_norm=1.0)
 # AdamW divides a gradient by its own size, so that of one near zero the rounding decides. This is linear in it.
 MOMENTUM = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))

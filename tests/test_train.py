@@ -241,7 +241,11 @@ def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_
     ("model.attention", "flash", "config.model.attention: 'flash', expected one of auto"),
     ("lora.rank", 4, "config.lora.rank: adapters need a pretrained model"),
     ("training.minibatches", 3, "config.training.minibatches: 3 does not divide config.prompts_per_step 4"),
-    ("training.micro_batch_rows", 3, "config.training.micro_batch_rows: 3 does not divide the 4 rows"),
+    (
+      "training.row_length",
+      30,
+      "config.training.row_length: 30, expected 0 or room for the longest sequence, 46 tokens",
+    ),
     ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, rule"),
     ("reward.shaping", "threshold_x", "config.reward.shaping"),
     ("filter.alpha", 0.0, "config.filter.alpha"),

@@ -1,6 +1,6 @@
 """From groups of responses to the rows an update trains on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -70,45 +70,103 @@ def concatenate(groups: Sequence[Groups]) -> Groups:
   return jax.tree.map(lambda *fields: np.concatenate(fields), *groups)
 
 
-def minibatches(groups: Groups, prompts_per_step: int, count: int, aggregate: str) -> list[PackedRows]:
+def minibatches(
+  groups: Groups, prompts_per_step: int, count: int, aggregate: str, row_length: int, micro_batch_rows: int
+) -> list[PackedRows]:
   """Splits the groups of a step into `count` minibatches of prompts_per_step / count groups.
 
-  Groups are dealt in turn, so that when fewer were kept than a step wants every minibatch is short by the same; what is
-  missing is rows of padding, which weigh nothing. A minibatch without any group is left out.
+  Groups are dealt in turn, so that when fewer were kept than a step wants every minibatch is short by the same; rows
+  are padded to one number for all. A minibatch without any group is left out.
   """
-  size = prompts_per_step // count
+  sequences = prompts_per_step // count * groups.lengths.shape[1]
+  rows = -(-sequences // micro_batch_rows) * micro_batch_rows
   dealt = [groups.take(slice(first, None, count)) for first in range(count)]
-  return [pack(part, size, aggregate) for part in dealt if part.count]
+  return [pack(part, aggregate, rows, row_length) for part in dealt if part.count]
 
 
-def pack(groups: Groups, size: int, aggregate: str) -> PackedRows:
-  """One row a response, prompt and response adjoining, for `size` groups; the rows of missing groups are padding.
+def pack(groups: Groups, aggregate: str, rows: int, row_length: int) -> PackedRows:
+  """The responses of one minibatch, each behind its prompt, first-fit into rows; what is left of them is padding.
 
   With a gradient through the reference answer, the answer stands in the place of what the response wrote from
   `<answer>` on, and the advantage reaches the tokens before it.
   """
-  (samples, limit), answers = groups.tokens.shape[1:], groups.answers
-  width = 0 if answers is None else answers.tokens.shape[2]
-  out = empty_rows(size * samples, groups.prompt_tokens.shape[1] + limit + width)
-  answer_weights, on_answers = np.zeros_like(out.weights), np.zeros_like(out.mask)
-  for row in range(groups.count * samples):
-    k, g = divmod(row, samples)
-    spliced = np.flatnonzero(answers.mask[k, g]) if answers else np.zeros(0, int)
-    start, tokens = groups.prompt_lengths[k], answers.starts[k, g] if spliced.size else groups.lengths[k, g]
-    end = start + tokens
-    out.tokens[row, :start] = groups.prompt_tokens[k, :start]
-    out.tokens[row, start:end] = groups.tokens[k, g, :tokens]
-    out.mask[row, start:end] = True
-    out.old_logprobs[row, start:end] = groups.logprobs[k, g, :tokens]
-    out.advantages[row, start:end] = groups.advantages[k, g]
-    if spliced.size:
-      on_answers[row, end + spliced] = True
-      answer_weights[row, end + spliced] = answers.weights[k, g]
-      suffix = spliced[-1] + 1
-      out.tokens[row, end : end + suffix] = answers.tokens[k, g, :suffix]
-      end += suffix
-    out.positions[row, :end] = np.arange(end)
-    out.segment_ids[row, :end] = 1
-  weights = np.asarray(grpo.token_weights(out.mask | on_answers, aggregate, limit))
-  out = out._replace(weights=np.where(out.mask, weights, 0))
-  return out if answers is None else out._replace(answer_weights=answer_weights * weights)
+  segments = to_segments(groups, aggregate, rows)
+  return lay(segments, first_fit([segment.tokens.size for segment in segments], row_length), rows, row_length)
+
+
+class Segment(NamedTuple):
+  """A prompt and what follows it; fields as in `PackedRows`."""
+
+  tokens: np.ndarray  # int32[N]
+  mask: np.ndarray  # bool[N]
+  old_logprobs: np.ndarray  # float32[N]
+  advantage: float  # of each sampled token, as is
+  weight: float
+  answer_weights: np.ndarray | None = None  # float32[N]
+
+
+def to_segments(groups: Groups, aggregate: str, most: int) -> list[Segment]:
+  """The K * G sequences of a minibatch, group after group, with the minibatch's weights; `most` could there be."""
+  answers, limit = groups.answers, groups.tokens.shape[2]
+  sampled, answered = groups.lengths, np.zeros_like(groups.lengths)
+  if answers:
+    answered = answers.mask.sum(axis=2)
+    sampled = np.where(answered > 0, answers.starts, sampled)
+  trained = np.zeros(most, np.int32)  # one shape whatever was kept, so that nothing compiles again
+  trained[: sampled.size] = (sampled + answered).reshape(-1)
+  weights = np.asarray(grpo.sequence_weights(trained, aggregate, limit))
+  out = []
+  for (k, g), weight in zip(np.ndindex(sampled.shape), weights, strict=False):
+    start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + sampled[k, g]
+    parts = [groups.prompt_tokens[k, :start], groups.tokens[k, g, : end - start]]
+    places = np.flatnonzero(answers.mask[k, g]) if answers else np.zeros(0, int)
+    if places.size:
+      parts.append(answers.tokens[k, g, : places[-1] + 1])
+    tokens = np.concatenate(parts)
+    mask, old_logprobs = np.zeros(tokens.size, bool), np.zeros(tokens.size, np.float32)
+    mask[start:end], old_logprobs[start:end] = True, groups.logprobs[k, g, : end - start]
+    segment = Segment(tokens, mask, old_logprobs, groups.advantages[k, g], weight)
+    if answers:
+      answer_weights = np.zeros(tokens.size, np.float32)
+      answer_weights[end + places] = answers.weights[k, g] * weight
+      segment = segment._replace(answer_weights=answer_weights)
+    out.append(segment)
+  return out
+
+
+def first_fit(lengths: Iterable[int], row_length: int) -> np.ndarray:
+  """Places for sequences: the longest first, each in the first row that has room (first-fit decreasing).
+
+  Depends on nothing but the lengths; equal ones keep their order.
+
+  Returns:
+    int32[N, 2]: row and first place in it of each sequence, in the order given.
+  """
+  lengths = np.asarray(lengths, np.int32).reshape(-1)
+  places, filled = np.zeros((lengths.size, 2), np.int32), np.zeros(lengths.size, np.int32)
+  for i in np.argsort(-lengths, kind="stable"):
+    row = np.argmax(filled + lengths[i] <= row_length)
+    places[i] = row, filled[row]
+    filled[row] += lengths[i]
+  return places
+
+
+def lay(segments: Sequence[Segment], places: np.ndarray, rows: int, row_length: int) -> PackedRows:
+  """Rows with each segment at its place; those of a row are numbered as they stand in it."""
+  out, count = empty_rows(rows, row_length), np.zeros(rows, np.int32)
+  if segments[0].answer_weights is not None:
+    out = out._replace(answer_weights=np.zeros_like(out.weights))
+  for i in np.lexsort(places.T[::-1]):
+    segment, (row, start) = segments[i], places[i]
+    here = row, slice(start, start + segment.tokens.size)
+    count[row] += 1
+    out.segment_ids[here] = count[row]
+    out.tokens[here] = segment.tokens
+    out.positions[here] = np.arange(segment.tokens.size)
+    out.mask[here] = segment.mask
+    out.old_logprobs[here] = segment.old_logprobs
+    out.advantages[here] = segment.mask * segment.advantage
+    out.weights[here] = segment.mask * segment.weight
+    if out.answer_weights is not None:
+      out.answer_weights[here] = segment.answer_weights
+  return out

@@ -100,13 +100,11 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
 
 def check_rows(config: ConfigDict, ways: int) -> None:
   """Batches must divide evenly among the parts into which the mesh splits them."""
-  minibatch = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
   rows = {
     "rollout.slots": config.rollout.slots,
     "rollout.prefill_prompts": config.rollout.prefill_prompts,
     "rollout.score_rows": config.rollout.score_rows,
     "training.micro_batch_rows": config.training.micro_batch_rows,
-    "prompts_per_step / training.minibatches * samples_per_prompt": minibatch,
   }
   if config.warm_start.steps:
     rows["warm_start.batch_size"] = config.warm_start.batch_size

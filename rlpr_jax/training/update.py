@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,8 @@ from rlpr_jax.models import Decoder, Params, combine, place
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackedRows
 
+Carry = TypeVar("Carry")
+
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
@@ -23,7 +27,7 @@ class UpdateSettings:
   clip_low: float
   clip_high: float
   entropy_coefficient: float
-  micro_batch_rows: int  # 0: the whole minibatch at once
+  micro_batch_rows: int  # rows whose gradients are taken at once
   loss: str = "clip"  # clip | truncated
   dual_clip: float = 0.0  # 0 for none
   ratio_cap: float = 2.0  # of truncated
@@ -89,14 +93,29 @@ def reference_logprobs(
   model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
 ) -> Float[Array, "R L"]:
   """Log-probabilities of the rows' tokens under the policy that a KL term measures from."""
-  one = functools.partial(row_logprobs, model, params, temperature=settings.temperature)
-  return jax.lax.map(lambda micro_batch: one(micro_batch)[0], _split(rows, settings)).reshape(rows.tokens.shape)
+
+  def one(micro_batch: PackedRows, logps: jax.Array, i: jax.Array) -> jax.Array:
+    return logps.at[i].set(row_logprobs(model, params, micro_batch, settings.temperature)[0])
+
+  empty = jnp.zeros(
+    (rows.tokens.shape[0] // settings.micro_batch_rows, settings.micro_batch_rows, rows.tokens.shape[1])
+  )
+  return _each_micro_batch(one, empty, rows, settings).reshape(rows.tokens.shape)
 
 
-def _split(rows: PackedRows, settings: UpdateSettings) -> PackedRows:
-  """The rows as micro-batches, stacked."""
-  size, constrain = settings.micro_batch_rows or rows.tokens.shape[0], settings.sharding.constrain
-  return jax.tree.map(lambda x: constrain(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
+def _each_micro_batch(
+  step: Callable[[PackedRows, Carry, jax.Array], Carry], start: Carry, rows: PackedRows, settings: UpdateSettings
+) -> Carry:
+  """Folds `step(micro_batch, carry, number)` over the micro-batches in use: packed rows come first, padding last.
+
+  How many there are depends on the data, what is compiled does not.
+  """
+  size, constrain = settings.micro_batch_rows, settings.sharding.constrain
+  used = jnp.sum(jnp.any(rows.segment_ids > 0, axis=1))
+  stacked = jax.tree.map(lambda x: constrain(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
+  return jax.lax.fori_loop(
+    0, (used + size - 1) // size, lambda i, carry: step(jax.tree.map(lambda x: x[i], stacked), carry, i), start
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("model", "optimizer", "settings"), donate_argnames=("params", "opt_state"))
@@ -111,44 +130,50 @@ def update(
 ) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
   """One optimiser step. Gradients of micro-batches add up, since the rows' weights already hold the minibatch's mean.
 
+  A loss or gradient that is not finite changes neither parameters nor optimiser state.
+
   Args:
     frozen: parameters that are not trained (the base under LoRA); empty when all are.
 
   Returns:
     parameters, optimiser state, and metrics: `loss` (of the sampled tokens alone), `entropy` (nats a token),
-    `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping), and where there
-    are such terms `answer_loss` and `kl` (nats a token).
+    `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping), `skipped` (1
+    where the step was not finite), and where there are such terms `answer_loss` and `kl` (nats a token).
   """
-  micro_batches = _split(rows, settings)
 
   def share(params, micro_batch):
     return loss(model, combine(frozen, params), micro_batch, settings)
 
-  def accumulate(total, micro_batch):
+  def accumulate(micro_batch, total, _):
     sums, gradients = total
     (_, new), micro = jax.value_and_grad(share, has_aux=True)(params, micro_batch)
     worst = jnp.maximum(sums["ratio_worst"], new["ratio_worst"])
     sums = jax.tree.map(jnp.add, sums, new) | {"ratio_worst": worst}
-    return (sums, place(jax.tree.map(jnp.add, gradients, micro), settings.sharding)), None
+    return sums, place(jax.tree.map(jnp.add, gradients, micro), settings.sharding)
 
-  shapes = jax.eval_shape(lambda: share(params, jax.tree.map(lambda x: x[0], micro_batches))[1])
+  shapes = jax.eval_shape(lambda: share(params, jax.tree.map(lambda x: x[: settings.micro_batch_rows], rows))[1])
   start = (
     jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
     place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), settings.sharding),
   )
-  (sums, gradients), _ = jax.lax.scan(accumulate, start, micro_batches)
-  steps, opt_state = optimizer.update(gradients, opt_state, params)
-  tokens = jnp.maximum(sums["tokens"], 1)
+  sums, gradients = _each_micro_batch(accumulate, start, rows, settings)
+  tokens, grad_norm = jnp.maximum(sums["tokens"], 1), optax.global_norm(gradients)
+  steps, new_opt_state = optimizer.update(gradients, opt_state, params)
+  sound = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"])
+  params, opt_state = jax.tree.map(
+    functools.partial(jnp.where, sound), (optax.apply_updates(params, steps), new_opt_state), (params, opt_state)
+  )
   metrics = {
     "loss": sums["loss"],
     "entropy": sums["entropy"] / tokens,
     "ratio_mean": sums["ratio"] / tokens,
     "ratio_worst": sums["ratio_worst"],
     "clip_fraction": sums["clipped"] / tokens,
-    "grad_norm": optax.global_norm(gradients),
+    "grad_norm": grad_norm,
+    "skipped": ~sound,
   }
   if "answer_loss" in sums:
     metrics["answer_loss"] = sums["answer_loss"]
   if "kl" in sums:
     metrics["kl"] = sums["kl"] / tokens
-  return place(optax.apply_updates(params, steps), settings.sharding), opt_state, metrics
+  return place(params, settings.sharding), opt_state, metrics

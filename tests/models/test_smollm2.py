@@ -205,7 +205,7 @@ def test_log_probabilities_of_the_sampler_are_those_of_the_trainer(loaded, promp
   fields = (samples.tokens, samples.counts, samples.logprobs)
   by_prompt = [field.reshape(4, 2, *field.shape[1:]) for field in fields]
   groups = packing.Groups(tokens, lengths, *by_prompt, advantages=np.zeros((4, 2), np.float32))
-  rows = packing.pack(groups, 4, "token_mean")
+  rows = packing.pack(groups, "token_mean", rows=8, row_length=tokens.shape[1] + samples.tokens.shape[1])
   assert rows.mask.sum() == samples.counts.sum() > 64
   found, _ = jax.jit(row_logprobs, static_argnums=(0, 3))(model, params, rows, 0.6)
   np.testing.assert_allclose(np.asarray(found)[rows.mask], rows.old_logprobs[rows.mask], atol=1e-4)

@@ -375,7 +375,7 @@ def test_soft_cap_of_token_logprobs(heads):
 
 # --- memory and size of the compiled update ---
 
-SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
+SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=8)
 OPTIMIZER = adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
 
 
@@ -385,6 +385,7 @@ def abstract_rows(rows, length):
 
 
 def lower_update(config, rows, dtype="float32", settings=SETTINGS):
+  settings = dataclasses.replace(settings, micro_batch_rows=rows.tokens.shape[0])
   model = models.definition(config, models.Runtime(compute_dtype=dtype))
   params = models.abstract_params(config)
   state = jax.eval_shape(OPTIMIZER.init, params)

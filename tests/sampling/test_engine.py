@@ -313,7 +313,7 @@ def test_log_probabilities_are_those_of_the_trainer(make, policy, draws, tempera
   fields = [x.reshape(4, SAMPLES, *x.shape[1:]) for x in (out.tokens, out.lengths, out.logprobs)]
   lengths = np.array([len(prompt.ids) for _, prompt in few])
   groups = packing.Groups(tokens, lengths, *fields, advantages=np.zeros((4, SAMPLES), np.float32))
-  rows = packing.pack(groups, 4, "token_mean")
+  rows = packing.pack(groups, "token_mean", rows=4 * SAMPLES, row_length=LIMIT + out.tokens.shape[1])
   found = np.asarray(trainer_logprobs(policy.model, policy.params, rows, temperature))
   assert rows.mask.sum() == out.lengths.sum()
   np.testing.assert_allclose(found[rows.mask], rows.old_logprobs[rows.mask], atol=1e-4)

@@ -48,6 +48,14 @@ def make_groups(count=3, seed=0):
   )
 
 
+def padded(groups, size, aggregate):
+  """One row a sequence, for `size` groups."""
+  segments = packing.to_segments(groups, aggregate, size * SAMPLES)
+  places = np.stack([np.arange(len(segments)), np.zeros(len(segments), int)], axis=1)
+  width = PROMPT + RESPONSE + (groups.answers.mask.shape[2] if groups.answers else 0)
+  return packing.lay(segments, places, size * SAMPLES, width)
+
+
 @functools.partial(jax.jit, static_argnums=0)
 def trainer_logprobs(model, params, rows):
   return row_logprobs(model, params, rows, TEMPERATURE)
@@ -55,7 +63,7 @@ def trainer_logprobs(model, params, rows):
 
 def near_policy(policy, groups, noise=0.3):
   """The groups with old log-probabilities so near the policy's that some tokens are clipped and some are not."""
-  rows = packing.pack(groups, groups.count, "token_mean")
+  rows = padded(groups, groups.count, "token_mean")
   logps = np.asarray(trainer_logprobs(policy.model, policy.params, rows)[0])
   old = np.zeros_like(groups.logprobs)
   for row, (k, g) in enumerate(np.ndindex(groups.lengths.shape)):
@@ -73,6 +81,7 @@ def groups(policy):
 def gradients(policy, rows, settings=SETTINGS):
   """(gradient, metrics) by way of `update` and an optimiser that only adds it."""
   params = jax.tree.map(jnp.copy, policy.params)  # donated
+  settings = dataclasses.replace(settings, micro_batch_rows=settings.micro_batch_rows or len(rows.tokens))
   after, _, metrics = update(policy.model, GRADIENT, {}, params, GRADIENT.init(params), rows, settings)
   metrics = {name: float(value) for name, value in metrics.items()}
   return jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), after, policy.params), metrics
@@ -126,7 +135,7 @@ def one_at_a_time(policy, groups):
 def test_update_is_the_sum_over_single_sequences(policy, groups):
   """Response tokens alone, EOS among them and prompts not, in a mean over all tokens of the minibatch."""
   expected_loss, expected = one_at_a_time(policy, groups)
-  found, metrics = gradients(policy, packing.pack(groups, groups.count, "token_mean"))
+  found, metrics = gradients(policy, padded(groups, groups.count, "token_mean"))
   assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-6)
   assert 0 < metrics["clip_fraction"] < 1
   assert_close(found, expected)
@@ -138,7 +147,7 @@ def test_update_is_the_sum_over_single_sequences(policy, groups):
 @pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
 def test_micro_batches_add_up_to_the_minibatch(policy, groups, aggregate):
   """Two groups of three, so that one micro-batch is padding alone."""
-  rows = packing.pack(groups.take(slice(1, None)), 3, aggregate)
+  rows = padded(groups.take(slice(1, None)), 3, aggregate)
   expected, expected_metrics = gradients(policy, rows)
   assert max(np.max(np.abs(x)) for x in jax.tree.leaves(expected)) > 0.01
   for size in (1, 2):
@@ -158,14 +167,15 @@ def test_adamw_is_the_papers():
 
 def test_an_update_of_a_millionth_is_not_lost(policy, groups):
   """fp32 masters: AdamW at the paper's 1e-6 moves every parameter that has a gradient."""
-  rows, params = packing.pack(groups, 3, "token_mean"), jax.tree.map(jnp.copy, policy.params)
-  after, _, _ = update(policy.model, OPTIMIZER, {}, params, OPTIMIZER.init(params), rows, SETTINGS)
+  rows, params = padded(groups, 3, "token_mean"), jax.tree.map(jnp.copy, policy.params)
+  settings = dataclasses.replace(SETTINGS, micro_batch_rows=6)
+  after, _, _ = update(policy.model, OPTIMIZER, {}, params, OPTIMIZER.init(params), rows, settings)
   moved = np.abs(np.asarray(after["layers"]["up"]["weight"]) - np.asarray(policy.params["layers"]["up"]["weight"]))
   assert np.mean((moved > 5e-7) & (moved < 2e-6)) > 0.95
 
 
 def test_two_sequences_in_one_row_are_two_rows(policy, groups):
-  rows = packing.pack(groups, 3, "token_mean")
+  rows = padded(groups, 3, "token_mean")
   length = 2 * rows.tokens.shape[1]
   packed = packing.empty_rows(3, length)
   for row in range(3):
@@ -186,7 +196,7 @@ def test_two_sequences_in_one_row_are_two_rows(policy, groups):
 
 @pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
 def test_loss_and_metrics_against_float64(policy, groups, aggregate):
-  rows = packing.pack(groups, 4, aggregate)  # the rows of one group are padding
+  rows = padded(groups, 4, aggregate)  # the rows of one group are padding
   logps, entropies = (np.asarray(x, np.float64) for x in trainer_logprobs(policy.model, policy.params, rows))
   sequences = {}
   for row in range(6):
@@ -231,7 +241,7 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in samples]
   advantages = rng.normal(size=(3, 2)).astype(np.float32)
   groups = Groups(prompts, lengths, *by_prompt, advantages)
-  gradient, metrics = gradients(policy, packing.pack(groups, 3, "token_mean"))
+  gradient, metrics = gradients(policy, padded(groups, 3, "token_mean"))
   assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
   assert metrics["ratio_worst"] < 1e-4
   assert metrics["clip_fraction"] == 0
@@ -242,7 +252,7 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
 
 def test_entropy_bonus_raises_entropy(policy, groups):
   """With no advantage anywhere there is no other gradient."""
-  rows = packing.pack(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
+  rows = padded(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
   gradient, before = gradients(policy, rows)
   moved = jax.tree.map(lambda x, g: x - 0.5 * g, policy.params, gradient)
   _, after = gradients(policy._replace(params=moved), rows)
@@ -253,7 +263,7 @@ def test_entropy_bonus_raises_entropy(policy, groups):
 def test_gradient_goes_up_for_good_responses_and_down_for_bad_ones(policy):
   groups = near_policy(policy, make_groups(), noise=0.0)
   advantages = np.resize(np.array([1.0, -1.0], np.float32), (3, 2))
-  rows = packing.pack(groups._replace(advantages=advantages), 3, "token_mean")
+  rows = padded(groups._replace(advantages=advantages), 3, "token_mean")
   gradient, _ = gradients(policy, rows)
   moved = jax.tree.map(lambda x, g: x - 0.1 * g, policy.params, gradient)
   after = np.asarray(trainer_logprobs(policy.model, moved, rows)[0])
@@ -263,20 +273,20 @@ def test_gradient_goes_up_for_good_responses_and_down_for_bad_ones(policy):
 
 def test_padding_has_no_influence(policy, groups):
   """What pads rows, and rows that are padding, may hold anything that is a token."""
-  rows = packing.pack(groups, 4, "token_mean")
+  rows = padded(groups, 4, "token_mean")
   expected, expected_metrics = gradients(policy, rows)
   noise = np.random.default_rng(0).integers(0, 64, rows.tokens.shape)
   found, metrics = gradients(policy, rows._replace(tokens=np.where(rows.segment_ids == 0, noise, rows.tokens)))
   assert_close(found, expected, tolerance=1e-7)
   assert_metrics(metrics, expected_metrics)
-  fewer, fewer_metrics = gradients(policy, packing.pack(groups, 3, "token_mean"))
+  fewer, fewer_metrics = gradients(policy, padded(groups, 3, "token_mean"))
   assert_close(fewer, expected)
   assert_metrics(fewer_metrics, expected_metrics)
 
 
 def test_prompts_are_read_and_not_trained(policy, groups):
   """Old log-probabilities or advantages of prompt tokens do not exist; were there some, they would weigh nothing."""
-  rows = packing.pack(groups, 3, "token_mean")
+  rows = padded(groups, 3, "token_mean")
   expected, _ = gradients(policy, rows)
   junk = {name: np.where(rows.mask, getattr(rows, name), 0.5) for name in ("old_logprobs", "advantages")}
   found, metrics = gradients(policy, rows._replace(**junk))
@@ -290,9 +300,78 @@ def test_prompts_are_read_and_not_trained(policy, groups):
 # --- packing ---
 
 
+def test_first_fit_by_hand():
+  """Longest first: 7 and 6 open rows, 4 joins the 6, the first 3 the 7; equal lengths keep their order."""
+  places = packing.first_fit([3, 7, 4, 6, 3, 1], 10)
+  assert places.tolist() == [[0, 7], [0, 0], [1, 6], [1, 0], [2, 0], [2, 3]]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_first_fit_loses_nothing_and_wastes_little(seed):
+  """No two sequences overlap, none leaves its row, and all but one row are at least half full, as the bound has it."""
+  rng = np.random.default_rng(seed)
+  length = int(rng.integers(8, 200))
+  lengths = np.clip(rng.lognormal(np.log(length / 6), 0.8, rng.integers(1, 300)), 1, length).astype(int)
+  places = packing.first_fit(lengths, length)
+  used = np.zeros((places[:, 0].max() + 1, length), int)
+  for (row, start), n in zip(places, lengths, strict=True):
+    assert start + n <= length
+    used[row, start : start + n] += 1
+  assert used.max() == 1
+  assert used.sum() == lengths.sum()
+  assert all(row[: row.sum()].all() for row in used)  # no holes
+  assert np.sum(2 * used.sum(axis=1) <= length) <= 1
+  np.testing.assert_array_equal(places, packing.first_fit(lengths, length))
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 3, 12])
+@pytest.mark.parametrize("row_length", [PROMPT + RESPONSE, 29, 100])
+@pytest.mark.parametrize("aggregate", grpo.AGGREGATES)
+def test_packing_and_micro_batches_change_no_gradient(policy, row_length, micro_batch_rows, aggregate):
+  """Against one row a sequence and all rows at once; lengths from one token to all there is room for, and answers."""
+  groups = with_answers(near_policy(policy, make_groups(count=6, seed=5)))
+  longest = PROMPT + RESPONSE + groups.answers.mask.shape[2]
+  expected, expected_metrics = gradients(policy, padded(groups, 6, aggregate))
+  rows = packing.pack(groups, aggregate, 12, max(row_length, longest))
+  assert np.any(rows.segment_ids > 1)
+  found, metrics = gradients(policy, rows, dataclasses.replace(SETTINGS, micro_batch_rows=micro_batch_rows))
+  assert_metrics(metrics, expected_metrics)
+  assert_close(found, expected, tolerance=1e-5)
+
+
+def test_rows_of_padding_cost_nothing(policy, groups):
+  """One program whatever is packed; micro-batches without a sequence are not run."""
+  settings = dataclasses.replace(SETTINGS, micro_batch_rows=2)
+  rows = padded(groups, 8, "token_mean")
+  broken = rows.tokens.copy()
+  broken[6:] = -(2**31)  # were they looked at, this would be NaN
+  expected, _ = gradients(policy, rows, settings)
+  before = update._cache_size()
+  found, metrics = gradients(policy, rows._replace(tokens=broken), settings)
+  gradients(policy, padded(groups.take(slice(1)), 8, "token_mean"), settings)
+  assert update._cache_size() == before
+  assert_close(found, expected, tolerance=1e-7)
+  assert not metrics["skipped"]
+
+
+def test_a_step_that_is_not_finite_changes_nothing(policy, groups):
+  rows = padded(groups, 3, "token_mean")
+  settings = dataclasses.replace(SETTINGS, micro_batch_rows=2)
+  bad = rows._replace(advantages=np.where(rows.mask & (np.arange(6) == 5)[:, None], np.nan, rows.advantages))
+  for part, skipped in ((bad, True), (rows, False)):
+    params = jax.tree.map(jnp.copy, policy.params)
+    state = OPTIMIZER.init(params)
+    kept = jax.device_get(state)
+    after, state, metrics = update(policy.model, OPTIMIZER, {}, params, state, part, settings)
+    assert bool(metrics["skipped"]) is skipped
+    same = [np.array_equal(x, y) for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(policy.params), strict=True)]
+    same += [np.array_equal(x, y) for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(kept), strict=True)]
+    assert all(same) if skipped else not any(same)
+
+
 def test_pack_row_by_row():
   groups = make_groups(count=3, seed=4)
-  rows = packing.pack(groups, 5, "token_mean")
+  rows = padded(groups, 5, "token_mean")
   assert {field.shape for field in rows if field is not None} == {(10, PROMPT + RESPONSE)}
   dtypes = [field.dtype for field in rows if field is not None]
   assert dtypes == [np.int32, np.int32, np.int32, np.bool_, np.float32, np.float32, np.float32]
@@ -322,14 +401,14 @@ def test_pack_row_by_row():
 def test_minibatches_are_dealt_evenly(kept, sizes, aggregate):
   """Eight prompts in four minibatches; when fewer were kept every minibatch has its share, and always one shape."""
   groups = make_groups(count=8, seed=1).take(slice(kept))
-  minibatches = packing.minibatches(groups, 8, 4, aggregate)
+  minibatches = packing.minibatches(groups, 8, 4, aggregate, PROMPT + RESPONSE, micro_batch_rows=3)
   found = []
   for rows in minibatches:
-    assert {field.shape for field in rows if field is not None} == {(2 * SAMPLES, PROMPT + RESPONSE)}
+    assert {field.shape for field in rows if field is not None} == {(6, PROMPT + RESPONSE)}  # 4, a multiple of 3
     dealt = sorted({float(advantage) for advantage in rows.advantages[rows.mask]})
     found.append(len(dealt) / SAMPLES)
     assert not rows.weights[rows.segment_ids == 0].any()
-    expected = rows.mask.sum() / (np.sum(rows.mask.any(axis=1)) * RESPONSE) if aggregate == "seq_mean_token_sum" else 1
+    expected = rows.mask.sum() / (len(dealt) * RESPONSE) if aggregate == "seq_mean_token_sum" else 1
     assert rows.weights.sum() == pytest.approx(expected, rel=1e-6)
   assert found == sizes
   everything = np.concatenate([rows.advantages[rows.mask] for rows in minibatches]) if minibatches else []
@@ -371,7 +450,7 @@ def test_the_gradient_through_answers_is_that_of_their_weighted_log_probability(
   """Against one sequence at a time: A log p of what was sampled before the answer, and w log p of the answer."""
   spliced = with_answers(groups)
   settings = dataclasses.replace(SETTINGS, entropy_coefficient=0.0, clip_low=1.0, clip_high=100.0)
-  rows = packing.pack(spliced, 3, "token_mean")
+  rows = padded(spliced, 3, "token_mean")
   found, metrics = gradients(policy, rows, settings)
   answers, total = spliced.answers, 0
   texts = []
@@ -406,20 +485,20 @@ def test_the_gradient_through_answers_is_that_of_their_weighted_log_probability(
 def test_answers_change_nothing_where_none_has_a_place(policy, groups):
   spliced = with_answers(groups)
   nowhere = spliced._replace(answers=spliced.answers._replace(mask=np.zeros_like(spliced.answers.mask)))
-  expected, _ = gradients(policy, packing.pack(groups, 3, "token_mean"))
-  found, metrics = gradients(policy, packing.pack(nowhere, 3, "token_mean"))
+  expected, _ = gradients(policy, padded(groups, 3, "token_mean"))
+  found, metrics = gradients(policy, padded(nowhere, 3, "token_mean"))
   for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
   assert metrics["answer_loss"] == 0
 
 
-@pytest.mark.parametrize("micro_batch_rows", [0, 2])
+@pytest.mark.parametrize("micro_batch_rows", [6, 2])
 def test_kl_is_measured_from_the_reference(policy, groups, micro_batch_rows):
   """No gradient from the policy to itself; from another policy that of exp(d) - d - 1, by differences in float64."""
   settings = dataclasses.replace(
     SETTINGS, entropy_coefficient=0.0, kl_coefficient=0.7, micro_batch_rows=micro_batch_rows
   )
-  rows = packing.pack(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
+  rows = padded(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
   other = jax.tree.map(lambda x: x * 1.05, policy.params)
   own = rows._replace(reference_logprobs=reference_logprobs(policy.model, policy.params, rows, settings))
   found, metrics = gradients(policy, own, settings)
@@ -444,7 +523,7 @@ def test_kl_is_measured_from_the_reference(policy, groups, micro_batch_rows):
 
 
 def test_truncated_weights_and_dual_clip_reach_the_update(policy, groups):
-  rows = packing.pack(groups, 3, "token_mean")
+  rows = padded(groups, 3, "token_mean")
   rows = rows._replace(old_logprobs=rows.old_logprobs - 1.5 * (rows.advantages < 0))  # ratios of bad tokens above 4
   plain = dataclasses.replace(SETTINGS, entropy_coefficient=0.0)
   _, clipped = gradients(policy, rows, plain)
