@@ -10,8 +10,10 @@ split. The mesh has three axes:
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlpr_jax.errors import InputError
@@ -32,6 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
 def create_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """A mesh of the given sizes; one of them may be -1, for all devices that the others leave.
 
+  With many processes the devices of each stand together, so that each has whole parts along `tensor`.
+
   Raises:
     InputError: the sizes do not multiply to the number of devices.
   """
@@ -44,6 +48,12 @@ def create_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequenc
   if left_over or (not free and rest != 1):
     raise InputError(f"config.mesh: sizes {sizes} do not multiply to the {len(devices)} devices that are there")
   sizes |= dict.fromkeys(free, rest)
+  if jax.process_count() > 1:
+    own = jax.local_device_count()
+    if own % sizes["tensor"]:
+      raise InputError(f"config.mesh.tensor: {sizes['tensor']}, expected a divisor of the {own} devices of a process")
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.reshape(ordered, tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
@@ -79,9 +89,36 @@ class Sharding:
     """Into how many parts an axis is split."""
     return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis, ()))
 
+  def by_process(self) -> "Sharding":
+    """The same with whole copies on each process, which are split over its own devices alone."""
+    if jax.process_count() == 1:
+      return self
+    devices = self.mesh.devices.reshape(jax.process_count(), 1, -1, self.mesh.shape["tensor"])
+    return dataclasses.replace(self, mesh=Mesh(devices, ("process", *MESH_AXES), axis_types=(AxisType.Auto,) * 4))
+
+  def own(self) -> "Sharding":
+    """This process's part of `by_process`, as a mesh by itself."""
+    if jax.process_count() == 1:
+      return self
+    devices = self.by_process().mesh.devices[jax.process_index()]
+    return dataclasses.replace(self, mesh=Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3))
+
   def replicate(self, axis: str) -> "Sharding":
     """The same with one axis on every device."""
     return dataclasses.replace(self, rules=tuple((name, () if name == axis else on) for name, on in self.rules))
+
+
+def own_part(tree: Any) -> Any:
+  """Arrays that lie as `Sharding.by_process` says, as arrays of this process's devices alone."""
+
+  def one(x: jax.Array) -> jax.Array:
+    parts = [shard.data for shard in x.addressable_shards]
+    if len(parts) == 1:
+      return parts[0]
+    mesh = Mesh(x.sharding.mesh.devices[jax.process_index()], MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), parts)
+
+  return tree if jax.process_count() == 1 else jax.tree.map(one, tree)
 
 
 def create(mesh: Mesh | None, rules: Mapping[str, Sequence[str]] | None = None) -> Sharding:

@@ -5,6 +5,7 @@
 A run that was stopped or killed goes on from its last checkpoint when the same command is given again.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -18,9 +19,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from rlpr_jax import config as configs
-from rlpr_jax import filtering, models, report
+from rlpr_jax import filtering, models, processes, report
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.collect import Harvest, collect
 from rlpr_jax.training.interrupt import StopRequest
@@ -40,6 +42,7 @@ def main(_: list[str]) -> None:
   with exit_on_input_error():
     if not _WORKDIR.value:
       raise InputError("--workdir: missing, expected the run's directory")
+    processes.start()
     config = _CONFIG.value
     try:
       config.keys()
@@ -65,7 +68,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   run = set_up(config, custom_reward)
-  metrics.write_atomically(workdir / "config.json", configs.to_json(config))
+  if processes.is_first():
+    metrics.write_atomically(workdir / "config.json", configs.to_json(config))
 
   checkpoints = Checkpoints(workdir, config.log.keep_checkpoints, config.rollout.prompts_per_draw)
   with StopRequest() as stop:
@@ -84,23 +88,27 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
       state = train_steps(run, state, checkpoints, writer, stop)
     checkpoints.close()
     writer.close()
-  finish(config, workdir, state)
+  if processes.is_first():
+    finish(config, workdir, state)
 
 
 def train_steps(
   run: Run, state: TrainState, checkpoints: Checkpoints, writer: metrics.MetricsWriter, stop: StopRequest
 ) -> TrainState:
-  """The training loop: from `state` to the last step, or to the end of the step in which `stop` was asked for."""
+  """The training loop: from `state` to the last step, or to the last one that was whole when `stop` was asked for."""
   config = run.config
   stream = PromptStream(run.prompts, config.seed)
   stream.restore(state.stream)
   settings = update_settings(run)
   progress_start, first = time.perf_counter(), state.step
-  while state.step < config.steps and not stop:
+  while state.step < config.steps:
     started, compiled = time.perf_counter(), metrics.compilations()
 
     # Sample, score, reward and filter, until enough groups are kept.
-    harvest = collect(run, state, stream)
+    try:
+      harvest = collect(run, state, stream, stop)
+    except StoppedError:
+      break
 
     # Update on them. The checkpoint under way may still be reading the arrays that the update gives away.
     checkpoints.wait()
@@ -132,7 +140,7 @@ def train_steps(
       step=state.step + 1,
       params=params,
       opt_state=opt_state,
-      filter=filtering.update(state.filter, harvest.stds, run.filter),
+      filter=jax.device_get(filtering.update(state.filter, harvest.stds, run.filter)),
       baselines=harvest.baselines,
       initial=state.initial,
       lagged=newest_lagged(run, state, params),
@@ -144,15 +152,21 @@ def train_steps(
     values = harvest.values | update_metrics(harvest, losses, carried_in, seconds)
     last, every = state.step == config.steps, config.evaluation.every
     if last or (every and state.step % every == 0):
-      values |= evaluate(run, state.params, state.step)
+      with contextlib.suppress(StoppedError):
+        values |= evaluate(run, state.params, state.step, stop)
     values["seconds/step"] = time.perf_counter() - started
     values["compilations"] = metrics.compilations() - compiled
     writer.write_rollouts(state.step, harvest.rows)
     writer.write(state.step, values)
     left = (time.perf_counter() - progress_start) / (state.step - first) * (config.steps - state.step)
     print(progress_line(state.step, config.steps, values, left), flush=True)
-    if last or stop or state.step % config.log.checkpoint_every == 0:
+    stopping = processes.any_of(stop)
+    if last or stopping or state.step % config.log.checkpoint_every == 0:
       checkpoints.save(state)
+    if stopping:
+      return state
+  if checkpoints.latest() != state.step:
+    checkpoints.save(state)
   return state
 
 
@@ -197,7 +211,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes sure that the directory can be written and holds no other run."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / ".writable"
+    probe = workdir / f".writable-{jax.process_index()}"
     probe.touch()
     probe.unlink()
   except OSError as error:

@@ -1,16 +1,17 @@
 """Accuracy on held-out questions: Avg@k, the mean over k samples of each. It measures, and trains nothing."""
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 
-from rlpr_jax import rewards
+from rlpr_jax import processes, rewards
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.evaluation import graders
 from rlpr_jax.models import Params
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.engine import Engine, StoppedError
 
 
 def evaluate(
@@ -21,24 +22,41 @@ def evaluate(
   key: jax.Array,
   progress: Callable[[int, int], None],
   stop: Sequence[str] = (),
+  interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
   """Avg@samples over the prompts: exact match, but for built-in sentence questions, where what an answer says counts.
+
+  Each process samples and grades its share.
 
   Args:
     progress: called with how many responses have ended, of how many.
     stop: strings that end a response.
+    interrupted: as for `Engine.sample`.
 
   Returns:
     `accuracy`; `accuracy/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
+
+  Raises:
+    StoppedError: on every process, if `interrupted` was true on one.
   """
-  out = engine.sample(params, list(enumerate(prompts)), key, samples, progress, stop=stop)
-  right: dict[str, list[bool]] = defaultdict(list)
-  for i, text in enumerate(out.texts):
-    prompt = prompts[i // samples]
-    right[prompt.source].append(graders.verify("builtin", text, prompt.reference, prompt.question))
+  mine, out = processes.share(list(enumerate(prompts))), None
+  with contextlib.suppress(StoppedError):
+    out = engine.sample(params, mine, key, samples, progress, stop=stop, interrupted=interrupted)
+  if processes.any_of(out is None):
+    raise StoppedError
+  graded = np.zeros((len(mine) * samples, 3), np.float32)  # right, well-formed, length
+  for i, (text, length) in enumerate(zip(out.texts, out.lengths, strict=True)):
+    prompt = mine[i // samples][1]
+    right = graders.verify("builtin", text, prompt.reference, prompt.question)
+    graded[i] = right, rewards.format_score(text, engine.template), length
+  graded = processes.gather(graded.reshape(len(mine), samples, 3), len(prompts))
+  by_source = defaultdict(list)
+  for prompt, of_prompt in zip(prompts, graded, strict=True):
+    by_source[prompt.source].append(of_prompt[:, 0])
+  accuracy, well_formed, length = graded.mean(axis=(0, 1), dtype=np.float64)
   return {
-    "accuracy": float(np.mean([match for matches in right.values() for match in matches])),
-    **{f"accuracy/{source}": float(np.mean(matches)) for source, matches in sorted(right.items())},
-    "format": float(np.mean([rewards.format_score(text, engine.template) for text in out.texts])),
-    "response_length": float(np.mean(out.lengths)),
+    "accuracy": float(accuracy),
+    **{f"accuracy/{source}": float(np.mean(matches)) for source, matches in sorted(by_source.items())},
+    "format": float(well_formed),
+    "response_length": float(length),
   }

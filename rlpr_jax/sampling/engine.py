@@ -30,6 +30,10 @@ from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, Suffixes
 
 
+class StoppedError(Exception):
+  """The caller asked to stop; what was sampled so far is lost."""
+
+
 class Samples(NamedTuple):
   """Sampled responses. numpy. Only lengths say what is a token and what is padding (padding may equal EOS)."""
 
@@ -176,6 +180,7 @@ class Engine:
     progress: Callable[[int, int], None] = lambda done, total: None,
     limits: Sequence[int] | None = None,
     stop: Sequence[str] = (),
+    interrupted: Callable[[], bool] = lambda: False,
   ) -> Samples:
     """`samples` responses to each prompt; a draw's number and `key` decide its responses, not slots or neighbours.
 
@@ -184,8 +189,9 @@ class Engine:
       limits: most tokens of each response, a prompt's samples together; at most, and None for, `max_response_length`.
       stop: strings that end a response. Its tokens then end with the one that completes the string, wherever in a token
         that is, and its text before the string.
+      interrupted: looked at every few tokens; once it is true, `StoppedError` is raised.
     """
-    return _Run(self, params, draws, key, samples, False, limits, stop).finish(progress)[0]
+    return _Run(self, params, draws, key, samples, False, limits, stop).finish(interrupted, progress)[0]
 
   def rollout(
     self,
@@ -193,10 +199,11 @@ class Engine:
     draws: Sequence[tuple[int, Prompt]],
     key: jax.Array,
     samples: int,
+    interrupted: Callable[[], bool] = lambda: False,
     limits: Sequence[int] | None = None,
   ) -> Rollouts:
-    """Samples responses and scores the reference answer in the place of each response's own (rlpr section 3.2)."""
-    sampled, references, seconds = _Run(self, params, draws, key, samples, True, limits).finish()
+    """Samples responses and scores the reference answer in the place of each response's own (RLPR, section 3.2)."""
+    sampled, references, seconds = _Run(self, params, draws, key, samples, True, limits).finish(interrupted)
     return Rollouts(
       *sampled,
       scorable=references.mask.any(axis=1),
@@ -447,11 +454,13 @@ class _Run:
     self.seconds = dict.fromkeys(("prefill", "decode", "score"), 0.0)
 
   def finish(
-    self, progress: Callable[[int, int], None] = lambda done, total: None
+    self, interrupted: Callable[[], bool], progress: Callable[[int, int], None] = lambda done, total: None
   ) -> tuple[Samples, References, dict[str, float]]:
     """Runs until every request has ended and is scored."""
     total, done = len(self.out.texts), 0
     while self.pending or self.under_way or self.ended or self.ready:
+      if interrupted():
+        raise StoppedError
       with self.timed("score"):
         self.score_ready()
       with self.timed("prefill"):

@@ -1,5 +1,6 @@
 """One step's harvest: draw prompts, sample, score, reward, filter, and draw again until the step has its groups."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,12 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from rlpr_jax import filtering, grpo, rewards
+from rlpr_jax import filtering, grpo, processes, rewards
 from rlpr_jax.data.pipeline import Prompt, PromptStream
 from rlpr_jax.models import Params
 from rlpr_jax.rewards import Rewards
-from rlpr_jax.sampling.engine import Rollouts, pad_prompts
+from rlpr_jax.sampling.engine import Rollouts, StoppedError, pad_prompts
 from rlpr_jax.training import packing
+from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.reward import Evidence, assess, auc, gather_evidence, group_auc, within_group_correlation
 from rlpr_jax.training.scorer import score_again
@@ -28,7 +30,7 @@ class Draw(NamedTuple):
   """Prompts drawn together, and what became of them."""
 
   prompts: list[Prompt]  # [P]
-  rollouts: Rollouts  # [P * G]
+  rollouts: Rollouts  # [P * G]; of texts, this process's share
   evidence: Evidence
   rewards: Rewards  # [P, G]
   shadows: dict[str, Rewards]  # by name
@@ -49,13 +51,17 @@ class Harvest(NamedTuple):
   rows: list[dict[str, Any]]  # rollouts for the disk
 
 
-def collect(run: Run, state: TrainState, stream: PromptStream) -> Harvest:
-  """Draws until `prompts_per_step` groups are kept, those carried over included, or `max_draws` draws were made."""
+def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest) -> Harvest:
+  """Draws until `prompts_per_step` groups are kept, those carried over included, or `max_draws` draws were made.
+
+  Raises:
+    StoppedError: `stop` was asked for; nothing has changed but the stream.
+  """
   config = run.config
   params = run.policy.sampling_params(state.params)
   kept, draws = [state.carried], []
   while sum(groups.count for groups in kept) < config.prompts_per_step and len(draws) < config.max_draws:
-    draw, baselines = draw_once(run, state, params, stream)
+    draw, baselines = draw_once(run, state, params, stream, stop)
     state = state._replace(baselines=baselines)
     kept.append(to_groups(run, draw))
     draws.append(draw)
@@ -75,20 +81,32 @@ def collect(run: Run, state: TrainState, stream: PromptStream) -> Harvest:
   )
 
 
-def draw_once(run: Run, state: TrainState, params: Params, stream: PromptStream) -> tuple[Draw, np.ndarray]:
-  """The next prompts of the stream, sampled, scored, rewarded and judged by the filter; and the baselines after it."""
+def draw_once(
+  run: Run, state: TrainState, params: Params, stream: PromptStream, stop: StopRequest
+) -> tuple[Draw, np.ndarray]:
+  """The next prompts of the stream, sampled, scored, rewarded and judged by the filter; and the baselines after it.
+
+  Each process samples its share of the prompts. From `gather` on all know of all, and decide alike.
+  """
   config = run.config
   numbered = stream.next_batch(config.rollout.prompts_per_draw)
-  prompts = [prompt for _, prompt in numbered]
-  rollouts = run.engine.rollout(params, numbered, run.key, config.samples_per_prompt)
+  mine, prompts = processes.share(numbered), [prompt for _, prompt in numbered]
+  rollouts = None
+  with contextlib.suppress(StoppedError):
+    rollouts = run.engine.rollout(params, mine, run.key, config.samples_per_prompt, stop.__bool__)
+  if processes.any_of(rollouts is None):
+    raise StoppedError
+  my_prompts = processes.share(prompts)
   if config.reward.scorer != "policy":
-    rollouts = score_again(run, scorer_params(run, state), prompts, rollouts)
+    rollouts = score_again(run, scorer_params(run, state), my_prompts, rollouts)
   baselines = newest_baselines(run, state, params, prompts)
-  rows = [prompt.row for prompt in prompts]
-  evidence = gather_evidence(config, numbered, rollouts, baselines[rows])
+  evidence = gather_evidence(config, mine, rollouts, baselines[[prompt.row for prompt in my_prompts]])
+  custom = run.custom_reward and np.asarray(run.custom_reward(evidence, rollouts.texts, my_prompts), np.float32)
+  evidence, custom = processes.gather((evidence, custom), len(prompts))
+  rollouts = gather_rollouts(rollouts, len(prompts), config.samples_per_prompt)
   parts = jax.device_get(assess(evidence, run.reward))
-  if run.custom_reward is not None:
-    parts = parts._replace(total=np.asarray(run.custom_reward(evidence, rollouts.texts, prompts), np.float32))
+  if custom is not None:
+    parts = parts._replace(total=custom)
   shadows = {name: jax.device_get(assess(evidence, settings)) for name, settings in run.shadows.items()}
   advantages, stds, answer_weights = judge(run, evidence, parts)
   # A refused prompt has no spread: it is not kept, and no part of the filter's average.
@@ -100,13 +118,23 @@ def draw_once(run: Run, state: TrainState, params: Params, stream: PromptStream)
   ), baselines
 
 
+def gather_rollouts(rollouts: Rollouts, prompts: int, samples: int) -> Rollouts:
+  """The rollouts of all processes; texts and seconds stay those of this one's share."""
+  arrays = {name: x for name, x in rollouts._asdict().items() if isinstance(x, np.ndarray)}
+  groups = {name: x.reshape(-1, samples, *x.shape[1:]) for name, x in arrays.items()}
+  return rollouts._replace(
+    **{name: x.reshape(-1, *x.shape[2:]) for name, x in processes.gather(groups, prompts).items()}
+  )
+
+
 def newest_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
   """Log-probabilities [N, A] of all references without reasoning; those of the draw measured anew where asked for."""
   settings = run.config.reward
   if settings.baseline_policy not in ("current", "moving_average"):
     return state.baselines
   scorer = params if settings.scorer == "policy" else run.policy.sampling_params(scorer_params(run, state))
-  rows, new = [prompt.row for prompt in prompts], baseline_logps(run, scorer, prompts)
+  rows = [prompt.row for prompt in prompts]
+  new = processes.gather(baseline_logps(run, scorer, processes.share(prompts)), len(prompts))
   if settings.baseline_policy == "moving_average":
     new = np.asarray(rewards.moving_average(state.baselines[rows], new, settings.baseline_rate))
   baselines = state.baselines.copy()  # a checkpoint may still be reading the old ones

@@ -1,10 +1,10 @@
-"""Stopping between two steps instead of in the middle of one."""
+"""Stopping with nothing lost: a step that samples is given up, one that updates is finished."""
 
 import signal
 
 
 class StopRequest:
-  """Ctrl-C and SIGTERM ask the run to stop after the step under way; a second Ctrl-C interrupts at once."""
+  """Ctrl-C and SIGTERM ask the run to stop and save what it has; a second Ctrl-C interrupts at once."""
 
   def __init__(self):
     self._asked = False
@@ -23,4 +23,4 @@ class StopRequest:
   def _ask(self, number: int, _: object) -> None:
     self._asked = True
     signal.signal(number, self._previous[number])
-    print(f"\n{signal.Signals(number).name}: finishing the step, then saving", flush=True)
+    print(f"\n{signal.Signals(number).name}: saving what is done, then stopping", flush=True)

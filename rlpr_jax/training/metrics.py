@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from tensorboardX import SummaryWriter
 
+from rlpr_jax import processes
+
 _compilations = 0
 
 
@@ -32,7 +34,13 @@ class MetricsWriter:
   """WORKDIR/metrics.jsonl (one object a step), WORKDIR/tensorboard and WORKDIR/rollouts/."""
 
   def __init__(self, workdir: pathlib.Path, resume_after: int):
-    """Opens them; what was written of steps after `resume_after` by a run that was killed is taken back."""
+    """Opens them; what was written of steps after `resume_after` by a run that was killed is taken back.
+
+    Of many processes the first writes, for all.
+    """
+    self._writes = processes.is_first()
+    if not self._writes:
+      return
     self._path = workdir / "metrics.jsonl"
     self._rollouts = workdir / "rollouts"
     self._rollouts.mkdir(exist_ok=True)
@@ -44,6 +52,8 @@ class MetricsWriter:
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Appends one step's row; it is on disk when this returns."""
+    if not self._writes:
+      return
     with self._path.open("a") as file:
       file.write(json.dumps({"step": step, **values}) + "\n")
       file.flush()
@@ -54,10 +64,12 @@ class MetricsWriter:
 
   def write_rollouts(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    write_atomically(self._rollouts / f"step_{step:06d}.jsonl", text)
+    if self._writes:
+      write_atomically(self._rollouts / f"step_{step:06d}.jsonl", text)
 
   def close(self) -> None:
-    self._tensorboard.close()
+    if self._writes:
+      self._tensorboard.close()
 
 
 def read(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:

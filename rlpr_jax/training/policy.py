@@ -23,7 +23,8 @@ class Policy(NamedTuple):
   config: ModelConfig
   model: nnx.GraphDef  # as it is trained
   sampler: nnx.GraphDef  # the same, as it samples and scores
-  sampling: Runtime  # how that one is run
+  sampling: Runtime  # how that one is run: by each process on its own devices
+  gathered: Sharding  # how the parameters lie for it, on all devices
   tokenizer: PreTrainedTokenizerBase
   sharding: Sharding
   trained: Params  # shapes, dtypes and shardings of the parameters that are trained
@@ -36,12 +37,13 @@ class Policy(NamedTuple):
   def sampling_params(self, params: Params) -> Params:
     """All parameters as the sampler reads them, token after token: to be made once for each policy, not for each token.
 
-    They are cast to the compute dtype, and gathered over the axes of the mesh that `sampler` does not split.
+    They are cast to the compute dtype, and gathered over the axes of the mesh that `sampler` does not split; each
+    process has them all.
     """
-    whole, dtype, where = self.whole(params), self.sampling.compute_dtype, self.sampling.sharding
-    if where.mesh is None and dtype == "float32":
+    whole, dtype = self.whole(params), self.sampling.compute_dtype
+    if self.gathered.mesh is None and dtype == "float32":
       return whole  # no copy of what is right as it is
-    return models.cast(whole, dtype, where)
+    return sharding.own_part(models.cast(whole, dtype, self.gathered.by_process()))
 
 
 def load_policy(config: ConfigDict) -> Policy:
@@ -72,11 +74,19 @@ def load_policy(config: ConfigDict) -> Policy:
   runtime = Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, sharding=where)
   model = models.definition(model_config, runtime)
   gathered = where.replicate("embed") if config.rollout.gather_params else where
-  sampling = dataclasses.replace(runtime, sharding=gathered, int8_cache=config.rollout.int8_cache)
+  sampling = dataclasses.replace(runtime, sharding=gathered.own(), int8_cache=config.rollout.int8_cache)
   everything = models.abstract_params(model_config, where)
   trained = models.adapters(everything) if config.lora.rank else everything
   return Policy(
-    model_config, model, models.definition(model_config, sampling), sampling, tokenizer, where, trained, frozen
+    model_config,
+    model,
+    models.definition(model_config, sampling),
+    sampling,
+    gathered,
+    tokenizer,
+    where,
+    trained,
+    frozen,
   )
 
 

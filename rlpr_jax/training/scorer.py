@@ -21,7 +21,7 @@ from rlpr_jax.training.update import row_logprobs
 def score_again(run: Run, params: Params, prompts: Sequence[Prompt], rollouts: Rollouts) -> Rollouts:
   """The rollouts with `reference_logps` of the policy with these (trained) parameters."""
   config = run.config
-  whole = run.policy.whole(params)
+  ready = run.policy.sampling_params(params)
   size, samples = config.rollout.score_rows, config.samples_per_prompt
   length = config.data.prompt_limit + config.rollout.max_response_length + config.data.max_reference_length
   logps = np.zeros_like(rollouts.reference_logps)
@@ -36,7 +36,7 @@ def score_again(run: Run, params: Params, prompts: Sequence[Prompt], rollouts: R
       rows.tokens[i, : len(text)], rows.segment_ids[i, : len(text)] = text, 1
       rows.positions[i, : len(text)] = np.arange(len(text))
       places.append(len(prompt) + len(kept) + np.flatnonzero(mask))
-    found = np.asarray(_logprobs(run.policy.model, whole, rows, config.reward.score_temperature))
+    found = np.asarray(_logprobs(run.policy.sampler, ready, rows, config.reward.score_temperature))
     for i, row in enumerate(part):
       logps[row, rollouts.reference_mask[row]] = found[i, places[i]]
   return rollouts._replace(reference_logps=logps)

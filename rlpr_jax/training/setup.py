@@ -11,7 +11,7 @@ import optax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from rlpr_jax import filtering, models, splicing
+from rlpr_jax import filtering, models, processes, splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare
 from rlpr_jax.data.sources import Example, load_examples
@@ -19,7 +19,7 @@ from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import held_out
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.sampling.engine import Engine, Shapes, StoppedError
 from rlpr_jax.training import metrics, warm_start
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Answers, Groups
@@ -52,6 +52,7 @@ class Run(NamedTuple):
 def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run:
   """Model, tokenizer and data, with everything checked before anything compiles."""
   policy = load_policy(config)
+  shares = jax.process_count()
   check_rows(config, policy.sharding.ways("batch"))
   check_lengths(config, policy.config.max_length)
   tokenizer = policy.tokenizer
@@ -66,15 +67,15 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     tokenizer,
     DecodeSettings(Choice(config.rollout.temperature), config.rollout.decode_steps, (tokenizer.eos_token_id,)),
     Shapes(
-      slots=config.rollout.slots,
+      slots=config.rollout.slots // shares,
       prompt_limit=config.data.prompt_limit,
       max_response_length=config.rollout.max_response_length,
       suffix_length=config.data.max_reference_length,
       steps=config.rollout.decode_steps,
-      prefill_rows=config.rollout.prefill_prompts,
-      score_rows=config.rollout.score_rows,
-      insert_rows=min(config.samples_per_prompt, config.rollout.slots),
-      ways=policy.sharding.ways("batch"),
+      prefill_rows=config.rollout.prefill_prompts // shares,
+      score_rows=config.rollout.score_rows // shares,
+      insert_rows=min(config.samples_per_prompt, config.rollout.slots // shares),
+      ways=policy.sampling.sharding.ways("batch"),
     ),
     config.data.template,
     config.reward.score_temperature,
@@ -162,9 +163,12 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   baselines = unknown_baselines(run)
   if run.config.reward.baseline_policy == "initial":
     baselines = initial_baselines(run, params, stop)
-  if stop:
+  if processes.any_of(stop):
     return None
-  values = evaluate(run, params, 0)
+  try:
+    values = evaluate(run, params, 0, stop)
+  except StoppedError:
+    return None
   if values:
     writer.write(0, values)
   return abstract_state(run)._replace(
@@ -209,7 +213,7 @@ def abstract_state(run: Run) -> TrainState:
     step=0,
     params=run.policy.trained,
     opt_state=abstract_opt_state(run.optimizer, run.policy.trained, run.policy.sharding),
-    filter=filtering.init(run.filter),
+    filter=jax.device_get(filtering.init(run.filter)),
     baselines=unknown_baselines(run),
     initial=run.policy.trained if keeps_initial(config) else {},
     lagged=run.policy.trained if config.reward.scorer == "lagged" else {},
@@ -256,7 +260,7 @@ def warm_up(
   progress = metrics.Progress("warm start, step")
   batches = demonstrations.batches(settings.batch_size, run.config.seed)
   for done in range(1, settings.steps + 1):
-    if stop:
+    if processes.any_of(stop):
       break
     params, opt_state, loss = warm_start.step(
       run.policy.model, transform, run.policy.frozen, params, opt_state, next(batches)
@@ -266,16 +270,16 @@ def warm_up(
 
 
 def initial_baselines(run: Run, params: models.Params, stop: StopRequest) -> np.ndarray:
-  """Log-probabilities [N, A] of every reference under the initial policy (rlpr section 3), kept in the state."""
-  size, total = run.config.rollout.prompts_per_draw, len(run.prompts)
-  ready, baselines = run.policy.sampling_params(params), unknown_baselines(run)
+  """Log-probabilities [N, A] of every reference under the initial policy (RLPR, section 3.2), kept in the state."""
+  size, prompts = run.config.rollout.prompts_per_draw, processes.share(run.prompts)
+  ready, baselines = run.policy.sampling_params(params), processes.share(unknown_baselines(run))
   progress = metrics.Progress("baselines, prompt")
-  for first in range(0, total, size):
+  for first in range(0, len(prompts), size):
     if stop:
       break
-    baselines[first : first + size] = baseline_logps(run, ready, run.prompts[first : first + size])
-    progress(min(first + size, total), total)
-  return baselines
+    baselines[first : first + size] = baseline_logps(run, ready, prompts[first : first + size])
+    progress(min(first + size, len(prompts)), len(prompts))
+  return processes.gather(baselines, len(run.prompts))
 
 
 def baseline_logps(run: Run, params: models.Params, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -288,8 +292,12 @@ def unknown_baselines(run: Run) -> np.ndarray:
   return np.full((len(run.prompts), run.config.data.max_reference_length), np.nan, np.float32)
 
 
-def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
-  """Avg@k on the held-out prompts; nothing if there are none."""
+def evaluate(run: Run, params: models.Params, step: int, stop: StopRequest) -> dict[str, float]:
+  """Avg@k on the held-out prompts; nothing if there are none.
+
+  Raises:
+    StoppedError: `stop` was asked for.
+  """
   if not run.held_out:
     return {}
   settings = run.config.evaluation
@@ -297,7 +305,8 @@ def evaluate(run: Run, params: models.Params, step: int) -> dict[str, float]:
   evaluator = dataclasses.replace(run.engine, settings=dataclasses.replace(run.engine.settings, choice=choice))
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
   progress = metrics.Progress("held-out, response")
+  ready = run.policy.sampling_params(params)
   values = held_out.evaluate(
-    evaluator, run.policy.sampling_params(params), run.held_out, settings.samples, key, progress, settings.stop
+    evaluator, ready, run.held_out, settings.samples, key, progress, settings.stop, stop.__bool__
   )
   return {f"held_out/{name}": value for name, value in values.items()}

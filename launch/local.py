@@ -1,0 +1,55 @@
+"""Several processes of one run on this machine, as on as many machines: what a pod does, tried at home.
+
+python launch/local.py --processes=2 -- --config=configs/quickstart.py --workdir=runs/two [--config.field=value ...]
+
+Signals are passed on. Once a process ends with an error the others are stopped, and its exit status is given back.
+"""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+from absl import app, flags
+
+_PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
+_MODULE = flags.DEFINE_string("module", "rlpr_jax.train", "What each of them runs.")
+_PATIENCE = 10  # seconds between the end of one process and the killing of those that go on
+
+
+def main(argv: list[str]) -> None:
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  count = _PROCESSES.value
+  common = [sys.executable, "-m", _MODULE.value, f"--coordinator=localhost:{port}", f"--processes={count}"]
+  started = [subprocess.Popen([*common, f"--process={index}", *argv[1:]]) for index in range(count)]
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: [process.send_signal(number) for process in started])
+  sys.exit(watch(started))
+
+
+def watch(started: list[subprocess.Popen]) -> int:
+  """Waits for all; the exit status of the first that ended with an error, else 0."""
+  while not any(process.poll() for process in started):
+    if all(process.poll() == 0 for process in started):
+      return 0
+    time.sleep(0.1)
+  index, status = next((i, process.returncode) for i, process in enumerate(started) if process.poll())
+  print(
+    f"process {index} of {len(started)} ended with status {status}: stopping the others", file=sys.stderr, flush=True
+  )
+  deadline = time.monotonic() + _PATIENCE
+  for process in started:
+    process.terminate()
+  for process in started:
+    try:
+      process.wait(max(deadline - time.monotonic(), 0))
+    except subprocess.TimeoutExpired:
+      process.kill()
+  return status if status > 0 else 128 - status
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,98 @@
+"""Many processes, one program: how they find each other, who does which part, and what they tell each other.
+
+Every process holds the whole data set, draws the same prompts in the same order and samples its share of them on its
+own devices. What came of it is gathered, so that from there on all decide alike, and the update runs on all devices.
+With one process nothing is sent.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import multihost_utils
+
+from rlpr_jax.errors import InputError
+
+T = TypeVar("T")
+
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Many processes, as the TPU pod, Slurm or Open MPI says; not needed where variables are set."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
+_HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
+
+
+def start() -> None:
+  """Joins the other processes, if there are any; to be called before anything asks jax for its devices.
+
+  From then on only process 0 prints. A process that dies ends the others.
+
+  Raises:
+    InputError: flags that do not fit together, or processes that cannot be found.
+  """
+  given = {"--coordinator": _COORDINATOR.value, "--processes": _PROCESSES.value, "--process": _PROCESS.value}
+  missing = [name for name, value in given.items() if value is None]
+  if len(missing) in (1, 2) and not announced(os.environ):
+    raise InputError(f"{', '.join(missing)}: missing, expected --coordinator, --processes and --process together")
+  if len(missing) == 3 and not _DISTRIBUTED.value and not announced(os.environ):
+    return
+  if _PROCESSES.value and _PROCESS.value is not None and _PROCESS.value >= _PROCESSES.value:
+    raise InputError(f"--process: {_PROCESS.value}, expected a number under --processes {_PROCESSES.value}")
+  try:
+    jax.distributed.initialize(
+      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_timeout_seconds=_HEARTBEAT
+    )
+  except (RuntimeError, ValueError) as error:
+    raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
+  print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
+  if jax.process_index():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def announced(environment: Mapping[str, str]) -> bool:
+  """Whether the environment was set up for more than one process: by srun, mpirun, or a TPU pod's workers."""
+  counts = [environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
+  workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  return len(workers) > 1 or any(count.isdigit() and int(count) > 1 for count in counts)
+
+
+def is_first() -> bool:
+  """Whether this process writes and prints."""
+  return jax.process_index() == 0
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+  """The part of a sequence that is this process's; `gather` puts what came of the parts back in order."""
+  size = -(-len(items) // jax.process_count())
+  return items[jax.process_index() * size :][:size]
+
+
+def gather(tree: Any, total: int) -> Any:
+  """Numpy arrays whose rows belong to this process's `share` of `total` things, as arrays of all.
+
+  Args:
+    tree: arrays [share, ...] of at most 32 bits a number.
+
+  Returns:
+    arrays [total, ...], the same on every process.
+  """
+  if jax.process_count() == 1:
+    return tree
+  size = -(-total // jax.process_count())
+
+  def one(x: np.ndarray) -> np.ndarray:
+    padded = np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+    return np.asarray(multihost_utils.process_allgather(padded, tiled=True))[:total]
+
+  return jax.tree.map(one, tree)
+
+
+def any_of(flag: bool) -> bool:
+  """Whether the flag is up on some process. All of them must ask."""
+  return bool(flag) if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(bool(flag))).any())
