@@ -5,9 +5,11 @@ own devices. What came of it is gathered, so that from there on all decide alike
 With one process nothing is sent.
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -15,7 +17,7 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import USAGE, InputError
 
 T = TypeVar("T")
 
@@ -53,6 +55,22 @@ def start() -> None:
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
   if jax.process_index():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def end_together() -> Iterator[None]:
+  """With many processes, an error ends this one at once, so that the others notice; they would wait for it for ever."""
+  try:
+    yield
+  except Exception as error:
+    if jax.process_count() == 1:
+      raise
+    wrong_input = isinstance(error, InputError)
+    if not wrong_input:
+      traceback.print_exc()
+    what = str(error) if wrong_input else f"{type(error).__name__}, perhaps since another process died"
+    print(f"error: process {jax.process_index()} of {jax.process_count()}: {what}", file=sys.stderr, flush=True)
+    os._exit(USAGE if wrong_input else 1)  # not by way of a shutdown that waits for the others
 
 
 def announced(environment: Mapping[str, str]) -> bool:

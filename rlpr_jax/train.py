@@ -42,13 +42,14 @@ def main(_: list[str]) -> None:
   with exit_on_input_error():
     if not _WORKDIR.value:
       raise InputError("--workdir: missing, expected the run's directory")
-    processes.start()
     config = _CONFIG.value
     try:
       config.keys()
     except OSError as error:  # a config file that cannot be read is only said at the first look into it
       raise InputError(" ".join(str(error).split())) from None
-    train(config, pathlib.Path(_WORKDIR.value))
+    processes.start()
+    with processes.end_together():
+      train(config, pathlib.Path(_WORKDIR.value))
 
 
 def parse_arguments(argv: Sequence[str]) -> list[str]:

@@ -215,6 +215,11 @@ class Engine:
       seconds=seconds,
     )
 
+  def response_text(self, response: Sequence[int]) -> str:
+    """A response's text, without its EOS."""
+    ended = bool(response) and response[-1] in self.settings.eos_ids
+    return self.decode_text(response[: len(response) - ended])
+
   def decode_text(self, tokens: Sequence[int]) -> str:
     return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
@@ -579,8 +584,7 @@ class _Run:
     for slot, request in self.ended:
       length, prompt = self.out.lengths[request], self.prompts[request // self.samples]
       response = self.out.tokens[request, :length].tolist()
-      ended = bool(response) and response[-1] in engine.settings.eos_ids
-      text = engine.decode_text(response[: length - ended])
+      text = engine.response_text(response)
       self.out.texts[request] = text[: min((text.find(stop) for stop in self.stop if stop in text), default=None)]
       if not self.scoring:
         continue

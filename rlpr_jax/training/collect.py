@@ -263,7 +263,7 @@ def compare(draws: list[Draw], verifies: bool) -> dict[str, float]:
 def rollout_rows(run: Run, step: int, draw: Draw) -> list[dict[str, Any]]:
   """The first `log.rollouts` responses of a draw with every part of their reward, as they go to disk."""
   rows = []
-  for i in range(min(run.config.log.rollouts, len(draw.rollouts.texts))):
+  for i in range(min(run.config.log.rollouts, len(draw.rollouts.lengths))):
     p, g = divmod(i, run.config.samples_per_prompt)
     prompt, answer = draw.prompts[p], draw.rollouts.reference_mask[i]
     parts = {f"reward_{name}": value for name, value in draw.rewards._asdict().items()}
@@ -275,7 +275,7 @@ def rollout_rows(run: Run, step: int, draw: Draw) -> list[dict[str, Any]]:
         "source": prompt.source,
         "question": prompt.question,
         "reference": prompt.reference,
-        "response": draw.rollouts.texts[i],
+        "response": run.engine.response_text(draw.rollouts.tokens[i, : draw.rollouts.lengths[i]].tolist()),
         "finish": "eos" if draw.rollouts.finished[i] else "length",
         "length": int(draw.rollouts.lengths[i]),
         "scorable": bool(draw.rollouts.scorable[i]),

@@ -1,0 +1,215 @@
+"""Runs of many processes on this machine, as pods run them, against the same run of one."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax import config as configs
+from rlpr_jax import processes
+from rlpr_jax.training.policy import load_policy
+from rlpr_jax.training.state import restore_params
+from tests.test_train import RECIPE
+
+ROOT = pathlib.Path(__file__).parents[1]
+SETTINGS = (
+  "--config.rollout.prompts_per_draw=6", "--config.rollout.prefill_prompts=4", "--config.training.micro_batch_rows=4",
+  "--config.filter.start=2", "--config.log.checkpoint_every=1",
+)  # fmt: skip
+
+
+def start(recipe, workdir, count, *overrides, devices=1):
+  environment = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+  }
+  command = [sys.executable, "launch/local.py", f"--processes={count}", "--", f"--config={recipe}"]
+  command += [f"--workdir={workdir}", *SETTINGS, *overrides]
+  return subprocess.Popen(
+    command,
+    cwd=ROOT,
+    env=environment,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    start_new_session=True,
+  )
+
+
+def run(*arguments, **options) -> str:
+  process = start(*arguments, **options)
+  out, err = process.communicate(timeout=600)
+  assert process.returncode == 0, err
+  return out
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+  path = tmp_path_factory.mktemp("recipe") / "tiny.py"
+  path.write_text(RECIPE)
+  return path
+
+
+@pytest.fixture(scope="module")
+def begun(recipe, tmp_path_factory):
+  """A run of one process before its first step."""
+  workdir = tmp_path_factory.mktemp("runs") / "begun"
+  run(recipe, workdir, 1, "--config.steps=0")
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, begun):
+  """Three steps of one process."""
+  return go_on(recipe, begun, "alone", 1)
+
+
+def go_on(recipe, begun, name, count, devices=1):
+  workdir = begun.with_name(name)
+  shutil.copytree(begun, workdir)
+  run(recipe, workdir, count, "--config.steps=3", devices=devices)
+  return workdir
+
+
+def rows(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def timeless(row):
+  return {name: x for name, x in row.items() if "second" not in name and name != "compilations"}
+
+
+def params(workdir):
+  config = configs.read(workdir / "config.json")
+  step, found = restore_params(workdir, None, load_policy(config).trained)
+  return step, [np.asarray(x) for x in jax.tree.leaves(found)]
+
+
+def assert_same_run(found, expected):
+  """Rewards, kept prompts, rollouts and parameters."""
+  for ours, theirs in zip(rows(found / "metrics.jsonl"), rows(expected / "metrics.jsonl"), strict=True):
+    assert timeless(ours) == pytest.approx(timeless(theirs), rel=1e-5, abs=1e-5)
+  files = sorted(path.name for path in (expected / "rollouts").iterdir())
+  assert len(files) == 3
+  for name in files:
+    for ours, theirs in zip(rows(found / "rollouts" / name), rows(expected / "rollouts" / name), strict=True):
+      for field, value in theirs.items():
+        about = isinstance(value, float) or field == "reference_probs"
+        # An advantage is a difference of rewards over their spread: rounding is larger there.
+        assert ours[field] == (pytest.approx(value, rel=1e-4, abs=1e-4) if about else value), field
+  (step, ours), (expected_step, theirs) = params(found), params(expected)
+  assert step == expected_step == 3
+  for x, y in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_two_processes_do_what_one_does(recipe, begun, alone):
+  """From one process's checkpoint on, so that a run goes on with another number of them too; two devices each."""
+  assert_same_run(go_on(recipe, begun, "two", 2, devices=2), alone)
+  moved = [np.abs(x - y).max() for x, y in zip(params(alone)[1], params(begun)[1], strict=True)]
+  assert max(moved) > 1e-3  # far more than what is allowed between them
+  assert any(row["filter/kept"] < row["filter/drawn"] for row in rows(alone / "metrics.jsonl")[1:])
+
+
+@pytest.mark.slow
+def test_four_processes_do_what_one_does_and_one_goes_on(recipe, begun, alone):
+  four = go_on(recipe, begun, "four", 4)
+  assert_same_run(four, alone)
+  run(recipe, four, 1, "--config.steps=4")
+  run(recipe, alone, 1, "--config.steps=4")
+  for ours, theirs in zip(params(four)[1], params(alone)[1], strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def members(launcher):
+  """Process ids of a launcher's children, in order."""
+  return sorted(map(int, subprocess.check_output(["pgrep", "-P", str(launcher.pid)], text=True).split()))
+
+
+def wait_for_step(process, step):
+  for line in process.stdout:
+    if line.startswith(f"step {step}/"):
+      return
+  raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dead", [0, 1])
+def test_a_process_that_dies_ends_the_others(recipe, begun, tmp_path, dead):
+  """The launcher itself is stopped first, so that the processes have nothing but each other."""
+  workdir = tmp_path / "run"
+  shutil.copytree(begun, workdir)
+  launcher = start(recipe, workdir, 2, "--config.steps=1000")
+  wait_for_step(launcher, 2)
+  pids = members(launcher)
+  os.kill(launcher.pid, signal.SIGSTOP)
+  os.kill(pids[dead], signal.SIGKILL)
+  other, begin = pids[1 - dead], time.monotonic()
+  while "\nState:\tZ" not in pathlib.Path(f"/proc/{other}/status").read_text():
+    assert time.monotonic() - begin < 60
+    time.sleep(0.5)
+  os.kill(launcher.pid, signal.SIGCONT)
+  _, err = launcher.communicate(timeout=60)
+  assert launcher.returncode != 0
+  assert "another" in err
+  assert run(recipe, workdir, 2, "--config.steps=3")  # what was saved is whole
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_and_saves_all(recipe, begun, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(begun, workdir)
+  launcher = start(recipe, workdir, 2, "--config.steps=1000")
+  wait_for_step(launcher, 1)
+  os.kill(members(launcher)[1], signal.SIGTERM)
+  out, err = launcher.communicate(timeout=120)
+  assert launcher.returncode == 0, err
+  assert "the same command goes on from there" in out
+
+
+@pytest.mark.parametrize(
+  ("environment", "expected"),
+  [
+    ({}, False),
+    ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, False),  # the batch script itself, not a step of it
+    ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+    ({"SLURM_STEP_NUM_TASKS": "16"}, True),
+    ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ({"TPU_WORKER_HOSTNAMES": "t1k-0,t1k-1"}, True),
+  ],
+)
+def test_what_is_announced(environment, expected):
+  assert processes.announced(environment) is expected
+
+
+def test_flags_that_do_not_fit(recipe, tmp_path):
+  command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+  for arguments, said in (
+    (["--processes=2"], "--coordinator, --process: missing"),
+    (["--coordinator=localhost:1", "--processes=2", "--process=2"], "--process: 2, expected a number under"),
+  ):
+    done = subprocess.run([*command, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
+
+
+def test_shares_and_what_is_gathered(monkeypatch):
+  """Contiguous, in order, together all of it, whatever the number of processes."""
+  items = list(range(11))
+  for count in (1, 2, 3, 4, 11, 16):
+    monkeypatch.setattr(jax, "process_count", lambda count=count: count)
+    shares = []
+    for index in range(count):
+      monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+      shares.append(processes.share(items))
+    assert [item for part in shares for item in part] == items
+    assert max(map(len, shares)) == -(-11 // count)
