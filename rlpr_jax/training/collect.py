@@ -121,10 +121,9 @@ def draw_once(
 def gather_rollouts(rollouts: Rollouts, prompts: int, samples: int) -> Rollouts:
   """The rollouts of all processes; texts and seconds stay those of this one's share."""
   arrays = {name: x for name, x in rollouts._asdict().items() if isinstance(x, np.ndarray)}
-  groups = {name: x.reshape(-1, samples, *x.shape[1:]) for name, x in arrays.items()}
-  return rollouts._replace(
-    **{name: x.reshape(-1, *x.shape[2:]) for name, x in processes.gather(groups, prompts).items()}
-  )
+  groups = {name: x.reshape(len(x) // samples, samples, *x.shape[1:]) for name, x in arrays.items()}
+  gathered = processes.gather(groups, prompts)
+  return rollouts._replace(**{name: x.reshape(prompts * samples, *x.shape[2:]) for name, x in gathered.items()})
 
 
 def newest_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:

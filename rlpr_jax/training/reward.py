@@ -84,8 +84,8 @@ def gather_evidence(
     return graders.verify(settings.verifier, text, prompt.reference, prompt.question)
 
   return Evidence(
-    logps=logps.reshape(*shape, -1),
-    mask=mask.reshape(*shape, -1),
+    logps=logps.reshape(*shape, logps.shape[1]),
+    mask=mask.reshape(*shape, mask.shape[1]),
     scorable=rollouts.scorable.reshape(shape),
     baseline_logps=baseline_logps,
     formats=each(lambda text, _: rewards.format_score(text, config.data.template)),
@@ -94,7 +94,9 @@ def gather_evidence(
     ),
     excess=each(excess),
     verified=np.zeros(shape, np.float32) if settings.verifier == "none" else each(verified),
-    noise=np.array([np.random.default_rng([config.seed, n]).random(shape[1]) for n, _ in numbered], np.float32),
+    noise=np.array([np.random.default_rng([config.seed, n]).random(shape[1]) for n, _ in numbered], np.float32).reshape(
+      shape
+    ),  # a share may be empty
   )
 
 
