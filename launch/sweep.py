@@ -28,6 +28,7 @@ from ml_collections import ConfigDict, config_flags
 
 from rlpr_jax import config as configs
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics
 
 _SWEEP = flags.DEFINE_string("sweep", None, "File whose get_sweep() gives {name: {field: value}}.", required=True)
@@ -196,8 +197,8 @@ def write_results(workdir: pathlib.Path, results: dict[str, list[tuple[float, fl
     )
   table = "\n".join(lines) + "\n"
   print(table, end="", flush=True)
-  metrics.write_atomically(workdir / "table.md", table)
-  metrics.write_atomically(workdir / "table.json", json.dumps(results, indent=2))
+  write_atomically(workdir / "table.md", table)
+  write_atomically(workdir / "table.json", json.dumps(results, indent=2))
   plot(workdir / "table.png", results)
 
 

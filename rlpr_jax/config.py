@@ -16,7 +16,7 @@ from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import graders
 from rlpr_jax.models.config import ATTENTION_BACKENDS, REMAT_POLICIES
-from rlpr_jax.training import reward, warm_start
+from rlpr_jax.training import old_logprobs, reward, update, warm_start
 
 
 def default() -> ConfigDict:
@@ -74,7 +74,7 @@ def default() -> ConfigDict:
   c.rollout.decode_steps = 16  # tokens between two looks at which responses have ended
   c.rollout.prefill_prompts = 8  # prompts read at once
   c.rollout.score_rows = 16  # reference answers scored at once
-  c.rollout.int8_cache = False  # keys and values of the rollout in eight bits; watch update/sampler_gap
+  c.rollout.int8_cache = False  # keys and values of the rollout in eight bits; watch sampler_gap/mean
   c.rollout.gather_params = True  # over fsdp, once a step; without it, which takes less memory, once a token
 
   c.reward = ConfigDict()
@@ -122,7 +122,11 @@ def default() -> ConfigDict:
   c.training.answer_coefficient = 1.0  # of that term
   c.training.kl_coefficient = 0.0  # of the k3 estimate against the initial policy, which is kept only above 0
   c.training.entropy_coefficient = 0.001  # nats of mean token entropy
-  c.training.learning_rate = 1e-6  # AdamW, constant
+  c.training.old_logprobs = "auto"  # ratios start from: sampler | trainer (another pass) | auto (by the gap of the two)
+  c.training.sampler_gap_limit = 0.01  # of auto: largest mean of |ratio - 1| with which the sampler's are taken
+  c.training.learning_rate = 1e-6  # AdamW
+  c.training.schedule = "constant"  # constant | linear | cosine: to zero at the last of config.steps
+  c.training.warmup_steps = 0  # training steps in which the rate rises from zero
   c.training.weight_decay = 0.01
   c.training.max_grad_norm = 1.0
 
@@ -145,10 +149,21 @@ def default() -> ConfigDict:
   c.evaluation.stop = ()  # strings that end a response, beside EOS: ("Question:", ...)
   c.evaluation.every = 0  # training steps between evaluations; 0 for before the first and after the last alone
 
+  c.guards = ConfigDict()
+  c.guards.max_skipped = 5  # updates in a row with a loss or gradient that is not finite, at which the run stops
+  c.guards.patience = 5  # steps in a row after which a sign of collapse, of those below, is an alarm
+  c.guards.stop = False  # whether an alarm stops the run, beside being printed and saved
+  c.guards.min_length_share = 0.25  # of the first steps' mean response length
+  c.guards.min_entropy = 0.01  # nats a token
+  c.guards.min_format = 0.2  # share of well-formed responses
+  c.guards.min_gain = 0.0  # of r over r': what reasoning adds to the reference answer's probability
+
   c.log = ConfigDict()
   c.log.rollouts = 16  # responses written to disk each step, whole groups first
   c.log.checkpoint_every = 10  # training steps; the last one is always saved
-  c.log.keep_checkpoints = 2
+  c.log.keep_checkpoints = 2  # of the newest
+  c.log.keep_best = 1  # and of those with the best held-out accuracy, which are saved when it is measured
+  c.log.retry_seconds = 300.0  # how long a disk that is full or gone is tried again before the run stops
   return c
 
 
@@ -171,6 +186,8 @@ _CHOICES = {
   "warm_start.optimizer": warm_start.OPTIMIZERS,
   "training.advantages": grpo.NORMALIZATIONS,
   "training.loss": ("clip", "truncated"),
+  "training.old_logprobs": old_logprobs.CHOICES,
+  "training.schedule": update.SCHEDULES,
   "training.answer_gradient": ("none", "verifree", "jepo"),
   "training.aggregate": grpo.AGGREGATES,
 }
@@ -181,6 +198,8 @@ _AT_LEAST = {
     "training.learning_rate", "training.kl_coefficient", "training.answer_coefficient", "evaluation.temperature",
     "evaluation.top_k", "evaluation.min_p",
     "reward.answer_length_coefficient", "training.weight_decay", "training.entropy_coefficient", "warm_start.steps",
+    "training.sampler_gap_limit", "training.warmup_steps", "guards.min_length_share", "guards.min_entropy",
+    "guards.min_format", "log.keep_best", "log.retry_seconds",
     "evaluation.prompts", "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
   ),
   1: (
@@ -190,11 +209,12 @@ _AT_LEAST = {
     "rollout.prefill_prompts", "rollout.score_rows", "reward.repetition_window", "reward.repetition_limit",
     "reward.scorer_every", "training.minibatches", "training.epochs_per_step", "warm_start.batch_size",
     "evaluation.samples", "filter.collect_from", "log.checkpoint_every", "log.keep_checkpoints",
+    "guards.max_skipped", "guards.patience",
   ),
 }  # fmt: skip
 # A resumed run may change these and still be the same run.
 _MAY_CHANGE = (
-  "steps", "compilation_cache", "evaluation", "log", "mesh", "sharding", "model.attention", "model.remat",
+  "steps", "compilation_cache", "evaluation", "guards", "log", "mesh", "sharding", "model.attention", "model.remat",
   "training.row_length", "training.micro_batch_rows",
 )  # fmt: skip
 

@@ -23,14 +23,19 @@ from rlpr_jax import filtering, models, processes, report
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.sampling.engine import StoppedError
+from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.collect import Harvest, collect
+from rlpr_jax.training.guards import Watch
 from rlpr_jax.training.interrupt import StopRequest
+from rlpr_jax.training.old_logprobs import Trainer, settle
+from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.reward import CustomReward
 from rlpr_jax.training.setup import Run, abstract_state, copy_params, evaluate, first_state, set_up
 from rlpr_jax.training.state import Checkpoints, TrainState
 from rlpr_jax.training.update import UpdateSettings, reference_logprobs, update
 
+ACCURACY = "held_out/accuracy"
 _QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 # No default here: a mistyped override would then be looked at, and fail, while this module is imported.
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; configs/quickstart.py if not given.")
@@ -70,23 +75,25 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   run = set_up(config, custom_reward)
   if processes.is_first():
-    metrics.write_atomically(workdir / "config.json", configs.to_json(config))
+    write_atomically(workdir / "config.json", configs.to_json(config))
 
-  checkpoints = Checkpoints(workdir, config.log.keep_checkpoints, config.rollout.prompts_per_draw)
+  log = config.log
+  checkpoints = Checkpoints(
+    workdir, log.keep_checkpoints, log.keep_best, config.rollout.prompts_per_draw, log.retry_seconds
+  )
   with StopRequest() as stop:
-    resumed = checkpoints.latest()
-    writer = metrics.MetricsWriter(workdir, resume_after=-1 if resumed is None else resumed)
-    if resumed is None:
+    state = checkpoints.restore(abstract_state(run))
+    writer = metrics.MetricsWriter(workdir, state.step if state else -1, log.retry_seconds)
+    if state is None:
       state = first_state(run, writer, stop)
       if state:
-        checkpoints.save(state)
+        checkpoints.save(state, writer.rows[-1].get(ACCURACY) if writer.rows else None)
     else:
-      state = checkpoints.restore(abstract_state(run))
       print(f"resumed after step {state.step} of {config.steps}", flush=True)
       if state.step < config.steps:
         run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
     if state:
-      state = train_steps(run, state, checkpoints, writer, stop)
+      state = train_steps(run, state, workdir, checkpoints, writer, stop)
     checkpoints.close()
     writer.close()
   if processes.is_first():
@@ -94,13 +101,18 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
 
 
 def train_steps(
-  run: Run, state: TrainState, checkpoints: Checkpoints, writer: metrics.MetricsWriter, stop: StopRequest
+  run: Run,
+  state: TrainState,
+  workdir: pathlib.Path,
+  checkpoints: Checkpoints,
+  writer: metrics.MetricsWriter,
+  stop: StopRequest,
 ) -> TrainState:
   """The training loop: from `state` to the last step, or to the last one that was whole when `stop` was asked for."""
   config = run.config
   stream = PromptStream(run.prompts, config.seed)
   stream.restore(state.stream)
-  settings = update_settings(run)
+  watch = Watch(workdir / "failed", config.guards, config.log.retry_seconds)
   progress_start, first = time.perf_counter(), state.step
   while state.step < config.steps:
     started, compiled = time.perf_counter(), metrics.compilations()
@@ -113,44 +125,10 @@ def train_steps(
 
     # Update on them. The checkpoint under way may still be reading the arrays that the update gives away.
     checkpoints.wait()
-    update_started = time.perf_counter()
-    params, opt_state, losses = state.params, state.opt_state, []
-    rows = packing.minibatches(
-      harvest.groups,
-      config.prompts_per_step,
-      config.training.minibatches,
-      config.training.aggregate,
-      config.training.row_length or configs.longest_sequence(config),
-      settings.micro_batch_rows,
-    )
-    if settings.kl_coefficient:
-      initial = run.policy.whole(state.initial)
-      rows = [
-        part._replace(reference_logprobs=reference_logprobs(run.policy.model, initial, part, settings)) for part in rows
-      ]
-    for part in rows * config.training.epochs_per_step:
-      params, opt_state, loss = update(
-        run.policy.model, run.optimizer, run.policy.frozen, params, opt_state, part, settings
-      )
-      losses.append(loss)
-    losses = jax.device_get(losses)
-    seconds = time.perf_counter() - update_started
-
-    carried_in = state.carried.count
-    state = TrainState(
-      step=state.step + 1,
-      params=params,
-      opt_state=opt_state,
-      filter=jax.device_get(filtering.update(state.filter, harvest.stds, run.filter)),
-      baselines=harvest.baselines,
-      initial=state.initial,
-      lagged=newest_lagged(run, state, params),
-      carried=harvest.carried,
-      stream=stream.state(),
-    )
+    state, minibatches, losses, values = update_policy(run, state, stream, harvest)
 
     # Look at it and write it down.
-    values = harvest.values | update_metrics(harvest, losses, carried_in, seconds)
+    values = harvest.values | values
     last, every = state.step == config.steps, config.evaluation.every
     if last or (every and state.step % every == 0):
       with contextlib.suppress(StoppedError):
@@ -161,14 +139,79 @@ def train_steps(
     writer.write(state.step, values)
     left = (time.perf_counter() - progress_start) / (state.step - first) * (config.steps - state.step)
     print(progress_line(state.step, config.steps, values, left), flush=True)
-    stopping = processes.any_of(stop)
-    if last or stopping or state.step % config.log.checkpoint_every == 0:
-      checkpoints.save(state)
+
+    # Save it, and go on if all is well.
+    trouble, why_stop = watch.look(state.step, writer.rows, minibatches, losses)
+    stopping, accuracy = processes.any_of(stop), values.get(ACCURACY)
+    measured = accuracy is not None and config.log.keep_best > 0
+    if last or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
+      checkpoints.save(state, accuracy)
+    if why_stop:
+      checkpoints.wait()
+      raise InputError(f"stopped after step {state.step}, which is saved: {why_stop}")
     if stopping:
       return state
   if checkpoints.latest() != state.step:
     checkpoints.save(state)
   return state
+
+
+def update_policy(
+  run: Run, state: TrainState, stream: PromptStream, harvest: Harvest
+) -> tuple[TrainState, list[PackedRows], list[dict[str, np.ndarray]], dict[str, float]]:
+  """The optimiser steps of one training step.
+
+  Returns:
+    the state after them, the minibatches, the metrics of each optimiser step, and their means for the step's.
+  """
+  config, training, settings = run.config, run.config.training, update_settings(run)
+  row_length = training.row_length or configs.longest_sequence(config)
+  started, params, opt_state, losses = time.perf_counter(), state.params, state.opt_state, []
+  trainer = Trainer(run.policy.model, run.policy.whole(params), settings, row_length)
+  harvest, gap = settle_old_logprobs(harvest, state.carried.count, trainer, training)
+  minibatches = packing.minibatches(
+    harvest.groups,
+    config.prompts_per_step,
+    training.minibatches,
+    training.aggregate,
+    row_length,
+    settings.micro_batch_rows,
+  )
+  if settings.kl_coefficient:
+    initial = run.policy.whole(state.initial)
+    minibatches = [
+      rows._replace(reference_logprobs=reference_logprobs(run.policy.model, initial, rows, settings))
+      for rows in minibatches
+    ]
+  for rows in minibatches * training.epochs_per_step:
+    params, opt_state, loss = update(
+      run.policy.model, run.optimizer, run.policy.frozen, params, opt_state, rows, settings
+    )
+    losses.append(loss)
+  losses = jax.device_get(losses)
+  state = TrainState(
+    step=state.step + 1,
+    params=params,
+    opt_state=opt_state,
+    filter=jax.device_get(filtering.update(state.filter, harvest.stds, run.filter)),
+    baselines=harvest.baselines,
+    initial=state.initial,
+    lagged=newest_lagged(run, state, params),
+    carried=harvest.carried,
+    stream=stream.state(),
+  )
+  return state, minibatches, losses, gap | update_metrics(harvest, losses, time.perf_counter() - started)
+
+
+def settle_old_logprobs(
+  harvest: Harvest, carried_in: int, trainer: Trainer, training: ConfigDict
+) -> tuple[Harvest, dict[str, float]]:
+  """The harvest with the log-probabilities that ratios start from; what was carried in keeps those that it has."""
+  groups, size = packing.concatenate([harvest.groups, harvest.carried]), harvest.groups.count
+  fresh, gap = settle(groups.take(slice(carried_in, None)), trainer, training.old_logprobs, training.sampler_gap_limit)
+  groups = packing.concatenate([groups.take(slice(carried_in)), fresh])
+  harvest = harvest._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))
+  return harvest, {f"sampler_gap/{name}": value for name, value in gap.items()}
 
 
 def update_settings(run: Run) -> UpdateSettings:
@@ -194,18 +237,15 @@ def newest_lagged(run: Run, state: TrainState, params: models.Params) -> models.
   return copy_params(params) if due else state.lagged
 
 
-def update_metrics(
-  harvest: Harvest, losses: list[dict[str, np.ndarray]], carried_in: int, seconds: float
-) -> dict[str, float]:
-  """Means over the step's minibatches, and what the update cost; no losses when the step kept nothing."""
+def update_metrics(harvest: Harvest, losses: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
+  """Means over the step's optimiser steps that were finite, and what the update cost."""
   groups = harvest.groups
   tokens = int(groups.prompt_lengths.sum() * groups.lengths.shape[1] + groups.lengths.sum())
   values = {"seconds/update": seconds, "tokens_per_second/update": tokens / seconds}
-  if losses:
-    values |= {f"update/{name}": float(np.mean([loss[name] for loss in losses])) for name in losses[0]}
-    if not carried_in:  # all of the first minibatch is from this policy: its ratios measure sampler against trainer
-      values["update/sampler_gap"] = float(losses[0]["ratio_worst"])
-  return values
+  values["update/skipped"] = sum(bool(loss["skipped"]) for loss in losses)
+  sound = [loss for loss in losses if not loss["skipped"]]
+  names = sound[0].keys() - {"skipped"} if sound else ()
+  return values | {f"update/{name}": float(np.mean([loss[name] for loss in sound])) for name in sorted(names)}
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
@@ -238,7 +278,7 @@ def finish(config: ConfigDict, workdir: pathlib.Path, state: TrainState | None) 
   if not rows:  # a warm start alone
     return
   path = report.write_report(workdir)
-  accuracy = {row["step"]: row["held_out/accuracy"] for row in rows if "held_out/accuracy" in row}
+  accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
   for step in sorted({min(accuracy), max(accuracy)} if accuracy else ()):
     when = "before RLPR" if step == 0 else "after RLPR"
     print(f"held-out Avg@{config.evaluation.samples} {when} (step {step}): {100 * accuracy[step]:.1f}%")

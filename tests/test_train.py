@@ -83,7 +83,7 @@ def timeless(workdir: pathlib.Path) -> list[dict]:
 
 
 def final_state(workdir: pathlib.Path, config):
-  checkpoints = Checkpoints(workdir, 20, config.rollout.prompts_per_draw)
+  checkpoints = Checkpoints(workdir, 20, 1, config.rollout.prompts_per_draw, 0.0)
   state = checkpoints.restore(abstract_state(set_up(config)))
   checkpoints.close()
   return state

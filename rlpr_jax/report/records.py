@@ -3,9 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -133,17 +131,3 @@ def read_run(workdir: pathlib.Path) -> Run:
     rollouts=[row for row in rollouts if row is not None],
     unreadable=unreadable + rollouts.count(None),
   )
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-  """A reader of `path` sees the old file or the new one, never half of it."""
-  handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-  try:
-    with os.fdopen(handle, "wb") as file:
-      file.write(content)
-    # mkstemp gives 0600; a report is to be read by whoever may read the directory.
-    os.chmod(scratch, 0o644)
-    os.replace(scratch, path)
-  except BaseException:
-    os.unlink(scratch)
-    raise

@@ -213,6 +213,8 @@ def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) ->
   sampling = seconds["prefill"] + seconds["decode"]
   return values | {
     **{f"reward/{name}": finite_mean([getattr(draw.rewards, name) for draw in draws]) for name in Rewards._fields},
+    "reward/gain": finite_mean([draw.rewards.reference for draw in draws])
+    - finite_mean([draw.rewards.baseline for draw in draws]),
     "reward/group_std": finite_mean([draw.stds for draw in draws]),
     "reward/not_finite": int(sum((~np.isfinite(draw.rewards.total)).sum() for draw in draws)),
     **compare(draws, verifies=run.config.reward.verifier != "none"),

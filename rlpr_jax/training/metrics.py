@@ -1,17 +1,18 @@
 """What a run writes down while it goes: metrics, samples of rollouts, lines on the screen."""
 
 import json
-import os
 import pathlib
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from rlpr_jax import processes
+from rlpr_jax.storage import append, persist, write_atomically
 
 _compilations = 0
 
@@ -33,43 +34,59 @@ def compilations() -> int:
 class MetricsWriter:
   """WORKDIR/metrics.jsonl (one object a step), WORKDIR/tensorboard and WORKDIR/rollouts/."""
 
-  def __init__(self, workdir: pathlib.Path, resume_after: int):
+  def __init__(self, workdir: pathlib.Path, resume_after: int, retry_seconds: float):
     """Opens them; what was written of steps after `resume_after` by a run that was killed is taken back.
 
     Of many processes the first writes, for all.
+
+    Args:
+      retry_seconds: how long trouble with the storage is borne.
     """
-    self._writes = processes.is_first()
-    if not self._writes:
-      return
-    self._path = workdir / "metrics.jsonl"
-    self._rollouts = workdir / "rollouts"
-    self._rollouts.mkdir(exist_ok=True)
-    write_atomically(self._path, "".join(f"{json.dumps(row)}\n" for row in read(self._path, resume_after)))
-    for file in self._rollouts.glob("step_*.jsonl"):
-      if int(file.stem.removeprefix("step_")) > resume_after:
-        file.unlink()
-    self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_after + 1)
+    self._path, self._rollouts, self._seconds = workdir / "metrics.jsonl", workdir / "rollouts", retry_seconds
+    self._directory, self._events = workdir / "tensorboard", None
+    self.rows = read(self._path, resume_after)  # all that is written, on every process
+    if processes.is_first():
+      self._rollouts.mkdir(exist_ok=True)
+      self._persist(
+        self._path, lambda: write_atomically(self._path, "".join(f"{json.dumps(row)}\n" for row in self.rows))
+      )
+      for file in self._rollouts.glob("step_*.jsonl"):
+        if int(file.stem.removeprefix("step_")) > resume_after:
+          file.unlink()
+      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what is after this step
+      self._persist(self._directory, lambda: self._to_tensorboard(step=resume_after + 1, session_log=start))
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Appends one step's row; it is on disk when this returns."""
-    if not self._writes:
-      return
-    with self._path.open("a") as file:
-      file.write(json.dumps({"step": step, **values}) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-    for name, value in values.items():
-      self._tensorboard.add_scalar(name, value, step)
-    self._tensorboard.flush()
+    self.rows.append({"step": step, **values})
+    if processes.is_first():
+      self._persist(self._path, lambda: append(self._path, json.dumps(self.rows[-1])))
+      scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+      summary = summary_pb2.Summary(value=scalars)
+      self._persist(self._directory, lambda: self._to_tensorboard(step=step, summary=summary))
 
   def write_rollouts(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
-    text = "".join(f"{json.dumps(row)}\n" for row in rows)
-    if self._writes:
-      write_atomically(self._rollouts / f"step_{step:06d}.jsonl", text)
+    if processes.is_first():
+      path, text = self._rollouts / f"step_{step:06d}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows)
+      self._persist(path, lambda: write_atomically(path, text))
+
+  def _persist(self, path: pathlib.Path, write: Callable[[], None]) -> None:
+    persist(write, path, self._seconds)
+
+  def _to_tensorboard(self, **fields: Any) -> None:
+    try:
+      if self._events is None:
+        self._directory.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(self._directory / "events"))
+      self._events.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+      self._events.flush()
+    except OSError:
+      self._events = None  # a record may be broken off: go on in another file
+      raise
 
   def close(self) -> None:
-    if self._writes:
-      self._tensorboard.close()
+    if self._events is not None:
+      self._events.close()
 
 
 def read(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:
@@ -83,16 +100,6 @@ def read(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any
     if last_step is None or row["step"] <= last_step:
       rows.append(row)
   return rows
-
-
-def write_atomically(path: pathlib.Path, text: str) -> None:
-  """Either the old file or the whole new one is there, whenever the process dies."""
-  temporary = path.with_name(f"{path.name}.partial")
-  with temporary.open("w") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
 
 
 class Progress:

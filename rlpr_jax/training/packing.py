@@ -90,7 +90,7 @@ def pack(groups: Groups, aggregate: str, rows: int, row_length: int) -> PackedRo
   With a gradient through the reference answer, the answer stands in the place of what the response wrote from
   `<answer>` on, and the advantage reaches the tokens before it.
   """
-  segments = to_segments(groups, aggregate, rows)
+  segments = to_segments(groups, sequence_weights(groups, aggregate, rows))
   return lay(segments, first_fit([segment.tokens.size for segment in segments], row_length), rows, row_length)
 
 
@@ -105,18 +105,28 @@ class Segment(NamedTuple):
   answer_weights: np.ndarray | None = None  # float32[N]
 
 
-def to_segments(groups: Groups, aggregate: str, most: int) -> list[Segment]:
-  """The K * G sequences of a minibatch, group after group, with the minibatch's weights; `most` could there be."""
-  answers, limit = groups.answers, groups.tokens.shape[2]
-  sampled, answered = groups.lengths, np.zeros_like(groups.lengths)
-  if answers:
-    answered = answers.mask.sum(axis=2)
-    sampled = np.where(answered > 0, answers.starts, sampled)
-  trained = np.zeros(most, np.int32)  # one shape whatever was kept, so that nothing compiles again
-  trained[: sampled.size] = (sampled + answered).reshape(-1)
-  weights = np.asarray(grpo.sequence_weights(trained, aggregate, limit))
+def sampled_lengths(groups: Groups) -> np.ndarray:
+  """int32[K, G] sampled tokens that are trained on: those before the reference answer where that takes their place."""
+  if groups.answers is None:
+    return groups.lengths
+  return np.where(groups.answers.mask.any(axis=2), groups.answers.starts, groups.lengths)
+
+
+def sequence_weights(groups: Groups, aggregate: str, most: int) -> np.ndarray:
+  """float32[K * G] weight of each trained token of a sequence, in a minibatch that could hold `most` sequences."""
+  tokens = sampled_lengths(groups)
+  if groups.answers is not None:
+    tokens = tokens + groups.answers.mask.sum(axis=2)
+  padded = np.zeros(most, np.int32)  # one shape whatever was kept, so that nothing compiles again
+  padded[: tokens.size] = tokens.reshape(-1)
+  return np.asarray(grpo.sequence_weights(padded, aggregate, groups.tokens.shape[2]))[: tokens.size]
+
+
+def to_segments(groups: Groups, weights: np.ndarray) -> list[Segment]:
+  """The K * G sequences, group after group, with their weights [K * G]."""
+  answers, sampled = groups.answers, sampled_lengths(groups)
   out = []
-  for (k, g), weight in zip(np.ndindex(sampled.shape), weights, strict=False):
+  for (k, g), weight in zip(np.ndindex(sampled.shape), weights, strict=True):
     start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + sampled[k, g]
     parts = [groups.prompt_tokens[k, :start], groups.tokens[k, g, : end - start]]
     places = np.flatnonzero(answers.mask[k, g]) if answers else np.zeros(0, int)

@@ -26,7 +26,7 @@ from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
 from rlpr_jax.training.reward import CustomReward, RewardSettings, align, parse_shadow
 from rlpr_jax.training.state import TrainState
-from rlpr_jax.training.update import adamw
+from rlpr_jax.training.update import adamw, learning_rate
 
 # Folded into the run's key before the step, the draw and the sample; training folds the draw and the sample alone, so
 # no key is used twice.
@@ -81,7 +81,12 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     config.reward.score_temperature,
     config.reward.baseline_prefix,
   )
-  optimizer = adamw(config.training.learning_rate, config.training.weight_decay, config.training.max_grad_norm)
+  training = config.training
+  updates = training.minibatches * training.epochs_per_step  # of a training step
+  rate = learning_rate(
+    training.learning_rate, training.schedule, training.warmup_steps * updates, max(config.steps, 1) * updates
+  )
+  optimizer = adamw(rate, training.weight_decay, training.max_grad_norm)
   settings = config.filter.to_dict()
   del settings["source_scales"]
   return Run(

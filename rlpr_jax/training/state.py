@@ -1,17 +1,26 @@
 """Everything a run needs to go on where it stopped, and its checkpoints."""
 
+import itertools
 import pathlib
+import shutil
+import sys
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from rlpr_jax import processes
 from rlpr_jax.errors import InputError
 from rlpr_jax.filtering import FilterState
 from rlpr_jax.models import Params
+from rlpr_jax.storage import persist, reason
 from rlpr_jax.training.packing import Groups
+
+# What orbax and tensorstore make of a disk that is full, gone or damaged.
+_STORAGE_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 
 
 class TrainState(NamedTuple):
@@ -29,23 +38,63 @@ class TrainState(NamedTuple):
 
 
 class Checkpoints:
-  """The last few states on disk, by orbax: written in the background, complete or not there at all.
+  """The newest states on disk and the best, by orbax: written in the background, complete or not there at all.
 
   A checkpoint has three items: `params`, which can be read alone; `arrays`, the state's other arrays; `host`, as JSON.
   """
 
-  def __init__(self, workdir: pathlib.Path, keep: int, carried_limit: int):
-    """`carried_limit`: most groups a state can carry; they are padded to it, so that every checkpoint has one shape."""
-    self._carried_limit = carried_limit
-    self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=keep)
-    )
+  def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int, carried_limit: int, retry_seconds: float):
+    """Opens WORKDIR/checkpoints.
+
+    Args:
+      keep: how many of the newest are kept.
+      keep_best: and how many of those with the highest `accuracy`, as `save` was told.
+      carried_limit: most groups a state can carry; they are padded to it, so that every checkpoint has one shape.
+      retry_seconds: how long trouble with the storage is borne.
+    """
+    self._directory, self._carried_limit = (workdir / "checkpoints").absolute(), carried_limit
+    self._keep, self._keep_best, self._retry_seconds = keep, keep_best, retry_seconds
+    self._under_way: tuple[TrainState, float | None] | None = None
+    self._open()
+
+  def _open(self) -> None:
+    policies = [LatestN(self._keep)]
+    if self._keep_best:
+      best = BestN(get_metric_fn=lambda x: x["accuracy"], n=self._keep_best, keep_checkpoints_without_metrics=False)
+      policies.append(best)
+    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
+    self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, state: TrainState) -> None:
-    """Starts writing; `wait` before the state's arrays are given away to the next update."""
+  def save(self, state: TrainState, accuracy: float | None = None) -> None:
+    """Starts writing; `wait` before the state's arrays are given away to the next update.
+
+    Raises:
+      InputError: the storage did not take it for `retry_seconds`.
+    """
+    self.wait()
+    self._under_way = state, accuracy
+    try:
+      self._start_saving()
+    except _STORAGE_ERRORS as error:
+      self._save_again(error)
+
+  def wait(self) -> None:
+    """Until what is under way is on disk; it is written anew where that failed.
+
+    Raises:
+      InputError: the storage did not take it for `retry_seconds`.
+    """
+    try:
+      self._manager.wait_until_finished()
+    except _STORAGE_ERRORS as error:
+      self._save_again(error)
+    self._under_way = None
+
+  def _start_saving(self) -> None:
+    state, accuracy = self._under_way
     arrays, host = self._split(state)
     host["carried"] = state.carried.count
     self._manager.save(
@@ -53,19 +102,51 @@ class Checkpoints:
       args=ocp.args.Composite(
         params=ocp.args.StandardSave(state.params), arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host)
       ),
+      metrics=None if accuracy is None else {"accuracy": accuracy},
       force=True,
     )
 
-  def wait(self) -> None:
-    self._manager.wait_until_finished()
+  def _save_again(self, error: Exception) -> None:
+    """Writes the state under way until that succeeds, each time as a new program would."""
+    step = self._under_way[0].step
+    print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)
 
-  def restore(self, like: TrainState) -> TrainState:
-    """The newest state; `like` gives the structure, and shapes in it say where large arrays are to lie.
+    def write() -> None:
+      try:
+        shutil.rmtree(self._directory / str(step), ignore_errors=True)
+        self._open()
+        self._start_saving()
+        self._manager.wait_until_finished()
+      except _STORAGE_ERRORS as error:
+        raise OSError(reason(error)) from error
+
+    persist(write, self._directory / str(step), self._retry_seconds)
+
+  def restore(self, like: TrainState) -> TrainState | None:
+    """The newest state that can be read, None if nothing was saved; newer ones that cannot are put aside, and named.
+
+    Args:
+      like: gives the structure, and shapes in it say where large arrays are to lie.
 
     Raises:
-      InputError: the checkpoint cannot be read.
+      InputError: none of the checkpoints can be read.
     """
-    step = self.latest()
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    damaged: list[InputError] = []
+    for step in steps:
+      state = None
+      try:
+        state = self._restore_step(step, like)
+      except InputError as error:
+        damaged.append(error)
+      if not processes.any_of(state is None):
+        self._put_aside(damaged, steps[: len(damaged)])
+        return state
+    if steps:
+      raise damaged[0] if damaged else InputError(f"{self._directory}: cannot be read by another process")
+    return None
+
+  def _restore_step(self, step: int, like: TrainState) -> TrainState:
     restored = _restore(
       self._manager,
       step,
@@ -76,6 +157,19 @@ class Checkpoints:
     arrays, host = restored["arrays"], restored["host"]
     arrays["carried"] = arrays["carried"].take(slice(host.pop("carried")))
     return TrainState(params=restored["params"], **{"initial": {}, "lagged": {}} | arrays, **host)
+
+  def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
+    if not steps:
+      return
+    aside = self._directory.with_name("damaged_checkpoints")
+    for error, step in itertools.zip_longest(damaged, steps):
+      print(f"{error or step}: put aside in {aside}, going on from the one before", file=sys.stderr, flush=True)
+      if processes.is_first():
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (self._directory / str(step)).rename(aside / str(step))
+    processes.any_of(False)  # not before it is done
+    self._open()
 
   def _split(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
     """Arrays beside the parameters, for orbax, and what goes beside them as JSON."""
@@ -88,7 +182,8 @@ class Checkpoints:
     return arrays | {"carried": carried}, host
 
   def close(self) -> None:
-    self._manager.close()  # waits for what is being written
+    self.wait()
+    self._manager.close()
 
 
 def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tuple[int, Params]:
@@ -113,9 +208,8 @@ def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tup
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
   try:
     return manager.restore(step, args=ocp.args.Composite(**items))
-  except (ValueError, KeyError, OSError) as error:
-    reason = " ".join(str(error).split())[:200]
-    raise InputError(f"{manager.directory}/{step}: cannot be read ({reason})") from None
+  except _STORAGE_ERRORS as error:
+    raise InputError(f"{manager.directory}/{step}: cannot be read ({reason(error)})") from None
 
 
 def _abstract(x: Any) -> Any:

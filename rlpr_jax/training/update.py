@@ -12,11 +12,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlpr_jax import grpo
+from rlpr_jax.errors import InputError
 from rlpr_jax.models import Decoder, Params, combine, place
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackedRows
 
 Carry = TypeVar("Carry")
+SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,27 @@ class UpdateSettings:
   sharding: Sharding = Sharding()
 
 
-def adamw(learning_rate: float, weight_decay: float, max_grad_norm: float) -> optax.GradientTransformation:
+def learning_rate(peak: float, schedule: str, warmup: int, total: int) -> optax.ScalarOrSchedule:
+  """The rate of each optimiser step: up to `peak` in `warmup` steps, then constant or down to zero at `total`.
+
+  Raises:
+    InputError: the warm-up leaves no step.
+  """
+  if warmup >= total:
+    raise InputError(f"config.training.warmup_steps: {warmup} of {total} optimiser steps, expected fewer than all")
+  after = {
+    "constant": optax.constant_schedule(peak),
+    "linear": optax.linear_schedule(peak, 0.0, total - warmup),
+    "cosine": optax.cosine_decay_schedule(peak, total - warmup),
+  }[schedule]
+  if not warmup:
+    return peak if schedule == "constant" else after
+  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def adamw(
+  learning_rate: optax.ScalarOrSchedule, weight_decay: float, max_grad_norm: float
+) -> optax.GradientTransformation:
   """AdamW behind a clip of the gradient's global norm."""
   return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adamw(learning_rate, weight_decay=weight_decay))
 

@@ -50,7 +50,7 @@ def make_groups(count=3, seed=0):
 
 def padded(groups, size, aggregate):
   """One row a sequence, for `size` groups."""
-  segments = packing.to_segments(groups, aggregate, size * SAMPLES)
+  segments = packing.to_segments(groups, packing.sequence_weights(groups, aggregate, size * SAMPLES))
   places = np.stack([np.arange(len(segments)), np.zeros(len(segments), int)], axis=1)
   width = PROMPT + RESPONSE + (groups.answers.mask.shape[2] if groups.answers else 0)
   return packing.lay(segments, places, size * SAMPLES, width)

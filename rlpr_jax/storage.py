@@ -1,0 +1,74 @@
+"""Writing to disks that may be full, unwritable or gone for a while."""
+
+import contextlib
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from rlpr_jax.errors import InputError
+
+T = TypeVar("T")
+
+
+def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
+  """What `write` gives once it succeeds: trouble with the storage costs time, and not the run.
+
+  Args:
+    where: what is written, for messages.
+    seconds: how long to try.
+
+  Raises:
+    InputError: it failed for so long.
+  """
+
+  def say(attempt: tenacity.RetryCallState) -> None:
+    error, pause = attempt.outcome.exception(), attempt.next_action.sleep
+    print(f"{where}: {reason(error)}, trying again in {pause:.0f}s", file=sys.stderr, flush=True)
+
+  attempts = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(OSError),
+    wait=tenacity.wait_exponential(multiplier=0.5, max=30),
+    stop=tenacity.stop_after_delay(seconds),
+    before_sleep=say,
+    reraise=True,
+  )
+  try:
+    return attempts(write)
+  except OSError as error:
+    raise InputError(
+      f"{where}: cannot be written ({reason(error)}), tried for {seconds:.0f}s;"
+      " the same command goes on from the last checkpoint"
+    ) from None
+
+
+def reason(error: BaseException) -> str:
+  """An error in one line."""
+  return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]
+
+
+def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
+  """Either the old file or the whole new one is there, whenever the process dies."""
+  temporary = path.with_name(f"{path.name}.partial")
+  with temporary.open("wb") as file:
+    file.write(content.encode() if isinstance(content, str) else content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(temporary, path)
+
+
+def append(path: pathlib.Path, line: str) -> None:
+  """Appends a line; it is on disk when this returns, and no part of it is there when this fails."""
+  size = path.stat().st_size if path.exists() else 0
+  try:
+    with path.open("a") as file:
+      file.write(line + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+  except OSError:
+    with contextlib.suppress(OSError):
+      os.truncate(path, size)
+    raise

@@ -1,0 +1,91 @@
+"""What goes wrong in long runs, seen in the metrics; and batches that are not finite, kept for a look at them."""
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlpr_jax import processes
+from rlpr_jax.storage import persist
+from rlpr_jax.training.packing import PackedRows
+
+
+def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[str]:
+  """What was wrong in each of the last `patience` steps: the signs of a policy that collapses.
+
+  Args:
+    rows: metrics of the run's steps so far, in order.
+    settings: `config.guards`.
+
+  Returns:
+    a line for each sign.
+  """
+  steps = [row for row in rows if "reward/total" in row]
+  recent = steps[-settings.patience :]
+  if len(recent) < settings.patience:
+    return []
+  usual = float(np.mean([row["rollout/response_length"] for row in steps[: settings.patience]]))
+  signs = (
+    ("rollout/response_length", settings.min_length_share * usual, "responses of {:.1f} tokens"),
+    ("update/entropy", settings.min_entropy, "an entropy of {:.4f} nats a token"),
+    ("reward/format", settings.min_format, "a format rate of {:.2f}"),
+    ("reward/gain", settings.min_gain, "a gain of {:.3f} of reasoning over none"),
+  )
+  raised = []
+  for name, least, text in signs:
+    values = [row.get(name, math.inf) for row in recent]
+    if all(value < least for value in values):
+      raised.append(f"{text.format(values[-1])}, under {least:.4g} for {settings.patience} steps")
+  return raised
+
+
+class Watch:
+  """Counts updates that were left out, raises alarms, and says when a run is to stop."""
+
+  def __init__(self, directory: pathlib.Path, settings: ConfigDict, retry_seconds: float):
+    """`directory`: where minibatches that were not finite are written."""
+    self._directory, self._settings, self._retry_seconds = directory, settings, retry_seconds
+    self._skipped, self._raised = 0, 0  # updates in a row; alarms of the step before
+
+  def look(
+    self,
+    step: int,
+    rows: Sequence[Mapping[str, float]],
+    minibatches: Sequence[PackedRows],
+    losses: Sequence[Mapping[str, np.ndarray]],
+  ) -> tuple[bool, str | None]:
+    """Looks at a step.
+
+    Args:
+      rows: metrics of the run's steps so far.
+      minibatches: the step's, which were gone through as often as it takes for `losses`, in order.
+      losses: metrics of each update.
+
+    Returns:
+      whether something has gone wrong that had not before, and why the run is to stop, if it is.
+    """
+    paths = []
+    for i, loss in enumerate(losses):
+      self._skipped = self._skipped + 1 if loss["skipped"] else 0
+      if loss["skipped"]:
+        path = self._directory / f"step_{step:06d}_update_{i}.npz"
+        paths.append(path)
+        print(f"update {i} of step {step} is not finite and left out: its rows are in {path}", flush=True)
+        if processes.is_first():
+          persist(lambda path=path, i=i: dump(path, minibatches[i % len(minibatches)]), path, self._retry_seconds)
+    raised = alarms(rows, self._settings)
+    for alarm in raised if len(raised) > self._raised else ():
+      print(f"alarm at step {step}: {alarm}", flush=True)
+    trouble, self._raised = bool(paths) or len(raised) > self._raised, len(raised)
+    if self._skipped >= self._settings.max_skipped:
+      return trouble, f"{self._skipped} updates in a row were not finite, the last one's rows are in {paths[-1]}"
+    return trouble, f"alarm: {raised[0]}" if raised and self._settings.stop else None
+
+
+def dump(path: pathlib.Path, rows: PackedRows) -> None:
+  """Writes a minibatch as an .npz with the fields of `PackedRows`, those of the rows in use."""
+  used = np.any(rows.segment_ids > 0, axis=1)
+  path.parent.mkdir(exist_ok=True)
+  np.savez_compressed(path, **{field: x[used] for field, x in rows._asdict().items() if isinstance(x, np.ndarray)})
