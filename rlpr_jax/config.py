@@ -16,7 +16,7 @@ from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import graders
 from rlpr_jax.models.config import ATTENTION_BACKENDS, REMAT_POLICIES
-from rlpr_jax.training import old_logprobs, reward, update, warm_start
+from rlpr_jax.training import old_logprobs, reward, supervised, update
 
 
 def default() -> ConfigDict:
@@ -131,7 +131,9 @@ def default() -> ConfigDict:
   c.training.max_grad_norm = 1.0
 
   c.warm_start = ConfigDict()
-  c.warm_start.steps = 0  # supervised steps on the built-in demonstrations before RLPR; 0 for none
+  c.warm_start.steps = 0  # supervised steps on demonstrations before RLPR, or of rlpr_jax.sft; 0 for none
+  c.warm_start.path = ""  # demonstrations: prompt and response, .parquet, .jsonl or .csv; "" for the built-in ones
+  c.warm_start.split = ""
   c.warm_start.batch_size = 64  # sequences
   c.warm_start.optimizer = "muon"  # muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)
   c.warm_start.learning_rate = 0.02  # of Muon; both rates follow a cosine to zero
@@ -183,7 +185,7 @@ _CHOICES = {
   "reward.baseline_policy": ("initial", "current", "moving_average", "none"),
   "reward.baseline_prefix": ("bare", "tagged"),
   "filter.kind": filtering.KINDS,
-  "warm_start.optimizer": warm_start.OPTIMIZERS,
+  "warm_start.optimizer": supervised.OPTIMIZERS,
   "training.advantages": grpo.NORMALIZATIONS,
   "training.loss": ("clip", "truncated"),
   "training.old_logprobs": old_logprobs.CHOICES,

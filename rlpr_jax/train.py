@@ -6,22 +6,18 @@ A run that was stopped or killed goes on from its last checkpoint when the same 
 """
 
 import contextlib
-import json
-import os
+import functools
 import pathlib
-import re
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
-from rlpr_jax import filtering, models, processes, report
+from rlpr_jax import entry, filtering, models, processes, report
 from rlpr_jax.data.pipeline import PromptStream
-from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics, packing
@@ -32,34 +28,10 @@ from rlpr_jax.training.old_logprobs import Trainer, settle
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.reward import CustomReward
 from rlpr_jax.training.setup import Run, abstract_state, copy_params, evaluate, first_state, set_up
-from rlpr_jax.training.state import Checkpoints, TrainState
+from rlpr_jax.training.state import Checkpoints, TrainState, join, split
 from rlpr_jax.training.update import UpdateSettings, reference_logprobs, update
 
 ACCURACY = "held_out/accuracy"
-_QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
-# No default here: a mistyped override would then be looked at, and fail, while this module is imported.
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; configs/quickstart.py if not given.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, rollouts, report.")
-
-
-def main(_: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)  # orbax and jax narrate at INFO
-  with exit_on_input_error():
-    if not _WORKDIR.value:
-      raise InputError("--workdir: missing, expected the run's directory")
-    config = _CONFIG.value
-    try:
-      config.keys()
-    except OSError as error:  # a config file that cannot be read is only said at the first look into it
-      raise InputError(" ".join(str(error).split())) from None
-    processes.start()
-    with processes.end_together():
-      train(config, pathlib.Path(_WORKDIR.value))
-
-
-def parse_arguments(argv: Sequence[str]) -> list[str]:
-  given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
-  return parse_flags(argv if given else [argv[0], f"--config={_QUICKSTART}", *argv[1:]])
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward | None = None) -> None:
@@ -68,22 +40,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
   Args:
     custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence.
   """
-  configs.validate(config)
-  open_workdir(workdir, config)
-  if config.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  entry.begin(config, workdir)
   run = set_up(config, custom_reward)
   if processes.is_first():
     write_atomically(workdir / "config.json", configs.to_json(config))
 
-  log = config.log
   checkpoints = Checkpoints(
-    workdir, log.keep_checkpoints, log.keep_best, config.rollout.prompts_per_draw, log.retry_seconds
+    workdir, config.log, functools.partial(split, carried_limit=config.rollout.prompts_per_draw), join
   )
   with StopRequest() as stop:
     state = checkpoints.restore(abstract_state(run))
-    writer = metrics.MetricsWriter(workdir, state.step if state else -1, log.retry_seconds)
+    writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
     if state is None:
       state = first_state(run, writer, stop)
       if state:
@@ -248,25 +215,6 @@ def update_metrics(harvest: Harvest, losses: list[dict[str, np.ndarray]], second
   return values | {f"update/{name}": float(np.mean([loss[name] for loss in sound])) for name in sorted(names)}
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Makes sure that the directory can be written and holds no other run."""
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / f".writable-{jax.process_index()}"
-    probe.touch()
-    probe.unlink()
-  except OSError as error:
-    raise InputError(f"--workdir: {workdir} cannot be written ({error.strerror})") from None
-  saved = workdir / "config.json"
-  if saved.exists():
-    try:
-      difference = configs.first_difference(json.loads(saved.read_text()), config)
-    except ValueError:
-      raise InputError(f"{saved}: not JSON, expected the config of this directory's run") from None
-    if difference:
-      raise InputError(f"--workdir: {workdir} holds another run: {difference}")
-
-
 def finish(config: ConfigDict, workdir: pathlib.Path, state: TrainState | None) -> None:
   """Last words: how to go on, or what became of the held-out accuracy, and where the report is."""
   if state is None:
@@ -301,4 +249,4 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: float) 
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_arguments)
+  entry.run(train)

@@ -15,6 +15,7 @@ from rlpr_jax import config, filtering
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.sampling.engine import Rollouts
 from rlpr_jax.training.collect import collect
+from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Groups
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.state import TrainState
@@ -99,8 +100,9 @@ class FakeEngine:
   """Samples nothing."""
 
   template = "think"
+  response_text = staticmethod(lambda tokens: "")
 
-  def rollout(self, params, numbered, key, samples):
+  def rollout(self, params, numbered, key, samples, interrupted):
     count = len(numbered) * samples
     fields = {name: np.zeros(count, np.int32) for name in Rollouts._fields}
     fields |= {name: np.zeros(count, bool) for name in ("finished", "refused", "scorable", "overlong")}
@@ -139,7 +141,7 @@ def train(rewards, case):
   stream, steps = Stream(), []
   for t in range(1, STEPS + 1):
     before = stream.drawn
-    harvest = collect(run, state, stream)
+    harvest = collect(run, state, stream, StopRequest())
     state = state._replace(
       step=t, filter=filtering.update(state.filter, harvest.stds, run.filter), carried=harvest.carried
     )

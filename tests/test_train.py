@@ -1,5 +1,6 @@
 """The training program as a whole: it runs, stops, dies, resumes, and refuses what it cannot use."""
 
+import functools
 import json
 import os
 import pathlib
@@ -17,7 +18,7 @@ from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
 from rlpr_jax.training.policy import initial_params, load_policy
 from rlpr_jax.training.setup import abstract_state, set_up
-from rlpr_jax.training.state import Checkpoints
+from rlpr_jax.training.state import Checkpoints, join, split
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = """
@@ -83,7 +84,9 @@ def timeless(workdir: pathlib.Path) -> list[dict]:
 
 
 def final_state(workdir: pathlib.Path, config):
-  checkpoints = Checkpoints(workdir, 20, 1, config.rollout.prompts_per_draw, 0.0)
+  checkpoints = Checkpoints(
+    workdir, config.log, functools.partial(split, carried_limit=config.rollout.prompts_per_draw), join
+  )
   state = checkpoints.restore(abstract_state(set_up(config)))
   checkpoints.close()
   return state

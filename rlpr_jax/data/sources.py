@@ -26,6 +26,7 @@ from rlpr_jax.errors import InputError
 QUESTION = ("question", "prompt", "problem")
 ANSWER = ("answer", "reference", "reference_answer", "ground_truth")
 SOURCE = ("source", "data_source", "domain", "category")
+RESPONSE = ("response", "completion", "output")  # of demonstrations
 SPLIT = "split"
 
 ROLES = ("system", "user", "assistant")
@@ -74,6 +75,28 @@ def load_examples(path: str | os.PathLike, split: str | None = None) -> list[Exa
     )
     for number, row in _of_split(path, columns, rows, split)
   ]
+
+
+def load_demonstrations(path: str | os.PathLike, split: str | None = None) -> list[tuple[Example, str]]:
+  """Reads prompts, each with a response to imitate: a column of questions or of chat messages, and one of responses.
+
+  Args, Raises: as for `load_examples`.
+
+  Returns:
+    each row's question, without a reference, and its response as it is written.
+  """
+  path = Path(path)
+  columns, rows = _read(path)
+  if not rows:
+    raise InputError(f"{path}: expected at least one row, found none")
+  question, response = _pick(path, columns, QUESTION), _pick(path, columns, RESPONSE)
+  pairs = []
+  for number, row in _of_split(path, columns, rows, split):
+    value, where = row.get(question), f"{path}: row {number}, column {question}"
+    messages = _verl_prompt(value, where) if isinstance(value, list) else _plain_question(value, where)
+    text = _text(row.get(response), f"{path}: row {number}, column {response}")
+    pairs.append((Example(messages, "", path.stem, number), text))
+  return pairs
 
 
 def _pick(path: Path, columns: Columns, names: Sequence[str]) -> str:
@@ -152,7 +175,7 @@ def _read_parquet(path: Path) -> tuple[Columns, Rows]:
   # The library writes a copy of every file it reads: into a folder that goes again, not into the home directory.
   with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
     table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-  wanted = {*QUESTION, *ANSWER, *SOURCE, SPLIT, "reward_model"}
+  wanted = {*QUESTION, *ANSWER, *RESPONSE, *SOURCE, SPLIT, "reward_model"}
   rows = table.select_columns([name for name in table.column_names if name in wanted]).to_list()
   return table.column_names, list(enumerate(rows, 1))
 

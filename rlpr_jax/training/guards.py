@@ -46,7 +46,7 @@ class Watch:
 
   def __init__(self, directory: pathlib.Path, settings: ConfigDict, retry_seconds: float):
     """`directory`: where minibatches that were not finite are written."""
-    self._directory, self._settings, self._retry_seconds = directory, settings, retry_seconds
+    self.settings, self._directory, self._retry_seconds = settings, directory, retry_seconds
     self._skipped, self._raised = 0, 0  # updates in a row; alarms of the step before
 
   def look(
@@ -75,13 +75,13 @@ class Watch:
         print(f"update {i} of step {step} is not finite and left out: its rows are in {path}", flush=True)
         if processes.is_first():
           persist(lambda path=path, i=i: dump(path, minibatches[i % len(minibatches)]), path, self._retry_seconds)
-    raised = alarms(rows, self._settings)
+    raised = alarms(rows, self.settings)
     for alarm in raised if len(raised) > self._raised else ():
       print(f"alarm at step {step}: {alarm}", flush=True)
     trouble, self._raised = bool(paths) or len(raised) > self._raised, len(raised)
-    if self._skipped >= self._settings.max_skipped:
+    if self._skipped >= self.settings.max_skipped:
       return trouble, f"{self._skipped} updates in a row were not finite, the last one's rows are in {paths[-1]}"
-    return trouble, f"alarm: {raised[0]}" if raised and self._settings.stop else None
+    return trouble, f"alarm: {raised[0]}" if raised and self.settings.stop else None
 
 
 def dump(path: pathlib.Path, rows: PackedRows) -> None:

@@ -20,7 +20,7 @@ from rlpr_jax.evaluation import held_out
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Shapes, StoppedError
-from rlpr_jax.training import metrics, warm_start
+from rlpr_jax.training import metrics, supervised
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
@@ -112,8 +112,6 @@ def check_rows(config: ConfigDict, ways: int) -> None:
     "rollout.score_rows": config.rollout.score_rows,
     "training.micro_batch_rows": config.training.micro_batch_rows,
   }
-  if config.warm_start.steps:
-    rows["warm_start.batch_size"] = config.warm_start.batch_size
   for field, count in rows.items():
     if count % ways:
       raise InputError(f"config.{field}: {count} rows, expected a multiple of the {ways} parts of config.mesh")
@@ -161,7 +159,7 @@ def _prepare(
 def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
   """The state before step 1: warm start, the baselines of the initial policy, the first evaluation."""
   params = initial_params(run.config, run.policy)
-  demonstrations = load_demonstrations(run) if run.config.warm_start.steps else None
+  demonstrations = supervised.load(run.config, run.engine.tokenizer) if run.config.warm_start.steps else None
   run.engine.warm_up(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here, before anything
   if demonstrations:
     params = warm_up(run, params, demonstrations, stop)
@@ -235,43 +233,18 @@ def abstract_state(run: Run) -> TrainState:
   )
 
 
-def load_demonstrations(run: Run) -> warm_start.Demonstrations:
-  """The built-in demonstrations, one for each row of the warm start."""
-  settings, tokenizer = run.config.warm_start, run.engine.tokenizer
-  pairs = builtin.demonstrations(settings.steps * settings.batch_size, run.config.seed, run.config.data.domains)
-  examples, responses = zip(*pairs, strict=True)
-  prompts, dropped = _prepare(run.config, examples, tokenizer)
-  if any(dropped.values()):
-    raise InputError(
-      f"config.data.prompt_limit or max_reference_length: too small for the warm start's demonstrations ({dropped})"
-    )
-  return warm_start.pad(
-    [
-      (prompt.ids, [*tokenizer.encode(responses[prompt.row], add_special_tokens=False), tokenizer.eos_token_id])
-      for prompt in prompts
-    ]
-  )
-
-
 def warm_up(
-  run: Run, params: models.Params, demonstrations: warm_start.Demonstrations, stop: StopRequest
+  run: Run, params: models.Params, demonstrations: Sequence[supervised.Demonstration], stop: StopRequest
 ) -> models.Params:
   """Supervised steps on demonstrations."""
-  settings = run.config.warm_start
-  transform = warm_start.optimizer(
-    settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate
-  )
-  opt_state = init_opt_state(transform, params, run.policy.sharding)
-  progress = metrics.Progress("warm start, step")
-  batches = demonstrations.batches(settings.batch_size, run.config.seed)
-  for done in range(1, settings.steps + 1):
+  opt_state = init_opt_state(supervised.optimizer(run.config.warm_start), params, run.policy.sharding)
+  state = supervised.SupervisedState(0, params, opt_state)
+  progress, total = metrics.Progress("warm start, step"), run.config.warm_start.steps
+  for state, losses in supervised.steps(run.config, run.policy, state, demonstrations):  # noqa: B020
+    progress(state.step, total, f"loss {float(losses['answer_loss']):.3f}")
     if processes.any_of(stop):
       break
-    params, opt_state, loss = warm_start.step(
-      run.policy.model, transform, run.policy.frozen, params, opt_state, next(batches)
-    )
-    progress(done, settings.steps, f"loss {float(loss):.3f}")
-  return params
+  return state.params
 
 
 def initial_baselines(run: Run, params: models.Params, stop: StopRequest) -> np.ndarray:

@@ -4,12 +4,14 @@ import itertools
 import pathlib
 import shutil
 import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from rlpr_jax import processes
@@ -19,6 +21,7 @@ from rlpr_jax.models import Params
 from rlpr_jax.storage import persist, reason
 from rlpr_jax.training.packing import Groups
 
+State = TypeVar("State")
 # What orbax and tensorstore make of a disk that is full, gone or damaged.
 _STORAGE_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 
@@ -37,45 +40,71 @@ class TrainState(NamedTuple):
   stream: dict[str, Any]  # position of the data stream
 
 
-class Checkpoints:
-  """The newest states on disk and the best, by orbax: written in the background, complete or not there at all.
+def split(state: TrainState, carried_limit: int) -> "OnDisk":
+  """A state as its checkpoint holds it; carried groups are padded to `carried_limit`, so that all have one shape."""
+  arrays = state._asdict()
+  params, host = arrays.pop("params"), {name: arrays.pop(name) for name in ("step", "stream")}
+  missing = carried_limit - state.carried.count
+  carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
+  arrays = {name: value for name, value in (arrays | {"carried": carried}).items() if jax.tree.leaves(value)}
+  return OnDisk(params, arrays, host | {"carried": state.carried.count})
 
-  A checkpoint has three items: `params`, which can be read alone; `arrays`, the state's other arrays; `host`, as JSON.
-  """
 
-  def __init__(self, workdir: pathlib.Path, keep: int, keep_best: int, carried_limit: int, retry_seconds: float):
+def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> TrainState:
+  """The state that `split` took apart."""
+  carried = arrays["carried"].take(slice(host["carried"]))
+  return TrainState(params=params, **{"initial": {}, "lagged": {}} | arrays | host | {"carried": carried})
+
+
+class OnDisk(NamedTuple):
+  """The three items of a checkpoint."""
+
+  params: Params  # can be read alone
+  arrays: dict[str, Any]  # the state's other arrays
+  host: dict[str, Any]  # as JSON; "step" is in it
+
+
+class Checkpoints(Generic[State]):
+  """The newest states on disk and the best, by orbax: written in the background, complete or not there at all."""
+
+  def __init__(
+    self, workdir: pathlib.Path, log: ConfigDict, split: Callable[[State], OnDisk], join: Callable[..., State]
+  ):
     """Opens WORKDIR/checkpoints.
 
     Args:
-      keep: how many of the newest are kept.
-      keep_best: and how many of those with the highest `accuracy`, as `save` was told.
-      carried_limit: most groups a state can carry; they are padded to it, so that every checkpoint has one shape.
-      retry_seconds: how long trouble with the storage is borne.
+      log: `config.log`, which says how many of the newest and of the best are kept, and how long trouble with the
+        storage is borne.
+      split, join: take a state apart into what goes on disk, and put it together again.
     """
-    self._directory, self._carried_limit = (workdir / "checkpoints").absolute(), carried_limit
-    self._keep, self._keep_best, self._retry_seconds = keep, keep_best, retry_seconds
-    self._under_way: tuple[TrainState, float | None] | None = None
+    self._directory, self._log, self._split, self._join = (workdir / "checkpoints").absolute(), log, split, join
+    self._under_way: tuple[OnDisk, float | None] | None = None
     self._open()
 
   def _open(self) -> None:
-    policies = [LatestN(self._keep)]
-    if self._keep_best:
-      best = BestN(get_metric_fn=lambda x: x["accuracy"], n=self._keep_best, keep_checkpoints_without_metrics=False)
-      policies.append(best)
+    policies = [LatestN(self._log.keep_checkpoints)]
+    if self._log.keep_best:
+      policies.append(
+        BestN(
+          get_metric_fn=lambda metrics: metrics["accuracy"],
+          n=self._log.keep_best,
+          keep_checkpoints_without_metrics=False,
+        )
+      )
     options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
-  def save(self, state: TrainState, accuracy: float | None = None) -> None:
+  def save(self, state: State, accuracy: float | None = None) -> None:
     """Starts writing; `wait` before the state's arrays are given away to the next update.
 
     Raises:
-      InputError: the storage did not take it for `retry_seconds`.
+      InputError: the storage did not take it for `log.retry_seconds`.
     """
     self.wait()
-    self._under_way = state, accuracy
+    self._under_way = self._split(state), accuracy
     try:
       self._start_saving()
     except _STORAGE_ERRORS as error:
@@ -85,7 +114,7 @@ class Checkpoints:
     """Until what is under way is on disk; it is written anew where that failed.
 
     Raises:
-      InputError: the storage did not take it for `retry_seconds`.
+      InputError: the storage did not take it for `log.retry_seconds`.
     """
     try:
       self._manager.wait_until_finished()
@@ -94,13 +123,11 @@ class Checkpoints:
     self._under_way = None
 
   def _start_saving(self) -> None:
-    state, accuracy = self._under_way
-    arrays, host = self._split(state)
-    host["carried"] = state.carried.count
+    (params, arrays, host), accuracy = self._under_way
     self._manager.save(
-      state.step,
+      host["step"],
       args=ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params), arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host)
+        params=ocp.args.StandardSave(params), arrays=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(host)
       ),
       metrics=None if accuracy is None else {"accuracy": accuracy},
       force=True,
@@ -108,7 +135,7 @@ class Checkpoints:
 
   def _save_again(self, error: Exception) -> None:
     """Writes the state under way until that succeeds, each time as a new program would."""
-    step = self._under_way[0].step
+    step = self._under_way[0].host["step"]
     print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)
 
     def write() -> None:
@@ -120,9 +147,9 @@ class Checkpoints:
       except _STORAGE_ERRORS as error:
         raise OSError(reason(error)) from error
 
-    persist(write, self._directory / str(step), self._retry_seconds)
+    persist(write, self._directory / str(step), self._log.retry_seconds)
 
-  def restore(self, like: TrainState) -> TrainState | None:
+  def restore(self, like: State) -> State | None:
     """The newest state that can be read, None if nothing was saved; newer ones that cannot are put aside, and named.
 
     Args:
@@ -146,17 +173,16 @@ class Checkpoints:
       raise damaged[0] if damaged else InputError(f"{self._directory}: cannot be read by another process")
     return None
 
-  def _restore_step(self, step: int, like: TrainState) -> TrainState:
+  def _restore_step(self, step: int, like: State) -> State:
+    params, arrays, _ = self._split(like)
     restored = _restore(
       self._manager,
       step,
-      params=ocp.args.StandardRestore(jax.tree.map(_abstract, like.params)),
-      arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, self._split(like)[0])),
+      params=ocp.args.StandardRestore(jax.tree.map(_abstract, params)),
+      arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, arrays)),
       host=ocp.args.JsonRestore(),
     )
-    arrays, host = restored["arrays"], restored["host"]
-    arrays["carried"] = arrays["carried"].take(slice(host.pop("carried")))
-    return TrainState(params=restored["params"], **{"initial": {}, "lagged": {}} | arrays, **host)
+    return self._join(restored["params"], restored["arrays"], restored["host"])
 
   def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
     if not steps:
@@ -170,16 +196,6 @@ class Checkpoints:
         (self._directory / str(step)).rename(aside / str(step))
     processes.any_of(False)  # not before it is done
     self._open()
-
-  def _split(self, state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arrays beside the parameters, for orbax, and what goes beside them as JSON."""
-    arrays = state._asdict()
-    del arrays["params"]
-    host = {name: arrays.pop(name) for name in ("step", "stream")}
-    arrays = {name: value for name, value in arrays.items() if jax.tree.leaves(value)}
-    missing = self._carried_limit - state.carried.count
-    carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
-    return arrays | {"carried": carried}, host
 
   def close(self) -> None:
     self.wait()

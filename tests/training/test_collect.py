@@ -14,6 +14,7 @@ from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.collect import collect, finite_mean
+from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.state import TrainState
 
@@ -75,7 +76,7 @@ def harvest(policy):
     carried=nothing,
     stream={},
   )
-  return prompts, collect(run, state, Stream(prompts))
+  return prompts, collect(run, state, Stream(prompts), StopRequest())
 
 
 def test_refused_prompts_are_counted_and_never_trained_on(harvest):

@@ -38,7 +38,7 @@ def case(policy):
     for row, (length, reference) in enumerate([(3, "7"), (8, "ab1"), (5, "mon"), (6, "x y")])
   ]
   run = SimpleNamespace(
-    config=c, engine=engine, policy=SimpleNamespace(model=policy.model, whole=lambda params: params)
+    config=c, engine=engine, policy=SimpleNamespace(sampler=policy.model, sampling_params=lambda params: params)
   )
   rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
   assert rollouts.scorable.sum() > 5

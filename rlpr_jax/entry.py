@@ -1,0 +1,77 @@
+"""What the programs that work on a run's directory have in common: flags, processes, the directory, errors."""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from rlpr_jax import config as configs
+from rlpr_jax import processes
+from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+
+_QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
+# No default here: a mistyped override would then be looked at, and fail, while this module is imported.
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; configs/quickstart.py if not given.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, rollouts, report.")
+
+
+def run(program: Callable[[ConfigDict, pathlib.Path], None]) -> None:
+  """Runs a program on the config and directory that the command line names; to be called by the main module."""
+
+  def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # orbax and jax narrate at INFO
+    with exit_on_input_error():
+      if not _WORKDIR.value:
+        raise InputError("--workdir: missing, expected the run's directory")
+      config = _CONFIG.value
+      try:
+        config.keys()
+      except OSError as error:  # a config file that cannot be read is only said at the first look into it
+        raise InputError(" ".join(str(error).split())) from None
+      processes.start()
+      with processes.end_together():
+        program(config, pathlib.Path(_WORKDIR.value))
+
+  app.run(main, flags_parser=_parse_arguments)
+
+
+def _parse_arguments(argv: Sequence[str]) -> list[str]:
+  given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
+  return parse_flags(argv if given else [argv[0], f"--config={_QUICKSTART}", *argv[1:]])
+
+
+def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """Checks the config and the directory, before anything is written or compiled.
+
+  Raises:
+    InputError: a config that cannot be, or a directory that cannot be written or holds another run.
+  """
+  configs.validate(config)
+  open_workdir(workdir, config)
+  if config.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes sure that the directory can be written and holds no other run."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / f".writable-{jax.process_index()}"
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise InputError(f"--workdir: {workdir} cannot be written ({error.strerror})") from None
+  saved = workdir / "config.json"
+  if saved.exists():
+    try:
+      difference = configs.first_difference(json.loads(saved.read_text()), config)
+    except ValueError:
+      raise InputError(f"{saved}: not JSON, expected the config of this directory's run") from None
+    if difference:
+      raise InputError(f"--workdir: {workdir} holds another run: {difference}")

@@ -1,0 +1,79 @@
+"""Supervised steps alone: `python -m rlpr_jax.sft --config=configs/X.py --workdir=DIR [--config.field=value ...]`.
+
+A base model that never saw the tags learns them from prompts with responses (`config.warm_start`); RLPR then begins at
+what `python -m rlpr_jax.export` makes of the result. A run that was stopped or killed goes on from its last checkpoint
+when the same command is given again.
+"""
+
+import pathlib
+import time
+
+import jax
+from ml_collections import ConfigDict
+
+from rlpr_jax import config as configs
+from rlpr_jax import entry, processes
+from rlpr_jax.errors import InputError
+from rlpr_jax.storage import write_atomically
+from rlpr_jax.training import metrics, supervised
+from rlpr_jax.training.interrupt import StopRequest
+from rlpr_jax.training.policy import abstract_opt_state, init_opt_state, initial_params, load_policy
+from rlpr_jax.training.state import Checkpoints, OnDisk
+from rlpr_jax.training.supervised import SupervisedState
+
+
+def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """The supervised steps of `config.warm_start` in `workdir`, from its last checkpoint or from the beginning."""
+  entry.begin(config, workdir)
+  settings = config.warm_start
+  if not settings.steps:
+    raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
+  policy = load_policy(config)
+  demonstrations = supervised.load(config, policy.tokenizer)
+  if processes.is_first():
+    write_atomically(workdir / "config.json", configs.to_json(config))
+  optimizer = supervised.optimizer(settings)
+  checkpoints = Checkpoints(workdir, config.log, _split, _join)
+  with StopRequest() as stop:
+    like = SupervisedState(0, policy.trained, abstract_opt_state(optimizer, policy.trained, policy.sharding))
+    state = checkpoints.restore(like)
+    writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
+    if state is None:
+      params = initial_params(config, policy)
+      state = SupervisedState(0, params, init_opt_state(optimizer, params, policy.sharding))
+    else:
+      print(f"resumed after step {state.step} of {settings.steps}", flush=True)
+    state = _steps(config, policy, state, demonstrations, checkpoints, writer, stop)
+    checkpoints.close()
+    writer.close()
+  how = "done" if state.step == settings.steps else "stopped and saved: the same command goes on from there"
+  print(f"step {state.step} of {settings.steps}, {how}", flush=True)
+
+
+def _steps(config, policy, state, demonstrations, checkpoints, writer, stop) -> SupervisedState:
+  total, progress, since = config.warm_start.steps, metrics.Progress("supervised, step"), time.perf_counter()
+  for state, losses in supervised.steps(config, policy, state, demonstrations):  # noqa: B020
+    losses = jax.device_get(losses)
+    now, since = time.perf_counter() - since, time.perf_counter()
+    values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
+    writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})
+    progress(state.step, total, f"loss {values['sft/loss']:.3f}")
+    stopping = processes.any_of(stop)
+    if stopping or state.step == total or state.step % config.log.checkpoint_every == 0:
+      checkpoints.save(state)
+      checkpoints.wait()  # before the next step gives the arrays away
+    if stopping:
+      break
+  return state
+
+
+def _split(state: SupervisedState) -> OnDisk:
+  return OnDisk(state.params, {"opt_state": state.opt_state}, {"step": state.step})
+
+
+def _join(params, arrays, host) -> SupervisedState:
+  return SupervisedState(host["step"], params, arrays["opt_state"])
+
+
+if __name__ == "__main__":
+  entry.run(sft)

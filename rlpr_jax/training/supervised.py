@@ -1,0 +1,159 @@
+"""Supervised steps: a policy that never saw the tags learns them from demonstrations, before RLPR begins.
+
+The rows are packed and the steps taken as in RLPR: -log p of the responses is the term of an answer's own gradient.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from optax.contrib import MuonDimensionNumbers, muon
+from transformers import PreTrainedTokenizerBase
+
+from rlpr_jax.data import builtin
+from rlpr_jax.data.sources import load_demonstrations
+from rlpr_jax.data.templates import build_messages, render
+from rlpr_jax.errors import InputError
+from rlpr_jax.models import Params
+from rlpr_jax.training import packing
+from rlpr_jax.training.packing import PackedRows, Segment
+from rlpr_jax.training.policy import Policy
+from rlpr_jax.training.update import UpdateSettings, update
+
+OPTIMIZERS = ("muon", "adam")
+# Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
+_MUON = {
+  "query": MuonDimensionNumbers(1, (2, 3)),
+  "key": MuonDimensionNumbers(1, (2, 3)),
+  "value": MuonDimensionNumbers(1, (2, 3)),
+  "out": MuonDimensionNumbers((1, 2), 3),
+  "gate": MuonDimensionNumbers(1, 2),
+  "up": MuonDimensionNumbers(1, 2),
+  "down": MuonDimensionNumbers(1, 2),
+}
+
+
+def optimizer(settings: ConfigDict) -> optax.GradientTransformation:
+  """Muon on the layers' matrices and Adam on the rest, or Adam on everything; rates follow a cosine to zero.
+
+  Args:
+    settings: `config.warm_start`.
+  """
+  return _optimizer(settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate)
+
+
+@functools.cache  # one object, so that a step compiles once
+def _optimizer(kind: str, steps: int, learning_rate: float, adam_learning_rate: float) -> optax.GradientTransformation:
+  adam_schedule = optax.cosine_decay_schedule(adam_learning_rate, steps)
+  if kind == "adam":
+    return optax.adam(adam_schedule)
+
+  def dimensions(params: Params) -> Params:
+    def of(path, _) -> MuonDimensionNumbers | None:
+      return _MUON.get(path[-2].key) if path[-1].key == "weight" else None
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+  return muon(
+    optax.cosine_decay_schedule(learning_rate, steps),
+    adam_learning_rate=adam_schedule,
+    muon_weight_dimension_numbers=dimensions,
+  )
+
+
+class Demonstration(NamedTuple):
+  """A prompt and a response to it, in token ids."""
+
+  prompt: list[int]
+  response: list[int]  # EOS included
+
+
+def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
+  """The demonstrations of `config.warm_start`, built-in or of a file; says how many were too long and are left out.
+
+  Raises:
+    InputError: none is left, or a file that is not as expected.
+  """
+  settings, data = config.warm_start, config.data
+  if settings.path:
+    pairs, name = load_demonstrations(settings.path, settings.split or None), settings.path
+  else:
+    pairs = builtin.demonstrations(settings.steps * settings.batch_size, config.seed, data.domains)
+    name = "built-in demonstrations"
+  instruction = None if data.instruction == "default" else data.instruction
+  found, long_prompts, long_responses = [], 0, 0
+  for example, response in pairs:
+    ids = render(tokenizer, build_messages(example, data.template, data.examples, instruction))
+    answer = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+    if len(ids) > data.prompt_limit:
+      long_prompts += 1
+    elif len(answer) > config.rollout.max_response_length:
+      long_responses += 1
+    else:
+      found.append(Demonstration(ids, answer))
+  if not found:
+    raise InputError(
+      f"{name}: none of {len(pairs)} rows is left: {long_prompts} prompts are over config.data.prompt_limit"
+      f" {data.prompt_limit}, {long_responses} responses over config.rollout.max_response_length"
+      f" {config.rollout.max_response_length}"
+    )
+  print(f"{name}: {len(found)} rows, dropped: {long_prompts} long prompts, {long_responses} long responses", flush=True)
+  return found
+
+
+def batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:
+  """Batches for ever, each epoch in another order; of all there are, where those are fewer."""
+  rng, size = np.random.default_rng(seed), min(size, len(demonstrations))
+  while True:
+    order = rng.permutation(len(demonstrations))
+    for first in range(0, len(order) - size + 1, size):
+      yield [demonstrations[i] for i in order[first : first + size]]
+
+
+def pack(batch: Sequence[Demonstration], rows: int, row_length: int) -> PackedRows:
+  """Packed rows whose loss is the mean of -log p over the tokens of the responses."""
+  weight, segments = 1 / sum(len(item.response) for item in batch), []
+  for prompt, response in batch:
+    tokens = np.array([*prompt, *response], np.int32)
+    weights = np.where(np.arange(tokens.size) < len(prompt), 0, weight).astype(np.float32)
+    segments.append(Segment(tokens, np.zeros(tokens.size, bool), np.zeros(tokens.size, np.float32), 0.0, 0.0, weights))
+  return packing.lay(segments, packing.first_fit([x.tokens.size for x in segments], row_length), rows, row_length)
+
+
+class SupervisedState(NamedTuple):
+  """The state between two supervised steps."""
+
+  step: int  # steps finished
+  params: Params  # what is trained
+  opt_state: optax.OptState
+
+
+def steps(
+  config: ConfigDict, policy: Policy, state: SupervisedState, demonstrations: Sequence[Demonstration]
+) -> Iterator[tuple[SupervisedState, dict[str, jax.Array]]]:
+  """The steps of `config.warm_start` that are left.
+
+  Yields:
+    the state, which the next step gives away, and the metrics of `update`; `answer_loss` is the mean of -log p, nats a
+    token.
+  """
+  settings = config.warm_start
+  micro_batch_rows = config.training.micro_batch_rows or policy.sharding.ways("batch")
+  row_length = config.training.row_length or config.data.prompt_limit + config.rollout.max_response_length
+  rows = -(-settings.batch_size // micro_batch_rows) * micro_batch_rows
+  compiled = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows, sharding=policy.sharding)
+  transform, stream = optimizer(settings), batches(demonstrations, settings.batch_size, config.seed)
+  for step in range(1, settings.steps + 1):
+    batch = next(stream)
+    if step <= state.step:
+      continue
+    packed = pack(batch, rows, row_length)
+    params, opt_state, metrics = update(
+      policy.model, transform, policy.frozen, state.params, state.opt_state, packed, compiled
+    )
+    state = SupervisedState(step, params, opt_state)
+    yield state, metrics
