@@ -66,9 +66,10 @@ class Watch:
     Returns:
       whether something has gone wrong that had not before, and why the run is to stop, if it is.
     """
-    paths = []
+    paths, most = [], 0
     for i, loss in enumerate(losses):
       self._skipped = self._skipped + 1 if loss["skipped"] else 0
+      most = max(most, self._skipped)
       if loss["skipped"]:
         path = self._directory / f"step_{step:06d}_update_{i}.npz"
         paths.append(path)
@@ -79,8 +80,8 @@ class Watch:
     for alarm in raised if len(raised) > self._raised else ():
       print(f"alarm at step {step}: {alarm}", flush=True)
     trouble, self._raised = bool(paths) or len(raised) > self._raised, len(raised)
-    if self._skipped >= self.settings.max_skipped:
-      return trouble, f"{self._skipped} updates in a row were not finite, the last one's rows are in {paths[-1]}"
+    if most >= self.settings.max_skipped:
+      return trouble, f"{most} updates in a row were not finite, the last one's rows are in {paths[-1]}"
     return trouble, f"alarm: {raised[0]}" if raised and self.settings.stop else None
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
@@ -124,6 +125,7 @@ class Checkpoints(Generic[State]):
 
   def _start_saving(self) -> None:
     (params, arrays, host), accuracy = self._under_way
+    host = host | {"checksums": checksums((params, arrays))}
     self._manager.save(
       host["step"],
       args=ocp.args.Composite(
@@ -182,7 +184,10 @@ class Checkpoints(Generic[State]):
       arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, arrays)),
       host=ocp.args.JsonRestore(),
     )
-    return self._join(restored["params"], restored["arrays"], restored["host"])
+    params, arrays, host = restored["params"], restored["arrays"], restored["host"]
+    if host.pop("checksums") != checksums((params, arrays)):  # orbax reads zeros where a file is missing
+      raise InputError(f"{self._directory}/{step}: cannot be read (the arrays are not those that were saved)")
+    return self._join(params, arrays, host)
 
   def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
     if not steps:
@@ -200,6 +205,20 @@ class Checkpoints(Generic[State]):
   def close(self) -> None:
     self.wait()
     self._manager.close()
+
+
+def checksums(tree: Any) -> list[int]:
+  """A number for each array, of its bits: the same wherever its parts lie."""
+  return [int(_checksum(x)) for x in jax.tree.leaves(tree)]
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  # Sums of integers wrap and do not round, so their order does not matter.
+  bits = x.astype(jnp.uint32)
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+  return jnp.sum(bits, dtype=jnp.uint32)
 
 
 def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tuple[int, Params]:

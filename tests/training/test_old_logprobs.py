@@ -1,0 +1,93 @@
+"""The gap between sampler and trainer, and what is done about it, on log-probabilities that are set apart by hand."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax.training.old_logprobs import Trainer, gap, settle, trainer_logprobs
+from rlpr_jax.training.update import UpdateSettings
+from tests.training.test_update import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
+from tests.training.test_update import trainer_logprobs as of_rows
+
+
+@pytest.fixture(scope="module")
+def trainer(policy):
+  settings = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.0, micro_batch_rows=2)
+  return Trainer(policy.model, policy.params, settings, PROMPT + RESPONSE)
+
+
+@pytest.fixture(scope="module")
+def exact(policy):
+  """Groups whose log-probabilities are the trainer's, by way of one row a sequence."""
+  groups = make_groups(count=5, seed=7)
+  rows = padded(groups, 5, "token_mean")
+  logps, logprobs = np.asarray(of_rows(policy.model, policy.params, rows)[0]), np.zeros_like(groups.logprobs)
+  for row, (k, g) in enumerate(np.ndindex(groups.lengths.shape)):
+    start, tokens = groups.prompt_lengths[k], groups.lengths[k, g]
+    logprobs[k, g, :tokens] = logps[row, start : start + tokens]
+  return groups._replace(logprobs=logprobs)
+
+
+def beyond(groups):
+  return np.arange(RESPONSE) >= groups.lengths[..., None]
+
+
+def test_all_of_the_trainers_log_probabilities_are_found_in_packed_rows(exact, trainer):
+  found = trainer_logprobs(exact, trainer, everything=True)
+  np.testing.assert_array_equal(np.isnan(found), beyond(exact))
+  np.testing.assert_allclose(np.nan_to_num(found), exact.logprobs, atol=1e-5)
+
+
+def test_the_gap_is_looked_at_in_one_micro_batch(exact, trainer):
+  found = trainer_logprobs(exact, trainer, everything=False)
+  looked_at = ~np.isnan(found)
+  assert 0 < looked_at.any(axis=2).sum() < exact.lengths.size
+  assert exact.lengths[looked_at.any(axis=2)].sum() == looked_at.sum()  # whole sequences
+  before = trainer_logprobs.__globals__["_logprobs"]._cache_size()
+  trainer_logprobs(exact.take(slice(2)), trainer, everything=True)
+  assert trainer_logprobs.__globals__["_logprobs"]._cache_size() == before
+
+
+def test_gap_against_float64():
+  rng = np.random.default_rng(0)
+  sampler = -rng.exponential(2, (3, 2, 5)).astype(np.float32)
+  trainer = (sampler + rng.normal(0, 0.02, sampler.shape)).astype(np.float32)
+  trainer[1, 1], trainer[0, 0, 3:] = np.nan, np.nan
+  known = ~np.isnan(trainer)
+  ratios = np.exp(trainer[known].astype(np.float64) - sampler[known].astype(np.float64))
+  found = gap(sampler, trainer)
+  assert found["mean"] == pytest.approx(np.mean(np.abs(ratios - 1)), rel=1e-9)
+  assert found["worst"] == pytest.approx(np.max(np.abs(ratios - 1)), rel=1e-9)
+  assert found["over_0.01"] == pytest.approx(np.mean(np.abs(ratios - 1) > 0.01))
+  assert 1 >= found["over_0.0001"] >= found["over_0.001"] >= found["over_0.01"] >= found["over_0.1"]
+
+
+@pytest.mark.parametrize(
+  ("choice", "shift", "recomputed"),
+  [("auto", 0.0, 0), ("auto", 0.005, 0), ("auto", 0.05, 1), ("sampler", 0.05, 0), ("trainer", 0.0, 1)],
+)
+def test_who_the_ratios_start_from(exact, trainer, choice, shift, recomputed):
+  """A sampler that finds every token too probable by exp(shift)."""
+  shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + np.float32(shift)))
+  groups, metrics = settle(shifted, trainer, choice, limit=0.01)
+  assert metrics["recomputed"] == recomputed
+  assert metrics["mean"] == pytest.approx(1 - np.exp(-shift), abs=1e-5)
+  expected = exact.logprobs if recomputed else shifted.logprobs
+  np.testing.assert_allclose(groups.logprobs, expected, atol=1e-5)
+  for name, field in groups._asdict().items():
+    if name not in ("logprobs", "answers"):
+      np.testing.assert_array_equal(field, getattr(exact, name))
+
+
+def test_log_probabilities_that_are_not_finite_are_computed_anew(exact, trainer):
+  broken = exact._replace(logprobs=np.where(beyond(exact), 0, np.nan).astype(np.float32))
+  groups, metrics = settle(broken, trainer, "auto", limit=0.01)
+  assert metrics["recomputed"]
+  np.testing.assert_allclose(groups.logprobs, exact.logprobs, atol=1e-5)
+
+
+def test_nothing_was_sampled(exact, trainer):
+  groups, metrics = settle(exact.take(slice(0)), trainer, "auto", 0.01)
+  assert groups.count == 0
+  assert metrics == {}
+  assert jax.tree.structure(groups) == jax.tree.structure(exact)
