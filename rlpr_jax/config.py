@@ -133,7 +133,7 @@ def default() -> ConfigDict:
   c.warm_start = ConfigDict()
   c.warm_start.steps = 0  # supervised steps on demonstrations before RLPR, or of rlpr_jax.sft; 0 for none
   c.warm_start.path = ""  # demonstrations: prompt and response, .parquet, .jsonl or .csv; "" for the built-in ones
-  c.warm_start.split = ""
+  c.warm_start.split = ""  # rows whose column "split" says so; "" for all
   c.warm_start.batch_size = 64  # sequences
   c.warm_start.optimizer = "muon"  # muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)
   c.warm_start.learning_rate = 0.02  # of Muon; both rates follow a cosine to zero

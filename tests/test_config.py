@@ -41,7 +41,7 @@ def is_read(field: str, sources: dict[str, str]) -> bool:
       found = re.search(rf"\bconfig\.{name}\b", text)
     else:
       names = [group, *re.findall(rf"(\w+)(?:, \w+)* = [\w.]*config\.{group}\b", text)]
-      names += re.findall(r"(\w+): ConfigDict", text) if group in ("data", "evaluation", "guards") else []
+      names += re.findall(r"(\w+): ConfigDict", text) if group in ("data", "evaluation", "guards", "log") else []
       # A line that takes several at once.
       for left, right in re.findall(r"^\s*([\w, ]+) = (.*config\..*)$", text, re.MULTILINE):
         for one, value in zip(left.split(", "), right.split(", "), strict=False):

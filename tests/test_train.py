@@ -122,7 +122,8 @@ def test_whole_run_writes_finite_metrics_rollouts_and_report(whole_run):
   assert "held_out/accuracy" in steps[0]
   assert "held_out/accuracy" in steps[-1]
   assert len({row["reward/total"] for row in steps[1:]}) > 1
-  assert all(row["update/sampler_gap"] < 1e-3 for row in steps if "update/sampler_gap" in row)
+  assert all(row["sampler_gap/worst"] < 1e-3 for row in steps[1:])
+  assert not any(row["sampler_gap/recomputed"] for row in steps[1:])
   assert (whole_run / "report.html").stat().st_size > 10_000
   rollouts = [json.loads(line) for line in (whole_run / "rollouts/step_000003.jsonl").read_text().splitlines()]
   assert len(rollouts) == 12  # the first draw: three prompts, four samples
@@ -212,6 +213,7 @@ def test_step_that_keeps_nothing_updates_nothing(tmp_path):
     np.testing.assert_array_equal(before, after)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_path):
   """Eight devices, two along each axis, against one; then a third step of the eight's run, on one."""
   overrides = [
@@ -299,10 +301,3 @@ def test_command_line_mistake_is_one_line_and_status_2(recipe, tmp_path, argumen
   assert len(lines) == 1
   assert named in lines[0]
   assert "Traceback" not in err
-
-
-def test_demonstration_that_does_not_fit_is_refused(tmp_path):
-  config = tiny()
-  config.data.prompt_limit = 12
-  with pytest.raises(InputError, match=r"config\.data\.prompt_limit .* demonstrations"):
-    training_program.train(config, tmp_path)

@@ -78,17 +78,17 @@ class Checkpoints(Generic[State]):
         storage is borne.
       split, join: take a state apart into what goes on disk, and put it together again.
     """
-    self._directory, self._log, self._split, self._join = (workdir / "checkpoints").absolute(), log, split, join
+    self._directory, self.log, self._split, self._join = (workdir / "checkpoints").absolute(), log, split, join
     self._under_way: tuple[OnDisk, float | None] | None = None
     self._open()
 
   def _open(self) -> None:
-    policies = [LatestN(self._log.keep_checkpoints)]
-    if self._log.keep_best:
+    policies = [LatestN(self.log.keep_checkpoints)]
+    if self.log.keep_best:
       policies.append(
         BestN(
           get_metric_fn=lambda metrics: metrics["accuracy"],
-          n=self._log.keep_best,
+          n=self.log.keep_best,
           keep_checkpoints_without_metrics=False,
         )
       )
@@ -149,7 +149,7 @@ class Checkpoints(Generic[State]):
       except _STORAGE_ERRORS as error:
         raise OSError(reason(error)) from error
 
-    persist(write, self._directory / str(step), self._log.retry_seconds)
+    persist(write, self._directory / str(step), self.log.retry_seconds)
 
   def restore(self, like: State) -> State | None:
     """The newest state that can be read, None if nothing was saved; newer ones that cannot are put aside, and named.

@@ -1,0 +1,162 @@
+"""Supervised steps against sums in float64, packed and not; the program, killed and gone on."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlpr_jax import config as configs
+from rlpr_jax import sft as program
+from rlpr_jax.errors import InputError
+from rlpr_jax.training import supervised
+from rlpr_jax.training.supervised import Demonstration
+from rlpr_jax.training.update import UpdateSettings, row_logprobs, update
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def batch():
+  rng = np.random.default_rng(0)
+  return [
+    Demonstration(rng.integers(0, 64, n).tolist(), rng.integers(0, 64, m).tolist())
+    for n, m in ((3, 1), (5, 9), (1, 4), (7, 2), (2, 12))
+  ]
+
+
+def test_loss_is_the_mean_over_the_tokens_of_the_responses(policy, batch):
+  """In float64, sequence by sequence; the gradient is that of the loss, and packing does not matter."""
+  logps = []
+  for prompt, response in batch:
+    tokens = np.array([[*prompt, *response]], np.int32)
+    rows = supervised.pack([Demonstration(prompt, response)], 1, tokens.size)
+    found = np.asarray(row_logprobs(policy.model, policy.params, rows, 1.0)[0], np.float64)
+    logps += found[0, len(prompt) :].tolist()
+  results = []
+  for length, micro_batch_rows in ((14, 5), (30, 2), (64, 1)):
+    rows = supervised.pack(batch, 6 if micro_batch_rows == 2 else 5, length)
+    params, gradient = jax.tree.map(jnp.copy, policy.params), optax.sgd(-1.0)
+    settings = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows)
+    after, _, metrics = update(policy.model, gradient, {}, params, gradient.init(params), rows, settings)
+    assert float(metrics["answer_loss"]) == pytest.approx(-np.mean(logps), rel=1e-5)
+    results.append(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), after, policy.params))
+  for other in results[1:]:
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), results[0], other)
+
+  def loss(params):
+    total = 0.0
+    for prompt, response in batch:
+      rows = supervised.pack([Demonstration(prompt, response)], 1, len(prompt) + len(response))
+      total -= jnp.sum(row_logprobs(policy.model, params, rows, 1.0)[0][0, len(prompt) :])
+    return total / sum(len(response) for _, response in batch)
+
+  expected = jax.grad(loss)(policy.params)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), results[0], expected)
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 4), (3, 4), (4, 4)])
+def test_every_epoch_has_every_row_at_most_once_in_another_order(count, size):
+  rows = [Demonstration([i], [i]) for i in range(count)]
+  stream = supervised.batches(rows, size, seed=1)
+  each = max(count // size, 1)
+  epochs = [[row.prompt[0] for _ in range(each) for row in next(stream)] for _ in range(3)]
+  for epoch in epochs:
+    assert len(set(epoch)) == len(epoch) == each * min(size, count)
+  assert epochs[0] != epochs[1]
+  again = supervised.batches(rows, size, seed=1)
+  assert [row.prompt[0] for _ in range(each) for row in next(again)] == epochs[0]
+
+
+def config(path=""):
+  c = configs.default()
+  c.compilation_cache = ""
+  c.model.embed_dim, c.model.mlp_dim, c.model.num_layers, c.model.num_heads, c.model.head_dim = 16, 32, 1, 2, 8
+  c.data.instruction, c.data.prompt_limit, c.rollout.max_response_length = "", 14, 32
+  c.training.micro_batch_rows = 4
+  c.warm_start.steps, c.warm_start.batch_size, c.warm_start.path = 6, 8, str(path)
+  c.log.checkpoint_every, c.log.keep_checkpoints = 2, 10
+  return c
+
+
+ROWS = [{"question": f"{i}+{i}", "response": f"<think>{i}</think><answer> {2 * i} </answer>"} for i in range(12)]
+
+
+def write(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def losses(workdir):
+  return [json.loads(line)["sft/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_program_learns_from_a_file_and_goes_on_where_it_stopped(tmp_path):
+  path = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "1" * 30, "response": "x"}])
+  program.sft(config(path), tmp_path / "whole")
+  whole = losses(tmp_path / "whole")
+  assert len(whole) == 6
+  assert whole[-1] < whole[0]
+  code = (
+    "import sys; sys.path.insert(0, '.'); from tests.training.test_supervised import *\n"
+    f"program.sft(config({str(path)!r}), pathlib.Path({str(tmp_path / 'killed')!r}))"
+  )
+  process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+  deadline = time.monotonic() + 120
+  while not (tmp_path / "killed/checkpoints/2").exists():
+    assert process.poll() is None
+    assert time.monotonic() < deadline
+    time.sleep(0.01)
+  process.kill()
+  process.wait()
+  program.sft(config(path), tmp_path / "killed")
+  assert losses(tmp_path / "killed") == whole
+
+
+def test_messages_as_prompts_and_parquet(tmp_path):
+  pa = pytest.importorskip("pyarrow")
+  messages = [[{"role": "user", "content": row["question"]}] for row in ROWS]
+  table = pa.table({"prompt": messages, "completion": [row["response"] for row in ROWS]})
+  pa.parquet.write_table(table, tmp_path / "rows.parquet")
+  c = config(tmp_path / "rows.parquet")
+  tokenizer = program.load_policy(c).tokenizer
+  plain = supervised.load(config(write(tmp_path / "rows.jsonl", ROWS)), tokenizer)
+  assert supervised.load(c, tokenizer) == plain
+  prompt, response = plain[1]
+  assert tokenizer.decode(prompt) == "<q>1+1<a>"
+  assert tokenizer.decode(response) == "<think>1</think><answer> 2 </answer><end>"
+
+
+@pytest.mark.parametrize(
+  ("rows", "said"),
+  [
+    ([{"question": "1", "answer": "2"}], "expected a column response or completion or output"),
+    ([{"question": "1", "response": " "}], "row 1, column response: expected non-empty text"),
+    (
+      [{"question": "1" * 30, "response": "x"}],
+      "none of 1 rows is left: 1 prompts are over config.data.prompt_limit",
+    ),
+    ([{"question": "1", "response": "x" * 40}], "1 responses over config.rollout.max_response_length 32"),
+    ([], "expected at least one row"),
+  ],
+)
+def test_rows_that_cannot_be_used(tmp_path, rows, said):
+  path = write(tmp_path / "rows.jsonl", rows)
+  with pytest.raises(InputError) as error:
+    program.sft(config(path), tmp_path / "run")
+  assert said in str(error.value)
+  assert str(path) in str(error.value)
+  assert not list((tmp_path / "run").iterdir())
+
+
+def test_steps_are_needed(tmp_path):
+  c = config()
+  c.warm_start.steps = 0
+  with pytest.raises(InputError, match=r"config\.warm_start\.steps: 0"):
+    program.sft(c, tmp_path)
