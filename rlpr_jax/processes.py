@@ -47,14 +47,23 @@ def start() -> None:
   if _PROCESSES.value and _PROCESS.value is not None and _PROCESS.value >= _PROCESSES.value:
     raise InputError(f"--process: {_PROCESS.value}, expected a number under --processes {_PROCESSES.value}")
   try:
-    jax.distributed.initialize(
-      _COORDINATOR.value, _PROCESSES.value, _PROCESS.value, heartbeat_timeout_seconds=_HEARTBEAT
-    )
+    jax.distributed.initialize(_COORDINATOR.value, **_own_place(os.environ), heartbeat_timeout_seconds=_HEARTBEAT)
   except (RuntimeError, ValueError) as error:
     raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
   if jax.process_index():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _own_place(environment: Mapping[str, str]) -> dict[str, Any]:
+  """What is given of this process's place among the others, or None where jax is to find out."""
+  given = {"num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
+  # jax knows Open MPI by a variable of its version 4. Later ones tell no address, which has to be given.
+  if "OMPI_COMM_WORLD_SIZE" in environment and _COORDINATOR.value and not any(given.values()):
+    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    count, index, local = (int(environment[name]) for name in names)
+    return {"num_processes": count, "process_id": index, "local_device_ids": [local]}
+  return given
 
 
 @contextlib.contextmanager

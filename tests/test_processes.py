@@ -191,6 +191,53 @@ def test_what_is_announced(environment, expected):
   assert processes.announced(environment) is expected
 
 
+SLURM = {
+  "SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2",
+  "SLURM_PROCID": "{i}", "SLURM_LOCALID": "{i}", "SLURM_STEP_NUM_NODES": "1",
+}  # fmt: skip
+OPEN_MPI_5 = {
+  "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "{i}", "OMPI_COMM_WORLD_LOCAL_RANK": "{i}",
+}  # fmt: skip
+OPEN_MPI_4 = OPEN_MPI_5 | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.0.0.1:34911"}
+MEET = """
+import sys
+from absl import flags
+from rlpr_jax import processes
+flags.FLAGS(sys.argv)
+processes.start()
+import jax, numpy as np
+me = jax.process_index()
+rows = processes.gather({"x": np.full(len(processes.share(range(3))), me, np.int32)}, 3)["x"].tolist()
+print(me, jax.process_count(), processes.any_of(me == 1), processes.any_of(False), rows, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+  ("variables", "arguments"),
+  [
+    (SLURM, []),
+    pytest.param(OPEN_MPI_4, [], marks=pytest.mark.slow),
+    pytest.param(OPEN_MPI_5, ["--coordinator=localhost:45671"], marks=pytest.mark.slow),
+  ],
+  ids=["slurm", "open mpi 4", "open mpi 5"],
+)
+def test_processes_meet_by_what_the_cluster_says(variables, arguments):
+  """With the variables that srun and mpirun set; both processes on this machine."""
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", MEET, *arguments],
+      env=os.environ | {"PYTHONPATH": str(ROOT)} | {name: x.format(i=i) for name, x in variables.items()},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  for i, process in enumerate(pair):
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"{i} 2 True False [0, 0, 1]" in err
+
+
 def test_flags_that_do_not_fit(recipe, tmp_path):
   command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
   for arguments, said in (

@@ -1,0 +1,89 @@
+"""Runs that are killed again and again, and runs whose updates break: nothing is lost, written twice or half done."""
+
+import contextlib
+import random
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax import train as training_program
+from rlpr_jax.errors import InputError
+from rlpr_jax.training.policy import initial_params, load_policy
+from tests.test_train import RECIPE, final_state, rows, start, timeless, tiny
+
+
+def test_updates_that_are_not_finite_are_left_out_and_end_the_run(tmp_path, monkeypatch):
+  """From the second step on, every gradient is NaN: the run stops with the batch on disk and the state before it."""
+  config, honest, calls = tiny(), training_program.update, []
+  config.warm_start.steps, config.evaluation.prompts, config.training.minibatches = 0, 0, 2
+  config.guards.max_skipped = 3
+
+  def broken(model, optimizer, frozen, params, opt_state, part, settings):
+    calls.append(part)
+    if len(calls) > 2:
+      part = part._replace(advantages=part.advantages * np.float32(np.nan))
+    return honest(model, optimizer, frozen, params, opt_state, part, settings)
+
+  monkeypatch.setattr(training_program, "update", broken)
+  with pytest.raises(InputError, match=r"^stopped after step 3, which is saved: .* in a row .*step_000003.*npz"):
+    training_program.train(config, tmp_path)
+  found = rows(tmp_path)
+  assert [row["step"] for row in found] == [1, 2, 3]
+  assert [row["update/skipped"] for row in found] == [0, 2, 2]
+  assert "update/loss" in found[0]
+  assert "update/loss" not in found[1]
+  assert all(np.isfinite(value) for row in found for value in row.values())
+  files = sorted(path.name for path in (tmp_path / "failed").iterdir())
+  assert files == [f"step_00000{step}_update_{i}.npz" for step in (2, 3) for i in (0, 1)]
+  assert np.load(tmp_path / "failed" / files[0])["tokens"].size > 0
+
+  state = final_state(tmp_path, config)
+  assert state.step == 3
+  start_params = initial_params(config, load_policy(config))
+  leaves = list(zip(jax.tree.leaves(state.params), jax.tree.leaves(start_params), strict=True))
+  assert all(np.isfinite(x).all() for x, _ in leaves)
+  assert any(not np.array_equal(x, y) for x, y in leaves)  # the first step's
+  (adam,) = [part for part in state.opt_state[1] if hasattr(part, "mu")]
+  assert int(adam.count) == 2
+
+
+STEPS, KILLS = 160, 20
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(tmp_path):
+  """Bit for bit: parameters, optimiser, filter, carried prompts, metrics and rollouts of an undisturbed run."""
+  recipe = tmp_path / "tiny.py"
+  recipe.write_text(RECIPE)
+  overrides = {"steps": STEPS, "evaluation.every": 8, "log.checkpoint_every": 3, "log.keep_checkpoints": 2}
+  config = tiny()
+  config.update_from_flattened_dict(overrides)
+  training_program.train(config, tmp_path / "whole")
+
+  rng, workdir, seen = random.Random(0), tmp_path / "killed", []
+  arguments = [f"--config.{name}={value}" for name, value in overrides.items()]
+  kills = 0
+  while kills < KILLS:
+    process = start(recipe, workdir, *arguments)
+    for line in process.stdout:
+      if line.startswith(("step ", "baselines")):
+        break
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(rng.uniform(0, 0.6))
+    assert process.poll() is None, f"it was over after {kills} kills: {process.stderr.read()}"
+    process.kill()
+    process.communicate()
+    kills += 1
+    seen.append(len(rows(workdir)) if (workdir / "metrics.jsonl").exists() else 0)
+  assert len(set(seen)) > 5, "killed too early each time to show anything"
+  training_program.train(config, workdir)
+
+  assert timeless(workdir) == timeless(tmp_path / "whole")
+  assert [row["step"] for row in rows(workdir)] == list(range(STEPS + 1))
+  ours, theirs = (jax.tree.leaves(final_state(path, config)) for path in (workdir, tmp_path / "whole"))
+  for x, y in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(x, y)
+  for file in sorted((tmp_path / "whole/rollouts").iterdir()):
+    assert (workdir / "rollouts" / file.name).read_text() == file.read_text()
