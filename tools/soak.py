@@ -1,0 +1,158 @@
+"""A run that everything happens to, beside the same run undisturbed: `python tools/soak.py --workdir=DIR`.
+
+The quickstart's recipe for `--steps` steps. One run is left alone. The other lies on a disk of its own (a tmpfs, where
+one may be mounted; `umount` it in the end). It meets, at random moments and in turns: kill -9, SIGTERM, a kill with the
+newest checkpoint cut in half, and a disk that cannot be written for a while; and one reward in a hundred is NaN. After
+each end the same command is given again. In the end both accuracies and the memory of the longest stretch are printed.
+"""
+
+import itertools
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import app, flags
+
+ROOT = pathlib.Path(__file__).parents[1]
+_WORKDIR = flags.DEFINE_string("workdir", None, "New directory.", required=True)
+_STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.")
+_EVERY = flags.DEFINE_integer("every", 60, "Seconds between two faults, in the mean.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
+_CHILD = flags.DEFINE_bool("child", False, "Be the run with NaN rewards; what this program starts.")
+
+
+def child(workdir: pathlib.Path) -> None:
+  """The recipe with one reward in a hundred NaN."""
+  from rlpr_jax import train
+  from rlpr_jax.training.reward import RewardSettings, assess
+
+  config = recipe()
+  settings, rng = RewardSettings.of(config.reward), np.random.default_rng(time.time_ns())
+
+  def reward(evidence, texts, prompts):
+    total = np.array(assess(evidence, settings).total)
+    return np.where(rng.random(total.shape) < 0.01, np.nan, total)
+
+  train.train(config, workdir, reward)
+
+
+def recipe():
+  sys.path.insert(0, str(ROOT))
+  from configs import quickstart
+
+  config = quickstart.get_config()
+  config.steps, config.evaluation.every, config.log.checkpoint_every = _STEPS.value, 50, 5
+  config.log.retry_seconds = 120.0
+  return config
+
+
+def start(workdir: pathlib.Path, faults: bool) -> subprocess.Popen:
+  command = [sys.executable, __file__, f"--workdir={workdir}", "--child", f"--steps={_STEPS.value}"]
+  if not faults:
+    overrides = {"steps": _STEPS.value, "evaluation.every": 50, "log.checkpoint_every": 5}
+    command = [sys.executable, "-m", "rlpr_jax.train", f"--workdir={workdir}"]
+    command += [f"--config.{name}={value}" for name, value in overrides.items()]
+  log = workdir.with_suffix(".log").open("a")
+  return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def resident_mib(process: subprocess.Popen) -> float:
+  text = pathlib.Path(f"/proc/{process.pid}/status").read_text()
+  return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("RssAnon"))
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+  path = workdir / "metrics.jsonl"
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait(process: subprocess.Popen, seconds: float, memory: list[float]) -> bool:
+  """Whether the process is over by then; its memory is written down each second."""
+  end = time.monotonic() + seconds
+  while time.monotonic() < end:
+    try:
+      process.wait(1)
+      return True
+    except subprocess.TimeoutExpired:
+      memory.append(resident_mib(process))
+  return False
+
+
+def damage(workdir: pathlib.Path) -> None:
+  """Cuts the newest checkpoint's largest file in half."""
+  steps = sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+  files = (path for path in (workdir / "checkpoints" / str(steps[-1])).rglob("*") if path.is_file())
+  largest = max(files, key=lambda path: path.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def remount(workdir: pathlib.Path, how: str) -> bool:
+  return subprocess.run(["mount", "-o", f"remount,{how}", workdir], capture_output=True).returncode == 0
+
+
+def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
+  """The run with faults, to its end; how many of each there were, and the memory of the longest stretch."""
+  rng, counts, longest = random.Random(_SEED.value), dict.fromkeys(("kill", "term", "damage", "disk"), 0), []
+  mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", workdir]
+  mounted = subprocess.run(mount, capture_output=True).returncode == 0
+  for fault in itertools.cycle(counts if mounted else ("kill", "term", "damage")):
+    process, memory = start(workdir, faults=True), []
+    begun = len(rows(workdir))
+    while len(rows(workdir)) <= begun and process.poll() is None:  # let each stretch come a step further
+      time.sleep(0.5)
+    over = wait(process, rng.uniform(0.2, 1.8) * _EVERY.value, memory)
+    if not over and fault == "disk":
+      remount(workdir, "ro")
+      over = wait(process, rng.uniform(5, 30), memory)
+      remount(workdir, "rw")
+      counts[fault] += 1
+      over = over or wait(process, 20, memory)
+    if not over:
+      if fault == "damage":
+        process.kill()
+        process.wait()
+        damage(workdir)
+      else:
+        process.send_signal(signal.SIGKILL if fault in ("kill", "disk") else signal.SIGTERM)
+      counts[fault] += fault != "disk"
+    status = process.wait()
+    longest = max(longest, memory, key=len)
+    done = rows(workdir)[-1]["step"] if rows(workdir) else 0
+    print(f"{fault}: status {status}, {done} of {_STEPS.value} steps, {counts}", flush=True)
+    if status == 0 and done == _STEPS.value:
+      return counts, longest
+  raise AssertionError("the faults never end")
+
+
+def main(argv: list[str]) -> None:
+  workdir = pathlib.Path(_WORKDIR.value)
+  if _CHILD.value:
+    child(workdir)
+    return
+  alone, other = workdir / "alone", workdir / "disturbed"
+  for directory in (alone, other):
+    directory.mkdir(parents=True)
+  memory: list[float] = []
+  process = start(alone, faults=False)
+  while not wait(process, 60, memory):
+    print(f"alone: {len(rows(alone))} of {_STEPS.value} steps", flush=True)
+  if process.returncode:
+    raise SystemExit(f"the undisturbed run ended with status {process.returncode}: {alone.with_suffix('.log')}")
+  counts, stretch = disturbed(other)
+  for name, directory, mib in (("alone", alone, memory), ("disturbed", other, stretch)):
+    accuracy = {row["step"]: row["held_out/accuracy"] for row in rows(directory) if "held_out/accuracy" in row}
+    steps = [row["step"] for row in rows(directory)]
+    assert steps == list(range(len(steps))), "a step was lost or written twice"
+    quarter = len(mib) // 4
+    flat = f"{np.median(mib[quarter : 2 * quarter]):.0f} to {np.median(mib[-quarter:]):.0f} MiB" if quarter else "-"
+    print(f"{name}: accuracy {accuracy}, memory from the second quarter to the last {flat} ({len(mib)} s)")
+  print(f"faults: {counts}, prompts dropped for NaN: {sum(row.get('reward/not_finite', 0) for row in rows(other))}")
+
+
+if __name__ == "__main__":
+  app.run(main)
