@@ -12,11 +12,20 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import grpo
+from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Groups, PackedRows
-from rlpr_jax.training.update import UpdateSettings, adamw, loss, reference_logprobs, row_logprobs, update
+from rlpr_jax.training.update import (
+  UpdateSettings,
+  adamw,
+  learning_rate,
+  loss,
+  reference_logprobs,
+  row_logprobs,
+  update,
+)
 
 PROMPT, RESPONSE, SAMPLES = 6, 7, 2  # tokens of a padded prompt, of a response; responses to a prompt
 TEMPERATURE = 0.8
@@ -163,6 +172,28 @@ def test_adamw_is_the_papers():
   steps, _ = optimizer.update(gradient, optimizer.init(params), params)
   expected = [-1e-2 * (sign + 0.1 * w) for sign, w in ((1, 2.0), (-1, -3.0))]
   np.testing.assert_allclose(steps["w"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ("schedule", "warmup", "expected"),
+  [
+    ("constant", 0, [2.0] * 9),
+    ("constant", 4, [0.0, 0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 2.0, 2.0]),
+    ("linear", 0, [2.0, 1.75, 1.5, 1.25, 1.0, 0.75, 0.5, 0.25, 0.0]),
+    ("linear", 4, [0.0, 0.5, 1.0, 1.5, 2.0, 1.5, 1.0, 0.5, 0.0]),
+    ("cosine", 0, [1 + math.cos(math.pi * i / 8) for i in range(9)]),
+    ("cosine", 4, [0.0, 0.5, 1.0, 1.5] + [1 + math.cos(math.pi * i / 4) for i in range(5)]),
+  ],
+)
+def test_learning_rates_by_hand(schedule, warmup, expected):
+  rate = learning_rate(2.0, schedule, warmup, total=8)
+  found = [float(rate(i)) if callable(rate) else rate for i in range(9)]
+  assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_warmup_without_end_is_refused():
+  with pytest.raises(InputError, match=r"config\.training\.warmup_steps: 8 of 8"):
+    learning_rate(1e-3, "constant", 8, total=8)
 
 
 def test_an_update_of_a_millionth_is_not_lost(policy, groups):
