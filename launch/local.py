@@ -24,7 +24,11 @@ def main(argv: list[str]) -> None:
     port = probe.getsockname()[1]
   count = _PROCESSES.value
   common = [sys.executable, "-m", _MODULE.value, f"--coordinator=localhost:{port}", f"--processes={count}"]
-  started = [subprocess.Popen([*common, f"--process={index}", *argv[1:]]) for index in range(count)]
+  started = [
+    # A session of its own each: a terminal's Ctrl-C would reach them a second time.
+    subprocess.Popen([*common, f"--process={index}", *argv[1:]], start_new_session=True)
+    for index in range(count)
+  ]
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: [process.send_signal(number) for process in started])
   sys.exit(watch(started))

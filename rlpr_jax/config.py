@@ -241,6 +241,7 @@ def validate(config: ConfigDict) -> None:
   _expect(config, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
   _expect(config, "reward.rule_weight", lambda value: 0 <= value <= 1, "between 0 and 1")
   _expect(config, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
+  _expect(config, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
   _expect(config, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
   check_reward("config.reward", reward.RewardSettings.of(config.reward), config.reward.verifier)
   names = set()

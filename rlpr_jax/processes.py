@@ -22,7 +22,7 @@ from rlpr_jax.errors import USAGE, InputError
 T = TypeVar("T")
 
 _DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Many processes, as the TPU pod, Slurm or Open MPI says; not needed where variables are set."
+  "distributed", False, "Many processes, as jax finds out: needed on Cloud TPU VMs, not under GKE, Slurm or Open MPI."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
@@ -83,10 +83,11 @@ def end_together() -> Iterator[None]:
 
 
 def announced(environment: Mapping[str, str]) -> bool:
-  """Whether the environment was set up for more than one process: by srun, mpirun, or a TPU pod's workers."""
-  counts = [environment.get(name, "1") for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")]
-  workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
-  return len(workers) > 1 or any(count.isdigit() and int(count) > 1 for count in counts)
+  """Whether the environment was set up for more than one process: by srun, mpirun, or GKE's TPU workers."""
+  names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
+  counts = [environment.get(name, "1") for name in names]
+  workers = [environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")]
+  return any("," in names for names in workers) or any(count.isdigit() and int(count) > 1 for count in counts)
 
 
 def is_first() -> bool:

@@ -8,7 +8,6 @@ when the same command is given again.
 import pathlib
 import time
 
-import jax
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
@@ -18,6 +17,7 @@ from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics, supervised
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.policy import abstract_opt_state, init_opt_state, initial_params, load_policy
+from rlpr_jax.training.setup import check_lengths, check_rows
 from rlpr_jax.training.state import Checkpoints, OnDisk
 from rlpr_jax.training.supervised import SupervisedState
 
@@ -29,6 +29,8 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
   if not settings.steps:
     raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
   policy = load_policy(config)
+  check_rows(config, policy.sharding)
+  check_lengths(config, policy.config.max_length)
   demonstrations = supervised.load(config, policy.tokenizer)
   if processes.is_first():
     write_atomically(workdir / "config.json", configs.to_json(config))
@@ -53,7 +55,6 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _steps(config, policy, state, demonstrations, checkpoints, writer, stop) -> SupervisedState:
   total, progress, since = config.warm_start.steps, metrics.Progress("supervised, step"), time.perf_counter()
   for state, losses in supervised.steps(config, policy, state, demonstrations):  # noqa: B020
-    losses = jax.device_get(losses)
     now, since = time.perf_counter() - since, time.perf_counter()
     values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
     writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})

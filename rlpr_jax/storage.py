@@ -1,6 +1,5 @@
 """Writing to disks that may be full, unwritable or gone for a while."""
 
-import contextlib
 import os
 import pathlib
 import sys
@@ -12,6 +11,7 @@ import tenacity
 from rlpr_jax.errors import InputError
 
 T = TypeVar("T")
+_LONGEST_LINE = 2**20  # bytes
 
 
 def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
@@ -61,14 +61,12 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
 
 
 def append(path: pathlib.Path, line: str) -> None:
-  """Appends a line; it is on disk when this returns, and no part of it is there when this fails."""
-  size = path.stat().st_size if path.exists() else 0
-  try:
-    with path.open("a") as file:
-      file.write(line + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-  except OSError:
-    with contextlib.suppress(OSError):
-      os.truncate(path, size)
-    raise
+  """Appends a line; it is on disk when this returns. Part of a line that failed before is taken back first."""
+  with path.open("ab+") as file:
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(end - _LONGEST_LINE, 0))
+    tail = file.read()
+    file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+    file.write(line.encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())

@@ -41,14 +41,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
     custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence.
   """
   entry.begin(config, workdir)
-  run = set_up(config, custom_reward)
-  if processes.is_first():
-    write_atomically(workdir / "config.json", configs.to_json(config))
-
-  checkpoints = Checkpoints(
-    workdir, config.log, functools.partial(split, carried_limit=config.rollout.prompts_per_draw), join
-  )
   with StopRequest() as stop:
+    run = set_up(config, custom_reward)
+    if processes.is_first():
+      write_atomically(workdir / "config.json", configs.to_json(config))
+    to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
+    checkpoints = Checkpoints(workdir, config.log, to_disk, join)
     state = checkpoints.restore(abstract_state(run))
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
     if state is None:
@@ -56,15 +54,29 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
       if state:
         checkpoints.save(state, writer.rows[-1].get(ACCURACY) if writer.rows else None)
     else:
-      print(f"resumed after step {state.step} of {config.steps}", flush=True)
-      if state.step < config.steps:
-        run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
+      resume(run, state, writer, stop)
     if state:
       state = train_steps(run, state, workdir, checkpoints, writer, stop)
     checkpoints.close()
     writer.close()
   if processes.is_first():
     finish(config, workdir, state)
+
+
+def resume(run: Run, state: TrainState, writer: metrics.MetricsWriter, stop: StopRequest) -> None:
+  """What a run that goes on begins with: programs, and the evaluation that a stop may have cut short."""
+  print(f"resumed after step {state.step} of {run.config.steps}", flush=True)
+  if state.step < run.config.steps:
+    run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
+  if writer.rows and is_measured(run.config, state.step) and ACCURACY not in writer.rows[-1]:
+    with contextlib.suppress(StoppedError):
+      writer.amend(evaluate(run, state.params, state.step, stop))
+
+
+def is_measured(config: ConfigDict, step: int) -> bool:
+  """Whether the policy is evaluated after this step."""
+  every = config.evaluation.every
+  return step == config.steps or (every > 0 and step % every == 0)
 
 
 def train_steps(
@@ -96,8 +108,7 @@ def train_steps(
 
     # Look at it and write it down.
     values = harvest.values | values
-    last, every = state.step == config.steps, config.evaluation.every
-    if last or (every and state.step % every == 0):
+    if is_measured(config, state.step):
       with contextlib.suppress(StoppedError):
         values |= evaluate(run, state.params, state.step, stop)
     values["seconds/step"] = time.perf_counter() - started
@@ -111,7 +122,7 @@ def train_steps(
     trouble, why_stop = watch.look(state.step, writer.rows, minibatches, losses)
     stopping, accuracy = processes.any_of(stop), values.get(ACCURACY)
     measured = accuracy is not None and config.log.keep_best > 0
-    if last or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
+    if state.step == config.steps or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
       checkpoints.save(state, accuracy)
     if why_stop:
       checkpoints.wait()

@@ -16,6 +16,7 @@ import pytest
 from rlpr_jax import config as configs
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
+from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training.policy import initial_params, load_policy
 from rlpr_jax.training.setup import abstract_state, set_up
 from rlpr_jax.training.state import Checkpoints, join, split
@@ -186,6 +187,22 @@ def test_signal_in_the_warm_start_leaves_nothing_half_done(recipe, tmp_path):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(whole_run, tmp_path, monkeypatch):
+  honest = training_program.evaluate
+
+  def cut_short(run, params, step, stop):
+    if step == 6:
+      raise StoppedError
+    return honest(run, params, step, stop)
+
+  monkeypatch.setattr(training_program, "evaluate", cut_short)
+  training_program.train(tiny(), tmp_path)
+  assert "held_out/accuracy" not in rows(tmp_path)[-1]
+  monkeypatch.undo()
+  training_program.train(tiny(), tmp_path)
+  assert timeless(tmp_path) == timeless(whole_run)
+
+
 def test_finished_run_goes_on_when_steps_are_raised(whole_run, tmp_path):
   config = tiny()
   config.steps = 4
@@ -251,6 +268,7 @@ def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_
       30,
       "config.training.row_length: 30, expected 0 or room for the longest sequence, 46 tokens",
     ),
+    ("training.warmup_steps", 6, "config.training.warmup_steps: 6, expected fewer than config.steps"),
     ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, rule"),
     ("reward.shaping", "threshold_x", "config.reward.shaping"),
     ("filter.alpha", 0.0, "config.filter.alpha"),

@@ -101,7 +101,11 @@ def draw_once(
     rollouts = score_again(run, scorer_params(run, state), my_prompts, rollouts)
   baselines = newest_baselines(run, state, params, prompts)
   evidence = gather_evidence(config, mine, rollouts, baselines[[prompt.row for prompt in my_prompts]])
-  custom = run.custom_reward and np.asarray(run.custom_reward(evidence, rollouts.texts, my_prompts), np.float32)
+  custom = None
+  if run.custom_reward is not None:
+    custom = np.zeros(evidence.formats.shape, np.float32)
+    if mine:
+      custom[:] = run.custom_reward(evidence, rollouts.texts, my_prompts)
   evidence, custom = processes.gather((evidence, custom), len(prompts))
   rollouts = gather_rollouts(rollouts, len(prompts), config.samples_per_prompt)
   parts = jax.device_get(assess(evidence, run.reward))

@@ -1,5 +1,6 @@
 """What goes wrong in long runs, seen in the metrics; and batches that are not finite, kept for a look at them."""
 
+import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlpr_jax import processes
-from rlpr_jax.storage import persist
+from rlpr_jax.storage import persist, write_atomically
 from rlpr_jax.training.packing import PackedRows
 
 
@@ -88,5 +89,7 @@ class Watch:
 def dump(path: pathlib.Path, rows: PackedRows) -> None:
   """Writes a minibatch as an .npz with the fields of `PackedRows`, those of the rows in use."""
   used = np.any(rows.segment_ids > 0, axis=1)
+  content = io.BytesIO()
+  np.savez_compressed(content, **{field: x[used] for field, x in rows._asdict().items() if isinstance(x, np.ndarray)})
   path.parent.mkdir(exist_ok=True)
-  np.savez_compressed(path, **{field: x[used] for field, x in rows._asdict().items() if isinstance(x, np.ndarray)})
+  write_atomically(path, content.getvalue())

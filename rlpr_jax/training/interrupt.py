@@ -1,6 +1,8 @@
 """Stopping with nothing lost: a step that samples is given up, one that updates is finished."""
 
+import os
 import signal
+import sys
 
 
 class StopRequest:
@@ -23,4 +25,5 @@ class StopRequest:
   def _ask(self, number: int, _: object) -> None:
     self._asked = True
     signal.signal(number, self._previous[number])
-    print(f"\n{signal.Signals(number).name}: saving what is done, then stopping", flush=True)
+    # Not by print, which may be what the signal came into.
+    os.write(sys.stdout.fileno(), f"\n{signal.Signals(number).name}: saving what is done, then stopping\n".encode())

@@ -47,9 +47,7 @@ class MetricsWriter:
     self.rows = read(self._path, resume_after)  # all that is written, on every process
     if processes.is_first():
       self._rollouts.mkdir(exist_ok=True)
-      self._persist(
-        self._path, lambda: write_atomically(self._path, "".join(f"{json.dumps(row)}\n" for row in self.rows))
-      )
+      self._rewrite()
       for file in self._rollouts.glob("step_*.jsonl"):
         if int(file.stem.removeprefix("step_")) > resume_after:
           file.unlink()
@@ -61,9 +59,23 @@ class MetricsWriter:
     self.rows.append({"step": step, **values})
     if processes.is_first():
       self._persist(self._path, lambda: append(self._path, json.dumps(self.rows[-1])))
-      scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-      summary = summary_pb2.Summary(value=scalars)
-      self._persist(self._directory, lambda: self._to_tensorboard(step=step, summary=summary))
+      self._scalars(step, values)
+
+  def amend(self, values: dict[str, float]) -> None:
+    """Adds to the last row."""
+    self.rows[-1] |= values
+    if processes.is_first():
+      self._rewrite()
+      self._scalars(self.rows[-1]["step"], values)
+
+  def _rewrite(self) -> None:
+    text = "".join(f"{json.dumps(row)}\n" for row in self.rows)
+    self._persist(self._path, lambda: write_atomically(self._path, text))
+
+  def _scalars(self, step: int, values: dict[str, float]) -> None:
+    scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    summary = summary_pb2.Summary(value=scalars)
+    self._persist(self._directory, lambda: self._to_tensorboard(step=step, summary=summary))
 
   def write_rollouts(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
     if processes.is_first():

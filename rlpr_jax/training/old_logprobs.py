@@ -44,6 +44,8 @@ def settle(groups: Groups, trainer: Trainer, choice: str, limit: float) -> tuple
     return groups, {}
   found = trainer_logprobs(groups, trainer, everything=choice == "trainer")
   metrics = gap(groups.logprobs, found)
+  if not metrics:  # a policy that is not finite; the update will say so
+    return groups, {}
   recomputed = choice == "trainer" or (choice == "auto" and not metrics["mean"] <= limit)
   if recomputed:
     if choice == "auto":
@@ -53,8 +55,10 @@ def settle(groups: Groups, trainer: Trainer, choice: str, limit: float) -> tuple
 
 
 def gap(sampler: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
-  """How far two sets of log-probabilities are apart, where the second is known (not NaN)."""
+  """How far two sets of log-probabilities are apart, where the second is known (not NaN); nothing if it never is."""
   known = ~np.isnan(trainer)
+  if not known.any():
+    return {}
   apart = np.abs(np.expm1(trainer[known].astype(np.float64) - sampler[known]))
   return {
     "mean": float(apart.mean()),

@@ -57,7 +57,8 @@ class Evidence(NamedTuple):
   noise: Float[Array, "P G"]  # uniform in [0, 1)
 
 
-# A reward of the user's own: the evidence, the responses' texts [P * G] and the prompts -> rewards [P, G].
+# A reward of the user's own: the evidence, the responses' texts [P * G] and the prompts -> rewards [P, G]. Of many
+# processes each asks it about its share of the prompts.
 CustomReward = Callable[[Evidence, Sequence[str], Sequence[Prompt]], np.ndarray]
 
 

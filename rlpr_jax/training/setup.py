@@ -20,6 +20,7 @@ from rlpr_jax.evaluation import held_out
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Shapes, StoppedError
+from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import metrics, supervised
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Answers, Groups
@@ -53,7 +54,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   """Model, tokenizer and data, with everything checked before anything compiles."""
   policy = load_policy(config)
   shares = jax.process_count()
-  check_rows(config, policy.sharding.ways("batch"))
+  check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
   tokenizer = policy.tokenizer
   splicing.check_tokenizer(tokenizer)
@@ -83,9 +84,8 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   )
   training = config.training
   updates = training.minibatches * training.epochs_per_step  # of a training step
-  rate = learning_rate(
-    training.learning_rate, training.schedule, training.warmup_steps * updates, max(config.steps, 1) * updates
-  )
+  steps = max(config.steps, training.warmup_steps + 1)  # of 0 steps, which a warm start alone has, no rate is taken
+  rate = learning_rate(training.learning_rate, training.schedule, training.warmup_steps * updates, steps * updates)
   optimizer = adamw(rate, training.weight_decay, training.max_grad_norm)
   settings = config.filter.to_dict()
   del settings["source_scales"]
@@ -104,17 +104,15 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   )
 
 
-def check_rows(config: ConfigDict, ways: int) -> None:
-  """Batches must divide evenly among the parts into which the mesh splits them."""
-  rows = {
-    "rollout.slots": config.rollout.slots,
-    "rollout.prefill_prompts": config.rollout.prefill_prompts,
-    "rollout.score_rows": config.rollout.score_rows,
-    "training.micro_batch_rows": config.training.micro_batch_rows,
-  }
-  for field, count in rows.items():
-    if count % ways:
-      raise InputError(f"config.{field}: {count} rows, expected a multiple of the {ways} parts of config.mesh")
+def check_rows(config: ConfigDict, where: Sharding) -> None:
+  """Rows must divide evenly among the parts into which the mesh splits them, of all devices and of each process."""
+  rows = {name: config.rollout[name] for name in ("slots", "prefill_prompts", "score_rows")}
+  ways = where.own().ways("batch") * jax.process_count()
+  rows = {f"rollout.{name}": (count, ways) for name, count in rows.items()}
+  rows["training.micro_batch_rows"] = (config.training.micro_batch_rows, where.ways("batch"))
+  for field, (count, parts) in rows.items():
+    if count % parts:
+      raise InputError(f"config.{field}: {count} rows, expected a multiple of the {parts} parts of config.mesh")
 
 
 def check_lengths(config: ConfigDict, max_length: int | None) -> None:

@@ -1,6 +1,5 @@
 """Everything a run needs to go on where it stopped, and its checkpoints."""
 
-import itertools
 import pathlib
 import shutil
 import sys
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
+import tenacity
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from rlpr_jax import processes
 from rlpr_jax.errors import InputError
 from rlpr_jax.filtering import FilterState
 from rlpr_jax.models import Params
@@ -24,7 +23,7 @@ from rlpr_jax.training.packing import Groups
 
 State = TypeVar("State")
 # What orbax and tensorstore make of a disk that is full, gone or damaged.
-_STORAGE_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
+_STORAGE_ERRORS = (OSError, ValueError, KeyError)
 
 
 class TrainState(NamedTuple):
@@ -92,7 +91,10 @@ class Checkpoints(Generic[State]):
           keep_checkpoints_without_metrics=False,
         )
       )
-    options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(policies))
+    # Only with a `best_fn` is the accuracy written, and known when the checkpoints are opened again.
+    options = ocp.CheckpointManagerOptions(
+      best_fn=lambda metrics: metrics["accuracy"], preservation_policy=AnyPreservationPolicy(policies)
+    )
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def latest(self) -> int | None:
@@ -105,7 +107,8 @@ class Checkpoints(Generic[State]):
       InputError: the storage did not take it for `log.retry_seconds`.
     """
     self.wait()
-    self._under_way = self._split(state), accuracy
+    params, arrays, host = self._split(state)
+    self._under_way = OnDisk(params, arrays, host | {"checksums": checksums((params, arrays))}), accuracy
     try:
       self._start_saving()
     except _STORAGE_ERRORS as error:
@@ -125,7 +128,6 @@ class Checkpoints(Generic[State]):
 
   def _start_saving(self) -> None:
     (params, arrays, host), accuracy = self._under_way
-    host = host | {"checksums": checksums((params, arrays))}
     self._manager.save(
       host["step"],
       args=ocp.args.Composite(
@@ -136,7 +138,12 @@ class Checkpoints(Generic[State]):
     )
 
   def _save_again(self, error: Exception) -> None:
-    """Writes the state under way until that succeeds, each time as a new program would."""
+    """Writes the state under way until that succeeds, each time as a new program would.
+
+    Of many processes only one may have failed, while the others wait for it: then the run ends.
+    """
+    if jax.process_count() > 1:
+      raise InputError(f"{self._directory}: cannot be written ({reason(error)})") from None
     step = self._under_way[0].host["step"]
     print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)
 
@@ -167,12 +174,14 @@ class Checkpoints(Generic[State]):
       try:
         state = self._restore_step(step, like)
       except InputError as error:
+        if jax.process_count() > 1:  # the others may have read their parts, and be further on
+          raise
         damaged.append(error)
-      if not processes.any_of(state is None):
-        self._put_aside(damaged, steps[: len(damaged)])
-        return state
-    if steps:
-      raise damaged[0] if damaged else InputError(f"{self._directory}: cannot be read by another process")
+        continue
+      self._put_aside(damaged, steps[: len(damaged)])
+      return state
+    if damaged:
+      raise damaged[0]
     return None
 
   def _restore_step(self, step: int, like: State) -> State:
@@ -185,22 +194,18 @@ class Checkpoints(Generic[State]):
       host=ocp.args.JsonRestore(),
     )
     params, arrays, host = restored["params"], restored["arrays"], restored["host"]
-    if host.pop("checksums") != checksums((params, arrays)):  # orbax reads zeros where a file is missing
-      raise InputError(f"{self._directory}/{step}: cannot be read (the arrays are not those that were saved)")
+    _verify(f"{self._directory}/{step}", host.pop("checksums", None), (params, arrays))
     return self._join(params, arrays, host)
 
   def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
-    if not steps:
-      return
     aside = self._directory.with_name("damaged_checkpoints")
-    for error, step in itertools.zip_longest(damaged, steps):
-      print(f"{error or step}: put aside in {aside}, going on from the one before", file=sys.stderr, flush=True)
-      if processes.is_first():
-        aside.mkdir(exist_ok=True)
-        shutil.rmtree(aside / str(step), ignore_errors=True)
-        (self._directory / str(step)).rename(aside / str(step))
-    processes.any_of(False)  # not before it is done
-    self._open()
+    for error, step in zip(damaged, steps, strict=True):
+      print(f"{error}: put aside in {aside}, going on from the one before", file=sys.stderr, flush=True)
+      aside.mkdir(exist_ok=True)
+      shutil.rmtree(aside / str(step), ignore_errors=True)
+      (self._directory / str(step)).rename(aside / str(step))
+    if damaged:
+      self._open()
 
   def close(self) -> None:
     self.wait()
@@ -236,13 +241,28 @@ def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tup
     if chosen not in steps:
       there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
       raise InputError(f"{directory}: no checkpoint of step {chosen}, {there}")
-    restored = _restore(manager, chosen, params=ocp.args.StandardRestore(jax.tree.map(_abstract, like)))
-  return chosen, restored["params"]
+    params = ocp.args.StandardRestore(jax.tree.map(_abstract, like))
+    restored = _restore(manager, chosen, params=params, host=ocp.args.JsonRestore())
+  found, sums = restored["params"], restored["host"].get("checksums")
+  _verify(f"{directory}/{chosen}", sums and sums[: len(jax.tree.leaves(found))], found)
+  return chosen, found
+
+
+def _verify(name: str, expected: list[int] | None, tree: Any) -> None:
+  """Orbax reads zeros where a file is missing."""
+  if expected != checksums(tree):
+    raise InputError(f"{name}: cannot be read (the arrays are not those that were saved)")
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+  attempts = tenacity.Retrying(
+    retry=tenacity.retry_if_exception_type(_STORAGE_ERRORS),
+    wait=tenacity.wait_fixed(1),
+    stop=tenacity.stop_after_attempt(1 if jax.process_count() > 1 else 3),
+    reraise=True,
+  )
   try:
-    return manager.restore(step, args=ocp.args.Composite(**items))
+    return attempts(manager.restore, step, args=ocp.args.Composite(**items))
   except _STORAGE_ERRORS as error:
     raise InputError(f"{manager.directory}/{step}: cannot be read ({reason(error)})") from None
 

@@ -134,12 +134,15 @@ class SupervisedState(NamedTuple):
 
 def steps(
   config: ConfigDict, policy: Policy, state: SupervisedState, demonstrations: Sequence[Demonstration]
-) -> Iterator[tuple[SupervisedState, dict[str, jax.Array]]]:
+) -> Iterator[tuple[SupervisedState, dict[str, np.ndarray]]]:
   """The steps of `config.warm_start` that are left.
 
   Yields:
     the state, which the next step gives away, and the metrics of `update`; `answer_loss` is the mean of -log p, nats a
     token.
+
+  Raises:
+    InputError: so many updates in a row were not finite as `config.guards` bears.
   """
   settings = config.warm_start
   micro_batch_rows = config.training.micro_batch_rows or policy.sharding.ways("batch")
@@ -147,6 +150,7 @@ def steps(
   rows = -(-settings.batch_size // micro_batch_rows) * micro_batch_rows
   compiled = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows, sharding=policy.sharding)
   transform, stream = optimizer(settings), batches(demonstrations, settings.batch_size, config.seed)
+  skipped = 0
   for step in range(1, settings.steps + 1):
     batch = next(stream)
     if step <= state.step:
@@ -155,5 +159,8 @@ def steps(
     params, opt_state, metrics = update(
       policy.model, transform, policy.frozen, state.params, state.opt_state, packed, compiled
     )
-    state = SupervisedState(step, params, opt_state)
+    state, metrics = SupervisedState(step, params, opt_state), jax.device_get(metrics)
+    skipped = skipped + 1 if metrics["skipped"] else 0
+    if skipped == config.guards.max_skipped:
+      raise InputError(f"supervised step {step}: {skipped} updates in a row were not finite, expected a lower rate")
     yield state, metrics

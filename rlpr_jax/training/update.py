@@ -12,7 +12,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlpr_jax import grpo
-from rlpr_jax.errors import InputError
 from rlpr_jax.models import Decoder, Params, combine, place
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackedRows
@@ -38,13 +37,7 @@ class UpdateSettings:
 
 
 def learning_rate(peak: float, schedule: str, warmup: int, total: int) -> optax.ScalarOrSchedule:
-  """The rate of each optimiser step: up to `peak` in `warmup` steps, then constant or down to zero at `total`.
-
-  Raises:
-    InputError: the warm-up leaves no step.
-  """
-  if warmup >= total:
-    raise InputError(f"config.training.warmup_steps: {warmup} of {total} optimiser steps, expected fewer than all")
+  """The rate of each optimiser step: up to `peak` in `warmup` steps, then constant or down to zero at `total`."""
   after = {
     "constant": optax.constant_schedule(peak),
     "linear": optax.linear_schedule(peak, 0.0, total - warmup),
