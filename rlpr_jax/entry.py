@@ -19,6 +19,13 @@ _QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; configs/quickstart.py if not given.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, rollouts, report.")
 
+_DISTRIBUTED = flags.DEFINE_bool(
+  "distributed", False, "Many processes, as jax finds out: needed on Cloud TPU VMs, not under GKE, Slurm or Open MPI."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
+
 
 def run(program: Callable[[ConfigDict, pathlib.Path], None]) -> None:
   """Runs a program on the config and directory that the command line names; to be called by the main module."""
@@ -33,7 +40,7 @@ def run(program: Callable[[ConfigDict, pathlib.Path], None]) -> None:
         config.keys()
       except OSError as error:  # a config file that cannot be read is only said at the first look into it
         raise InputError(" ".join(str(error).split())) from None
-      processes.start()
+      processes.start(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
       with processes.end_together():
         program(config, pathlib.Path(_WORKDIR.value))
 

@@ -14,56 +14,52 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from rlpr_jax.errors import USAGE, InputError
 
 T = TypeVar("T")
 
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Many processes, as jax finds out: needed on Cloud TPU VMs, not under GKE, Slurm or Open MPI."
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
 _HEARTBEAT = 30  # seconds without a sign of life after which a process is taken for dead, and the others end
 
 
-def start() -> None:
+def start(
+  distributed: bool = False, coordinator: str | None = None, count: int | None = None, index: int | None = None
+) -> None:
   """Joins the other processes, if there are any; to be called before anything asks jax for its devices.
 
   From then on only process 0 prints. A process that dies ends the others.
 
+  Args:
+    distributed: there are others, whom jax is to find, even where the environment says nothing of them.
+    coordinator: HOST:PORT of process 0.
+    count: how many processes there are.
+    index: which of them this one is.
+
   Raises:
-    InputError: flags that do not fit together, or processes that cannot be found.
+    InputError: arguments that do not fit together, or processes that cannot be found.
   """
-  given = {"--coordinator": _COORDINATOR.value, "--processes": _PROCESSES.value, "--process": _PROCESS.value}
+  given = {"--coordinator": coordinator, "--processes": count, "--process": index}
   missing = [name for name, value in given.items() if value is None]
   if len(missing) in (1, 2) and not announced(os.environ):
     raise InputError(f"{', '.join(missing)}: missing, expected --coordinator, --processes and --process together")
-  if len(missing) == 3 and not _DISTRIBUTED.value and not announced(os.environ):
+  if len(missing) == 3 and not distributed and not announced(os.environ):
     return
-  if _PROCESSES.value and _PROCESS.value is not None and _PROCESS.value >= _PROCESSES.value:
-    raise InputError(f"--process: {_PROCESS.value}, expected a number under --processes {_PROCESSES.value}")
+  if not missing and index >= count:
+    raise InputError(f"--process: {index}, expected a number under --processes {count}")
+  place = {"num_processes": count, "process_id": index}
+  # jax knows Open MPI by a variable of its version 4. Later ones tell no address, which has to be given.
+  if "OMPI_COMM_WORLD_SIZE" in os.environ and missing == ["--processes", "--process"]:
+    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+    count, index, local = (int(os.environ[name]) for name in names)
+    place = {"num_processes": count, "process_id": index, "local_device_ids": [local]}
   try:
-    jax.distributed.initialize(_COORDINATOR.value, **_own_place(os.environ), heartbeat_timeout_seconds=_HEARTBEAT)
+    jax.distributed.initialize(coordinator, **place, heartbeat_timeout_seconds=_HEARTBEAT)
   except (RuntimeError, ValueError) as error:
     raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
   if jax.process_index():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _own_place(environment: Mapping[str, str]) -> dict[str, Any]:
-  """What is given of this process's place among the others, or None where jax is to find out."""
-  given = {"num_processes": _PROCESSES.value, "process_id": _PROCESS.value}
-  # jax knows Open MPI by a variable of its version 4. Later ones tell no address, which has to be given.
-  if "OMPI_COMM_WORLD_SIZE" in environment and _COORDINATOR.value and not any(given.values()):
-    names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-    count, index, local = (int(environment[name]) for name in names)
-    return {"num_processes": count, "process_id": index, "local_device_ids": [local]}
-  return given
 
 
 @contextlib.contextmanager

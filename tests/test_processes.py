@@ -201,10 +201,8 @@ OPEN_MPI_5 = {
 OPEN_MPI_4 = OPEN_MPI_5 | {"OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://127.0.0.1,10.0.0.1:34911"}
 MEET = """
 import sys
-from absl import flags
 from rlpr_jax import processes
-flags.FLAGS(sys.argv)
-processes.start()
+processes.start(coordinator=sys.argv[1] if sys.argv[1:] else None)
 import jax, numpy as np
 me = jax.process_index()
 rows = processes.gather({"x": np.full(len(processes.share(range(3))), me, np.int32)}, 3)["x"].tolist()
@@ -217,7 +215,7 @@ print(me, jax.process_count(), processes.any_of(me == 1), processes.any_of(False
   [
     (SLURM, []),
     pytest.param(OPEN_MPI_4, [], marks=pytest.mark.slow),
-    pytest.param(OPEN_MPI_5, ["--coordinator=localhost:45671"], marks=pytest.mark.slow),
+    pytest.param(OPEN_MPI_5, ["localhost:45671"], marks=pytest.mark.slow),
   ],
   ids=["slurm", "open mpi 4", "open mpi 5"],
 )
