@@ -22,7 +22,7 @@ class Told:
   def __init__(self, texts):
     self.texts, self.calls = texts, []
 
-  def sample(self, params, draws, key, samples, progress, stop):
+  def sample(self, params, draws, key, samples, progress, stop, interrupted):
     self.calls.append([draw for draw, _ in draws])
     texts = [text for draw, _ in draws for text in self.texts[draw]]
     assert len(texts) == len(draws) * samples
