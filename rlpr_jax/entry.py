@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from rlpr_jax import config as configs
 from rlpr_jax import processes
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.storage import write_atomically
 
 _QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
 # No default here: a mistyped override would then be looked at, and fail, while this module is imported.
@@ -63,6 +64,12 @@ def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
   if config.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+  """WORKDIR/config.json, by which the directory is known from now on; of many processes the first writes it."""
+  if processes.is_first():
+    write_atomically(workdir / "config.json", configs.to_json(config))
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:

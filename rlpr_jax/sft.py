@@ -10,10 +10,8 @@ import time
 
 from ml_collections import ConfigDict
 
-from rlpr_jax import config as configs
 from rlpr_jax import entry, processes
 from rlpr_jax.errors import InputError
-from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics, supervised
 from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.policy import abstract_opt_state, init_opt_state, initial_params, load_policy
@@ -32,8 +30,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
   demonstrations = supervised.load(config, policy.tokenizer)
-  if processes.is_first():
-    write_atomically(workdir / "config.json", configs.to_json(config))
+  entry.write_config(config, workdir)
   optimizer = supervised.optimizer(settings)
   checkpoints = Checkpoints(workdir, config.log, _split, _join)
   with StopRequest() as stop:

@@ -19,7 +19,6 @@ from rlpr_jax import entry, filtering, models, processes, report
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.collect import Harvest, collect
 from rlpr_jax.training.guards import Watch
@@ -43,8 +42,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
   entry.begin(config, workdir)
   with StopRequest() as stop:
     run = set_up(config, custom_reward)
-    if processes.is_first():
-      write_atomically(workdir / "config.json", configs.to_json(config))
+    entry.write_config(config, workdir)
     to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
     checkpoints = Checkpoints(workdir, config.log, to_disk, join)
     state = checkpoints.restore(abstract_state(run))

@@ -170,7 +170,6 @@ class Checkpoints(Generic[State]):
     steps = sorted(self._manager.all_steps(), reverse=True)
     damaged: list[InputError] = []
     for step in steps:
-      state = None
       try:
         state = self._restore_step(step, like)
       except InputError as error:
@@ -227,7 +226,7 @@ def _checksum(x: jax.Array) -> jax.Array:
 
 
 def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tuple[int, Params]:
-  """The parameters of one checkpoint, the newest if `step` is None, and its step. Nothing else of it is read.
+  """The parameters of one checkpoint, the newest if `step` is None, and its step. Its other arrays are not read.
 
   Raises:
     InputError: there is no such checkpoint, or it cannot be read.
