@@ -134,9 +134,10 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
 
   from rlpr_jax import models, splicing
   from rlpr_jax.data.pipeline import Prompt
-  from rlpr_jax.sampling.choose import Choice
+  from rlpr_jax.sampling.batches import empty_references
   from rlpr_jax.sampling.decode import DecodeSettings
-  from rlpr_jax.sampling.engine import Engine, Shapes, _Run
+  from rlpr_jax.sampling.engine import Engine
+  from rlpr_jax.sampling.shapes import Shapes
 
   config, params = models.load_pretrained(MODEL.value)
   tokenizer = load_tokenizer()
@@ -151,7 +152,7 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
     score_rows=min(16, work.slots),
     insert_rows=work.samples,
   )
-  settings = DecodeSettings(Choice(), work.steps, eos_ids=())
+  settings = DecodeSettings(work.steps, eos_ids=())
   engine = Engine(models.definition(config), tokenizer, settings, shapes, "think", 1.0, "bare")
   draws = [
     (i, Prompt(np.array(ids, np.int32), reference, "", "", i))
@@ -166,8 +167,11 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
     size = together if not refill else len(draws)
     for first in range(0, len(draws), size):
       rows = slice(first * work.samples, (first + size) * work.samples)
-      run = _Run(engine, params, draws[first : first + size], jax.random.key(0), work.samples, scored, limits[rows])
-      samples, references, parts = run.finish(lambda done, _, before=rows.start: progress(before + done, limits.size))
+      references = empty_references(limits[rows].size, REFERENCE_LIMIT) if scored else None
+      samples, parts = engine.finish(
+        params, draws[first : first + size], jax.random.key(0), work.samples, references,
+        lambda done, _, before=rows.start: progress(before + done, limits.size), limits[rows],
+      )  # fmt: skip
       np.testing.assert_array_equal(samples.lengths, limits[rows])
       assert not scored or references.mask.any(axis=1).all()
       seconds.update(parts)

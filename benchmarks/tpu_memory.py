@@ -18,8 +18,8 @@ from absl import app, flags
 
 from rlpr_jax import models, sharding
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.choose import Choice
-from rlpr_jax.sampling.engine import Shapes
+from rlpr_jax.sampling.choose import Choice, stack
+from rlpr_jax.sampling.shapes import Shapes
 from tests.models.tpu_compile import environment
 
 _TOPOLOGY = flags.DEFINE_string("topology", "v5p:2x2x1", "As jax.experimental.topologies names it.")
@@ -56,8 +56,14 @@ def peaks(where: sharding.Sharding, each: int) -> dict[str, float]:
   hidden, read = lay(
     jax.eval_shape(functools.partial(decode.prefill, model), params, ids(PREFILL * ways, PROMPT), ids(PREFILL * ways))
   )
-  settings, reach = decode.DecodeSettings(Choice(1.0), STEPS, (151645,)), PROMPT + RESPONSE
-  inserted = ids(INSERT), ids(INSERT), jax.ShapeDtypeStruct((INSERT, 2), jnp.uint32), ids(INSERT)
+  settings, reach = decode.DecodeSettings(STEPS, (151645,)), PROMPT + RESPONSE
+  inserted = (
+    ids(INSERT),
+    ids(INSERT),
+    jax.ShapeDtypeStruct((INSERT, 2), jnp.uint32),
+    ids(INSERT),
+    stack([Choice()] * INSERT),
+  )
   suffixes = decode.Suffixes(*(ids(SCORE * ways, SUFFIX) for _ in decode.Suffixes._fields))
   programs = {
     "decode": decode.decode.trace(model, params, slots, settings, each * ways, reach),

@@ -18,9 +18,9 @@ from rlpr_jax import models, sharding
 from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.models import logprobs
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.batches import Scored, lay_out
+from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill, score
-from rlpr_jax.sampling.engine import _Scored, lay_out
 from rlpr_jax.training import packing
 from rlpr_jax.training.policy import init_opt_state, initial_params, load_policy
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
@@ -78,7 +78,7 @@ PLACES = np.array([3, 6, 0, 5, 7, 1, 4, 2, 5, 3])
 
 def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
   """What ten samples in eight slots are, and the slots in the end."""
-  settings = DecodeSettings(Choice(temperature), STEPS, eos_ids=tuple(range(0, cases.VOCAB, 8)))
+  settings = DecodeSettings(STEPS, eos_ids=tuple(range(0, cases.VOCAB, 8)))
   hidden, cache = prefill(model, params, PROMPT_TOKENS, PROMPT_LENGTHS)
   slots = empty_slots(model, params, SLOTS, WIDTH + NEW + STEPS, NEW)
   samples, source = len(PLACES), np.arange(len(PLACES)) // 2 % PROMPTS
@@ -89,8 +89,10 @@ def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
     target = np.full(SLOTS, SLOTS)  # nowhere
     target[: chosen.size] = PLACES[chosen]
     fill = np.resize(chosen, SLOTS)
-    limits = np.full(SLOTS, NEW, np.int32)
-    slots = insert(model, params, slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits)
+    limits, choices = np.full(SLOTS, NEW, np.int32), stack([Choice(temperature)] * SLOTS)
+    slots = insert(
+      model, params, slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits, choices
+    )
     while slots.active.any():
       slots = decode(model, params, slots, settings, SLOTS, reach=WIDTH + NEW)
     for name, values in out.items():
@@ -106,7 +108,7 @@ def score_slots(model, params, slots, ways) -> np.ndarray:
   """
   prefixes = [(0, 5), (1, 7), (2, 2), (3, 3), (4, 2), (5, 11), (6, 10), (0, 2), (3, 5), (4, 1), (6, 4), (6, 9)]
   items = [
-    _Scored(row=slot, out=out, prefix=prefix, last_kept=7 * out, ids=list(range(out, out + SUFFIX)), mask=[True] * 3)
+    Scored(row=slot, out=out, prefix=prefix, last_kept=7 * out, ids=list(range(out, out + SUFFIX)), mask=[True] * 3)
     for out, (slot, prefix) in enumerate(prefixes)
   ]
   each, waiting, scores = 8 // ways, items, np.zeros((len(items), SUFFIX))

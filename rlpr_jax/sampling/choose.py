@@ -1,9 +1,12 @@
 """One token of each row, drawn from its logits."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 
@@ -16,50 +19,61 @@ class Choice:
   top_p: float = 1.0  # only the most probable tokens that together reach p (nucleus)
   min_p: float = 0.0  # only tokens at least min_p times as probable as the most probable one
 
-  @property
-  def truncates(self) -> bool:
-    return bool(self.top_k) or self.top_p < 1 or self.min_p > 0
+
+class Choices(NamedTuple):
+  """A `Choice` of each row. numpy or jax."""
+
+  temperature: Float[Array, "B"]
+  top_k: Int[Array, "B"]
+  top_p: Float[Array, "B"]
+  min_p: Float[Array, "B"]
+
+
+def stack(choices: Sequence[Choice]) -> Choices:
+  """The choices of rows, side by side. numpy."""
+  columns = zip(*map(dataclasses.astuple, choices), strict=True)
+  dtypes = np.float32, np.int32, np.float32, np.float32
+  return Choices(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
 def choose(
-  logits: Float[Array, "B V"], keys: Key[Array, "B"], choice: Choice
+  logits: Float[Array, "B V"], keys: Key[Array, "B"], choices: Choices
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
   """A token a row and its log-probability, in nats.
 
   The log-probability is that of softmax(logits / temperature), whole: not of the truncated distribution, and not of the
   greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
   """
-  logits = logits / (choice.temperature or 1.0)
-  if choice.temperature:  # the Gumbel trick, as in jax.random.categorical
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    tokens = _argmax((truncate(logits, choice) if choice.truncates else logits) + noise)
-  else:
-    tokens = _argmax(logits)
+  greedy = choices.temperature == 0
+  logits = logits / jnp.where(greedy, 1, choices.temperature)[:, None]
+  truncates = (choices.top_k > 0) | (choices.top_p < 1) | (choices.min_p > 0)
+  # To sort the vocabulary is dear beside the rest: only where a row asks for it.
+  left = jax.lax.cond(jnp.any(truncates & ~greedy), truncate, lambda logits, _: logits, logits, choices)
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # as in jax.random.categorical
+  tokens = _argmax(jnp.where(greedy[:, None], logits, left + noise))
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncate(logits: Float[Array, "B V"], choice: Choice) -> Float[Array, "B V"]:
+def truncate(logits: Float[Array, "B V"], choices: Choices) -> Float[Array, "B V"]:
   """-inf for tokens that top-k, then top-p of what it left, then min-p shut out; the most probable one always stays.
 
   top-p keeps a token if the more probable ones together are under p (Holtzman et al. 2020); ties stay together.
   """
   # Computed once: rounded otherwise in another place, the smallest that is to stay, even the best, would not be found.
   logits = jax.lax.optimization_barrier(logits)
-  if choice.top_k:
-    logits = _at_least(logits, jax.lax.top_k(logits, min(choice.top_k, logits.shape[-1]))[0][:, -1:])
-  if choice.top_p < 1:
-    descending = -jnp.sort(-logits, axis=-1)
-    shares = jax.nn.softmax(descending, axis=-1)
-    before = jnp.cumsum(shares, axis=-1) - shares
-    smallest = jnp.min(jnp.where(before < choice.top_p, descending, descending[:, :1]), axis=-1, keepdims=True)
-    logits = _at_least(logits, smallest)
-  if choice.min_p > 0:
-    logits = _at_least(logits, jnp.max(logits, axis=-1, keepdims=True) + jnp.log(choice.min_p))
-  return logits
-
-
-def _at_least(logits: Float[Array, "B V"], smallest: Float[Array, "B 1"]) -> Float[Array, "B V"]:
+  size = logits.shape[-1]
+  top_k, top_p, min_p = choices.top_k[:, None], choices.top_p[:, None], choices.min_p[:, None]
+  descending = -jnp.sort(-logits, axis=-1)
+  last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
+  kth = jnp.take_along_axis(descending, last, axis=-1)
+  descending = jnp.where(descending >= kth, descending, -jnp.inf)
+  shares = jax.nn.softmax(descending, axis=-1)
+  before = jnp.cumsum(shares, axis=-1) - shares
+  in_nucleus = (before < top_p) | (top_p >= 1)
+  nucleus = jnp.min(jnp.where(in_nucleus, descending, descending[:, :1]), axis=-1, keepdims=True)
+  smallest = jnp.maximum(kth, nucleus)
+  smallest = jnp.maximum(smallest, jnp.where(min_p > 0, descending[:, :1] + jnp.log(min_p), -jnp.inf))
   return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 

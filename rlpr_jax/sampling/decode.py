@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from rlpr_jax.models import UNSEEN, Decoder, KVCache, Params, Part
-from rlpr_jax.sampling.choose import Choice, choose
+from rlpr_jax.sampling.choose import Choice, Choices, choose, stack
 from rlpr_jax.sharding import Sharding
 
 
@@ -26,7 +26,6 @@ from rlpr_jax.sharding import Sharding
 class DecodeSettings:
   """What the compiled decoding program depends on, beside its shapes."""
 
-  choice: Choice
   steps: int  # tokens a call, at most
   eos_ids: tuple[int, ...]
 
@@ -39,6 +38,7 @@ class Slots(NamedTuple):
   hidden: Float[Array, "S D"]  # at the last of them: what predicts the next
   keys: UInt32[Array, "S 2"]  # of each row's random numbers
   limits: Int[Array, "S"]  # most response tokens
+  choices: Choices  # how each row's tokens are drawn
   tokens: Int[Array, "S T"]  # response, EOS included where it was sampled
   logprobs: Float[Array, "S T"]  # of the response's tokens, at the sampling temperature
   counts: Int[Array, "S"]  # response tokens so far
@@ -57,6 +57,7 @@ def empty_slots(model: nnx.GraphDef, params: Params, slots: int, capacity: int, 
     hidden=jnp.zeros((slots, config.embed_dim), dtype),
     keys=jnp.zeros((slots, 2), jnp.uint32),
     limits=jnp.zeros(slots, jnp.int32),
+    choices=jax.tree.map(jnp.asarray, stack([Choice()] * slots)),
     tokens=jnp.zeros((slots, limit), jnp.int32),
     logprobs=jnp.zeros((slots, limit), jnp.float32),
     counts=jnp.zeros(slots, jnp.int32),
@@ -96,6 +97,7 @@ def insert(
   target: Int[Array, "I"],
   keys: UInt32[Array, "I 2"],
   limits: Int[Array, "I"],
+  choices: Choices,
 ) -> Slots:
   """Puts prefilled prompts into slots: prompt `source[i]` into slot `target[i]`, or nowhere if that is S."""
   decoder: Decoder = nnx.merge(model, params)
@@ -110,6 +112,7 @@ def insert(
     hidden=at(slots.hidden, hidden[source]),
     keys=at(slots.keys, keys),
     limits=at(slots.limits, limits),
+    choices=jax.tree.map(at, slots.choices, choices),
     counts=at(slots.counts, 0),
     finished=at(slots.finished, False),
     active=at(slots.active, limits > 0),
@@ -164,7 +167,7 @@ def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSe
   def step(carry):
     j, recent, state = carry
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
-    tokens, logps = choose(decoder.logits(state.hidden[:, None])[:, 0], keys, settings.choice)
+    tokens, logps = choose(decoder.logits(state.hidden[:, None])[:, 0], keys, state.choices)
     places = jnp.where(state.active, state.counts, state.tokens.shape[1])  # beyond the end: not written
     counts = state.counts + state.active
     finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))

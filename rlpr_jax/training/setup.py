@@ -19,7 +19,8 @@ from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import held_out
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes, StoppedError
+from rlpr_jax.sampling.engine import Engine, StoppedError
+from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import metrics, supervised
 from rlpr_jax.training.interrupt import StopRequest
@@ -66,7 +67,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   engine = Engine(
     policy.sampler,
     tokenizer,
-    DecodeSettings(Choice(config.rollout.temperature), config.rollout.decode_steps, (tokenizer.eos_token_id,)),
+    DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
     Shapes(
       slots=config.rollout.slots // shares,
       prompt_limit=config.data.prompt_limit,
@@ -81,6 +82,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     config.data.template,
     config.reward.score_temperature,
     config.reward.baseline_prefix,
+    Choice(config.rollout.temperature),
   )
   training = config.training
   updates = training.minibatches * training.epochs_per_step  # of a training step
@@ -278,7 +280,7 @@ def evaluate(run: Run, params: models.Params, step: int, stop: StopRequest) -> d
     return {}
   settings = run.config.evaluation
   choice = Choice(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-  evaluator = dataclasses.replace(run.engine, settings=dataclasses.replace(run.engine.settings, choice=choice))
+  evaluator = dataclasses.replace(run.engine, choice=choice)
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
   progress = metrics.Progress("held-out, response")
   ready = run.policy.sampling_params(params)

@@ -9,9 +9,9 @@ import pytest
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, prepare
 from rlpr_jax.evaluation.held_out import evaluate
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Samples, Shapes
+from rlpr_jax.sampling.engine import Engine, Samples
+from rlpr_jax.sampling.shapes import Shapes
 
 
 class Told:
@@ -84,7 +84,7 @@ def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
     engine = Engine(
       policy.model,
       policy.tokenizer,
-      DecodeSettings(Choice(1.0), steps=4, eos_ids=(policy.tokenizer.eos_token_id,)),
+      DecodeSettings(steps=4, eos_ids=(policy.tokenizer.eos_token_id,)),
       Shapes(
         slots=slots, prompt_limit=14, max_response_length=20, suffix_length=4, steps=4, prefill_rows=prefill_rows,
         score_rows=2, insert_rows=2,

@@ -14,9 +14,10 @@ from flax import nnx
 
 from rlpr_jax import models
 from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill
-from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.update import row_logprobs
 from tests.models import cases
@@ -88,14 +89,14 @@ def compute_logits(model, params, tokens):
   return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
 
-def sample(model, params, prompts, samples, settings: DecodeSettings, key) -> Slots:
+def sample(model, params, prompts, samples, settings: DecodeSettings, choice: Choice, key) -> Slots:
   """Slots with responses of NEW tokens at most to each prompt, in order."""
   tokens, lengths = prompts
   rows = len(tokens) * samples
   slots = empty_slots(model, params, rows, WIDTH + NEW + settings.steps, NEW)
   source, keys = np.repeat(np.arange(len(tokens)), samples), jax.random.key_data(jax.random.split(key, rows))
   read, limits = prefill(model, params, tokens, lengths), np.full(rows, NEW)
-  slots = insert(model, params, slots, *read, lengths, source, np.arange(rows), keys, limits)
+  slots = insert(model, params, slots, *read, lengths, source, np.arange(rows), keys, limits, stack([choice] * rows))
   while slots.active.any():
     slots = decode(model, params, slots, settings, slots.counts.size, WIDTH + NEW)
   return jax.device_get(slots)
@@ -137,12 +138,12 @@ def test_generation_is_that_of_transformers(loaded, theirs, published):
     for text in TOPICS
   ]
   assert len({len(chat) for chat in chats}) > 8
-  settings = DecodeSettings(Choice(0.0), steps=16, eos_ids=(eos,))
+  settings = DecodeSettings(steps=16, eos_ids=(eos,))
   shapes = Shapes(
     slots=8, prompt_limit=96, max_response_length=new, suffix_length=4, steps=16, prefill_rows=4, score_rows=4,
     insert_rows=4,
   )  # fmt: skip
-  engine = Engine(model, tokenizer, settings, shapes, "think", 1.0, "bare")
+  engine = Engine(model, tokenizer, settings, shapes, "think", 1.0, "bare", Choice(0.0))
   draws = [
     (i, Prompt(np.array(chat), "", text, "", i)) for i, (chat, text) in enumerate(zip(chats, TOPICS, strict=True))
   ]
@@ -169,8 +170,8 @@ def test_greedy_tokens_are_those_of_transformers(loaded, theirs, prompts):
   _, model, params = loaded
   tokens, lengths = prompts
   eos = theirs.config.eos_token_id
-  settings = DecodeSettings(Choice(0.0), steps=6, eos_ids=(eos,))
-  samples = sample(model, params, prompts, 1, settings, jax.random.key(0))
+  settings = DecodeSettings(steps=6, eos_ids=(eos,))
+  samples = sample(model, params, prompts, 1, settings, Choice(0.0), jax.random.key(0))
   for row, (length, new) in enumerate(zip(lengths, samples.counts, strict=True)):
     assert new == NEW or (samples.finished[row] and samples.tokens[row, new - 1] == eos)
     text = np.concatenate([tokens[row, :length], samples.tokens[row, :new]])
@@ -200,8 +201,8 @@ def test_cached_decoding_is_the_full_forward_pass(loaded, prompts):
 def test_log_probabilities_of_the_sampler_are_those_of_the_trainer(loaded, prompts):
   _, model, params = loaded
   tokens, lengths = prompts
-  settings = DecodeSettings(Choice(0.6), steps=6, eos_ids=(2,))
-  samples = sample(model, params, prompts, 2, settings, jax.random.key(1))
+  settings = DecodeSettings(steps=6, eos_ids=(2,))
+  samples = sample(model, params, prompts, 2, settings, Choice(0.6), jax.random.key(1))
   fields = (samples.tokens, samples.counts, samples.logprobs)
   by_prompt = [field.reshape(4, 2, *field.shape[1:]) for field in fields]
   groups = packing.Groups(tokens, lengths, *by_prompt, advantages=np.zeros((4, 2), np.float32))

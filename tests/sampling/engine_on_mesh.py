@@ -11,9 +11,9 @@ import numpy as np
 from rlpr_jax import models, sharding
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training import metrics
 
 MESHES = ((1, 1, 1), (2, 2, 2), (4, 1, 2))
@@ -28,7 +28,7 @@ def roll_out(mesh, config, params, prompts, tokenizer):
   engine = Engine(
     models.definition(config, models.Runtime(sharding=where)),
     tokenizer,
-    DecodeSettings(Choice(), 5, (tokenizer.eos_token_id,)),
+    DecodeSettings(5, (tokenizer.eos_token_id,)),
     Shapes(16, 42, 28, 32, 5, 4, 8, 8, ways=where.ways("batch")),
     "answer_only",
     score_temperature=1.0,

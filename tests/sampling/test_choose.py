@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlpr_jax.sampling.choose import Choice, choose, truncate
+from rlpr_jax.sampling.choose import Choice, choose, stack, truncate
 
 DRAWS = 20_000
 LOGITS = np.random.default_rng(0).normal(size=24).astype(np.float32) * 1.5
 
-choose_jit = jax.jit(choose, static_argnums=2)
+_choose = jax.jit(choose)
+
+
+def choose_jit(logits, keys, choice):
+  return _choose(logits, keys, stack([choice] * len(logits)))
 
 
 @functools.cache
@@ -52,7 +56,7 @@ def allowed(logits, choice):
 
 def kept_by_truncate(logits, choice):
   logps = jax.nn.log_softmax(jnp.asarray(logits)[None] / (choice.temperature or 1.0))
-  found = np.asarray(truncate(logps, choice))[0]
+  found = np.asarray(truncate(logps, stack([choice])))[0]
   kept = np.isfinite(found)
   np.testing.assert_array_equal(found[kept], np.asarray(logps)[0][kept])  # what stays is as it was
   return kept

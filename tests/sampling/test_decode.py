@@ -10,9 +10,9 @@ from flax import nnx
 
 from rlpr_jax.models import KVCache
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.batches import row_keys
+from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, Suffixes
-from rlpr_jax.sampling.engine import row_keys
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.update import row_logprobs
 from tests.models.cases import by_token
@@ -43,7 +43,7 @@ def keys():
   return np.asarray(row_keys(jax.random.key(0), *np.divmod(np.arange(10, dtype=np.uint32), 2)))
 
 
-def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16, slots=None):
+def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16, slots=None, choice=WHOLE):
   """Slots with row `order[i]` of the ten in slot i; None leaves a slot empty."""
   count = len(order)
   if slots is None:
@@ -53,13 +53,14 @@ def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16
   rows = np.array([0 if row is None else row for row in order])
   target = np.array([count if row is None else slot for slot, row in enumerate(order)], np.int32)
   return decode.insert(
-    policy.model, policy.params, slots, hidden, cache, LENGTHS, SOURCE[rows], target, keys[rows], limits[rows]
-  )
+    policy.model, policy.params, slots, hidden, cache, LENGTHS, SOURCE[rows], target, keys[rows], limits[rows],
+    stack([choice] * count),
+  )  # fmt: skip
 
 
-def run(policy, slots, choice=WHOLE, eos_ids=ENDS, steps=16, reach=TEXT):
+def run(policy, slots, eos_ids=ENDS, steps=16, reach=TEXT):
   """Chunks until no row is active."""
-  settings = DecodeSettings(choice, steps, eos_ids)
+  settings = DecodeSettings(steps, eos_ids)
   chunks = 0
   while np.any(slots.active):
     slots = decode.decode(policy.model, policy.params, slots, settings, slots.counts.size, reach)
@@ -156,7 +157,7 @@ def test_chunks_are_one_token_after_another(policy, keys, expected, steps):
 @pytest.mark.parametrize("choice", [Choice(0.5), Choice(0.0)])
 @pytest.mark.parametrize("eos_ids", [ENDLESS, ENDS])
 def test_other_temperatures_and_greedy(policy, keys, choice, eos_ids):
-  found = read(run(policy, fill(policy, keys, steps=5), choice, eos_ids, steps=5))
+  found = read(run(policy, fill(policy, keys, steps=5, choice=choice), eos_ids, steps=5))
   assert_same(found, one_after_another(policy, keys, choice, eos_ids))
   if eos_ids == ENDLESS:
     np.testing.assert_array_equal(found["counts"], LIMITS)
@@ -165,7 +166,7 @@ def test_other_temperatures_and_greedy(policy, keys, choice, eos_ids):
 
 def test_truncation_reaches_the_tokens_and_not_their_log_probabilities(policy, keys):
   choice = Choice(1.0, top_k=3)
-  found = read(run(policy, fill(policy, keys, steps=5), choice, ENDLESS, steps=5))
+  found = read(run(policy, fill(policy, keys, steps=5, choice=choice), ENDLESS, steps=5))
   texts = np.zeros((SLOTS, TEXT), np.int32)
   for row in range(SLOTS):
     texts[row, : found["lengths"][row]] = text_of(row, found["tokens"], found["counts"][row])
@@ -206,7 +207,7 @@ def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, reach)
   """16 is less than the longest text comes to; when the last chunk begins, no active row may be longer."""
   found = fill(policy, keys, steps=16)
   if reach < TEXT:
-    found = decode.decode(policy.model, policy.params, found, DecodeSettings(WHOLE, 8, ENDS), SLOTS, WIDTH)
+    found = decode.decode(policy.model, policy.params, found, DecodeSettings(8, ENDS), SLOTS, WIDTH)
     assert WIDTH < np.asarray(found.lengths)[np.asarray(found.active)].max() <= reach
   assert_same(read(run(policy, found, reach=reach)), expected)
 
@@ -214,9 +215,7 @@ def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, reach)
 def test_ended_rows_stay_as_they_are(policy, ended):
   before = jax.device_get(ended)
   assert not before.active.any()
-  after = jax.device_get(
-    decode.decode(policy.model, policy.params, copy(ended), DecodeSettings(WHOLE, 16, ENDS), SLOTS, TEXT)
-  )
+  after = jax.device_get(decode.decode(policy.model, policy.params, copy(ended), DecodeSettings(16, ENDS), SLOTS, TEXT))
   for name in set(before._fields) - {"cache"}:
     np.testing.assert_array_equal(getattr(after, name), getattr(before, name), name)
   for row, length in enumerate(before.lengths):
@@ -254,7 +253,7 @@ def test_the_cache_holds_the_text(policy, keys, steps):
 
 def test_decoding_stops_when_the_last_row_ends(policy, keys):
   """A step writes keys of some token behind every text; where none was taken, the fresh slots are still zero."""
-  settings = DecodeSettings(WHOLE, 16, tuple(range(VOCAB)))  # everything ends
+  settings = DecodeSettings(16, tuple(range(VOCAB)))  # everything ends
   slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, SLOTS, TEXT))
   assert (slots.counts == 1).all()
   assert slots.finished.all()
@@ -398,9 +397,9 @@ def test_tokens_of_a_row_are_drawn_independently(policy):
   for rows in np.split(np.arange(count, dtype=np.int32), count // 32):
     slots = decode.insert(
       policy.model, flat, slots, hidden, cache, np.ones(1, np.int32), np.zeros(32, np.int32), rows, keys[rows],
-      np.full(32, 2, np.int32),
+      np.full(32, 2, np.int32), stack([WHOLE] * 32),
     )  # fmt: skip
-  slots = decode.decode(policy.model, flat, slots, DecodeSettings(WHOLE, 2, ENDLESS), count, 3)
+  slots = decode.decode(policy.model, flat, slots, DecodeSettings(2, ENDLESS), count, 3)
   np.testing.assert_allclose(slots.logprobs, -np.log(VOCAB), rtol=1e-6)
   first, second = np.asarray(slots.tokens).T
   for one, other in ((first, second), (first[: count // 2], first[count // 2 :]), (first[1:], first[:-1])):
@@ -435,9 +434,9 @@ def test_the_cache_is_written_where_it_is(policy, program):
     )
     match program:
       case "decode":  # as many rows decoded, however many there are
-        arguments = slots, DecodeSettings(WHOLE, 4, ENDS), 4, 64
+        arguments = slots, DecodeSettings(4, ENDS), 4, 64
       case "insert":
-        arguments = slots, hidden, cache, few, few, few, np.zeros((4, 2), np.uint32), few
+        arguments = slots, hidden, cache, few, few, few, np.zeros((4, 2), np.uint32), few, stack([WHOLE] * 4)
       case "move":
         arguments = slots, few, few
     memory = getattr(decode, program).lower(policy.model, policy.params, *arguments).compile().memory_analysis()

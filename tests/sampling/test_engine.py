@@ -21,9 +21,11 @@ from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Runtime, definition
 from rlpr_jax.sampling import decode
+from rlpr_jax.sampling.batches import row_keys
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes, buckets, row_keys
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.shapes import Shapes, buckets
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.update import row_logprobs
 
@@ -64,10 +66,10 @@ def letters(count, seed):
 def make(policy):
   """Engines of `answer_only`, where a random policy often happens to write `<answer>` exactly once."""
 
-  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", choice=Choice(), **changes):  # noqa: B008
+  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", choice=Choice(), **changes):
     shapes = dataclasses.replace(SHAPES, **changes)
-    settings = DecodeSettings(choice, shapes.steps, (policy.tokenizer.eos_token_id,))
-    return Engine(policy.model, policy.tokenizer, settings, shapes, template, score_temperature, prefix)
+    settings = DecodeSettings(shapes.steps, (policy.tokenizer.eos_token_id,))
+    return Engine(policy.model, policy.tokenizer, settings, shapes, template, score_temperature, prefix, choice)
 
   return make_engine
 

@@ -9,9 +9,9 @@ import pytest
 
 from rlpr_jax import config, filtering
 from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.collect import collect, finite_mean
 from rlpr_jax.training.interrupt import StopRequest
@@ -39,7 +39,7 @@ def harvest(policy):
   c.prompts_per_step, c.max_draws, c.samples_per_prompt = 100, 2, SAMPLES
   c.rollout.prompts_per_draw, c.data.prompt_limit = 4, LIMIT
   c.reward.kind = "random"  # every group spreads, whatever was sampled
-  settings = DecodeSettings(Choice(), 4, (policy.tokenizer.eos_token_id,))
+  settings = DecodeSettings(4, (policy.tokenizer.eos_token_id,))
   engine = Engine(
     policy.model, policy.tokenizer, settings, Shapes(8, LIMIT, RESPONSE, 8, 4, 2, 4, 4), "think", 1, "bare"
   )

@@ -9,9 +9,9 @@ import pytest
 
 from rlpr_jax import config
 from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Shapes
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.scorer import score_again
 
 SAMPLES, LIMIT, RESPONSE, SUFFIX = 12, 8, 24, 12
@@ -26,7 +26,7 @@ def case(policy):
   engine = Engine(
     policy.model,
     policy.tokenizer,
-    DecodeSettings(Choice(), 8, (policy.tokenizer.eos_token_id,)),
+    DecodeSettings(8, (policy.tokenizer.eos_token_id,)),
     Shapes(16, LIMIT, RESPONSE, SUFFIX, 8, 2, 4, 4),
     "answer_only",
     c.reward.score_temperature,

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import grpo
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Groups, PackedRows
@@ -253,13 +253,15 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   rng = np.random.default_rng(2)
   prompts = rng.integers(0, 64, (3, PROMPT)).astype(np.int32)
   lengths = np.array([2, 6, 4], np.int32)
-  settings = DecodeSettings(Choice(TEMPERATURE), steps=3, eos_ids=tuple(range(0, 64, 8)))
+  settings = DecodeSettings(steps=3, eos_ids=tuple(range(0, 64, 8)))
   slots = empty_slots(policy.model, policy.params, 6, PROMPT + RESPONSE + settings.steps, RESPONSE)
   hidden, cache = prefill(policy.model, policy.params, prompts, lengths)
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), 6))
-  limits = np.full(6, RESPONSE, np.int32)
+  limits, choices = np.full(6, RESPONSE, np.int32), stack([Choice(TEMPERATURE)] * 6)
   source = np.repeat(np.arange(3), 2)
-  slots = insert(policy.model, policy.params, slots, hidden, cache, lengths, source, np.arange(6), keys, limits)
+  slots = insert(
+    policy.model, policy.params, slots, hidden, cache, lengths, source, np.arange(6), keys, limits, choices
+  )
   while slots.active.any():
     slots = decode(policy.model, policy.params, slots, settings, 6, PROMPT + RESPONSE)
   samples = jax.device_get((slots.tokens, slots.counts, slots.logprobs))
