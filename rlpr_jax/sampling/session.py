@@ -228,7 +228,7 @@ class Session:
     slots = self.slots
     counts, tokens, logprobs = jax.device_get((slots.counts, slots.tokens, slots.logprobs))
     return [
-      (request, tokens[slot, : counts[slot]], logprobs[slot, : counts[slot]])
+      (request, tokens[slot, : counts[slot]].copy(), logprobs[slot, : counts[slot]].copy())
       for slot, request in self.under_way.items()
     ]
 

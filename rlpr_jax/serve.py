@@ -1,0 +1,97 @@
+"""An OpenAI-compatible server: `python -m rlpr_jax.serve --model=PATH_OR_REPO --port=8001`.
+
+Chat and plain completions, streamed or not, from a Hugging Face directory, a name on the hub or the directory of a run.
+"""
+
+import os
+import sys
+
+import jax
+import uvicorn
+from absl import app, flags, logging
+
+from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.serving.app import Limits, create_app
+from rlpr_jax.serving.loop import Loop
+from rlpr_jax.training import trained
+
+
+def main(_: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  with exit_on_input_error():
+    serve(flags.FLAGS)
+
+
+def serve(given: flags.FlagValues) -> None:
+  """Serves until a signal says to stop; then what runs is finished.
+
+  Raises:
+    InputError: flags, a model or a port that cannot be.
+  """
+  if not given.model:
+    raise InputError("--model: missing, expected a Hugging Face directory, a name on the hub or the directory of a run")
+  for name in ("slots", "prompt_limit", "response_limit", "max_body_kib", "time_limit"):
+    if given[name].value <= 0:
+      raise InputError(f"--{name}: {given[name].value}, expected more than 0")
+  key = read_key(given.key_variable)
+  if given.compilation_cache:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(given.compilation_cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  policy = trained.load(given.model, given.dtype, given.step)
+  engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit)
+  print("compiling", flush=True)
+  engine.warm_up(policy.params, scoring=False)
+  loop = Loop(engine, policy.params, given.max_waiting)
+  limits = Limits(given.max_body_kib * 1024, given.time_limit)
+  name = given.name or given.model
+  application = create_app(engine, loop, name, limits, key)
+  config = uvicorn.Config(application, given.host, given.port, log_level="warning", server_header=False)
+  server = _Server(config, name)
+  server.run()
+  if not server.started:
+    raise InputError(f"--host {given.host} --port {given.port}: cannot be listened on")
+  if loop.error:
+    print(f"error: the engine failed: {loop.error}", file=sys.stderr)
+    sys.exit(1)
+
+
+class _Server(uvicorn.Server):
+  """Says where it listens once it does; a port of 0 is any that is free."""
+
+  def __init__(self, config: uvicorn.Config, name: str):
+    super().__init__(config)
+    self.name = name
+
+  async def startup(self, sockets=None) -> None:
+    await super().startup(sockets)
+    if self.started and self.servers:
+      host, port = self.servers[0].sockets[0].getsockname()[:2]
+      print(f"serving {self.name} at http://{host}:{port}/v1", flush=True)
+
+
+def read_key(variable: str) -> str | None:
+  """The key that clients must send, from the environment: on a command line others could read it."""
+  if not variable:
+    return None
+  key = os.environ.get(variable)
+  if not key:
+    raise InputError(f"--key_variable: {variable} is not set in the environment, expected the key of the server")
+  return key
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("model", None, "Hugging Face directory, name on the hub, or directory of a run.")
+  flags.DEFINE_integer("step", None, "Checkpoint of a run; the newest if not given.")
+  flags.DEFINE_string("name", "", "Name of the model in requests; as in --model if not given.")
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
+  flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all networks.")
+  flags.DEFINE_integer("port", 8001, "Port; 0 for any that is free.")
+  flags.DEFINE_string("key_variable", "", "Environment variable with the key that clients must send; none if empty.")
+  flags.DEFINE_integer("slots", 32, "Responses that are sampled at once.")
+  flags.DEFINE_integer("max_waiting", 256, "Responses that may wait for a slot; beyond, clients get 429.")
+  flags.DEFINE_integer("prompt_limit", 2048, "Tokens of a prompt, at most.")
+  flags.DEFINE_integer("response_limit", 2048, "Tokens of a response, at most.")
+  flags.DEFINE_integer("max_body_kib", 1024, "Size of a request, at most.")
+  flags.DEFINE_float("time_limit", 600.0, "Seconds that a request may take, its time in the queue included.")
+  flags.DEFINE_string("compilation_cache", "~/.cache/rlpr_jax", "Compiled programs are kept here; empty for nowhere.")
+  app.run(main, flags_parser=parse_flags)

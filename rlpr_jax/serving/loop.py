@@ -1,0 +1,148 @@
+"""The thread in which the engine works; requests of all clients share its slots (continuous batching)."""
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.models import Params
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.session import Request, Session
+
+
+class Written(NamedTuple):
+  """What a sample has come to."""
+
+  sample: int
+  tokens: np.ndarray  # int32, all of the response so far
+  logprobs: np.ndarray  # float32
+  text: str | None  # of the whole response, once it has ended
+  finished: bool  # ended by EOS or a stop string
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+  """Samples of one prompt that a client waits for."""
+
+  prompt: Prompt
+  limits: Sequence[int]  # most tokens of each sample
+  choice: Choice
+  stop: Sequence[str]
+  seed: int  # uint32
+  stream: bool  # whether `tell` is called before a sample has ended
+  tell: Callable[[Written | None], None]  # called in the engine's thread; None: the engine has failed
+  requests: list[Request] = dataclasses.field(default_factory=list)
+
+
+class FullError(Exception):
+  """As many samples wait as may."""
+
+
+class ClosedError(Exception):
+  """The engine has failed or is shutting down."""
+
+
+class Loop:
+  """Runs one session for all jobs, for as long as it is open."""
+
+  def __init__(self, engine: Engine, params: Params, most_waiting: int):
+    """
+    Args:
+      most_waiting: samples that may wait for a slot.
+    """
+    self.error: BaseException | None = None
+    self.waiting, self.running = 0, 0  # samples without and with a slot
+    self.most = engine.shapes.slots + most_waiting  # samples
+    self._session = Session(engine, params, jax.random.key(0))
+    self._changed = threading.Condition()
+    self._new: collections.deque[Job] = collections.deque()
+    self._cancelled: list[Job] = []
+    self._closing = False
+    self._jobs: dict[Request, Job] = {}
+    self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+    self._thread.start()
+
+  def submit(self, job: Job) -> None:
+    """Takes a job.
+
+    Raises:
+      FullError, ClosedError: it was not taken.
+    """
+    with self._changed:
+      if self._closing or self.error:
+        raise ClosedError
+      taken = self.waiting + self.running + sum(len(other.limits) for other in self._new)
+      if taken + len(job.limits) > self.most:
+        raise FullError
+      self._new.append(job)
+      self._changed.notify()
+
+  def cancel(self, job: Job) -> None:
+    """Gives up what is left of a job; nothing happens if nothing is."""
+    with self._changed:
+      self._cancelled.append(job)
+      self._changed.notify()
+
+  def close(self) -> None:
+    """Finishes what was taken, then ends."""
+    with self._changed:
+      self._closing = True
+      self._changed.notify()
+    self._thread.join()
+
+  def _run(self) -> None:
+    try:
+      while self._take():
+        done = self._session.round()
+        self._tell(done)
+        self._count()
+    except Exception as error:  # whatever it is, no client may wait for ever
+      with self._changed:
+        self.error = error
+        jobs = {*self._jobs.values(), *self._new}
+      for job in jobs:
+        job.tell(None)
+      raise
+
+  def _take(self) -> bool:
+    """Waits for something to do, and hands it to the session; False once all is over."""
+    session = self._session
+    while True:
+      with self._changed:
+        while not (self._new or self._cancelled or session.busy or self._closing):
+          self._changed.wait()
+        new, cancelled = list(self._new), self._cancelled
+        self._new.clear()
+        self._cancelled = []
+        for job in new:
+          job.requests = session.add(job.prompt, job.seed, job.limits, job.choice, job.stop)
+          self._jobs |= dict.fromkeys(job.requests, job)
+        for job in cancelled:
+          session.cancel(job.requests)
+          for request in job.requests:
+            self._jobs.pop(request, None)
+        self._count()
+        if session.busy:
+          return True
+        if self._closing:
+          return False
+
+  def _count(self) -> None:
+    self.waiting, self.running = len(self._session.pending), len(self._session.under_way)
+
+  def _tell(self, done: Sequence[Request]) -> None:
+    if any(job.stream for job in self._jobs.values()):
+      for request, tokens, logprobs in self._session.so_far():
+        job = self._jobs.get(request)
+        if job and job.stream:
+          job.tell(Written(request.sample, tokens, logprobs, None, False))
+    for request in done:
+      job = self._jobs.pop(request, None)  # None: cancelled after it had ended
+      if job:
+        job.tell(Written(request.sample, request.tokens, request.logprobs, request.text, request.finished))

@@ -1,0 +1,283 @@
+"""What OpenAI's interface says: bodies of requests to jobs, what was sampled to bodies of responses."""
+
+import dataclasses
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.data.templates import render
+from rlpr_jax.errors import InputError
+from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.shapes import Shapes
+
+Json = dict[str, Any]
+
+MOST_STOPS = 4  # as OpenAI has it
+# Fields that change nothing here.
+_IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls")
+# Fields that would change the response and are not there, with the values that ask for nothing.
+_NEUTRAL = {
+  "frequency_penalty": (None, 0),
+  "presence_penalty": (None, 0),
+  "logit_bias": (None, {}),
+  "top_logprobs": (None, 0),
+  "echo": (None, False),
+  "suffix": (None, ""),
+  "best_of": (None, 1),
+  "tools": (None, []),
+  "tool_choice": (None, "none"),
+  "response_format": (None, {"type": "text"}),
+  "modalities": (None, ["text"]),
+}
+_COMMON = (
+  "model",
+  "temperature",
+  "top_p",
+  "top_k",
+  "min_p",
+  "n",
+  "stop",
+  "seed",
+  "stream",
+  "stream_options",
+  "logprobs",
+)
+_FIELDS = {
+  True: (*_COMMON, "messages", "max_tokens", "max_completion_tokens"),
+  False: (*_COMMON, "prompt", "max_tokens"),
+}
+_COMPLETION_TOKENS = 16  # where a plain completion does not say how many, as OpenAI has it
+
+
+class RequestError(Exception):
+  """A request that cannot be served; the message is one line for the client."""
+
+  def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
+    super().__init__(message)
+    self.status, self.kind, self.code = status, kind, code
+
+  def body(self) -> Json:
+    return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+  """A request that can be served."""
+
+  chat: bool
+  prompts: tuple[Prompt, ...]  # one, or several of a plain completion
+  n: int  # samples of each
+  limit: int  # tokens of a response
+  choice: Choice
+  stop: tuple[str, ...]
+  seed: int  # uint32
+  stream: bool
+  usage: bool  # whether a stream ends with the number of tokens
+  logprobs: bool
+
+
+def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBase, shapes: Shapes, most: int) -> Call:
+  """Reads and checks the body of a request.
+
+  Args:
+    model: the name that is served.
+    most: samples of one request.
+
+  Raises:
+    RequestError: naming the field and what was expected.
+  """
+  try:
+    request = json.loads(body)
+  except (ValueError, RecursionError):
+    raise RequestError(400, "body: expected JSON") from None
+  if not isinstance(request, dict):
+    raise RequestError(400, "body: expected a JSON object")
+  for name, value in request.items():
+    if name in _NEUTRAL and value not in _NEUTRAL[name]:
+      raise RequestError(400, f"{name}: not supported")
+    if name not in (*_FIELDS[chat], *_IGNORED, *_NEUTRAL):
+      raise RequestError(400, f"{name[:100]!r}: unknown field")
+  asked = _take(request, "model", str, None)
+  if asked != model:
+    raise RequestError(404, f"model {str(asked)[:100]!r}: not served here, expected {model!r}", code="model_not_found")
+  prompts = _chat_prompt(request, tokenizer) if chat else _plain_prompts(request, tokenizer)
+  longest = max(len(ids) for ids in prompts)
+  if longest > shapes.prompt_limit:
+    raise RequestError(
+      400, f"the prompt has {longest} tokens, expected at most {shapes.prompt_limit}", code="context_length_exceeded"
+    )
+  limit = _take(request, "max_completion_tokens", int, None) if chat else None
+  limit = limit or _take(request, "max_tokens", int, shapes.max_response_length if chat else _COMPLETION_TOKENS)
+  limit = _within(limit, "max_tokens", 1, shapes.max_response_length)
+  n = _within(_take(request, "n", int, 1), "n", 1, most)
+  if n * len(prompts) > most:
+    raise RequestError(400, f"{n * len(prompts)} samples, expected at most {most} a request")
+  choice = Choice(
+    temperature=_within(_take(request, "temperature", float, 1.0), "temperature", 0, 2),
+    top_k=_within(_take(request, "top_k", int, 0), "top_k", -1, 2**31 - 1),
+    top_p=_within(_take(request, "top_p", float, 1.0), "top_p", 0, 1),
+    min_p=_within(_take(request, "min_p", float, 0.0), "min_p", 0, 1),
+  )
+  options = _take(request, "stream_options", dict, {})
+  seed = _take(request, "seed", int, None)
+  logprobs = request.get("logprobs")
+  if logprobs not in (None, *((True, False) if chat else (0,))):
+    raise RequestError(400, f"logprobs: expected {'true or false' if chat else '0: those of the sampled tokens'}")
+  return Call(
+    chat,
+    tuple(Prompt(np.array(ids, np.int32), "", "", "", row) for row, ids in enumerate(prompts)),
+    n,
+    limit,
+    dataclasses.replace(choice, top_k=max(choice.top_k, 0)),
+    _stops(request.get("stop")),
+    secrets.randbits(32) if seed is None else seed % 2**32,
+    _take(request, "stream", bool, False),
+    bool(options.get("include_usage")),
+    logprobs is not None and logprobs is not False,
+  )
+
+
+def _take(request: Json, name: str, kind: type, default: Any) -> Any:
+  value = request.get(name)
+  if value is None:
+    return default
+  accepted = (int, float) if kind is float else kind
+  if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
+    raise RequestError(400, f"{name}: expected {kind.__name__}, found {json.dumps(value)[:100]}")
+  return value
+
+
+def _within(value: Any, name: str, least: float, most: float) -> Any:
+  if not least <= value <= most:  # NaN is not
+    raise RequestError(400, f"{name}: {value}, expected {least} to {most}")
+  return value
+
+
+def _stops(value: Any) -> tuple[str, ...]:
+  stops = [value] if isinstance(value, str) else value or []
+  if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(x, str) and x for x in stops):
+    raise RequestError(400, f"stop: expected a text or at most {MOST_STOPS} of them, none empty")
+  return tuple(map(_text, stops))
+
+
+def _text(text: str) -> str:
+  try:
+    text.encode()
+  except UnicodeEncodeError:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    raise RequestError(400, "text: expected Unicode, found a lone surrogate") from None
+  return text
+
+
+def _chat_prompt(request: Json, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+  messages = request.get("messages")
+  if not isinstance(messages, list) or not messages:
+    raise RequestError(400, "messages: expected one or more messages")
+  chat = []
+  for i, message in enumerate(messages):
+    where = f"messages[{i}]"
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+      raise RequestError(400, f"{where}: expected an object with role and content")
+    role = {"developer": "system"}.get(message["role"], message["role"])
+    if role not in ("system", "user", "assistant"):
+      raise RequestError(400, f"{where}.role: expected system, user or assistant")
+    content = message.get("content")
+    if isinstance(content, list):  # parts
+      if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        raise RequestError(400, f"{where}.content: expected parts of text alone")
+      content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+      raise RequestError(400, f"{where}.content: expected text")
+    chat.append({"role": role, "content": _text(content)})
+  if not any(message["role"] == "user" for message in chat):
+    raise RequestError(400, "messages: expected one or more of the user")
+  try:
+    return [render(tokenizer, chat)]
+  except InputError as error:
+    raise RequestError(400, str(error)) from None
+
+
+def _plain_prompts(request: Json, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+  prompt = request.get("prompt")
+  several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+  found = []
+  for one in prompt if several else [prompt]:
+    if isinstance(one, str) and one:
+      found.append(tokenizer.encode(_text(one)))
+    elif isinstance(one, list) and one and all(type(x) is int and 0 <= x < len(tokenizer) for x in one):
+      found.append(one)
+    else:
+      raise RequestError(400, "prompt: expected a text or token ids, or a list of such, none empty")
+  return found
+
+
+# --- responses ---
+
+
+class TextStream:
+  """The text of a response as it grows; what is told is never taken back."""
+
+  def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str]):
+    self._tokenizer, self._eos_ids, self._stop = tokenizer, eos_ids, stop
+    self._told = 0  # characters
+
+  def grow(self, tokens: np.ndarray) -> str:
+    """New text, but for what later tokens may still change: half a character, the beginning of a stop string."""
+    ids = [int(token) for token in tokens if token not in self._eos_ids]
+    text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    while text.endswith("\N{REPLACEMENT CHARACTER}"):
+      text = text[:-1]
+    held = max(
+      (size for stop in self._stop for size in range(1, len(stop) + 1) if text.endswith(stop[:size])), default=0
+    )
+    return self.end(text[: len(text) - held])
+
+  def end(self, text: str) -> str:
+    """What of the whole text was not told yet."""
+    new, self._told = text[self._told :], max(self._told, len(text))
+    return new
+
+
+def identify(chat: bool) -> Json:
+  """What all bodies that answer one request have in common."""
+  kind = "chat.completion" if chat else "text_completion"
+  return {
+    "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
+    "object": kind,
+    "created": int(time.time()),
+  }
+
+
+def token_logprobs(chat: bool, tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, logprobs: np.ndarray) -> Json:
+  """Log-probabilities of the sampled tokens, in nats."""
+  texts = [tokenizer.decode([int(token)], clean_up_tokenization_spaces=False) for token in tokens]
+  values = [float(value) for value in logprobs]
+  if not chat:
+    offsets = np.cumsum([0, *map(len, texts)])[:-1].tolist()
+    return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
+  return {
+    "content": [
+      {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+      for text, value in zip(texts, values, strict=True)
+    ]
+  }
+
+
+def choice_body(call: Call, index: int, text: str, reason: str | None, logprobs: Json | None, piece: bool) -> Json:
+  """One response, or a piece of it."""
+  content = {"role": "assistant", "content": text}
+  said = {"delta" if piece else "message": content} if call.chat else {"text": text}
+  return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+  return {
+    "prompt_tokens": prompt_tokens,
+    "completion_tokens": completion_tokens,
+    "total_tokens": prompt_tokens + completion_tokens,
+  }
