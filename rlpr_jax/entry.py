@@ -1,7 +1,6 @@
 """What the programs that work on a run's directory have in common: flags, processes, the directory, errors."""
 
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -12,13 +11,14 @@ from ml_collections import ConfigDict, config_flags
 
 from rlpr_jax import config as configs
 from rlpr_jax import processes
+from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.storage import write_atomically
 
-_QUICKSTART = str(pathlib.Path(__file__).parent.parent / "configs" / "quickstart.py")
+_RECIPES = pathlib.Path(__file__).parent.parent / "configs"
 # No default here: a mistyped override would then be looked at, and fail, while this module is imported.
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe of the run; configs/quickstart.py if not given.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: metrics, checkpoints, rollouts, report.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a Python file; one of configs/ if not given.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.")
 
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed", False, "Many processes, as jax finds out: needed on Cloud TPU VMs, not under GKE, Slurm or Open MPI."
@@ -28,8 +28,12 @@ _PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there a
 _PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
 
 
-def run(program: Callable[[ConfigDict, pathlib.Path], None]) -> None:
-  """Runs a program on the config and directory that the command line names; to be called by the main module."""
+def run(program: Callable[[ConfigDict, pathlib.Path], None], recipe: str = "quickstart") -> None:
+  """Runs a program on the config and directory that the command line names; to be called by the main module.
+
+  Args:
+    recipe: of configs/, where the command line names none.
+  """
 
   def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # orbax and jax narrate at INFO
@@ -45,12 +49,11 @@ def run(program: Callable[[ConfigDict, pathlib.Path], None]) -> None:
       with processes.end_together():
         program(config, pathlib.Path(_WORKDIR.value))
 
-  app.run(main, flags_parser=_parse_arguments)
+  def parse_arguments(argv: Sequence[str]) -> list[str]:
+    given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
+    return parse_flags(argv if given else [argv[0], f"--config={_RECIPES / recipe}.py", *argv[1:]])
 
-
-def _parse_arguments(argv: Sequence[str]) -> list[str]:
-  given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
-  return parse_flags(argv if given else [argv[0], f"--config={_QUICKSTART}", *argv[1:]])
+  app.run(main, flags_parser=parse_arguments)
 
 
 def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -60,10 +63,9 @@ def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
     InputError: a config that cannot be, or a directory that cannot be written or holds another run.
   """
   configs.validate(config)
-  open_workdir(workdir, config)
-  if config.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.compilation_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  open_workdir(workdir)
+  check_same_run(workdir, config)
+  keep_programs(config.compilation_cache)
 
 
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -72,8 +74,8 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     write_atomically(workdir / "config.json", configs.to_json(config))
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-  """Makes sure that the directory can be written and holds no other run."""
+def open_workdir(workdir: pathlib.Path) -> None:
+  """Makes sure that the directory is there and can be written."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}"
@@ -81,6 +83,10 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     probe.unlink()
   except OSError as error:
     raise InputError(f"--workdir: {workdir} cannot be written ({error.strerror})") from None
+
+
+def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes sure that the directory holds no other run."""
   saved = workdir / "config.json"
   if saved.exists():
     try:

@@ -6,10 +6,10 @@ Chat and plain completions, streamed or not, from a Hugging Face directory, a na
 import os
 import sys
 
-import jax
 import uvicorn
 from absl import app, flags, logging
 
+from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
@@ -34,9 +34,7 @@ def serve(given: flags.FlagValues) -> None:
     if given[name].value <= 0:
       raise InputError(f"--{name}: {given[name].value}, expected more than 0")
   key = read_key(given.key_variable)
-  if given.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", os.path.expanduser(given.compilation_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  keep_programs(given.compilation_cache)
   policy = trained.load(given.model, given.dtype, given.step)
   engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit)
   print("compiling", flush=True)

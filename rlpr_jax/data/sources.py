@@ -11,7 +11,7 @@ import json
 import os
 import reprlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ ANSWER = ("answer", "reference", "reference_answer", "ground_truth")
 SOURCE = ("source", "data_source", "domain", "category")
 RESPONSE = ("response", "completion", "output")  # of demonstrations
 SPLIT = "split"
+
+WANTED = frozenset({*QUESTION, *ANSWER, *RESPONSE, *SOURCE, SPLIT, "reward_model"})
 
 ROLES = ("system", "user", "assistant")
 
@@ -46,7 +48,7 @@ class Example:
 
 
 def load_examples(path: str | os.PathLike, split: str | None = None) -> list[Example]:
-  """Reads the questions of a `.parquet`, `.jsonl` or `.csv` file, in the file's order.
+  """Reads the questions of a `.parquet`, `.jsonl`, `.csv` or `.json` file, in the file's order.
 
   Args:
     path: the file.
@@ -56,7 +58,7 @@ def load_examples(path: str | os.PathLike, split: str | None = None) -> list[Exa
     InputError: the file cannot be read, lacks a column, has no rows (of that split), or a row is not as expected.
   """
   path = Path(path)
-  columns, rows = _read(path)
+  columns, rows = read_rows(path, WANTED)
   if not rows:
     raise InputError(f"{path}: expected at least one row, found none")
   if "reward_model" in columns:
@@ -86,7 +88,7 @@ def load_demonstrations(path: str | os.PathLike, split: str | None = None) -> li
     each row's question, without a reference, and its response as it is written.
   """
   path = Path(path)
-  columns, rows = _read(path)
+  columns, rows = read_rows(path, WANTED)
   if not rows:
     raise InputError(f"{path}: expected at least one row, found none")
   question, response = _pick(path, columns, QUESTION), _pick(path, columns, RESPONSE)
@@ -156,8 +158,25 @@ def _verl_reference(value: Any, where: str) -> str:
 # ---- one file ----
 
 
-def _read(path: Path) -> tuple[Columns, Rows]:
-  readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}
+def read_rows(path: Path, wanted: Collection[str] = ()) -> tuple[Columns, Rows]:
+  """Reads a `.parquet`, `.jsonl`, `.csv` or `.json` file (a list of objects).
+
+  Args:
+    path: the file.
+    wanted: the columns that are read of a parquet file, where each costs time; none for all.
+
+  Returns:
+    the names of all columns, and the rows.
+
+  Raises:
+    InputError: the file is not there or cannot be read, or a row is not an object of columns.
+  """
+  readers = {
+    ".parquet": lambda path: _read_parquet(path, wanted),
+    ".jsonl": _read_jsonl,
+    ".csv": _read_csv,
+    ".json": _read_json,
+  }
   if path.suffix.lower() not in readers:
     raise InputError(f"{path}: expected a file named {', '.join('*' + suffix for suffix in readers)}")
   if not path.is_file():
@@ -169,15 +188,22 @@ def _read(path: Path) -> tuple[Columns, Rows]:
     raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
-def _read_parquet(path: Path) -> tuple[Columns, Rows]:
+def plain_rows(table: datasets.Dataset) -> list[dict[str, Any]]:
+  """The rows of a dataset as Python values; images stay undecoded."""
+  for name, feature in table.features.items():
+    if isinstance(feature, datasets.Image):
+      table = table.cast_column(name, datasets.Image(decode=False))
+  return table.to_list()
+
+
+def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[Columns, Rows]:
   if pq.read_metadata(path).num_rows == 0:  # which `datasets` takes for an error
     return [], []
   # The library writes a copy of every file it reads: into a folder that goes again, not into the home directory.
   with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
     table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
-  wanted = {*QUESTION, *ANSWER, *RESPONSE, *SOURCE, SPLIT, "reward_model"}
-  rows = table.select_columns([name for name in table.column_names if name in wanted]).to_list()
-  return table.column_names, list(enumerate(rows, 1))
+  kept = [name for name in table.column_names if not wanted or name in wanted]
+  return table.column_names, list(enumerate(plain_rows(table.select_columns(kept)), 1))
 
 
 # CSV and JSONL do not go through `datasets`: it guesses types (the answer "1981-03-12" becomes a timestamp, "42"
@@ -213,6 +239,19 @@ def _read_jsonl(path: Path) -> tuple[Columns, Rows]:
         raise InputError(f"{path}: row {number}: expected a JSON object, found {reprlib.repr(row)}")
       rows.append((number, row))
   return list(dict.fromkeys(name for _, row in rows for name in row)), rows
+
+
+def _read_json(path: Path) -> tuple[Columns, Rows]:
+  try:
+    found = json.loads(path.read_text(encoding="utf-8-sig"))
+  except ValueError as error:
+    raise InputError(f"{path}: expected JSON, found {error}") from error
+  if not isinstance(found, list):
+    raise InputError(f"{path}: expected a JSON list of objects, found {reprlib.repr(found)}")
+  for number, row in enumerate(found, 1):
+    if not isinstance(row, dict):
+      raise InputError(f"{path}: row {number}: expected a JSON object, found {reprlib.repr(row)}")
+  return list(dict.fromkeys(name for row in found for name in row)), list(enumerate(found, 1))
 
 
 @contextlib.contextmanager

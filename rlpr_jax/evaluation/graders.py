@@ -1,7 +1,9 @@
-"""Rule verifiers: whether an answer is right, told from texts alone.
+r"""Graders: whether an answer is right, told from texts alone.
 
-No text makes them raise or hang: what cannot be understood is wrong. They serve evaluation, rewards by rule and the
-measuring of other rewards; RLPR itself needs none of them.
+`verify` judges the content of `<answer>`, for rewards by rule and the measuring of other rewards; RLPR itself needs
+none. `grade` judges a response to a benchmark's question by that benchmark's rules, and says why.
+
+No text makes them raise or hang: what cannot be understood is wrong.
 """
 
 import importlib.util
@@ -11,13 +13,19 @@ import re
 import subprocess
 import sys
 import threading
+import unicodedata
+from typing import NamedTuple
 
 from rlpr_jax import splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
+from rlpr_jax.evaluation import extraction, numbers
+from rlpr_jax.evaluation.benchmarks import Question
+from rlpr_jax.evaluation.multiple_choice import label_of, letter, options_of, plain, split_label, unwrap
 
 VERIFIERS = ("exact", "multiple_choice", "math", "builtin")
 MATH_LIMIT = 1000  # characters of an expression; a longer one is wrong
+ANSWER_LIMIT = 10_000  # characters of an answer to a benchmark's question; a longer one is wrong
 
 
 def verify(kind: str, response_text: str, reference: str, question: str = "") -> bool:
@@ -45,7 +53,7 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
 
 def exact(answer: str, reference: str) -> bool:
   """Whether two texts are the same but for case and runs of whitespace."""
-  return _plain(answer) == _plain(reference)
+  return plain(answer) == plain(reference)
 
 
 def multiple_choice(answer: str, reference: str, question: str = "") -> bool:
@@ -55,9 +63,9 @@ def multiple_choice(answer: str, reference: str, question: str = "") -> bool:
   question lists ("A. Rome B. Paris", in one line or many). An answer that names several options is wrong. A reference
   that names none is compared as by `exact`.
   """
-  options = _options(question)
-  label = _label(reference, options)
-  return exact(answer, reference) if label is None else _label(answer, options) == label
+  options = options_of(question)
+  label = label_of(reference, options)
+  return exact(answer, reference) if label is None else label_of(answer, options) == label
 
 
 def math(answer: str, reference: str) -> bool:
@@ -76,81 +84,222 @@ def math(answer: str, reference: str) -> bool:
   return _judge.ask(answer, reference)
 
 
-def _plain(text: str) -> str:
-  return " ".join(text.lower().split())
+# --- benchmarks ---
 
 
-# --- multiple choice ---
+class Grade(NamedTuple):
+  """What a grader says of a response."""
 
-_MARK = re.compile(r"(?:(?<=\s)|^)\(?([A-Za-z])[.):](?=\s)", re.MULTILINE)
-_WRAPPED = re.compile(  # braces may nest once
-  r"\\(?:boxed|text|textbf|mathrm|mathbf) ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|\$([^$]*)\$|\*\*([^*]*)\*\*|\\\((.*)\\\)"
+  right: bool
+  answer: str | None  # what was graded; None where the response gives none
+  path: str  # how the answer was found, see `extraction.Extracted`
+  why: str  # "same letter", "equal expression", "within 4%", "differs", ...
+
+
+def grade(question: Question, text: str) -> Grade:
+  """Whether a response answers a question right.
+
+  Raises:
+    InputError: the question's grader is unknown, or it is mathematics and math-verify is not installed.
+  """
+  graders = {"multiple_choice": _grade_choice, "math": _grade_math, "number": _grade_number, "text": _grade_text}
+  if question.grader not in graders:
+    raise InputError(f"question {question.id}: expected a grader {' or '.join(graders)}, found {question.grader!r}")
+  answer, path = extraction.extract(text, question.grader)
+  if not answer:
+    return Grade(False, None, path, "no answer")
+  if len(answer) > ANSWER_LIMIT:
+    return Grade(False, answer, path, "too long")
+  why = graders[question.grader](answer, question)
+  return Grade(bool(why), answer, path, why or "differs")
+
+
+# "B because it is larger", but not "B, C".
+_REASONED = re.compile(r"[(\s]{0,4}([A-Z])\)?(?:,(?! ?\(?[A-Z]\b)|;| (?:because|since|as|which|is)\b)")
+_FIRST_LETTER = re.compile(
+  r"\s*(?:[\[{<]|\\(?:text|mathrm|textbf|mathbf)\{)\(?([A-Za-z])\)?[\]}>]|\s*([A-Z])(?= [-:] )"
 )
-_LETTER = re.compile(r"\(?([A-Za-z])\)?[.:,]?")
-_LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\) ?|([A-Za-z])[.):] )(.*)")
-# A letter in a sentence: a small one, which may be the article "a", only where the sentence or a bracket ends; none
-# that another one follows ("A or B").
-_NAMED = (
-  r"(?:\\boxed\{|\\text\{|[*($ ]){0,6}+([A-Z]|[a-z](?=[).,;:}*$]|$))(?![A-Za-z'])(?!\)? ?(?:or|and|,|/|&) ?\(?[A-Z]\b)"
-)
-_PHRASES = tuple(
-  re.compile(lead + _NAMED)
-  for lead in (
-    r"\\boxed ?(?=\{)\{",
-    "(?i:answer)(?i: is| would be| must be)? ?[:=]?",
-    "(?i:option|choice)(?i: is)? ?:?",
+
+
+# Each of these four says why an answer is right, or "" where it is not.
+
+
+def _grade_choice(answer: str, question: Question) -> str:
+  options = {letter(i): option for i, option in enumerate(question.options)}
+  label = label_of(answer, options)
+  if label is None:
+    plainer = answer.replace("**", "").replace("__", "").translate(numbers.DASHES)
+    if first := _FIRST_LETTER.match(plainer):
+      plainer = f"({first[1] or first[2]}) {plainer[first.end() :].lstrip(' .:-')}".strip()
+    label = label_of(plainer, options)
+    if label is None and (found := _REASONED.match(plainer)):
+      label = found[1]
+  same = [key for key, option in options.items() if _same_text(answer, option)]
+  if label is None and len(same) == 1 and not split_label(answer):  # which would name another option by its letter
+    label = same[0]
+  if label != question.reference:
+    return ""
+  return f"text of option {label}" if label in same and len(unwrap(answer)) > len("(A).") else "same letter"
+
+
+def _grade_text(answer: str, question: Question) -> str:
+  core = _core(answer, "text")
+  return _judge_text(answer, question.reference) or (_judge_text(core, question.reference) if core != answer else "")
+
+
+def _judge_text(answer: str, reference: str) -> str:
+  if _same_text(answer, reference):
+    return "same text"
+  labelled, given = split_label(reference), split_label(answer)
+  if labelled:  # "(B) Paris": the label alone, the text alone, or both
+    label, reference = labelled
+    bare = unwrap(answer).rstrip(".").lower()
+    if bare == f"({label})".lower() or (label.isalpha() and bare == label.lower()):
+      return "same letter"
+    if given and given[0].lower() == label.lower():
+      answer = given[1]
+    if _same_text(answer, reference):
+      return "same text"
+  if plain(reference) in _TRUTH:  # "Yes, because ..."
+    first = re.match(r"\W*([A-Za-z]+)(?=[,.;:!]|\s*$)", answer)
+    if first and first[1].lower() == plain(reference):
+      return "same text"
+  ours, theirs = numbers.parse(answer), numbers.parse(reference)
+  return "equal number" if ours and theirs and _same_number(ours, theirs) else ""
+
+
+def _grade_number(answer: str, question: Question) -> str:
+  if question.reference in ("True", "False"):
+    words = re.findall(r"[a-z]+", _core(answer, "number").lower()[:200])
+    said = {_TRUTH[word] for word in words if word in _TRUTH}
+    return "same truth" if said == {question.reference == "True"} and "not" not in words else ""
+  if question.reference.startswith("["):
+    ours, theirs = numbers.parse_list(_core(answer, "number")), numbers.parse_list(question.reference)
+    if ours is None or theirs is None or len(ours) != len(theirs):
+      return ""
+    pairs = zip(sorted(ours), sorted(theirs), strict=True)
+    right = all(numbers.equal(value, item, question.rtol, question.atol) for value, item in pairs)
+    return _tolerance(question, "equal items") if right else ""
+  theirs = numbers.parse(question.reference)
+  core = _core(answer, "number")
+  ours = numbers.parse(core) or numbers.lone(core)
+  if ours and theirs and _same_number(ours, theirs, question.rtol, question.atol):
+    return "equal number" if _same_number(ours, theirs) else _tolerance(question, "equal number")
+  return ""
+
+
+def _grade_math(answer: str, question: Question) -> str:
+  reference, answer = question.reference, re.sub(r"\*\*(?=[-\d({])", "^", _core(answer, "math"))
+  if (same := _latex(reference)) and _latex(answer) == same:
+    return "same expression"
+  ours, theirs = numbers.parse(answer), numbers.parse(reference)
+  if ours and theirs:
+    # A single letter after a reference is a variable rather than a unit.
+    missing = re.fullmatch("[A-Za-z]", theirs.unit) and ours.unit != theirs.unit
+    return "equal number" if _same_number(ours, theirs) and not missing else ""
+  # What is left is for math-verify, which is slow, and slower to start again once it had to be killed.
+  if _is_hopeless(answer) or _is_hopeless(reference):
+    return ""
+  return "equal expression" if math(answer, reference) else ""
+
+
+_TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
+# "So, the final answer is" where an answer begins.
+_LEAD = re.compile(r"\W{0,4}(?:\w{1,9},? ){0,4}answer(?: is|:)[: ]{0,3}\s*", re.IGNORECASE)
+_DISPLAYED = re.compile(r"\s*(?:\\\[(.*)\\\]|\\\((.*)\\\)|\$\$(.*)\$\$|\$([^$]*)\$)[\s.]*", re.DOTALL)
+
+
+def _core(answer: str, grader: str) -> str:
+  r"""The expression in an answer: what is boxed in it, or what it says that the answer is; else all of it."""
+  if (inner := extraction.boxed(answer)) is None:
+    lead = _LEAD.match(answer)
+    inner = answer[lead.end() :] if lead else extraction.stated(answer, grader) or answer
+  if displayed := _DISPLAYED.fullmatch(inner):
+    inner = next(part for part in displayed.groups() if part is not None)
+  return extraction.unmarked(inner)
+
+
+def _same_number(ours: numbers.Number, theirs: numbers.Number, rtol: float = 0.0, atol: float = 0.0) -> bool:
+  """Whether two are equal within the tolerances; 5% is also 0.05 where the other one has no percent sign."""
+  values = [ours.value, ours.value / 100] if ours.percent and not theirs.percent else [ours.value]
+  return any(numbers.equal(value, theirs.value, rtol, atol) for value in values)
+
+
+def _tolerance(question: Question, exact_words: str) -> str:
+  if question.rtol:
+    return f"within {question.rtol:.0%}"
+  return f"within {question.atol:g}" if question.atol else exact_words
+
+
+_TOKENS = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?|[^\W\d_]+|\d+|[-+*/^=<>%]")
+_MARKUP = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boxed|left|right)(?![A-Za-z])|[$*_{}\\]")
+
+
+def _same_text(answer: str, reference: str) -> bool:
+  """Whether two texts have the same words, numbers and signs, in the same order."""
+  return _words(answer) == _words(reference) != []
+
+
+def _words(text: str) -> list[str]:
+  """Words in compatibility form, without case, articles, markup and punctuation; numbers without commas."""
+  text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cf", "Cs"))
+  text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", _MARKUP.sub(" ", text.casefold().translate(numbers.DASHES)))
+  tokens = [t.replace(",", "") if t[-1].isdigit() else t for t in _TOKENS.findall(text)] or text.split()
+  return [
+    token
+    for token, following in zip(tokens, [*tokens[1:], ""], strict=False)
+    # "a" may also name an option: "a and d".
+    if token not in ("the", "an") and not (token == "a" and len(following) > 1 and following not in ("and", "or"))
+  ]
+
+
+_SPELLINGS = tuple(
+  (re.compile(pattern), replacement)
+  for pattern, replacement in (
+    (r"[.]\s*$", ""),
+    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[!,;:()\[\] ]|\$|~|\\\$", ""),
+    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+    (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
+    (r"\\(?:text(?:rm|bf|it)?|mbox|mathrm|mathbf|operatorname)(?![A-Za-z])\*?", ""),
+    (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])|°", ""),
+    (r"\\(le|ge|ne)(?![A-Za-z])", r"\\\1q"),
+    (r"(?<=[_^])\{(\w)\}", r"\1"),
+    (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
+    (r"\s+", ""),
   )
 )
 
 
-def _options(question: str) -> dict[str, str]:
-  """Letter -> text of the options that a question lists: the last run of marks A, B, ... of two or more."""
-  run, best = [], []
-  for mark in _MARK.finditer(question):
-    letter = mark[1].upper()
-    if letter == "A":
-      run = [mark]
-    elif run and ord(letter) == ord(run[-1][1].upper()) + 1:
-      run.append(mark)
-    best = run if len(run) > 1 else best
-  ends = [mark.start() for mark in best[1:]] + [len(question)]
-  texts = [question[mark.end() : end].strip() for mark, end in zip(best, ends, strict=True)] if best else []
-  if texts:
-    texts[-1] = texts[-1].partition("\n")[0]
-  return {mark[1].upper(): _bare(text) for mark, text in zip(best, texts, strict=True)}
+def _latex(text: str) -> str:
+  """One spelling of the many that an expression has in LaTeX; a word alone without case."""
+  if len(text) > MATH_LIMIT:
+    return ""
+  for pattern, replacement in _SPELLINGS:
+    text = pattern.sub(replacement, text)
+  return text.lower() if len(text) > 2 and text.isalpha() else text
 
 
-def _label(text: str, options: dict[str, str]) -> str | None:
-  """The letter of the one option that a text names, or None."""
-  text = _unwrap(text)
-  if letter := _LETTER.fullmatch(text):
-    return letter[1].upper()
-  same = [label for label, option in options.items() if option == _bare(text)]
-  if same:
-    return same[0] if len(same) == 1 else None
-  if found := _LETTER_AND_TEXT.fullmatch(text):
-    label, rest = (found[1] or found[2]).upper(), _bare(found[3])
-    return None if rest in {option for other, option in options.items() if other != label} else label
-  for phrase in _PHRASES:
-    labels = {found[1].upper() for found in phrase.finditer(text)}
-    if labels:
-      return labels.pop() if len(labels) == 1 else None
-  return None
+def _is_hopeless(text: str) -> bool:
+  """Whether math-verify would not read a text, or not come to an end of it."""
+  if len(text) > MATH_LIMIT or not any(c.isalnum() for c in text) or not text.isprintable():
+    return True
+  plain_braces = re.sub(r"\\[{}]", "", text)
+  depth = deepest = 0
+  for c in plain_braces:
+    depth += (c == "{") - (c == "}")
+    deepest = max(deepest, depth)
+    if depth < 0:
+      return True
+  if depth or deepest > 12:
+    return True
+  # Towers of powers, powers and factorials of large numbers, words without end.
+  return bool(_ENDLESS.search(text)) or text.count("^") > 40
 
 
-def _unwrap(text: str) -> str:
-  """The text without the markup around the whole of it."""
-  text = " ".join(text.split())
-  for _ in range(4):
-    found = _WRAPPED.fullmatch(text)
-    if not found:
-      break
-    text = next(inner for inner in found.groups() if inner is not None).strip()
-  return text
-
-
-def _bare(text: str) -> str:
-  return _plain(_unwrap(text)).rstrip(".;,")
+_ENDLESS = re.compile(
+  r"\^ ?[{(]? ?\d+ ?\^ ?[{(]? ?\d|\^ ?[{(]? ?\d{4,}|\^ ?[{(]? ?\d+ ?[)}]{0,2} ?!|\d{4,}\)? ?!|\w{60,}"
+)
 
 
 # --- mathematics ---

@@ -24,6 +24,7 @@ class Trained(NamedTuple):
 
   policy: Policy
   params: Params  # as the sampler reads them
+  step: int | None  # of a run's checkpoint
   eos_ids: tuple[int, ...]  # tokens that end a response
   template: str  # think | answer_only, which a run was trained with
   instruction: str | None  # system message that a run was trained with; None for the template's
@@ -55,10 +56,10 @@ def load(path: str, dtype: str, step: int | None = None) -> Trained:
     rules = dict(policy.sharding.rules)
     params = models.load_pretrained(path, policy.sharding.mesh, jnp.dtype(dtype), rules)[1]
   else:
-    params = restore_params(run, step, policy.trained)[1]
+    step, params = restore_params(run, step, policy.trained)
   instruction = None if config.data.instruction == "default" else config.data.instruction
   ends = eos_ids(config.model.path, policy.tokenizer)
-  return Trained(policy, policy.sampling_params(params), ends, config.data.template, instruction)
+  return Trained(policy, policy.sampling_params(params), step, ends, config.data.template, instruction)
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ class Served:
   def __init__(self, engine, params, waiting=64, seconds=60.0, body=4096):
     self.loop = Loop(engine, params, waiting)
     app = create_app(engine, self.loop, "tiny", Limits(body, seconds), KEY)
-    self._server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="warning"))
+    self._server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None))
     self._thread = threading.Thread(target=self._server.run)
     self._thread.start()
     while not self._server.started:

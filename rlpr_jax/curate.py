@@ -1,0 +1,374 @@
+"""From questions to those worth training on: `python -m rlpr_jax.curate --path=FILE --out=DIR [...]`.
+
+DIR gets train.parquet (the layout of the RLPR training set), dropped.jsonl (every dropped row and why), report.html and
+curation.json (the settings and counts). Cheap checks come first: answers, mathematics, duplicates, overlap with
+benchmarks. Then a language model rates what is left, if --judge_url names one. Its ratings are kept in DIR/ratings: the
+same command goes on where it was stopped.
+"""
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+import reprlib
+import string
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from absl import app, flags, logging
+
+from rlpr_jax.data import curation
+from rlpr_jax.data.curation import Benchmark, Dropped, Rating, Score
+from rlpr_jax.data.sources import Example, load_examples, read_rows
+from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Unanswered, ask_all
+from rlpr_jax.report import funnel
+from rlpr_jax.storage import reason, write_atomically
+
+_QUESTIONS = ("question", "Question", "problem", "Problem", "prompt")  # columns of a benchmark
+_OPTIONS = ("options", "choices")
+_LETTERS = string.ascii_uppercase
+_SCORES = ("row", "std", "gain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What is curated and how; the flags of the program say it in words."""
+
+  path: pathlib.Path
+  out: pathlib.Path
+  split: str = ""
+  benchmarks: tuple[pathlib.Path, ...] = ()
+  answer_words: int = 25
+  keep_mathematics: bool = False
+  ngram: int = 13
+  similarity: float = 0.8
+  judge: Endpoint | None = None
+  reasoning: int = 2
+  unjudged: str = "keep"
+  scores: pathlib.Path | None = None
+  keep: int = 0
+
+
+def main(_: list[str]) -> None:
+  logging.set_verbosity(logging.WARNING)
+  with exit_on_input_error():
+    curate(read_flags())
+
+
+def read_flags() -> Options:
+  """The options that the command line gives.
+
+  Raises:
+    InputError: one is missing, or makes no sense without another.
+  """
+  given = flags.FLAGS
+  for name, expected in (("path", "a file of questions"), ("out", "a directory")):
+    if not given[name].value:
+      raise InputError(f"--{name}: missing, expected {expected}")
+  for name, other in (
+    ("judge_url", "judge_model"),
+    ("judge_model", "judge_url"),
+    ("scores", "keep"),
+    ("keep", "scores"),
+  ):
+    if given[name].value and not given[other].value:
+      raise InputError(f"--{name}: given without --{other}, expected both or neither")
+  judge = Endpoint(
+    given.judge_url, given.judge_model, given.judge_key_variable, given.judge_concurrency,
+    temperature=given.judge_temperature if given.judge_temperature >= 0 else None,
+  ) if given.judge_url else None  # fmt: skip
+  return Options(
+    path=pathlib.Path(given.path),
+    out=pathlib.Path(given.out),
+    split=given.split,
+    benchmarks=tuple(map(pathlib.Path, given.benchmark)),
+    answer_words=given.answer_words,
+    keep_mathematics=given.keep_mathematics,
+    ngram=given.ngram,
+    similarity=given.similarity,
+    judge=judge,
+    reasoning=given.reasoning,
+    unjudged=given.unjudged,
+    scores=pathlib.Path(given.scores) if given.scores else None,
+    keep=given.keep,
+  )
+
+
+def curate(options: Options) -> None:
+  """Writes what is left of the questions of `options.path` to `options.out`.
+
+  Raises:
+    InputError: files that cannot be used, a directory that holds something else, a judge that cannot be reached (what
+      it rated so far is kept), or nothing left.
+  """
+  examples = load_examples(options.path, options.split or None)
+  benchmarks = [Benchmark(path.stem, texts) for path in options.benchmarks for texts in read_benchmark(path)]
+  scores = read_scores(options.scores) if options.scores else {}
+  client = Client(options.judge) if options.judge else None
+  settings = _settings(options)
+  if _open(options.out, settings):
+    print(f"{options.out} is finished: the same questions were curated the same way")
+    return
+  left, dropped = curation.sift(
+    examples, benchmarks, options.answer_words, options.keep_mathematics, options.ngram, options.similarity
+  )
+  ratings: dict[int, Rating | str] = {}
+  if client:
+    ratings = _rate(examples, left, client, options.out / "ratings")
+    dropped += curation.drop_by_rating(ratings, options.reasoning, options.keep_mathematics, options.unjudged == "keep")
+    left = _without(left, dropped)
+  if options.scores:
+    of_index = {index: scores[example.row] for index, example in enumerate(examples) if example.row in scores}
+    dropped += curation.drop_by_score(left, of_index, options.keep)
+    left = _without(left, dropped)
+  if not left:
+    reasons = ", ".join(f"{count} {why}" for why, count in Counter(drop.reason for drop in dropped).items())
+    raise InputError(f"{options.path}: no row is left of {len(examples)}: {reasons}")
+  _write(options.out, settings, examples, left, dropped, ratings, client)
+
+
+def _without(left: Sequence[int], dropped: Sequence[Dropped]) -> list[int]:
+  gone = {drop.index for drop in dropped}
+  return [index for index in left if index not in gone]
+
+
+# ---- what is read ----
+
+
+def read_benchmark(path: pathlib.Path) -> tuple[list[str], list[str]]:
+  """The questions of a benchmark: a column question, problem or prompt of a .parquet, .csv, .jsonl or .json file.
+
+  Returns:
+    the questions alone; and with the options of a column options or choices, as most files list them: a question that
+    is too short to be found by itself is found with these.
+
+  Raises:
+    InputError: it cannot be read, or has no such column.
+  """
+  columns, rows = read_rows(path)
+  name = next((name for name in _QUESTIONS if name in columns), None)
+  if name is None:
+    raise InputError(f"{path}: expected a column {' or '.join(_QUESTIONS)}, found only {', '.join(columns)}")
+  alone, listed = [], []
+  for number, row in rows:
+    value = row.get(name)
+    if isinstance(value, list):  # chat messages
+      value = "\n".join(str(message.get("content")) for message in value if isinstance(message, dict))
+    if not isinstance(value, str) or not value.strip():
+      raise InputError(f"{path}: row {number}, column {name}: expected a question, found {reprlib.repr(value)}")
+    options = next((row[name] for name in _OPTIONS if isinstance(row.get(name), list)), [])
+    alone.append(value)
+    listed.append("\n".join([value, *(f"{letter}. {text}" for letter, text in zip(_LETTERS, options, strict=False))]))
+  return alone, listed
+
+
+def read_scores(path: pathlib.Path) -> dict[int, Score]:
+  """What the policy does with the questions: columns row (of the curated file, from 1), std and gain.
+
+  std is the standard deviation of the rewards of a group of responses to the row's question, gain the mean of r - r'.
+  Of a row that comes more than once the means count.
+
+  Raises:
+    InputError: it cannot be read, or a row is not as expected.
+  """
+  found: dict[int, list[Score]] = {}
+  for number, row in read_rows(path)[1]:
+    values = []
+    for name in _SCORES:
+      try:
+        values.append(float(row[name]))
+      except (KeyError, TypeError, ValueError):
+        values.append(math.nan)
+      if not math.isfinite(values[-1]):
+        raise InputError(f"{path}: row {number}, column {name}: expected a number, found {reprlib.repr(row.get(name))}")
+    found.setdefault(int(values[0]), []).append(Score(*values[1:]))
+  return {
+    row: Score(*(sum(column) / len(group) for column in zip(*group, strict=True))) for row, group in found.items()
+  }
+
+
+# ---- the judge ----
+
+
+def _rate(
+  examples: Sequence[Example], left: Sequence[int], client: Client, cache: pathlib.Path
+) -> dict[int, Rating | str]:
+  from rlpr_jax.training.metrics import Progress  # with it come jax and TensorBoard, which nothing else here needs
+
+  conversations = [
+    curation.rating_conversation(curation.question_of(examples[index]), examples[index].reference) for index in left
+  ]
+
+  async def ask() -> list[Rating | Unanswered]:
+    async with client:
+      return await ask_all(
+        conversations, curation.parse_rating, curation.RATING_REMINDER, client, Cache(cache), Progress("rated")
+      )
+
+  answers = asyncio.run(ask())
+  for answer in answers:
+    # To drop or keep a whole file unrated would be a result that says nothing.
+    if isinstance(answer, Unanswered) and not answer.asked:
+      rated = sum(isinstance(answer, Rating) for answer in answers)
+      raise InputError(
+        f"--judge_url: {rated} of {len(left)} rows rated, then given up ({answer.why}); the same command goes on"
+      )
+  return {
+    index: answer.why if isinstance(answer, Unanswered) else answer for index, answer in zip(left, answers, strict=True)
+  }
+
+
+# ---- the directory ----
+
+
+def _settings(options: Options) -> dict[str, Any]:
+  """All that the result depends on; where the judge is served is no part of it."""
+  judge = options.judge
+  return {
+    "input": {"name": options.path.name, "sha256": _sha256(options.path), "split": options.split},
+    "benchmarks": [{"name": path.name, "sha256": _sha256(path)} for path in options.benchmarks],
+    "answer_words": options.answer_words,
+    "keep_mathematics": options.keep_mathematics,
+    "ngram": options.ngram,
+    "similarity": options.similarity,
+    "judge": {"model": judge.model, "temperature": judge.temperature} if judge else None,
+    "reasoning": options.reasoning,
+    "unjudged": options.unjudged,
+    "scores": _sha256(options.scores) if options.scores else None,
+    "keep": options.keep,
+  }
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(out: pathlib.Path, settings: dict[str, Any]) -> bool:
+  """Makes the directory ours; True if it is finished already."""
+  record = out / "curation.json"
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+    if record.exists():
+      found = json.loads(record.read_text())
+      if found["finished"]:
+        for name, value in settings.items():
+          if found["settings"].get(name) != value:
+            raise InputError(f"--out: {out} holds another curation ({name} differs), expected a new directory")
+        return True
+    elif any(out.iterdir()):
+      raise InputError(f"--out: {out} holds other files, expected a new or empty directory")
+    write_atomically(record, json.dumps({"finished": False, "settings": settings}, indent=2))
+  except OSError as error:
+    raise InputError(f"--out: {out} cannot be written ({reason(error)})") from None
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    if isinstance(error, InputError):
+      raise
+    raise InputError(f"{record}: expected the record of a curation, found something else") from None
+  return False
+
+
+def _write(
+  out: pathlib.Path,
+  settings: dict[str, Any],
+  examples: Sequence[Example],
+  left: Sequence[int],
+  dropped: Sequence[Dropped],
+  ratings: dict[int, Rating | str],
+  client: Client | None,
+) -> None:
+  def shown(index: int) -> dict[str, Any]:
+    return {
+      "row": examples[index].row,
+      "question": curation.question_of(examples[index]),
+      "reference": examples[index].reference,
+    }
+
+  def rating(index: int) -> int | None:
+    return ratings[index].reasoning if isinstance(ratings.get(index), Rating) else None
+
+  gone = [{**shown(drop.index), "reason": drop.reason, "detail": drop.detail} for drop in dropped]
+  kept = [{**shown(index), "rating": rating(index)} for index in left]
+  reasons = dict(Counter(drop.reason for drop in dropped))
+  unjudged = sum(isinstance(rating, str) for rating in ratings.values())
+  note = _cost(client, unjudged) if client else ""
+  counts = {"read": len(examples), "dropped": reasons, "unjudged": unjudged, "kept": len(left)}
+  rows = [
+    {
+      "data_source": examples[index].source,
+      "prompt": list(examples[index].messages),
+      "ability": examples[index].source,
+      "reward_model": {"style": "rule", "ground_truth": examples[index].reference},
+      "extra_info": {"index": place, "row": examples[index].row, "split": "train", "reasoning": rating(index)},
+    }
+    for place, index in enumerate(left)
+  ]
+  table = pa.BufferOutputStream()
+  pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), table)
+  lines = (json.dumps(row, ensure_ascii=False) for row in sorted(gone, key=lambda row: row["row"]))
+  page = funnel.render(settings["input"]["name"], len(examples), kept, gone, settings, note)
+  try:
+    write_atomically(out / "train.parquet", table.getvalue().to_pybytes())
+    write_atomically(out / "dropped.jsonl", "".join(f"{line}\n" for line in lines))
+    write_atomically(out / "report.html", page)
+    # Last: with it the directory is finished.
+    write_atomically(
+      out / "curation.json", json.dumps({"finished": True, "settings": settings, "counts": counts}, indent=2)
+    )
+  except OSError as error:
+    raise InputError(f"--out: {out} cannot be written ({reason(error)})") from None
+  for name, count in reasons.items():
+    print(f"{count:8,} {name}")
+  print(f"{len(left):8,} of {len(examples):,} kept in {out / 'train.parquet'}")
+  if note:
+    print(note)
+
+
+_MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string())])
+_SCHEMA = pa.schema(
+  [
+    ("data_source", pa.string()),
+    ("prompt", pa.list_(_MESSAGE)),
+    ("ability", pa.string()),
+    ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
+    (
+      "extra_info",
+      pa.struct([("index", pa.int64()), ("row", pa.int64()), ("split", pa.string()), ("reasoning", pa.int64())]),
+    ),
+  ]
+)
+
+
+def _cost(client: Client, unjudged: int) -> str:
+  usage = client.usage
+  return (
+    f"{client.endpoint.model}: {usage.requests:,} requests, {usage.cached:,} ratings from disk,"
+    f" {usage.prompt_tokens:,} prompt and {usage.completion_tokens:,} completion tokens, {unjudged:,} rows unjudged"
+  )
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("path", None, "Questions: .parquet, .jsonl or .csv, as config.data.path.")
+  flags.DEFINE_string("out", None, "Directory to write; new, empty, or of a run of the same command that was stopped.")
+  flags.DEFINE_string("split", "", "Rows whose column 'split' says so; all if not given.")
+  flags.DEFINE_multi_string("benchmark", [], "File of questions that may not be trained on; may be repeated.")
+  flags.DEFINE_integer("ngram", 13, "Words in common with a benchmark's question that are a leak.", lower_bound=1)
+  flags.DEFINE_float("similarity", 0.8, "Jaccard similarity of near duplicates.", lower_bound=0.1, upper_bound=1)
+  flags.DEFINE_integer("answer_words", 25, "Most words of a reference answer.", lower_bound=1)
+  flags.DEFINE_bool("keep_mathematics", False, "Leave questions of mathematics in.")
+  flags.DEFINE_string("judge_url", None, "OpenAI-compatible endpoint, up to and with /v1, of a model that rates rows.")
+  flags.DEFINE_string("judge_model", None, "Name of that model.")
+  flags.DEFINE_string("judge_key_variable", "", "Environment variable that holds the endpoint's key, if it needs one.")
+  flags.DEFINE_integer("judge_concurrency", 16, "Requests at a time.", lower_bound=1)
+  flags.DEFINE_float("judge_temperature", 0.0, "Sampling temperature; -1 leaves it to the endpoint.")
+  flags.DEFINE_integer("reasoning", 2, "Least reasoning a question needs, to the judge.", lower_bound=0, upper_bound=4)
+  flags.DEFINE_enum("unjudged", "keep", ["keep", "drop"], "What becomes of rows that the judge did not rate.")
+  flags.DEFINE_string("scores", None, "The policy's scores: .jsonl, .csv, columns row, std, gain. Needs --keep.")
+  flags.DEFINE_integer("keep", 0, "How many rows with the best scores are kept.", lower_bound=0)
+  app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,215 @@
+"""Evaluation: `python -m rlpr_jax.evaluate --config=configs/X.py --workdir=DIR`.
+
+    benchmarks -> questions -> responses (our engine or an endpoint) -> rule -> judge -> figures, tables, a picture
+
+WORKDIR/responses.jsonl grows while models answer; an evaluation that was interrupted goes on from it. Grades are made
+anew each time: WORKDIR/samples.jsonl, summary.json, summary.md, summary.png.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from rlpr_jax import entry, storage
+from rlpr_jax.compilation import keep_programs
+from rlpr_jax.errors import InputError
+from rlpr_jax.evaluation import benchmarks, config, graders, judge, summary
+from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question
+from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Usage
+from rlpr_jax.evaluation.judge import JudgeItem
+from rlpr_jax.evaluation.responses import Store, Task, keys, respond
+from rlpr_jax.evaluation.summary import Graded, Sample
+from rlpr_jax.training.metrics import Progress
+
+
+class Loaded(NamedTuple):
+  """A benchmark of the config."""
+
+  name: str
+  questions: list[Question]
+  samples: int  # k of Avg@k
+  free_form: bool  # whether the paper also asks a judge
+  dropped: dict[str, int]  # rows that are no questions, by reason
+
+
+def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
+  """Evaluates the models of a config on its benchmarks.
+
+  Raises:
+    InputError: wrong input, or an endpoint that did not answer all questions.
+  """
+  config.validate(settings)
+  if jax.process_count() > 1:
+    raise InputError("evaluate: many processes, expected one; it uses all devices of its own host")
+  loaded = [_load(name, of, settings.seed) for name, of in settings.benchmarks.items()]
+  asked = _open_judge(settings.judge) if settings.judge.url else None
+  entry.open_workdir(workdir)
+  keep_programs(settings.compilation_cache)
+  store = Store(workdir / "responses.jsonl")
+  everything = []
+  for name, model in settings.models.items():
+    tasks = keys(model, settings.seed, _tasks(loaded, settings.greedy))
+    missing = {key: task for key, task in tasks.items() if store.get(key) is None}
+    if missing:
+      respond(model, settings.seed, missing, store, Progress(f"{name}, question"))
+    everything += _grade(name, loaded, tasks, store)
+  if asked:
+    everything = _judge(everything, loaded, settings.judge, asked, workdir)
+  _write(everything, loaded, settings, asked, workdir)
+
+
+def _load(name: str, settings: ConfigDict, seed: int) -> Loaded:
+  known = BENCHMARKS.get(name)
+  questions, dropped = benchmarks.load(
+    name if known else "own", settings.path, settings.split, settings.limit, seed, settings.subset
+  )
+  said = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
+  print(f"{name}: {len(questions)} questions, dropped: {said}", flush=True)
+  samples = settings.samples or (known.samples if known else 2)
+  return Loaded(name, questions, samples, known.free_form if known else True, dropped)
+
+
+def _tasks(loaded: Sequence[Loaded], greedy: bool) -> list[Task]:
+  tasks = []
+  for benchmark in loaded:
+    for question in benchmark.questions:
+      tasks.append(Task(benchmark.name, question, "sampled", benchmark.samples))
+      if greedy:
+        tasks.append(Task(benchmark.name, question, "greedy", 1))
+  return tasks
+
+
+def _grade(model: str, loaded: Sequence[Loaded], tasks: dict[str, Task], store: Store) -> list[Graded]:
+  """The rule's grades of all that a model answered."""
+  found = {(task.benchmark, task.mode, task.question.id): store.get(key) for key, task in tasks.items()}
+  modes, progress, done = sorted({task.mode for task in tasks.values()}, reverse=True), Progress(f"{model}, graded"), 0
+  everything = []
+  for benchmark in loaded:
+    for mode in modes:
+      rows = []
+      for question in benchmark.questions:
+        responses = found[benchmark.name, mode, question.id]
+        rows.append([Sample(response, graders.grade(question, response.text), None) for response in responses])
+        progress(done := done + 1, len(tasks))
+      everything.append(Graded(model, benchmark.name, mode, benchmark.questions, rows, False))
+  return everything
+
+
+def _open_judge(settings: ConfigDict) -> Client:
+  return Client(
+    Endpoint(
+      settings.url,
+      settings.model,
+      settings.key_variable,
+      settings.concurrency,
+      settings.time_limit,
+      settings.attempts,
+      max_tokens=settings.max_tokens,
+      price_in=settings.price_in,
+      price_out=settings.price_out,
+    )
+  )
+
+
+def _judge(
+  everything: Sequence[Graded], loaded: Sequence[Loaded], settings: ConfigDict, client: Client, workdir: pathlib.Path
+) -> list[Graded]:
+  """The same with the judge's verdicts where it is asked."""
+  free_form = {benchmark.name for benchmark in loaded if benchmark.free_form or settings.all_benchmarks}
+
+  def is_asked(graded: Graded, sample: Sample) -> bool:
+    return graded.benchmark in free_form and (settings.when == "always" or not sample.grade.right)
+
+  items = [
+    JudgeItem(question.prompt, question.reference, sample.grade.answer)
+    for graded in everything
+    for question, row in zip(graded.questions, graded.samples, strict=True)
+    for sample in row
+    if is_asked(graded, sample)
+  ]
+  verdicts = iter(judge.judge_all(items, client, Cache(workdir / "verdicts"), Progress("judged")))
+
+  def with_verdict(graded: Graded, sample: Sample) -> Sample:
+    return sample._replace(verdict=next(verdicts)) if is_asked(graded, sample) else sample
+
+  return [
+    graded._replace(
+      samples=[[with_verdict(graded, sample) for sample in row] for row in graded.samples],
+      judged=graded.benchmark in free_form,
+    )
+    for graded in everything
+  ]
+
+
+def _write(
+  everything: Sequence[Graded],
+  loaded: Sequence[Loaded],
+  settings: ConfigDict,
+  asked: Client | None,
+  workdir: pathlib.Path,
+) -> None:
+  lines = [
+    json.dumps(_row(graded, question, i, sample))
+    for graded in everything
+    for question, row in zip(graded.questions, graded.samples, strict=True)
+    for i, sample in enumerate(row)
+  ]
+  found = summary.summarize(everything, settings.resamples, settings.seed)
+  found["dropped"] = {benchmark.name: benchmark.dropped for benchmark in loaded}
+  found["judge"] = _usage(settings.judge, asked.usage) if asked else None
+  notes = [_note(settings.judge, asked.usage)] if asked else []
+  page = summary.to_markdown(found, notes)
+  storage.write_atomically(workdir / "samples.jsonl", "\n".join(lines) + "\n")
+  storage.write_atomically(workdir / "config.json", json.dumps(settings.to_dict(), indent=2, sort_keys=True))
+  summary.draw(found, workdir / "summary.png")
+  storage.write_atomically(workdir / "summary.json", json.dumps(found, indent=2))
+  storage.write_atomically(workdir / "summary.md", page)
+  for model, averages in found["models"].items():
+    for name, modes in averages.items():
+      for mode, figures in modes.items():
+        said = f"{model}, {name}, {mode}: {100 * figures['rule']['avg']:.1f}% by rule"
+        if "judge" in figures and figures["judge"]["avg"] is not None:
+          said += f", {100 * figures['judge']['avg']:.1f}% by judge ({figures['unjudged']} unjudged)"
+        print(said)
+  print(f"summary: {workdir / 'summary.md'}")
+
+
+def _row(graded: Graded, question: Question, i: int, sample: Sample) -> dict[str, object]:
+  verdict = {} if sample.verdict is None else {"judge": sample.verdict.right, "judge_why": sample.verdict.why}
+  return {
+    "model": graded.model,
+    "benchmark": graded.benchmark,
+    "id": question.id,
+    "category": question.category,
+    "mode": graded.mode,
+    "sample": i,
+    "question": question.prompt,
+    "reference": question.reference,
+    **sample.response._asdict(),
+    "rule": sample.grade.right,
+    "rule_why": sample.grade.why,
+    "answer": sample.grade.answer,
+    "found_by": sample.grade.path,
+    **verdict,
+  }
+
+
+def _usage(settings: ConfigDict, usage: Usage) -> dict[str, object]:
+  return {"model": settings.model, "when": settings.when, **vars(usage)}
+
+
+def _note(settings: ConfigDict, usage: Usage) -> str:
+  asked = "where the rule says wrong" if settings.when == "wrong" else "about every sample"
+  cost = f", {usage.cost:.2f} dollars" if usage.cost else ""
+  return (
+    f"Judge: {settings.model}, asked {asked}: {usage.requests} requests, {usage.cached} verdicts from disk,"
+    f" {usage.prompt_tokens} prompt and {usage.completion_tokens} completion tokens{cost}."
+  )
+
+
+if __name__ == "__main__":
+  entry.run(evaluate, recipe="evaluate")

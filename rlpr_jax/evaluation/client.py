@@ -1,0 +1,402 @@
+"""Asking language models behind OpenAI-compatible endpoints: retries, a limit of concurrency, a cache on disk.
+
+A key is read from the environment variable that the endpoint names. It stands in no `repr`, message or file: what an
+endpoint says is written down without it.
+"""
+
+import asyncio
+import contextlib
+import email.utils
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import time
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import openai
+import tenacity
+
+from rlpr_jax.errors import InputError
+from rlpr_jax.storage import reason, write_atomically
+
+T = TypeVar("T")
+Message = dict[str, str]  # role, content
+
+GIVE_UP_AFTER = 20  # conversations without an answer in a row, after which no more are asked
+_LONGEST_PAUSE = 60.0  # seconds between two attempts
+_LONGEST_ASKED = 180.0  # seconds that an endpoint may ask us to wait; a longer wait is no passing trouble
+_SECRET = 8  # characters from which on a key is more than a placeholder such as "EMPTY" or "none"
+
+
+class ClientError(RuntimeError):
+  """An endpoint gave no answer. One line, without the key."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+  """Where a model is and how it is asked. A setting that is None is left to the endpoint."""
+
+  base_url: str  # up to and with /v1
+  model: str
+  key_variable: str = ""  # environment variable that holds the key; "" for an endpoint without one
+  concurrency: int = 16  # requests at a time
+  time_limit: float = 120.0  # seconds a request
+  attempts: int = 5  # of one request, as long as the trouble may pass
+  pause: float = 1.0  # seconds before the second attempt; doubled before each further one, with jitter
+  temperature: float | None = 0.0
+  top_p: float | None = None
+  max_tokens: int | None = 1024
+  price_in: float = 0.0  # dollars a million prompt tokens, 0 if unknown
+  price_out: float = 0.0  # of completion tokens
+
+
+class Reply(NamedTuple):
+  """What a model said."""
+
+  texts: tuple[str, ...]
+  finish_reasons: tuple[str, ...]  # "stop", "length", ...
+  prompt_tokens: int  # 0 if the endpoint does not say
+  completion_tokens: int
+
+
+@dataclass
+class Usage:
+  """What asking has cost so far."""
+
+  requests: int = 0  # attempts included
+  retries: int = 0
+  cached: int = 0  # conversations whose reply was on disk
+  prompt_tokens: int = 0
+  completion_tokens: int = 0
+  cost: float = 0.0  # dollars, by the endpoint's prices
+
+
+class Client:
+  """Asks one endpoint. `async with client:` holds its connections open."""
+
+  def __init__(self, endpoint: Endpoint):
+    """Takes the key from the environment.
+
+    Raises:
+      InputError: settings that cannot be, or a key that is not there.
+    """
+    if not _is_url(endpoint.base_url):
+      # Not shown: it may hold a password.
+      raise InputError("endpoint: expected a URL http(s)://HOST.../v1 without a password in it")
+    for field in ("concurrency", "attempts", "time_limit"):
+      if getattr(endpoint, field) <= 0:
+        raise InputError(f"endpoint {endpoint.base_url}: {field} {getattr(endpoint, field)}, expected more than 0")
+    self.endpoint = endpoint
+    self.usage = Usage()
+    self._key = _read_key(endpoint)
+    self._backoff = tenacity.wait_exponential_jitter(endpoint.pause, max=_LONGEST_PAUSE, jitter=endpoint.pause)
+
+  async def __aenter__(self) -> "Client":
+    self._slots = asyncio.Semaphore(self.endpoint.concurrency)
+    self._openai = openai.AsyncOpenAI(
+      base_url=self.endpoint.base_url,
+      api_key=self._key or "none",  # without one the package would send another service's, from the environment
+      max_retries=0,
+      timeout=self.endpoint.time_limit,
+    )
+    return self
+
+  async def __aexit__(self, *_: object) -> None:
+    await self._openai.close()
+
+  async def chat(self, messages: Sequence[Message], n: int = 1, seed: int | None = None) -> Reply:
+    """Asks for `n` replies to a conversation.
+
+    Rate limits, errors of the server, broken connections, unreadable replies and timeouts are tried again, after the
+    time that the endpoint names or one that doubles; requests that the endpoint refuses are not.
+
+    Raises:
+      ClientError: no answer could be had.
+    """
+    attempts = tenacity.AsyncRetrying(
+      retry=tenacity.retry_if_exception(_may_pass),
+      wait=self._pause,
+      stop=tenacity.stop_after_attempt(self.endpoint.attempts),
+      before_sleep=self._count_retry,
+      reraise=True,
+    )
+    async with self._slots:  # held while waiting as well: an endpoint that limits rates is asked less
+      try:
+        return await attempts(self._request, self.request(messages, n, seed))
+      except (openai.OpenAIError, TimeoutError, ValueError) as error:
+        trouble = self._in_one_line(error)
+    # Not within the handler: the error would carry the request along, and with it the key.
+    raise ClientError(trouble)
+
+  def request(self, messages: Sequence[Message], n: int = 1, seed: int | None = None) -> dict[str, Any]:
+    """What `chat` sends: all that a reply depends on, but for where the model is."""
+    given = {
+      "model": self.endpoint.model,
+      "messages": list(messages),
+      "n": n if n > 1 else None,
+      "seed": seed,
+      "temperature": self.endpoint.temperature,
+      "top_p": self.endpoint.top_p,
+      "max_tokens": self.endpoint.max_tokens,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+  async def _request(self, request: dict[str, Any]) -> Reply:
+    self.usage.requests += 1
+    async with asyncio.timeout(self.endpoint.time_limit):  # the package's own limit starts anew with every byte
+      completion = await self._openai.chat.completions.create(**request)
+    reply = self._read(completion)
+    self.usage.prompt_tokens += reply.prompt_tokens
+    self.usage.completion_tokens += reply.completion_tokens
+    prices = self.endpoint.price_in, self.endpoint.price_out
+    self.usage.cost += (reply.prompt_tokens * prices[0] + reply.completion_tokens * prices[1]) / 1e6
+    if len(reply.texts) != request.get("n", 1):
+      raise ValueError(f"expected {request.get('n', 1)} choices, found {len(reply.texts)}")
+    return reply
+
+  def _read(self, completion: Any) -> Reply:
+    """The package checks nothing of what it gets: HTML comes as a string, a missing field as None."""
+    choices, usage = getattr(completion, "choices", None), getattr(completion, "usage", None)
+    if not isinstance(choices, list) or not choices:
+      raise _UnreadableError("expected a chat completion, found something else")
+    texts = []
+    for choice in choices:
+      content = getattr(getattr(choice, "message", None), "content", choice)
+      if not isinstance(content, str | None):
+        raise _UnreadableError("expected choices with a message, found something else")
+      texts.append(self._redact(content or "") if len(self._key) >= _SECRET else content or "")
+    counts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+    return Reply(
+      tuple(texts),
+      tuple(str(choice.finish_reason) for choice in choices),
+      *(count if isinstance(count, int) else 0 for count in counts),
+    )
+
+  def _pause(self, state: tenacity.RetryCallState) -> float:
+    asked = _asked_to_wait(state.outcome.exception())
+    # Jitter on top of what was asked for: all who were told the same second must not come back in it.
+    return self._backoff(state) if asked is None else asked + random.uniform(0, self.endpoint.pause)
+
+  def _count_retry(self, _: tenacity.RetryCallState) -> None:
+    self.usage.retries += 1
+
+  def _in_one_line(self, error: Exception) -> str:
+    if isinstance(error, TimeoutError | openai.APITimeoutError):
+      said = f"no reply within {self.endpoint.time_limit:g}s"
+    elif isinstance(error, openai.APIConnectionError):
+      said = f"no connection ({reason(error.__cause__ or error)})"
+    else:
+      said = str(error) or type(error).__name__
+    said = self._redact(" ".join(f"{self.endpoint.model} at {self.endpoint.base_url}: {said}".split()))
+    return said if len(said) <= 400 else f"{said[:399]}…"  # cut last: part of a key would not be found
+
+  def _redact(self, text: str) -> str:
+    if self._key:
+      for form in (self._key, urllib.parse.quote(self._key, safe=""), json.dumps(self._key)[1:-1]):
+        text = text.replace(form, "[key]")
+    return text
+
+
+class _UnreadableError(ValueError):
+  """A reply that is none; the next may be."""
+
+
+def _is_url(text: str) -> bool:
+  try:
+    parts = urllib.parse.urlsplit(text)
+    whole = parts.hostname and (parts.port is None or parts.port > 0)
+  except ValueError:
+    return False
+  return bool(whole) and parts.scheme in ("http", "https") and "@" not in parts.netloc
+
+
+def _read_key(endpoint: Endpoint) -> str:
+  if not endpoint.key_variable:
+    return ""
+  where = f"environment variable {endpoint.key_variable}"
+  key = os.environ.get(endpoint.key_variable, "").strip()
+  if not key:
+    raise InputError(f"{where}: not set, expected the key of {endpoint.base_url}")
+  if not key.isascii() or not key.isprintable() or " " in key:  # which no header takes, and says so with the key
+    raise InputError(f"{where}: expected a key of printable ASCII characters without spaces")
+  return key
+
+
+def _may_pass(error: BaseException) -> bool:
+  """Whether another attempt may succeed."""
+  if isinstance(error, openai.APIStatusError):
+    passing = error.status_code in (408, 409, 429) or error.status_code >= 500
+    out_of_money = error.code == "insufficient_quota"  # OpenAI's, which comes as 429
+    return passing and not out_of_money and (_asked_to_wait(error) or 0) <= _LONGEST_ASKED
+  return isinstance(error, openai.APIConnectionError | TimeoutError | json.JSONDecodeError | _UnreadableError)
+
+
+def _asked_to_wait(error: BaseException) -> float | None:
+  """Seconds that a reply's Retry-After names, as a number or as a date (RFC 9110, section 10.2.3)."""
+  if not isinstance(error, openai.APIStatusError):
+    return None
+  header = error.response.headers.get("retry-after", "")
+  try:
+    seconds = float(header)
+  except ValueError:
+    try:
+      seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+      return None
+  return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+class Cache:
+  """Replies on disk, a file each, by the SHA-256 of the request: model, messages and sampling settings."""
+
+  def __init__(self, directory: str | os.PathLike):
+    """Makes the directory.
+
+    Raises:
+      InputError: it cannot be made.
+    """
+    self._directory = pathlib.Path(directory)
+    try:
+      self._directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise InputError(f"{self._directory}: cannot be made ({reason(error)})") from None
+
+  def get(self, request: dict[str, Any]) -> Reply | None:
+    """The reply to a request, or None if it is not there or its file is damaged."""
+    try:
+      stored = json.loads(self._path(request).read_text())["reply"]
+      reply = Reply(tuple(stored["texts"]), tuple(stored["finish_reasons"]), int(stored["prompt_tokens"]),
+                    int(stored["completion_tokens"]))  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+      return None
+    return reply if reply.texts and all(isinstance(text, str) for text in reply.texts) else None
+
+  def put(self, request: dict[str, Any], reply: Reply) -> None:
+    """Stores a reply, with its request for those who want to read what was asked.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path, content = self._path(request), json.dumps({"request": request, "reply": reply._asdict()}, indent=1)
+    try:
+      path.parent.mkdir(exist_ok=True)
+      with contextlib.suppress(FileNotFoundError):  # another process has just put its own in place
+        write_atomically(path, content)
+    except OSError as error:
+      raise InputError(f"{path}: cannot be written ({reason(error)})") from None
+
+  def _path(self, request: dict[str, Any]) -> pathlib.Path:
+    name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+    return self._directory / name[:2] / f"{name}.json"
+
+
+# ---- many conversations ----
+
+
+class Unanswered(NamedTuple):
+  """A conversation that came to nothing, and why."""
+
+  why: str
+  asked: bool  # False if it was not even tried
+
+
+class _GaveUpError(Exception):
+  """Too many in a row came to nothing."""
+
+
+async def ask_all(
+  conversations: Sequence[Sequence[Message]],
+  parse: Callable[[str], T | None],
+  reminder: str,
+  client: Client,
+  cache: Cache | None = None,
+  progress: Callable[[int, int, str], None] | None = None,
+  give_up_after: int = GIVE_UP_AFTER,
+) -> list[T | Unanswered]:
+  """Asks every conversation for something that `parse` understands.
+
+  The same conversation is asked once. A reply that is not understood, or was cut off, is asked for once more, with
+  another seed and `reminder` at the end. Understood replies are kept in `cache` and asked for never again; all others
+  are asked again by another call. Where many conversations in a row come to nothing, the endpoint is taken for dead (or
+  its model for unfit) and the rest is not asked.
+
+  Args:
+    conversations: messages {role, content} each, the last of them the user's.
+    parse: of a reply's text; None if it is not understood.
+    client: opened (`async with client:`).
+    progress: called with what is done, the total, and what it cost.
+    give_up_after: conversations in a row without an answer.
+
+  Returns:
+    what was understood, in the order of `conversations`.
+
+  Raises:
+    InputError: the cache cannot be written.
+  """
+  names = [json.dumps(list(messages), sort_keys=True) for messages in conversations]
+  requests = {
+    name: _both_requests(client, list(messages), reminder) for name, messages in zip(names, conversations, strict=True)
+  }
+  found: dict[str, T | Unanswered] = {}
+  for name, pair in requests.items() if cache else ():
+    for request in pair:
+      reply = cache.get(client.request(**request))
+      if reply and (understood := parse(reply.texts[0])) is not None:
+        found[name] = understood
+        client.usage.cached += 1
+        break
+  todo = iter([name for name in requests if name not in found])
+  failures, last = 0, ""
+
+  async def ask(name: str) -> T | Unanswered:
+    reply = None
+    for request in requests[name]:
+      try:
+        reply = await client.chat(**request)
+      except ClientError as error:
+        return Unanswered(str(error), True)
+      if reply.finish_reasons[0] != "length" and (understood := parse(reply.texts[0])) is not None:
+        if cache:
+          cache.put(client.request(**request), reply)
+        return understood
+    end = " ".join(reply.texts[0].split())[-80:]
+    return Unanswered(f"{client.endpoint.model}: reply not understood, it ends {end!r}", True)
+
+  async def work() -> None:
+    nonlocal failures, last
+    for name in todo:  # one iterator for all workers
+      found[name] = answer = await ask(name)
+      failures, last = (failures + 1, answer.why) if isinstance(answer, Unanswered) else (0, "")
+      if progress:
+        progress(len(found), len(requests), _spent(client.usage))
+      if failures >= give_up_after:
+        raise _GaveUpError  # which ends the other workers
+
+  try:
+    async with asyncio.TaskGroup() as group:
+      for _ in range(min(client.endpoint.concurrency, len(requests) - len(found))):
+        group.create_task(work())
+  except BaseExceptionGroup as errors:
+    _, others = errors.split(_GaveUpError)
+    if others:
+      raise others.exceptions[0] from None
+  skipped = Unanswered(f"not asked, as {give_up_after} in a row came to nothing: {last}", False)
+  return [found.get(name, skipped) for name in names]
+
+
+def _both_requests(client: Client, messages: list[Message], reminder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Arguments of `Client.chat` for the first and the second time."""
+  end = messages[-1]
+  reminded = [*messages[:-1], {**end, "content": f"{end['content']}\n\n{reminder}"}]
+  return {"messages": messages}, {"messages": reminded, "seed": 1}
+
+
+def _spent(usage: Usage) -> str:
+  cost = f", ${usage.cost:.2f}" if usage.cost else ""
+  return f"{usage.requests} requests, {usage.retries} retries{cost}"

@@ -1,0 +1,136 @@
+"""Settings of an evaluation: which models, which benchmarks, which judge.
+
+A recipe calls `default()`, then names models and benchmarks: `c.models.policy = model(path=DIR)`,
+`c.benchmarks.math500 = benchmark()`. The command line changes their fields (`--config.models.policy.path=DIR`).
+"""
+
+from ml_collections import ConfigDict
+
+from rlpr_jax import rewards
+from rlpr_jax.errors import InputError
+from rlpr_jax.evaluation.benchmarks import BENCHMARKS
+
+
+def default() -> ConfigDict:
+  """No models and no benchmarks yet; no judge."""
+  c = ConfigDict()
+  c.seed = 0  # decides which questions are drawn, and the responses of our own engine
+  c.greedy = True  # one greedy response to each question beside the sampled ones
+  c.resamples = 10_000  # of the bootstrap over questions
+  c.compilation_cache = "~/.cache/rlpr_jax"  # compiled programs are kept here between runs; "" for nowhere
+  c.models = ConfigDict()  # by a name of your own: `model()`; the first is what others are compared with
+  c.benchmarks = ConfigDict()  # by the benchmark's name, or of a file by a name of your own: `benchmark()`
+
+  c.judge = ConfigDict()
+  c.judge.url = ""  # up to and with /v1, of any OpenAI-compatible endpoint; "" for no judge
+  c.judge.model = ""  # as the endpoint names it
+  c.judge.key_variable = ""  # environment variable with the endpoint's key
+  c.judge.when = "wrong"  # asked where the rule says: wrong | always
+  c.judge.all_benchmarks = False  # or only where the paper asks a judge: TheoremQA, Minerva, WebInstruct, files
+  c.judge.concurrency = 16  # requests at once
+  c.judge.time_limit = 120.0  # seconds a request
+  c.judge.attempts = 5  # of a request, with growing pauses
+  c.judge.max_tokens = 1024  # of a verdict
+  c.judge.price_in = 0.0  # dollars a million prompt tokens; 0 if unknown
+  c.judge.price_out = 0.0
+  return c
+
+
+def model(**changes) -> ConfigDict:
+  """A model and how it is asked, with some fields changed. The defaults are the paper's for its own models."""
+  c = ConfigDict()
+  c.path = ""  # directory of a run, Hugging Face directory, or name on the hub (org/name)
+  c.step = -1  # checkpoint of a run; -1 for the newest
+  c.url = ""  # instead of a path: an OpenAI-compatible endpoint, up to and with /v1
+  c.name = ""  # of the model at the endpoint
+  c.key_variable = ""  # environment variable with the endpoint's key
+  c.concurrency = 16  # requests at once, to the endpoint
+  c.time_limit = 600.0  # seconds a request
+  c.attempts = 5  # of a request, with growing pauses
+  c.template = "think"  # instruction in the system message: think | answer_only
+  c.instruction = "default"  # "default" is the template's, or what the run was trained with; "" none; else the text
+  c.temperature = 1.0  # of the sampled responses
+  c.top_p = 1.0  # only the most probable tokens that together reach it
+  c.top_k = 0  # only so many of the most probable tokens; 0 for all; not at an endpoint
+  c.min_p = 0.0  # only tokens at least so many times as probable as the most probable one; not at an endpoint
+  c.stop = ()  # strings that end a response, beside EOS; not at an endpoint
+  c.max_tokens = 3072  # of a response
+  c.prompt_limit = 2048  # tokens; a longer prompt is refused, counted, and its samples are wrong
+  c.dtype = "float32"  # float32 | bfloat16, of weights and computation
+  c.slots = 32  # responses that are sampled at once
+  c.decode_steps = 16  # tokens between two looks at which responses have ended
+  c.lock()
+  c.update(changes)
+  return c
+
+
+def benchmark(**changes) -> ConfigDict:
+  """A benchmark, with some fields changed."""
+  c = ConfigDict()
+  c.path = ""  # .parquet, .jsonl, .json or .csv in the benchmark's own columns, or of your own; "" for the hub
+  c.split = ""  # "" for the benchmark's own
+  c.subset = ""  # configuration on the hub, such as a task of BBH; "" for the benchmark's own
+  c.limit = 0  # so many of its questions, drawn by config.seed; 0 for all
+  c.samples = 0  # k of Avg@k; 0 for the paper's
+  c.lock()
+  c.update(changes)
+  return c
+
+
+def validate(config: ConfigDict) -> None:
+  """Checks what types alone cannot say.
+
+  Raises:
+    InputError: naming the field, its value and what was expected.
+  """
+  if not config.models:
+    raise InputError("config.models: empty, expected one or more")
+  if not config.benchmarks:
+    raise InputError("config.benchmarks: empty, expected one or more")
+  if config.judge.when not in ("wrong", "always"):
+    raise InputError(f"config.judge.when: {config.judge.when!r}, expected wrong or always")
+  if bool(config.judge.url) != bool(config.judge.model):
+    raise InputError("config.judge: expected both url and model, or neither")
+  if config.resamples < 100:
+    raise InputError(f"config.resamples: {config.resamples}, expected 100 or more")
+  for name, settings in config.models.items():
+    _check_model(f"config.models.{name}", settings)
+  for name, settings in config.benchmarks.items():
+    where = f"config.benchmarks.{name}"
+    _check_fields(where, settings, benchmark())
+    if name not in BENCHMARKS and not settings.path:
+      raise InputError(f"{where}.path: missing, expected a file, or one of the benchmarks {', '.join(BENCHMARKS)}")
+    for field in ("limit", "samples"):
+      if settings[field] < 0:
+        raise InputError(f"{where}.{field}: {settings[field]}, expected 0 or more")
+
+
+def _check_model(where: str, settings: ConfigDict) -> None:
+  _check_fields(where, settings, model())
+  if bool(settings.path) == bool(settings.url):
+    raise InputError(f"{where}: expected a path, or the url of an endpoint")
+  if settings.url and not settings.name:
+    raise InputError(f"{where}.name: missing, expected the model's name at the endpoint")
+  if settings.template not in rewards.TEMPLATE_TAGS:
+    raise InputError(f"{where}.template: {settings.template!r}, expected {' or '.join(rewards.TEMPLATE_TAGS)}")
+  if settings.dtype not in ("float32", "bfloat16"):
+    raise InputError(f"{where}.dtype: {settings.dtype!r}, expected float32 or bfloat16")
+  for field in ("max_tokens", "prompt_limit", "slots", "decode_steps", "concurrency", "attempts"):
+    if settings[field] < 1:
+      raise InputError(f"{where}.{field}: {settings[field]}, expected at least 1")
+  for field, least, most in (("temperature", 0, 10), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31 - 1)):
+    if not least <= settings[field] <= most:
+      raise InputError(f"{where}.{field}: {settings[field]}, expected {least} to {most}")
+  neutral = model()
+  for field in ("top_k", "min_p", "stop"):
+    if settings.url and settings[field] != neutral[field]:
+      raise InputError(f"{where}.{field}: {settings[field]!r}, an endpoint is not asked for that")
+
+
+def _check_fields(where: str, settings: ConfigDict, expected: ConfigDict) -> None:
+  for name in settings:
+    if name not in expected:
+      raise InputError(f"{where}.{name}: unknown, expected some of {', '.join(expected)}")
+  for name in expected:
+    if name not in settings:
+      raise InputError(f"{where}.{name}: missing; make it by the functions of rlpr_jax.evaluation.config")

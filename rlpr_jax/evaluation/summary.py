@@ -1,0 +1,286 @@
+"""Figures, tables and a picture of graded samples."""
+
+import itertools
+import pathlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib import pyplot as plt
+
+from rlpr_jax.evaluation import statistics
+from rlpr_jax.evaluation.benchmarks import Question
+from rlpr_jax.evaluation.graders import Grade
+from rlpr_jax.evaluation.judge import Verdict
+from rlpr_jax.evaluation.responses import Response
+
+Json = dict[str, Any]
+
+
+class Sample(NamedTuple):
+  """A response with its grades."""
+
+  response: Response
+  grade: Grade
+  verdict: Verdict | None  # None: the judge was not asked
+
+
+class Graded(NamedTuple):
+  """All samples of a model on a benchmark, of one mode."""
+
+  model: str
+  benchmark: str
+  mode: str  # sampled | greedy
+  questions: Sequence[Question]
+  samples: Sequence[Sequence[Sample]]  # [Q][K]
+  judged: bool  # whether a judge looks at this benchmark
+
+  @property
+  def rule(self) -> np.ndarray:
+    """[Q, K] 1 right, 0 wrong, by rule."""
+    return np.array([[float(sample.grade.right) for sample in row] for row in self.samples])
+
+  @property
+  def judge(self) -> np.ndarray:
+    """[Q, K] the same by the judge, where it was asked, else by rule; NaN: unjudged."""
+    return np.array([[_final(sample) for sample in row] for row in self.samples])
+
+  @property
+  def final(self) -> np.ndarray:
+    """[Q, K] by the judge where there is one."""
+    return self.judge if self.judged else self.rule
+
+
+def _final(sample: Sample) -> float:
+  if sample.verdict is None:
+    return float(sample.grade.right)
+  return np.nan if sample.verdict.right is None else float(sample.verdict.right)
+
+
+def summarize(everything: Sequence[Graded], resamples: int, seed: int) -> Json:
+  """All figures. Accuracies are shares, 0 to 1; intervals are 95% bootstrap intervals over questions."""
+  models: Json = {}
+  for graded in everything:
+    figures = _figures(graded, resamples, seed)
+    models.setdefault(graded.model, {}).setdefault(graded.benchmark, {})[graded.mode] = figures
+  names = list(models)
+  return {
+    "models": models,
+    "averages": {name: _average(models[name]) for name in names},
+    "differences": [
+      difference for name in names[1:] for difference in _differences(everything, names[0], name, resamples, seed)
+    ],
+  }
+
+
+def _figures(graded: Graded, resamples: int, seed: int) -> Json:
+  flat = [sample for row in graded.samples for sample in row]
+  samples = len(graded.samples[0])
+  figures: Json = {
+    "questions": len(graded.questions),
+    "samples": samples,
+    "rule": _accuracy(graded, graded.rule, resamples, seed),
+    "cut_off": float(np.mean([not sample.response.finished for sample in flat])),
+    "refused": sum(sample.response.refused for sample in flat),
+    "tokens": float(np.mean([sample.response.tokens for sample in flat])),
+    "found_by": dict(Counter(sample.grade.path for sample in flat).most_common()),
+  }
+  if graded.judged:
+    figures["judge"] = _accuracy(graded, graded.judge, resamples, seed)
+    figures["unjudged"] = sum(sample.verdict is not None and sample.verdict.right is None for sample in flat)
+  by_category = defaultdict(list)
+  for i, question in enumerate(graded.questions):
+    by_category[question.category].append(i)
+  figures["categories"] = {
+    name: {"questions": len(rows)}
+    | {kind: _mean(getattr(graded, kind)[rows]) for kind in ("rule", "judge") if kind in figures}
+    for name, rows in sorted(by_category.items())
+  }
+  return figures
+
+
+def _accuracy(graded: Graded, right: np.ndarray, resamples: int, seed: int) -> Json:
+  each, samples = statistics.mean_at_k(right), right.shape[1]
+  low, high = statistics.bootstrap_interval(each, resamples=resamples, seed=seed)
+  figures = {"avg": _mean(right), "low": _or_none(low), "high": _or_none(high)}
+  if samples > 1:
+    powers = [2**i for i in range(1, samples.bit_length()) if 2**i < samples]
+    figures["pass"] = {
+      str(k): _or_none(_nanmean(statistics.pass_at_k(right, k))) for k in sorted({1, *powers, samples})
+    }
+    answers = [[sample.grade.answer for sample in row] for row in graded.samples]
+    figures["majority"] = _or_none(_nanmean(statistics.majority_at_k(answers, right)))
+  return figures
+
+
+def _mean(right: np.ndarray) -> float | None:
+  return _or_none(_nanmean(statistics.mean_at_k(right)))
+
+
+def _nanmean(values: np.ndarray) -> float:
+  known = values[~np.isnan(values)]
+  return float(known.mean()) if known.size else np.nan
+
+
+def _or_none(value: float) -> float | None:
+  return None if np.isnan(value) else float(value)  # JSON has no NaN
+
+
+def _average(benchmarks: Json) -> Json:
+  """The mean over benchmarks of each mode, by rule, and by the judge where there is one."""
+  modes = sorted({mode for by_mode in benchmarks.values() for mode in by_mode})
+  averages = {}
+  for mode in modes:
+    found = [by_mode[mode] for by_mode in benchmarks.values() if mode in by_mode]
+    rule = [figures["rule"]["avg"] for figures in found]
+    final = [figures.get("judge", figures["rule"])["avg"] for figures in found]
+    averages[mode] = {
+      "benchmarks": len(found),
+      "rule": float(np.mean(rule)),
+      "judge": None if None in final else float(np.mean(final)),
+    }
+  return averages
+
+
+def _differences(everything: Sequence[Graded], base: str, other: str, resamples: int, seed: int) -> list[Json]:
+  """`other` minus `base` on the questions of each benchmark and mode."""
+  found = {(graded.model, graded.benchmark, graded.mode): graded for graded in everything}
+  rows = []
+  for (model, benchmark, mode), ours in found.items():
+    theirs = found.get((base, benchmark, mode))
+    if model != other or theirs is None:
+      continue
+    pair = (statistics.mean_at_k(graded.final) for graded in (ours, theirs))
+    difference = statistics.paired_difference(*pair, resamples=resamples, seed=seed)
+    values = {name: _or_none(value) for name, value in difference._asdict().items()}
+    rows.append({"model": other, "base": base, "benchmark": benchmark, "mode": mode} | values)
+  return rows
+
+
+# --- Markdown ---
+
+
+_COLUMNS = (
+  "benchmark",
+  "mode",
+  "questions",
+  "k",
+  "Avg@k by rule",
+  "Avg@k by judge",
+  "pass@k",
+  "majority@k",
+  "unjudged",
+  "cut off",
+  "tokens",
+)
+
+
+def to_markdown(summary: Json, notes: Sequence[str]) -> str:
+  """The page: both graders side by side, differences, categories, how answers were found."""
+  parts = ["# Evaluation", *notes, "![Accuracy of each model on each benchmark](summary.png)"]
+  for model, benchmarks in summary["models"].items():
+    rows = [
+      _row(benchmark, mode, figures) for benchmark, by_mode in benchmarks.items() for mode, figures in by_mode.items()
+    ]
+    for mode, average in summary["averages"][model].items():
+      if average["benchmarks"] > 1:
+        rows.append(["mean of the benchmarks", mode, "", "", _percent(average["rule"]), _percent(average["judge"])])
+    parts += [f"## {model}", _table(_COLUMNS, rows)]
+  parts.append(
+    "Intervals are 95% bootstrap intervals over questions. pass@k and majority@k are by the judge where there is one."
+    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out."
+  )
+  if summary["differences"]:
+    rows = [
+      [row["benchmark"], row["mode"], f"{row['model']} - {row['base']}", _points(row), _or_dash(row["p"], ".4f")]
+      for row in summary["differences"]
+    ]
+    parts += ["## Differences on the same questions", _table(["benchmark", "mode", "models", "points", "p"], rows)]
+  for model, benchmarks in summary["models"].items():
+    for benchmark, by_mode in benchmarks.items():
+      figures = next(iter(by_mode.values()))
+      found = ", ".join(f"{path} {count}" for path, count in figures["found_by"].items())
+      rows = [
+        [name, row["questions"], _percent(row["rule"]), _percent(row.get("judge"))]
+        for name, row in figures["categories"].items()
+      ]
+      parts += [f"### {model}, {benchmark}", f"Answers were found by: {found}."]
+      if len(rows) > 1:
+        parts.append(_table(["category", "questions", "by rule", "by judge"], rows))
+  return "\n\n".join(parts) + "\n"
+
+
+def _row(benchmark: str, mode: str, figures: Json) -> list[Any]:
+  final = figures.get("judge", figures["rule"])
+  return [
+    benchmark,
+    mode,
+    figures["questions"],
+    figures["samples"],
+    _interval(figures["rule"]),
+    _interval(figures["judge"]) if "judge" in figures else "-",
+    _percent(final["pass"][str(figures["samples"])]) if "pass" in final else "-",
+    _percent(final["majority"]) if "majority" in final else "-",
+    figures.get("unjudged", "-"),
+    _percent(figures["cut_off"]),
+    f"{figures['tokens']:.0f}",
+  ]
+
+
+def _interval(accuracy: Json) -> str:
+  if accuracy["avg"] is None:
+    return "-"
+  return f"{_percent(accuracy['avg'])} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
+
+
+def _points(row: Json) -> str:
+  if row["difference"] is None:
+    return "-"
+  return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
+
+
+def _percent(share: float | None) -> str:
+  return "-" if share is None else f"{100 * share:.1f}%"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+  return "-" if value is None else format(value, form)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+  padded = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+  lines = [head, ["---"] * len(head), *padded]
+  return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+# --- the picture ---
+
+
+def draw(summary: Json, path: pathlib.Path) -> None:
+  """Accuracy of each model on each benchmark, by both graders, with intervals. PNG."""
+  models = summary["models"]
+  benchmarks = list(dict.fromkeys(itertools.chain.from_iterable(models.values())))
+  with matplotlib.rc_context({"font.size": 9}):
+    figure, axes = plt.subplots(figsize=(1.2 + 1.3 * len(benchmarks), 3.2), layout="constrained")
+    width = 0.8 / len(models)
+    for i, (model, by_benchmark) in enumerate(models.items()):
+      for kind, marker in (("rule", "o"), ("judge", "s")):
+        points = []
+        for place, benchmark in enumerate(benchmarks):
+          for mode, figures in by_benchmark.get(benchmark, {}).items():
+            accuracy = figures.get(kind)
+            if mode == "sampled" and accuracy and accuracy["avg"] is not None:
+              shift = (i - (len(models) - 1) / 2) * width + (0.08 * width if kind == "judge" else -0.08 * width)
+              points.append((place + shift, *(100 * accuracy[name] for name in ("avg", "low", "high"))))
+        if points:
+          x, y, low, high = map(np.array, zip(*points, strict=True))
+          axes.errorbar(
+            x, y, np.maximum([y - low, high - y], 0), fmt=marker, color=f"C{i}", capsize=2, label=f"{model}, by {kind}"
+          )
+    axes.set(xticks=range(len(benchmarks)), xticklabels=benchmarks, ylabel="Avg@k (%)", ylim=(0, 100))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=150)
+    plt.close(figure)

@@ -1,0 +1,270 @@
+"""Evaluations from questions to figures: with our own engine and with endpoints, interrupted, judged, compared."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from rlpr_jax import evaluate as program
+from rlpr_jax import models
+from rlpr_jax.errors import InputError
+from rlpr_jax.evaluation import responses
+from rlpr_jax.evaluation.config import benchmark, default, model, validate
+from rlpr_jax.evaluation.judge import JudgeItem, conversation
+from tests.chat_server import completion, serving
+
+QUESTIONS = [("1+1", "2", "small"), ("2+3", "5", "small"), ("9+8", "17", "large"), ("7*7", "49", "large")]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def directory(policy, tmp_path_factory):
+  path = tmp_path_factory.mktemp("model")
+  models.save_pretrained(path, policy.config, policy.params, policy.tokenizer)
+  return path
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / "mine.jsonl"
+  rows = [{"question": question, "answer": answer, "source": source} for question, answer, source in QUESTIONS]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return path
+
+
+def recipe(file, samples=3, **by_name):
+  c = default()
+  c.compilation_cache = ""
+  c.benchmarks.mine = benchmark(path=str(file), samples=samples)
+  for name, settings in by_name.items():
+    c.models[name] = settings
+  return c
+
+
+def ours(directory, **changes):
+  return model(path=str(directory), slots=4, prompt_limit=16, max_tokens=12, decode_steps=4, instruction="", **changes)
+
+
+def theirs(url, **changes):
+  return model(url=url, name="m", instruction="", **changes)
+
+
+def read(workdir):
+  samples = [json.loads(line) for line in (workdir / "samples.jsonl").read_text().splitlines()]
+  return samples, json.loads((workdir / "summary.json").read_text())
+
+
+def answers(*by_question):
+  """A server's replies: the answers of each question in turns."""
+  asked: dict[str, int] = {}
+
+  def reply(body, _):
+    question = body["messages"][-1]["content"]
+    place = next(i for i, row in enumerate(QUESTIONS) if row[0] == question)
+    turn = asked[question] = asked.get(question, -1) + 1
+    options = by_question[place]
+    return f"<think> so </think> <answer> {options[turn % len(options)]} </answer>"
+
+  return reply
+
+
+def test_our_engine_from_questions_to_a_page(directory, file, tmp_path):
+  settings = recipe(file, policy=ours(directory), warm=ours(directory, temperature=0.5, stop=("1",)))
+  program.evaluate(settings, tmp_path / "out")
+  samples, summary = read(tmp_path / "out")
+  assert len(samples) == 2 * 4 * (3 + 1)
+  for name in ("policy", "warm"):
+    for mode, count in (("sampled", 3), ("greedy", 1)):
+      rows = [row for row in samples if (row["model"], row["mode"]) == (name, mode)]
+      figures = summary["models"][name]["mine"][mode]
+      assert [row["sample"] for row in rows] == list(range(count)) * 4
+      assert figures["rule"]["avg"] == pytest.approx(np.mean([row["rule"] for row in rows]))
+      assert figures["tokens"] == pytest.approx(np.mean([row["tokens"] for row in rows]))
+      assert figures["cut_off"] == pytest.approx(np.mean([not row["finished"] for row in rows]))
+      assert sum(figures["found_by"].values()) == len(rows)
+      assert {name: row["questions"] for name, row in figures["categories"].items()} == {"large": 2, "small": 2}
+  texts = {name: [row["text"] for row in samples if row["model"] == name] for name in ("policy", "warm")}
+  assert texts["policy"] != texts["warm"]
+  assert not any("1" in text for row, text in zip(samples[16:], texts["warm"], strict=True) if row["mode"] == "sampled")
+  assert {row["model"] for row in summary["differences"]} == {"warm"}
+  page = (tmp_path / "out" / "summary.md").read_text()
+  assert all(text in page for text in ("## policy", "## warm", "| mine | sampled | 4 | 3 |", "## Differences"))
+  assert (tmp_path / "out" / "summary.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_interrupted_evaluation_goes_on_and_a_larger_one_does_only_what_is_new(
+  directory, file, tmp_path, monkeypatch
+):
+  settings, added = recipe(file, policy=ours(directory)), []
+  honest = responses.Store.add
+
+  def add(store, key, found):
+    if len(added) == 3:
+      raise KeyboardInterrupt
+    added.append(key)
+    honest(store, key, found)
+
+  program.evaluate(settings, tmp_path / "whole")
+  with monkeypatch.context() as patch:
+    patch.setattr(responses.Store, "add", add)
+    with pytest.raises(KeyboardInterrupt):
+      program.evaluate(settings, tmp_path / "cut")
+  with (tmp_path / "cut" / "responses.jsonl").open("a") as half:
+    half.write('{"key": "5f')  # killed while it wrote
+  monkeypatch.setattr(responses.Store, "add", lambda store, key, found: (added.append(key), honest(store, key, found)))
+  program.evaluate(settings, tmp_path / "cut")
+  assert len(added) == len(set(added)) == 8
+  assert read(tmp_path / "cut") == read(tmp_path / "whole")
+
+  settings.benchmarks.mine.samples = 2  # other samples; the greedy ones are there
+  program.evaluate(settings, tmp_path / "cut")
+  assert len(added) == 12
+  settings.models.policy.slots = 2  # only faster or slower
+  program.evaluate(settings, tmp_path / "cut")
+  assert len(added) == 12
+
+
+@pytest.mark.slow
+def test_a_kill_changes_nothing(directory, file, tmp_path):
+  path = tmp_path / "recipe.py"
+  path.write_text(f"""
+from rlpr_jax.evaluation.config import benchmark, default, model
+def get_config():
+  c = default()
+  c.models.policy = model(path={str(directory)!r}, slots=2, prompt_limit=16, max_tokens=200, decode_steps=1)
+  c.models.policy.instruction = ""
+  c.benchmarks.mine = benchmark(path={str(file)!r}, samples=40)
+  return c
+""")
+
+  def start(workdir):
+    command = [sys.executable, "-m", "rlpr_jax.evaluate", f"--config={path}", f"--workdir={workdir}"]
+    return subprocess.Popen(command, cwd=ROOT)
+
+  assert start(tmp_path / "whole").wait() == 0
+  process, written = start(tmp_path / "cut"), tmp_path / "cut" / "responses.jsonl"
+  while not written.exists() or not written.stat().st_size:
+    assert process.poll() is None
+  process.kill()
+  process.wait()
+  assert not (tmp_path / "cut" / "summary.json").exists()
+  assert start(tmp_path / "cut").wait() == 0
+  assert read(tmp_path / "cut") == read(tmp_path / "whole")
+
+
+def test_figures_by_hand(file, tmp_path):
+  """Four questions, four samples: all right, half right, one right, none; greedy: the first turn."""
+  with serving(answers(["2"], ["5", "6"], ["1", "17", "2", "3"], ["0", "1", "1", "2"])) as server:
+    settings = recipe(file, 4, m=theirs(server.url, concurrency=1))
+    settings.greedy = False
+    program.evaluate(settings, tmp_path / "out")
+  _, summary = read(tmp_path / "out")
+  rule = summary["models"]["m"]["mine"]["sampled"]["rule"]
+  assert rule["avg"] == pytest.approx((1 + 0.5 + 0.25 + 0) / 4)
+  assert rule["pass"] == {
+    "1": pytest.approx(0.4375),
+    "2": pytest.approx((1 + 5 / 6 + 1 / 2 + 0) / 4),
+    "4": pytest.approx(0.75),
+  }
+  assert rule["majority"] == pytest.approx((1 + 1 + 0 + 0) / 4)  # of a tie the first seen
+  assert rule["low"] < rule["avg"] < rule["high"]
+  assert all(body["temperature"] == 1.0 and body["max_tokens"] == 3072 for body in server.bodies)
+  assert len({body["seed"] for body in server.bodies}) == 16
+
+
+def test_a_judge_decides_where_the_rule_says_wrong(file, tmp_path):
+  judged = []
+
+  def judge(body, _):
+    judged.append(body["messages"][-1]["content"])
+    if "fifty minus one" in judged[-1]:
+      return "They are equal.\nJudgement: correct"
+    return "Judgement: maybe" if "seventeen" in judged[-1] else "Judgement: incorrect"
+
+  with (
+    serving(answers(["2"], ["five and a half"], ["seventeen"], ["fifty minus one"])) as server,
+    serving(judge) as other,
+  ):
+    settings = recipe(file, 2, m=theirs(server.url))
+    settings.judge.update(url=other.url, model="j")
+    program.evaluate(settings, tmp_path / "out")
+    samples, summary = read(tmp_path / "out")
+    assert all("1+1" not in text for text in judged)
+    assert {row["reference"]: row.get("judge", "not asked") for row in samples} == {
+      "2": "not asked",
+      "5": False,
+      "17": None,
+      "49": True,
+    }
+    figures = summary["models"]["m"]["mine"]["sampled"]
+    assert figures["rule"]["avg"] == 0.25
+    assert figures["judge"]["avg"] == pytest.approx(2 / 3)  # the unjudged question is left out
+    assert figures["unjudged"] == 2
+    assert summary["judge"]["requests"] == other.requests
+    settings.judge.when = "always"
+    before = other.requests
+    program.evaluate(settings, tmp_path / "out")
+    asked = {text for text in judged[before:] if "seventeen" not in text}  # what was not understood is asked again
+    assert asked == {conversation(JudgeItem("1+1", "2", "2"))[0]["content"]}
+    assert re.search(r"by judge", (tmp_path / "out" / "summary.md").read_text())
+
+
+def test_an_endpoint_that_dies_is_asked_again_for_what_is_missing(file, tmp_path):
+  with serving(lambda body, number: completion("<answer>2</answer>") if number < 5 else server.die() or 9.0) as server:
+    settings = recipe(file, 1, m=theirs(server.url, concurrency=1, time_limit=0.3, attempts=1))
+    with pytest.raises(InputError, match=r"of 8 questions got no response .* the same command asks again"):
+      program.evaluate(settings, tmp_path / "out")
+  assert not (tmp_path / "out" / "summary.json").exists()
+  with serving(lambda body, _: "<answer>2</answer>") as server:
+    settings.models.m.url = server.url
+    assert len((tmp_path / "out" / "responses.jsonl").read_text().splitlines()) == 4
+    program.evaluate(settings, tmp_path / "out")
+
+
+def test_a_prompt_over_the_limit_is_wrong_and_counted(directory, file, tmp_path):
+  settings = recipe(file, 1, policy=ours(directory))
+  settings.models.policy.prompt_limit = 4
+  program.evaluate(settings, tmp_path / "out")
+  samples, summary = read(tmp_path / "out")
+  assert summary["models"]["policy"]["mine"]["sampled"]["refused"] == 4
+  assert not any(row["rule"] for row in samples)
+
+
+@pytest.mark.parametrize(
+  ("change", "says"),
+  [
+    ({"models.policy.dtype": "int4"}, r"config.models.policy.dtype: 'int4'"),
+    ({"models.policy.url": "http://x/v1"}, "config.models.policy: expected a path, or the url"),
+    ({"models.policy.path": "", "models.policy.url": "http://x/v1"}, "config.models.policy.name: missing"),
+    ({"models.policy.path": "", "models.policy.url": "http://x/v1", "models.policy.name": "m",
+      "models.policy.top_k": 4}, "top_k: 4, an endpoint is not asked for that"),
+    ({"models.policy.top_p": 1.5}, "config.models.policy.top_p: 1.5"),
+    ({"benchmarks.mine.path": ""}, "config.benchmarks.mine.path: missing"),
+    ({"benchmarks.mine.limit": -1}, "config.benchmarks.mine.limit: -1"),
+    ({"judge.url": "http://x/v1"}, "config.judge: expected both"),
+    ({"judge.when": "never"}, "config.judge.when: 'never'"),
+    ({"resamples": 3}, "config.resamples: 3"),
+  ],
+)  # fmt: skip
+def test_settings_that_cannot_be(file, change, says):
+  settings = recipe(file, policy=ours("somewhere"))
+  settings.update_from_flattened_dict(change)
+  with pytest.raises(InputError, match=says):
+    validate(settings)
+
+
+def test_settings_that_nobody_reads(file):
+  settings = recipe(file, policy=ours("somewhere"))
+  settings.models.policy.unlock()
+  settings.models.policy.beams = 4
+  with pytest.raises(InputError, match=r"config.models.policy.beams: unknown"):
+    validate(settings)
+  for field in ("models", "benchmarks"):
+    empty = recipe(file, policy=ours("somewhere"))
+    empty[field] = {}
+    with pytest.raises(InputError, match=f"config.{field}: empty"):
+      validate(empty)
