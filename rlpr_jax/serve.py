@@ -43,7 +43,7 @@ def serve(given: flags.FlagValues) -> None:
   limits = Limits(given.max_body_kib * 1024, given.time_limit)
   name = given.name or given.model
   application = create_app(engine, loop, name, limits, key)
-  config = uvicorn.Config(application, given.host, given.port, log_level="warning", server_header=False)
+  config = uvicorn.Config(application, given.host, given.port, log_config=None, server_header=False)
   server = _Server(config, name)
   server.run()
   if not server.started:

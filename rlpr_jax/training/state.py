@@ -1,5 +1,6 @@
 """Everything a run needs to go on where it stopped, and its checkpoints."""
 
+import logging
 import pathlib
 import shutil
 import sys
@@ -22,6 +23,10 @@ from rlpr_jax.storage import persist, reason
 from rlpr_jax.training.packing import Groups
 
 State = TypeVar("State")
+# Orbax warns of each checkpoint without an accuracy, and of each directory that is read only, as is meant here.
+logging.getLogger("absl").addFilter(
+  lambda record: record.filename != "checkpoint_manager.py" or record.levelno > logging.WARNING
+)
 # What orbax and tensorstore make of a disk that is full, gone or damaged.
 _STORAGE_ERRORS = (OSError, ValueError, KeyError)
 
