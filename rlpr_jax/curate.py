@@ -109,9 +109,9 @@ def curate(options: Options) -> None:
   """
   examples = load_examples(options.path, options.split or None)
   benchmarks = [Benchmark(path.stem, texts) for path in options.benchmarks for texts in read_benchmark(path)]
-  scores = read_scores(options.scores) if options.scores else {}
+  scores = score(examples, options.scores) if options.scores else {}
   client = Client(options.judge) if options.judge else None
-  settings = _settings(options)
+  settings = _settings(options, scores)
   if _open(options.out, settings):
     print(f"{options.out} is finished: the same questions were curated the same way")
     return
@@ -124,8 +124,7 @@ def curate(options: Options) -> None:
     dropped += curation.drop_by_rating(ratings, options.reasoning, options.keep_mathematics, options.unjudged == "keep")
     left = _without(left, dropped)
   if options.scores:
-    of_index = {index: scores[example.row] for index, example in enumerate(examples) if example.row in scores}
-    dropped += curation.drop_by_score(left, of_index, options.keep)
+    dropped += curation.drop_by_score(left, scores, options.keep)
     left = _without(left, dropped)
   if not left:
     reasons = ", ".join(f"{count} {why}" for why, count in Counter(drop.reason for drop in dropped).items())
@@ -168,6 +167,37 @@ def read_benchmark(path: pathlib.Path) -> tuple[list[str], list[str]]:
   return alone, listed
 
 
+def score(examples: Sequence[Example], path: pathlib.Path) -> dict[int, Score]:
+  """What the policy does with the questions, by their indices: of a file (`read_scores`) or of a run's directory.
+
+  A run's are those of WORKDIR/rollouts, told by the text of the question: std is the group's, gain the mean of r - r'.
+
+  Raises:
+    InputError: it cannot be read, or has no score of any question.
+  """
+  if not path.is_dir():
+    by_row = read_scores(path)
+    found = {index: by_row[example.row] for index, example in enumerate(examples) if example.row in by_row}
+  else:
+    by_question: dict[str, list[Score]] = {}
+    for file in sorted((path / "rollouts").glob("step_*.jsonl")):
+      for number, row in read_rows(file)[1]:
+        try:
+          gain = float(row["reward_reference"]) - float(row["reward_baseline"])
+          by_question.setdefault(row["question"], []).append(Score(float(row["group_std"]), gain))
+        except (KeyError, TypeError, ValueError):
+          raise InputError(f"{file}: row {number}: expected a rollout of a run") from None
+    texts = [[message["content"] for message in example.messages if message["role"] == "user"] for example in examples]
+    found = {index: _mean(by_question[text[-1]]) for index, text in enumerate(texts) if text[-1] in by_question}
+  if not found:
+    raise InputError(f"{path}: expected scores of some of the questions, found none")
+  return found
+
+
+def _mean(scores: Sequence[Score]) -> Score:
+  return Score(*(sum(column) / len(scores) for column in zip(*scores, strict=True)))
+
+
 def read_scores(path: pathlib.Path) -> dict[int, Score]:
   """What the policy does with the questions: columns row (of the curated file, from 1), std and gain.
 
@@ -188,9 +218,7 @@ def read_scores(path: pathlib.Path) -> dict[int, Score]:
       if not math.isfinite(values[-1]):
         raise InputError(f"{path}: row {number}, column {name}: expected a number, found {reprlib.repr(row.get(name))}")
     found.setdefault(int(values[0]), []).append(Score(*values[1:]))
-  return {
-    row: Score(*(sum(column) / len(group) for column in zip(*group, strict=True))) for row, group in found.items()
-  }
+  return {row: _mean(group) for row, group in found.items()}
 
 
 # ---- the judge ----
@@ -227,7 +255,7 @@ def _rate(
 # ---- the directory ----
 
 
-def _settings(options: Options) -> dict[str, Any]:
+def _settings(options: Options, scores: dict[int, Score]) -> dict[str, Any]:
   """All that the result depends on; where the judge is served is no part of it."""
   judge = options.judge
   return {
@@ -240,7 +268,7 @@ def _settings(options: Options) -> dict[str, Any]:
     "judge": {"model": judge.model, "temperature": judge.temperature} if judge else None,
     "reasoning": options.reasoning,
     "unjudged": options.unjudged,
-    "scores": _sha256(options.scores) if options.scores else None,
+    "scores": hashlib.sha256(json.dumps(sorted(scores.items())).encode()).hexdigest() if scores else None,
     "keep": options.keep,
   }
 
@@ -369,6 +397,6 @@ if __name__ == "__main__":
   flags.DEFINE_float("judge_temperature", 0.0, "Sampling temperature; -1 leaves it to the endpoint.")
   flags.DEFINE_integer("reasoning", 2, "Least reasoning a question needs, to the judge.", lower_bound=0, upper_bound=4)
   flags.DEFINE_enum("unjudged", "keep", ["keep", "drop"], "What becomes of rows that the judge did not rate.")
-  flags.DEFINE_string("scores", None, "The policy's scores: .jsonl, .csv, columns row, std, gain. Needs --keep.")
+  flags.DEFINE_string("scores", None, "Directory of a run, or .jsonl, .csv of row, std, gain. Needs --keep.")
   flags.DEFINE_integer("keep", 0, "How many rows with the best scores are kept.", lower_bound=0)
   app.run(main, flags_parser=parse_flags)

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from starlette.responses import JSONResponse
 
-from rlpr_jax.curate import Options, curate, read_benchmark, read_scores
+from rlpr_jax.curate import Options, curate, read_benchmark, read_scores, score
 from rlpr_jax.data.curation import Score
-from rlpr_jax.data.sources import load_examples
+from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.client import Endpoint
 from tests.chat_server import serving
@@ -190,6 +190,19 @@ def test_scores_of_a_row_that_comes_twice_are_averaged(tmp_path):
     '{"row": 3, "std": 0.1, "gain": 1}\n{"row": 3, "std": 0.3, "gain": 0}\n{"row": 1, "std": 0, "gain": 0}\n'
   )
   assert read_scores(path) == {3: Score(0.2, 0.5), 1: Score(0.0, 0.0)}
+
+
+def test_scores_of_a_run_are_told_by_the_question(tmp_path):
+  examples = [Example(({"role": "user", "content": text},), "x", "", row) for row, text in enumerate("abc", 1)]
+  (tmp_path / "rollouts").mkdir()
+  rows = [("b", 0.5, 0.25, 0.1), ("b", 0.75, 0.25, 0.1), ("a", 0.125, 0.25, 0.0), ("z", 1, 0, 0)]
+  names = "question", "reward_reference", "reward_baseline", "group_std"
+  for step in (1, 2):
+    lines = [json.dumps(dict(zip(names, row, strict=True))) for row in rows[2 * step - 2 : 2 * step]]
+    (tmp_path / "rollouts" / f"step_{step:06d}.jsonl").write_text("\n".join(lines))
+  assert score(examples, tmp_path) == {1: Score(0.1, 0.375), 0: Score(0.0, -0.125)}
+  with pytest.raises(InputError, match="expected scores of some of the questions, found none"):
+    score(examples[2:], tmp_path)
 
 
 @pytest.mark.parametrize(
