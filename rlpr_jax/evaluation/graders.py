@@ -197,6 +197,10 @@ def _grade_math(answer: str, question: Question) -> str:
     # A single letter after a reference is a variable rather than a unit.
     missing = re.fullmatch("[A-Za-z]", theirs.unit) and ours.unit != theirs.unit
     return "equal number" if _same_number(ours, theirs) and not missing else ""
+  # Of what math-verify cannot parse it takes a number out: 2 would be equal to \hbar \omega (v + 1 / 2).
+  for number, other in ((ours, reference), (theirs, answer)):
+    if number and not number.unit and "=" not in other and _VARIABLE.search(_COMMAND.sub(" ", other)):
+      return ""
   # What is left is for math-verify, which is slow, and slower to start again once it had to be killed.
   if _is_hopeless(answer) or _is_hopeless(reference):
     return ""
@@ -204,6 +208,8 @@ def _grade_math(answer: str, question: Question) -> str:
 
 
 _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
+_COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*\}|\\[A-Za-z]+")
+_VARIABLE = re.compile(r"(?<![A-Za-z])[a-df-zA-Z](?![A-Za-z])")
 # "So, the final answer is" where an answer begins.
 _LEAD = re.compile(r"\W{0,4}(?:\w{1,9},? ){0,4}answer(?: is|:)[: ]{0,3}\s*", re.IGNORECASE)
 _DISPLAYED = re.compile(r"\s*(?:\\\[(.*)\\\]|\\\((.*)\\\)|\$\$(.*)\$\$|\$([^$]*)\$)[\s.]*", re.DOTALL)
@@ -216,7 +222,8 @@ def _core(answer: str, grader: str) -> str:
     inner = answer[lead.end() :] if lead else extraction.stated(answer, grader) or answer
   if displayed := _DISPLAYED.fullmatch(inner):
     inner = next(part for part in displayed.groups() if part is not None)
-  return extraction.unmarked(inner)
+  inner = extraction.unmarked(inner)
+  return inner if grader == "text" else inner.rstrip(". ")
 
 
 def _same_number(ours: numbers.Number, theirs: numbers.Number, rtol: float = 0.0, atol: float = 0.0) -> bool:
@@ -375,7 +382,12 @@ def _judge_pairs() -> None:
     text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])", r"\\\1", text)
     words = re.findall(r"(?<![\\A-Za-z{])[A-Za-z]{3,}", text)
     sentence = "\\" not in text and (len(words) > 1 or re.fullmatch(r"\s*[-+]?[\d.,/]+\s+[A-Za-z]{3,}[\s.]*", text))
-    return (not sentence and parse(f"${text}$", parsing_timeout=None)) or parse(text, parsing_timeout=None)
+    found = (not sentence and parse(f"${text}$", parsing_timeout=None)) or parse(text, parsing_timeout=None)
+    # Of what it cannot parse it takes a number out: an integer is not all of (n + 1/2) x - 3 y.
+    numerals = re.findall(r"\d+", re.sub(r"\^ ?\{? ?-?\d+", "", text))
+    variables = re.search(r"(?<![\\A-Za-z])[a-df-hj-zA-Z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", text))
+    rest = "=" not in text and len(numerals) > 1 and variables
+    return [] if rest and found and getattr(found[0], "is_Integer", False) else found
 
   logging.disable()
   signal.signal(signal.SIGPROF, stop)
