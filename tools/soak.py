@@ -61,9 +61,10 @@ def start(workdir: pathlib.Path, faults: bool) -> subprocess.Popen:
   return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
 
-def resident_mib(process: subprocess.Popen) -> float:
+def resident_mib(process: subprocess.Popen) -> list[float]:
+  """One figure, or none of a process that has just ended."""
   text = pathlib.Path(f"/proc/{process.pid}/status").read_text()
-  return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("RssAnon"))
+  return [int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("RssAnon")]
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
@@ -79,7 +80,7 @@ def wait(process: subprocess.Popen, seconds: float, memory: list[float]) -> bool
       process.wait(1)
       return True
     except subprocess.TimeoutExpired:
-      memory.append(resident_mib(process))
+      memory += resident_mib(process)
   return False
 
 
