@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
   if _CLIENT.value:
     be_client(_CLIENT.value)
     return
-  policy = trained.load(MODEL.value, "float32")
+  policy = trained.load(trained.find(MODEL.value), "float32")
   engine = trained.create_engine(policy._replace(eos_ids=()), _STREAMS.value, 64, _TOKENS.value)
   engine.warm_up(policy.params, scoring=False)
   draws = [

@@ -6,6 +6,7 @@ WORKDIR/responses.jsonl grows while models answer; an evaluation that was interr
 anew each time: WORKDIR/samples.jsonl, summary.json, summary.md, summary.png.
 """
 
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from rlpr_jax.evaluation import benchmarks, config, graders, judge, summary
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question
 from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Usage
 from rlpr_jax.evaluation.judge import JudgeItem
-from rlpr_jax.evaluation.responses import Store, Task, keys, respond
+from rlpr_jax.evaluation.responses import Store, Task, keys, open_model, respond
 from rlpr_jax.evaluation.summary import Graded, Sample
 from rlpr_jax.training.metrics import Progress
 
@@ -46,20 +47,22 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
   if jax.process_count() > 1:
     raise InputError("evaluate: many processes, expected one; it uses all devices of its own host")
   loaded = [_load(name, of, settings.seed) for name, of in settings.benchmarks.items()]
-  asked = _open_judge(settings.judge) if settings.judge.url else None
+  judging = _open_judge(settings.judge) if settings.judge.url else None
+  models = {name: open_model(model) for name, model in settings.models.items()}
   entry.open_workdir(workdir)
   keep_programs(settings.compilation_cache)
-  store = Store(workdir / "responses.jsonl")
+  store = Store(workdir)
   everything = []
-  for name, model in settings.models.items():
-    tasks = keys(model, settings.seed, _tasks(loaded, settings.greedy))
+  for name, asked in models.items():
+    tasks = keys(asked, settings.seed, _tasks(loaded, settings.greedy))
     missing = {key: task for key, task in tasks.items() if store.get(key) is None}
     if missing:
-      respond(model, settings.seed, missing, store, Progress(f"{name}, question"))
+      respond(asked, settings.seed, missing, store, Progress(f"{name}, question"))
     everything += _grade(name, loaded, tasks, store)
-  if asked:
-    everything = _judge(everything, loaded, settings.judge, asked, workdir)
-  _write(everything, loaded, settings, asked, workdir)
+  if judging:
+    everything = _judge(everything, loaded, settings.judge, judging, workdir)
+  write = functools.partial(_write, everything, loaded, settings, judging, workdir)
+  storage.persist(write, workdir / "summary.json", seconds=60)
 
 
 def _load(name: str, settings: ConfigDict, seed: int) -> Loaded:
@@ -86,7 +89,8 @@ def _tasks(loaded: Sequence[Loaded], greedy: bool) -> list[Task]:
 def _grade(model: str, loaded: Sequence[Loaded], tasks: dict[str, Task], store: Store) -> list[Graded]:
   """The rule's grades of all that a model answered."""
   found = {(task.benchmark, task.mode, task.question.id): store.get(key) for key, task in tasks.items()}
-  modes, progress, done = sorted({task.mode for task in tasks.values()}, reverse=True), Progress(f"{model}, graded"), 0
+  modes = list(dict.fromkeys(task.mode for task in tasks.values()))
+  progress, done = Progress(f"{model}, graded"), 0
   everything = []
   for benchmark in loaded:
     for mode in modes:
@@ -172,8 +176,9 @@ def _write(
     for name, modes in averages.items():
       for mode, figures in modes.items():
         said = f"{model}, {name}, {mode}: {100 * figures['rule']['avg']:.1f}% by rule"
-        if "judge" in figures and figures["judge"]["avg"] is not None:
-          said += f", {100 * figures['judge']['avg']:.1f}% by judge ({figures['unjudged']} unjudged)"
+        if "judge" in figures:
+          figure = figures["judge"]["avg"]
+          said += f", {'-' if figure is None else f'{100 * figure:.1f}%'} by judge ({figures['unjudged']} unjudged)"
         print(said)
   print(f"summary: {workdir / 'summary.md'}")
 

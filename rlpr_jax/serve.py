@@ -3,7 +3,9 @@
 Chat and plain completions, streamed or not, from a Hugging Face directory, a name on the hub or the directory of a run.
 """
 
-import os
+import math
+import signal
+import socket
 import sys
 
 import uvicorn
@@ -11,8 +13,10 @@ from absl import app, flags, logging
 
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.evaluation.client import read_key
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
+from rlpr_jax.storage import reason
 from rlpr_jax.training import trained
 
 
@@ -31,11 +35,14 @@ def serve(given: flags.FlagValues) -> None:
   if not given.model:
     raise InputError("--model: missing, expected a Hugging Face directory, a name on the hub or the directory of a run")
   for name in ("slots", "prompt_limit", "response_limit", "max_body_kib", "time_limit"):
-    if given[name].value <= 0:
+    if not given[name].value > 0:  # NaN is not
       raise InputError(f"--{name}: {given[name].value}, expected more than 0")
-  key = read_key(given.key_variable)
+  if given.max_waiting < 0:
+    raise InputError(f"--max_waiting: {given.max_waiting}, expected 0 or more")
+  key = read_key(given.key_variable) if given.key_variable else None
+  listening = listen(given.host, given.port)
   keep_programs(given.compilation_cache)
-  policy = trained.load(given.model, given.dtype, given.step)
+  policy = trained.load(trained.find(given.model, given.step), given.dtype)
   engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit)
   print("compiling", flush=True)
   engine.warm_up(policy.params, scoring=False)
@@ -43,38 +50,30 @@ def serve(given: flags.FlagValues) -> None:
   limits = Limits(given.max_body_kib * 1024, given.time_limit)
   name = given.name or given.model
   application = create_app(engine, loop, name, limits, key)
-  config = uvicorn.Config(application, given.host, given.port, log_config=None, server_header=False)
-  server = _Server(config, name)
-  server.run()
-  if not server.started:
-    raise InputError(f"--host {given.host} --port {given.port}: cannot be listened on")
+  # A client that no longer reads may not hold up the end for longer than a request may take.
+  patience = math.ceil(given.time_limit)
+  config = uvicorn.Config(application, log_config=None, server_header=False, timeout_graceful_shutdown=patience)
+  # The server handles these itself, and raises them once more when all is done: then they are to do nothing.
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+  host, port = listening.getsockname()[:2]
+  print(f"serving {name} at http://{host}:{port}/v1", flush=True)
+  uvicorn.Server(config).run([listening])
   if loop.error:
     print(f"error: the engine failed: {loop.error}", file=sys.stderr)
     sys.exit(1)
 
 
-class _Server(uvicorn.Server):
-  """Says where it listens once it does; a port of 0 is any that is free."""
+def listen(host: str, port: int) -> socket.socket:
+  """A socket that clients can connect to from now on; a port of 0 is any that is free.
 
-  def __init__(self, config: uvicorn.Config, name: str):
-    super().__init__(config)
-    self.name = name
-
-  async def startup(self, sockets=None) -> None:
-    await super().startup(sockets)
-    if self.started and self.servers:
-      host, port = self.servers[0].sockets[0].getsockname()[:2]
-      print(f"serving {self.name} at http://{host}:{port}/v1", flush=True)
-
-
-def read_key(variable: str) -> str | None:
-  """The key that clients must send, from the environment: on a command line others could read it."""
-  if not variable:
-    return None
-  key = os.environ.get(variable)
-  if not key:
-    raise InputError(f"--key_variable: {variable} is not set in the environment, expected the key of the server")
-  return key
+  Raises:
+    InputError: it cannot be had.
+  """
+  try:
+    return socket.create_server((host, port))
+  except (OSError, OverflowError) as error:
+    raise InputError(f"--host {host} --port {port}: cannot be listened on ({reason(error)})") from None
 
 
 if __name__ == "__main__":

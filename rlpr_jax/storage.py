@@ -4,14 +4,14 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import tenacity
 
 from rlpr_jax.errors import InputError
 
 T = TypeVar("T")
-_LONGEST_LINE = 2**20  # bytes
+_BLOCK = 2**20  # bytes
 
 
 def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
@@ -63,10 +63,20 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
 def append(path: pathlib.Path, line: str) -> None:
   """Appends a line; it is on disk when this returns. Part of a line that failed before is taken back first."""
   with path.open("ab+") as file:
-    end = file.seek(0, os.SEEK_END)
-    file.seek(max(end - _LONGEST_LINE, 0))
-    tail = file.read()
-    file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
+    file.truncate(_whole_lines(file))
     file.write(line.encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
+
+
+def _whole_lines(file: BinaryIO) -> int:
+  """Bytes up to the last end of a line."""
+  end = file.seek(0, os.SEEK_END)
+  size = 1  # most files end with a whole line
+  while end > 0:
+    begin = file.seek(max(end - size, 0))
+    place = file.read(end - begin).rfind(b"\n")
+    if place >= 0:
+      return begin + place + 1
+    end, size = begin, _BLOCK
+  return 0

@@ -37,6 +37,10 @@ _SECRET = 8  # characters from which on a key is more than a placeholder such as
 class ClientError(RuntimeError):
   """An endpoint gave no answer. One line, without the key."""
 
+  def __init__(self, message: str, status: int | None = None):
+    super().__init__(message)
+    self.refused = status in (400, 413, 422)  # this conversation, and for good: too long, filtered
+
 
 @dataclass(frozen=True)
 class Endpoint:
@@ -94,7 +98,7 @@ class Client:
         raise InputError(f"endpoint {endpoint.base_url}: {field} {getattr(endpoint, field)}, expected more than 0")
     self.endpoint = endpoint
     self.usage = Usage()
-    self._key = _read_key(endpoint)
+    self._key = read_key(endpoint.key_variable) if endpoint.key_variable else ""
     self._backoff = tenacity.wait_exponential_jitter(endpoint.pause, max=_LONGEST_PAUSE, jitter=endpoint.pause)
 
   async def __aenter__(self) -> "Client":
@@ -130,9 +134,9 @@ class Client:
       try:
         return await attempts(self._request, self.request(messages, n, seed))
       except (openai.OpenAIError, TimeoutError, ValueError) as error:
-        trouble = self._in_one_line(error)
+        trouble, status = self._in_one_line(error), getattr(error, "status_code", None)
     # Not within the handler: the error would carry the request along, and with it the key.
-    raise ClientError(trouble)
+    raise ClientError(trouble, status)
 
   def request(self, messages: Sequence[Message], n: int = 1, seed: int | None = None) -> dict[str, Any]:
     """What `chat` sends: all that a reply depends on, but for where the model is."""
@@ -216,13 +220,16 @@ def _is_url(text: str) -> bool:
   return bool(whole) and parts.scheme in ("http", "https") and "@" not in parts.netloc
 
 
-def _read_key(endpoint: Endpoint) -> str:
-  if not endpoint.key_variable:
-    return ""
-  where = f"environment variable {endpoint.key_variable}"
-  key = os.environ.get(endpoint.key_variable, "").strip()
+def read_key(variable: str) -> str:
+  """A key from the environment: on a command line, or in a config, others could read it.
+
+  Raises:
+    InputError: there is none, or none that a header takes.
+  """
+  where = f"environment variable {variable}"
+  key = os.environ.get(variable, "").strip()
   if not key:
-    raise InputError(f"{where}: not set, expected the key of {endpoint.base_url}")
+    raise InputError(f"{where}: not set, expected the key of an endpoint")
   if not key.isascii() or not key.isprintable() or " " in key:  # which no header takes, and says so with the key
     raise InputError(f"{where}: expected a key of printable ASCII characters without spaces")
   return key

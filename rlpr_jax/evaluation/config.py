@@ -18,8 +18,10 @@ def default() -> ConfigDict:
   c.greedy = True  # one greedy response to each question beside the sampled ones
   c.resamples = 10_000  # of the bootstrap over questions
   c.compilation_cache = "~/.cache/rlpr_jax"  # compiled programs are kept here between runs; "" for nowhere
-  c.models = ConfigDict()  # by a name of your own: `model()`; the first is what others are compared with
-  c.benchmarks = ConfigDict()  # by the benchmark's name, or of a file by a name of your own: `benchmark()`
+  c.models = ConfigDict(sort_keys=False)  # by a name of your own: `model()`; the first is what others are compared with
+  c.benchmarks = ConfigDict(
+    sort_keys=False
+  )  # by the benchmark's name, or of a file by a name of your own: `benchmark()`
 
   c.judge = ConfigDict()
   c.judge.url = ""  # up to and with /v1, of any OpenAI-compatible endpoint; "" for no judge
@@ -47,8 +49,8 @@ def model(**changes) -> ConfigDict:
   c.concurrency = 16  # requests at once, to the endpoint
   c.time_limit = 600.0  # seconds a request
   c.attempts = 5  # of a request, with growing pauses
-  c.template = "think"  # instruction in the system message: think | answer_only
-  c.instruction = "default"  # "default" is the template's, or what the run was trained with; "" none; else the text
+  c.template = "default"  # of the instruction: think | answer_only | default (a run's own, else think)
+  c.instruction = "default"  # system message: "default" is a run's own, else the template's; "" none; else the text
   c.temperature = 1.0  # of the sampled responses
   c.top_p = 1.0  # only the most probable tokens that together reach it
   c.top_k = 0  # only so many of the most probable tokens; 0 for all; not at an endpoint
@@ -111,18 +113,21 @@ def _check_model(where: str, settings: ConfigDict) -> None:
     raise InputError(f"{where}: expected a path, or the url of an endpoint")
   if settings.url and not settings.name:
     raise InputError(f"{where}.name: missing, expected the model's name at the endpoint")
-  if settings.template not in rewards.TEMPLATE_TAGS:
-    raise InputError(f"{where}.template: {settings.template!r}, expected {' or '.join(rewards.TEMPLATE_TAGS)}")
+  templates = "default", *rewards.TEMPLATE_TAGS
+  if settings.template not in templates:
+    raise InputError(f"{where}.template: {settings.template!r}, expected {' or '.join(templates)}")
+  if not all(isinstance(text, str) and text for text in settings.stop):
+    raise InputError(f"{where}.stop: {settings.stop!r}, expected texts, none empty")
   if settings.dtype not in ("float32", "bfloat16"):
     raise InputError(f"{where}.dtype: {settings.dtype!r}, expected float32 or bfloat16")
   for field in ("max_tokens", "prompt_limit", "slots", "decode_steps", "concurrency", "attempts"):
-    if settings[field] < 1:
+    if not settings[field] >= 1:
       raise InputError(f"{where}.{field}: {settings[field]}, expected at least 1")
   for field, least, most in (("temperature", 0, 10), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31 - 1)):
     if not least <= settings[field] <= most:
       raise InputError(f"{where}.{field}: {settings[field]}, expected {least} to {most}")
   neutral = model()
-  for field in ("top_k", "min_p", "stop"):
+  for field in ("top_k", "min_p", "stop", "step", "dtype", "prompt_limit", "slots", "decode_steps"):
     if settings.url and settings[field] != neutral[field]:
       raise InputError(f"{where}.{field}: {settings[field]!r}, an endpoint is not asked for that")
 

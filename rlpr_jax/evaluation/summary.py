@@ -17,6 +17,7 @@ from rlpr_jax.evaluation.judge import Verdict
 from rlpr_jax.evaluation.responses import Response
 
 Json = dict[str, Any]
+MOST_UNJUDGED = 0.05  # share of the samples, beyond which there is no accuracy by judge
 
 
 class Sample(NamedTuple):
@@ -49,8 +50,8 @@ class Graded(NamedTuple):
 
   @property
   def final(self) -> np.ndarray:
-    """[Q, K] by the judge where there is one."""
-    return self.judge if self.judged else self.rule
+    """[Q, K] by the judge where there is one that left next to nothing unjudged."""
+    return self.judge if self.judged and np.isnan(self.judge).mean() <= MOST_UNJUDGED else self.rule
 
 
 def _final(sample: Sample) -> float:
@@ -77,27 +78,41 @@ def summarize(everything: Sequence[Graded], resamples: int, seed: int) -> Json:
 
 def _figures(graded: Graded, resamples: int, seed: int) -> Json:
   flat = [sample for row in graded.samples for sample in row]
-  samples = len(graded.samples[0])
+  samples, answered = len(graded.samples[0]), [sample.response for sample in flat if not sample.response.refused]
   figures: Json = {
     "questions": len(graded.questions),
     "samples": samples,
     "rule": _accuracy(graded, graded.rule, resamples, seed),
-    "cut_off": float(np.mean([not sample.response.finished for sample in flat])),
-    "refused": sum(sample.response.refused for sample in flat),
-    "tokens": float(np.mean([sample.response.tokens for sample in flat])),
+    "cut_off": _or_none(_nanmean(np.array([not response.finished for response in answered], np.float64))),
+    "refused": len(flat) - len(answered),
+    "tokens": _or_none(_nanmean(np.array([response.tokens for response in answered], np.float64))),
     "found_by": dict(Counter(sample.grade.path for sample in flat).most_common()),
   }
   if graded.judged:
-    figures["judge"] = _accuracy(graded, graded.judge, resamples, seed)
-    figures["unjudged"] = sum(sample.verdict is not None and sample.verdict.right is None for sample in flat)
+    figures["unjudged"] = int(np.isnan(graded.judge).sum())
+    figures["judge"] = _by_judge(graded, resamples, seed)
+  kinds = [kind for kind in ("rule", "judge") if figures.get(kind, {}).get("avg") is not None]
   by_category = defaultdict(list)
   for i, question in enumerate(graded.questions):
     by_category[question.category].append(i)
   figures["categories"] = {
-    name: {"questions": len(rows)}
-    | {kind: _mean(getattr(graded, kind)[rows]) for kind in ("rule", "judge") if kind in figures}
+    name: {"questions": len(rows)} | {kind: _mean(getattr(graded, kind)[rows]) for kind in kinds}
     for name, rows in sorted(by_category.items())
   }
+  return figures
+
+
+def _by_judge(graded: Graded, resamples: int, seed: int) -> Json:
+  """The judge's figures, and between which accuracies they would be whatever it had said of what it left unjudged.
+
+  It is asked about what the rule calls wrong, so what is left out is not left out at random: the figures are None where
+  it is more than a few.
+  """
+  right = graded.judge
+  figures = _accuracy(graded, right, resamples, seed)
+  if np.isnan(right).mean() > MOST_UNJUDGED:
+    figures = {"avg": None, "low": None, "high": None}
+  figures["bounds"] = [_mean(np.nan_to_num(right, nan=value)) for value in (0.0, 1.0)]
   return figures
 
 
@@ -129,8 +144,8 @@ def _or_none(value: float) -> float | None:
 
 
 def _average(benchmarks: Json) -> Json:
-  """The mean over benchmarks of each mode, by rule, and by the judge where there is one."""
-  modes = sorted({mode for by_mode in benchmarks.values() for mode in by_mode})
+  """The mean over benchmarks of each mode: by rule; by the judge on those it looks at, and by rule on the others."""
+  modes = list(dict.fromkeys(mode for by_mode in benchmarks.values() for mode in by_mode))
   averages = {}
   for mode in modes:
     found = [by_mode[mode] for by_mode in benchmarks.values() if mode in by_mode]
@@ -139,7 +154,7 @@ def _average(benchmarks: Json) -> Json:
     averages[mode] = {
       "benchmarks": len(found),
       "rule": float(np.mean(rule)),
-      "judge": None if None in final else float(np.mean(final)),
+      "judge": None if None in final or not any("judge" in figures for figures in found) else float(np.mean(final)),
     }
   return averages
 
@@ -190,7 +205,8 @@ def to_markdown(summary: Json, notes: Sequence[str]) -> str:
     parts += [f"## {model}", _table(_COLUMNS, rows)]
   parts.append(
     "Intervals are 95% bootstrap intervals over questions. pass@k and majority@k are by the judge where there is one."
-    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out."
+    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out; where"
+    f" that is more than {MOST_UNJUDGED:.0%}, there is no figure."
   )
   if summary["differences"]:
     rows = [
@@ -220,13 +236,18 @@ def _row(benchmark: str, mode: str, figures: Json) -> list[Any]:
     figures["questions"],
     figures["samples"],
     _interval(figures["rule"]),
-    _interval(figures["judge"]) if "judge" in figures else "-",
+    _judged(figures) if "judge" in figures else "-",
     _percent(final["pass"][str(figures["samples"])]) if "pass" in final else "-",
     _percent(final["majority"]) if "majority" in final else "-",
     figures.get("unjudged", "-"),
     _percent(figures["cut_off"]),
-    f"{figures['tokens']:.0f}",
+    _or_dash(figures["tokens"], ".0f"),
   ]
+
+
+def _judged(figures: Json) -> str:
+  text, (low, high) = _interval(figures["judge"]), figures["judge"]["bounds"]
+  return f"{text}, {_percent(low)} to {_percent(high)} with the unjudged" if figures["unjudged"] else text
 
 
 def _interval(accuracy: Json) -> str:

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+_COLDEST = 1e-4
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
   """How tokens are drawn. Training wants the defaults beyond the temperature: truncation biases its ratios."""
 
-  temperature: float = 1.0  # 0 is greedy
+  temperature: float = 1.0  # 0, or so little that logits would overflow, is greedy
   top_k: int = 0  # only the k most probable tokens; 0 for all
   top_p: float = 1.0  # only the most probable tokens that together reach p (nucleus)
   min_p: float = 0.0  # only tokens at least min_p times as probable as the most probable one
@@ -44,7 +46,7 @@ def choose(
   The log-probability is that of softmax(logits / temperature), whole: not of the truncated distribution, and not of the
   greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
   """
-  greedy = choices.temperature == 0
+  greedy = choices.temperature < _COLDEST
   logits = logits / jnp.where(greedy, 1, choices.temperature)[:, None]
   truncates = (choices.top_k > 0) | (choices.top_p < 1) | (choices.min_p > 0)
   # To sort the vocabulary is dear beside the rest: only where a row asks for it.

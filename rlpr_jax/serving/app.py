@@ -11,7 +11,7 @@ from typing import NamedTuple
 import prometheus_client
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -118,6 +118,10 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
     headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
     return JSONResponse(error.body(), error.status, headers)
 
+  async def forget(request: Request, error: ClientDisconnect) -> Response:
+    metrics.requests.labels(_GONE).inc()
+    return Response(status_code=_GONE)
+
   async def refuse_route(request: Request, error: HTTPException) -> Response:
     return await refuse(request, RequestError(error.status_code, error.detail))
 
@@ -134,7 +138,7 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
       Route("/health", health),
       Route("/metrics", show_metrics),
     ],
-    exception_handlers={RequestError: refuse, HTTPException: refuse_route},
+    exception_handlers={RequestError: refuse, HTTPException: refuse_route, ClientDisconnect: forget},
     lifespan=lifespan,
   )
 
@@ -216,7 +220,7 @@ class _Answer:
     while self.left:
       index, written = await self._next()
       if written.text is not None:
-        choices[index] = self._choice(index, written, written.text, 0, piece=False)
+        choices[index] = self._choice(index, written, written.text, piece=False)
     total = protocol.usage(self.prompt_tokens, self.completion_tokens)
     return self._common | {"choices": [choices[index] for index in sorted(choices)], "usage": total}
 
@@ -229,9 +233,10 @@ class _Answer:
     while self.left:
       index, written = await self._next()
       stream = texts[index]
+      begin = stream.told
       text = stream.grow(written.tokens) if written.text is None else stream.end(written.text)
       if text or written.text is not None:
-        yield common | {"choices": [self._choice(index, written, text, told[index], piece=True)]}
+        yield common | {"choices": [self._choice(index, written, text, True, told[index], begin)]}
         told[index] = len(written.tokens)
     if call.usage:
       yield common | {"choices": [], "usage": protocol.usage(self.prompt_tokens, self.completion_tokens)}
@@ -250,14 +255,14 @@ class _Answer:
       self.completion_tokens += len(written.tokens)
     return index, written
 
-  def _choice(self, index: int, written: Written, text: str, first: int, piece: bool) -> Json:
-    """One sample's part of a body, with the log-probabilities of its tokens from `first` on."""
+  def _choice(self, index: int, written: Written, text: str, piece: bool, first: int = 0, begin: int = 0) -> Json:
+    """One sample's part of a body, with its tokens' log-probabilities from `first` on, after `begin` characters."""
     reason, logprobs = None, None
     if written.text is not None:
       reason = "stop" if written.finished else "length"
     if self.call.logprobs:
       seen = [i for i in range(first, len(written.tokens)) if written.tokens[i] not in self._engine.settings.eos_ids]
       logprobs = protocol.token_logprobs(
-        self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen]
+        self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen], begin
       )
     return protocol.choice_body(self.call, index, text, reason, logprobs, piece)

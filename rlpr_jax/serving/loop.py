@@ -62,6 +62,7 @@ class Loop:
     self._session = Session(engine, params, jax.random.key(0))
     self._changed = threading.Condition()
     self._new: collections.deque[Job] = collections.deque()
+    self._taken: list[Job] = []  # the last that were handed to the session
     self._cancelled: list[Job] = []
     self._closing = False
     self._jobs: dict[Request, Job] = {}
@@ -101,11 +102,12 @@ class Loop:
       while self._take():
         done = self._session.round()
         self._tell(done)
-        self._count()
+        with self._changed:
+          self._count()
     except Exception as error:  # whatever it is, no client may wait for ever
       with self._changed:
-        self.error = error
-        jobs = {*self._jobs.values(), *self._new}
+        self.error, self.waiting, self.running = error, 0, 0
+        jobs = {*self._taken, *self._jobs.values(), *self._new}
       for job in jobs:
         job.tell(None)
       raise
@@ -117,10 +119,10 @@ class Loop:
       with self._changed:
         while not (self._new or self._cancelled or session.busy or self._closing):
           self._changed.wait()
-        new, cancelled = list(self._new), self._cancelled
+        self._taken, cancelled = list(self._new), self._cancelled
         self._new.clear()
         self._cancelled = []
-        for job in new:
+        for job in self._taken:
           job.requests = session.add(job.prompt, job.seed, job.limits, job.choice, job.stop)
           self._jobs |= dict.fromkeys(job.requests, job)
         for job in cancelled:

@@ -106,18 +106,18 @@ def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBas
   asked = _take(request, "model", str, None)
   if asked != model:
     raise RequestError(404, f"model {str(asked)[:100]!r}: not served here, expected {model!r}", code="model_not_found")
-  prompts = _chat_prompt(request, tokenizer) if chat else _plain_prompts(request, tokenizer)
+  n = _within(_take(request, "n", int, 1), "n", 1, most)
+  prompts = _chat_prompt(request, tokenizer) if chat else _plain_prompts(request, tokenizer, most // n)
+  if not all(prompts):
+    raise RequestError(400, "the prompt has no tokens, expected some")
   longest = max(len(ids) for ids in prompts)
   if longest > shapes.prompt_limit:
     raise RequestError(
       400, f"the prompt has {longest} tokens, expected at most {shapes.prompt_limit}", code="context_length_exceeded"
     )
-  limit = _take(request, "max_completion_tokens", int, None) if chat else None
-  limit = limit or _take(request, "max_tokens", int, shapes.max_response_length if chat else _COMPLETION_TOKENS)
+  limit = _take(request, "max_tokens", int, shapes.max_response_length if chat else _COMPLETION_TOKENS)
+  limit = _take(request, "max_completion_tokens", int, limit)  # the name of it in chats; else it is refused above
   limit = _within(limit, "max_tokens", 1, shapes.max_response_length)
-  n = _within(_take(request, "n", int, 1), "n", 1, most)
-  if n * len(prompts) > most:
-    raise RequestError(400, f"{n * len(prompts)} samples, expected at most {most} a request")
   choice = Choice(
     temperature=_within(_take(request, "temperature", float, 1.0), "temperature", 0, 2),
     top_k=_within(_take(request, "top_k", int, 0), "top_k", -1, 2**31 - 1),
@@ -127,7 +127,7 @@ def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBas
   options = _take(request, "stream_options", dict, {})
   seed = _take(request, "seed", int, None)
   logprobs = request.get("logprobs")
-  if logprobs not in (None, *((True, False) if chat else (0,))):
+  if logprobs is not None and not (isinstance(logprobs, bool) if chat else type(logprobs) is int and logprobs == 0):
     raise RequestError(400, f"logprobs: expected {'true or false' if chat else '0: those of the sampled tokens'}")
   return Call(
     chat,
@@ -202,9 +202,11 @@ def _chat_prompt(request: Json, tokenizer: PreTrainedTokenizerBase) -> list[list
     raise RequestError(400, str(error)) from None
 
 
-def _plain_prompts(request: Json, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _plain_prompts(request: Json, tokenizer: PreTrainedTokenizerBase, most: int) -> list[list[int]]:
   prompt = request.get("prompt")
   several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+  if several and len(prompt) > most:
+    raise RequestError(400, f"prompt: {len(prompt)} of them, expected at most {most} with that n")
   found = []
   for one in prompt if several else [prompt]:
     if isinstance(one, str) and one:
@@ -224,7 +226,7 @@ class TextStream:
 
   def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str]):
     self._tokenizer, self._eos_ids, self._stop = tokenizer, eos_ids, stop
-    self._told = 0  # characters
+    self.told = 0  # characters
 
   def grow(self, tokens: np.ndarray) -> str:
     """New text, but for what later tokens may still change: half a character, the beginning of a stop string."""
@@ -239,7 +241,7 @@ class TextStream:
 
   def end(self, text: str) -> str:
     """What of the whole text was not told yet."""
-    new, self._told = text[self._told :], max(self._told, len(text))
+    new, self.told = text[self.told :], max(self.told, len(text))
     return new
 
 
@@ -253,19 +255,26 @@ def identify(chat: bool) -> Json:
   }
 
 
-def token_logprobs(chat: bool, tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, logprobs: np.ndarray) -> Json:
-  """Log-probabilities of the sampled tokens, in nats."""
+def token_logprobs(
+  chat: bool, tokenizer: PreTrainedTokenizerBase, tokens: np.ndarray, logprobs: np.ndarray, begin: int
+) -> Json:
+  """Log-probabilities of the sampled tokens, in nats; `begin`: characters of text before them."""
   texts = [tokenizer.decode([int(token)], clean_up_tokenization_spaces=False) for token in tokens]
   values = [float(value) for value in logprobs]
   if not chat:
-    offsets = np.cumsum([0, *map(len, texts)])[:-1].tolist()
+    offsets = np.cumsum([begin, *map(len, texts)])[:-1].tolist()
     return {"tokens": texts, "token_logprobs": values, "top_logprobs": None, "text_offset": offsets}
   return {
     "content": [
-      {"token": text, "logprob": value, "bytes": list(text.encode()), "top_logprobs": []}
+      {"token": text, "logprob": value, "bytes": _bytes(text), "top_logprobs": []}
       for text, value in zip(texts, values, strict=True)
     ]
   }
+
+
+def _bytes(text: str) -> list[int] | None:
+  """A token's bytes; None for part of a character, whose bytes its text does not tell."""
+  return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
 
 
 def choice_body(call: Call, index: int, text: str, reason: str | None, logprobs: Json | None, piece: bool) -> Json:

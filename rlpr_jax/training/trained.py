@@ -1,17 +1,18 @@
 """A policy for use: of a run's checkpoint, or of a Hugging Face directory."""
 
+import hashlib
 import json
 import pathlib
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import config as configs
 from rlpr_jax import models
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
@@ -24,42 +25,88 @@ class Trained(NamedTuple):
 
   policy: Policy
   params: Params  # as the sampler reads them
-  step: int | None  # of a run's checkpoint
   eos_ids: tuple[int, ...]  # tokens that end a response
-  template: str  # think | answer_only, which a run was trained with
-  instruction: str | None  # system message that a run was trained with; None for the template's
+  template: str  # think | answer_only
 
 
-def load(path: str, dtype: str, step: int | None = None) -> Trained:
-  """Reads a policy, onto all devices.
+class Source(NamedTuple):
+  """Where a policy is, as far as it can be told without reading its weights."""
+
+  config: ConfigDict  # of the run; of a pretrained model the defaults, and its path
+  run: pathlib.Path | None  # directory of a run
+  step: int | None  # of its checkpoint
+
+  @property
+  def instruction(self) -> str | None:
+    """System message that a run was trained with; None for the template's."""
+    text = self.config.data.instruction
+    return None if text == "default" else text
+
+
+def find(path: str, step: int | None = None) -> Source:
+  """Finds a policy.
 
   Args:
     path: directory of a run, Hugging Face directory, or name on the hub.
-    dtype: float32 | bfloat16, of the weights and the computation.
     step: checkpoint of a run; None for the newest.
 
   Raises:
-    InputError: there is none, or it cannot be read.
+    InputError: there is no such checkpoint.
   """
   run = pathlib.Path(path)
-  if (run / "checkpoints").is_dir():
-    config = configs.read(run / "config.json")
-    config.mesh = configs.default().mesh  # of the devices that are here
-  elif step is not None:
-    raise InputError(f"{path}: checkpoint {step} of a run was asked for, expected a directory with checkpoints")
-  else:
+  if not (run / "checkpoints").is_dir():
+    if step is not None:
+      raise InputError(f"{path}: checkpoint {step} of a run was asked for, expected a directory with checkpoints")
     config = configs.default()
     config.model.path = path
+    return Source(config, None, None)
+  config = configs.read(run / "config.json")
+  config.mesh = configs.default().mesh  # of the devices that are here
+  steps = [int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdigit()]
+  return Source(config, run, step if step is not None else max(steps, default=0))
+
+
+def fingerprint(source: Source) -> str:
+  """A hash of what the policy's responses depend on: names, sizes and times of the weights, the small files whole.
+
+  Raises:
+    InputError: there is no such model.
+  """
+  parts, files = [], []
+  if source.run:
+    checkpoint = source.run / "checkpoints" / str(source.step)
+    parts += [source.step, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0, source.config.data.domains]
+    parts += [source.config.model.to_dict(), source.config.lora.to_dict()]
+  if source.config.model.path:
+    files = sorted(models.resolve(source.config.model.path).iterdir())
+  for file in files:
+    if file.suffix == ".safetensors":
+      parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    elif file.suffix in (".json", ".jinja", ".model", ".txt"):
+      parts.append((file.name, hashlib.sha256(file.read_bytes()).hexdigest()))
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def load(source: Source, dtype: str) -> Trained:
+  """Reads a policy, onto all devices.
+
+  Args:
+    dtype: float32 | bfloat16, of the weights and the computation.
+
+  Raises:
+    InputError: it cannot be read.
+  """
+  config = source.config.copy_and_resolve_references()
   config.model.compute_dtype = dtype
   policy = load_policy(config)
-  if config.model.path == path:
-    rules = dict(policy.sharding.rules)
-    params = models.load_pretrained(path, policy.sharding.mesh, jnp.dtype(dtype), rules)[1]
+  if source.run:
+    _, params = restore_params(source.run, source.step, policy.trained)
   else:
-    step, params = restore_params(run, step, policy.trained)
-  instruction = None if config.data.instruction == "default" else config.data.instruction
-  ends = eos_ids(config.model.path, policy.tokenizer)
-  return Trained(policy, policy.sampling_params(params), step, ends, config.data.template, instruction)
+    rules = dict(policy.sharding.rules)
+    params = models.load_pretrained(config.model.path, policy.sharding.mesh, jnp.dtype(dtype), rules)[1]
+  return Trained(
+    policy, policy.sampling_params(params), eos_ids(config.model.path, policy.tokenizer), config.data.template
+  )
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -81,8 +128,6 @@ def create_engine(
   prompt_limit: int,
   response_limit: int,
   decode_steps: int = 8,
-  prefill_prompts: int = 4,
-  choice: Choice = Choice(),
 ) -> Engine:
   """An engine that samples and scores nothing.
 
@@ -91,9 +136,8 @@ def create_engine(
   """
   policy = trained.policy
   ways = policy.sampling.sharding.ways("batch")
-  for name, rows in (("slots", slots), ("prefill_prompts", prefill_prompts)):
-    if rows < 1 or rows % ways:
-      raise InputError(f"{name}: {rows} rows, expected a multiple of the {ways} devices that share them")
+  if slots < 1 or slots % ways:
+    raise InputError(f"slots: {slots}, expected a multiple of the {ways} devices that share them")
   longest = policy.config.max_length
   if longest is not None and prompt_limit + response_limit > longest:
     raise InputError(
@@ -106,10 +150,10 @@ def create_engine(
     max_response_length=response_limit,
     suffix_length=1,  # nothing is scored
     steps=decode_steps,
-    prefill_rows=prefill_prompts,
-    score_rows=min(16, slots) // ways * ways,
+    prefill_rows=max(4 // ways, 1) * ways,
+    score_rows=max(min(16, slots) // ways, 1) * ways,
     insert_rows=min(8, slots),
     ways=ways,
   )
   settings = DecodeSettings(decode_steps, trained.eos_ids)
-  return Engine(policy.sampler, policy.tokenizer, settings, shapes, trained.template, 1.0, "bare", choice)
+  return Engine(policy.sampler, policy.tokenizer, settings, shapes, trained.template, 1.0, "bare")

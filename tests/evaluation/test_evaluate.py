@@ -3,19 +3,23 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from starlette.responses import JSONResponse
 
 from rlpr_jax import evaluate as program
 from rlpr_jax import models
+from rlpr_jax import train as training
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import responses
+from rlpr_jax.evaluation import benchmarks, responses
 from rlpr_jax.evaluation.config import benchmark, default, model, validate
 from rlpr_jax.evaluation.judge import JudgeItem, conversation
 from tests.chat_server import completion, serving
+from tests.test_train import tiny
 
 QUESTIONS = [("1+1", "2", "small"), ("2+3", "5", "small"), ("9+8", "17", "large"), ("7*7", "49", "large")]
 ROOT = pathlib.Path(__file__).parents[2]
@@ -202,7 +206,8 @@ def test_a_judge_decides_where_the_rule_says_wrong(file, tmp_path):
     }
     figures = summary["models"]["m"]["mine"]["sampled"]
     assert figures["rule"]["avg"] == 0.25
-    assert figures["judge"]["avg"] == pytest.approx(2 / 3)  # the unjudged question is left out
+    assert figures["judge"]["avg"] is None  # a quarter is unjudged
+    assert figures["judge"]["bounds"] == [0.5, 0.75]
     assert figures["unjudged"] == 2
     assert summary["judge"]["requests"] == other.requests
     settings.judge.when = "always"
@@ -214,15 +219,16 @@ def test_a_judge_decides_where_the_rule_says_wrong(file, tmp_path):
 
 
 def test_an_endpoint_that_dies_is_asked_again_for_what_is_missing(file, tmp_path):
-  with serving(lambda body, number: completion("<answer>2</answer>") if number < 5 else server.die() or 9.0) as server:
-    settings = recipe(file, 1, m=theirs(server.url, concurrency=1, time_limit=0.3, attempts=1))
+  """Also of a question some of whose samples are there."""
+  with serving(lambda body, number: completion("<answer>2</answer>") if number < 6 else server.die() or 9.0) as server:
+    settings = recipe(file, 2, m=theirs(server.url, concurrency=1, time_limit=0.3, attempts=1))
     with pytest.raises(InputError, match=r"of 8 questions got no response .* the same command asks again"):
       program.evaluate(settings, tmp_path / "out")
   assert not (tmp_path / "out" / "summary.json").exists()
   with serving(lambda body, _: "<answer>2</answer>") as server:
     settings.models.m.url = server.url
-    assert len((tmp_path / "out" / "responses.jsonl").read_text().splitlines()) == 4
     program.evaluate(settings, tmp_path / "out")
+    assert server.requests == 4 * (2 + 1) - 5
 
 
 def test_a_prompt_over_the_limit_is_wrong_and_counted(directory, file, tmp_path):
@@ -234,9 +240,80 @@ def test_a_prompt_over_the_limit_is_wrong_and_counted(directory, file, tmp_path)
   assert not any(row["rule"] for row in samples)
 
 
+def test_the_newest_checkpoint_of_a_run_as_it_was_trained(file, tmp_path):
+  """Its template and instruction are the run's own; another checkpoint is another model."""
+  config = tiny()
+  config.steps, config.warm_start.steps, config.evaluation.prompts, config.log.keep_checkpoints = 1, 0, 0, 9
+  config.data.template, config.data.instruction = "answer_only", "sum"
+  training.train(config, tmp_path / "run")
+  settings = recipe(file, 1, policy=model(path=str(tmp_path / "run"), slots=4, prompt_limit=32, max_tokens=4))
+  program.evaluate(settings, tmp_path / "out")
+  asked = responses.open_model(settings.models.policy)
+  assert asked.source.step == 1
+  question = benchmarks.load("own", str(file))[0][0]
+  assert asked.messages(question) == [{"role": "system", "content": "sum"}, {"role": "user", "content": "1+1"}]
+  tasks = [responses.Task("mine", question, "sampled", 1)]
+  before = responses.keys(asked, 0, tasks)
+  config.steps = 2
+  training.train(config, tmp_path / "run")
+  assert responses.keys(responses.open_model(settings.models.policy), 0, tasks).keys() != before.keys()
+  settings.models.policy.step = 1
+  assert responses.keys(responses.open_model(settings.models.policy), 0, tasks).keys() == before.keys()
+  settings.models.policy.step = 7
+  with pytest.raises(InputError, match="no checkpoint of step 7"):
+    program.evaluate(settings, tmp_path / "out")
+
+
+def test_other_files_are_another_model(directory, file, tmp_path):
+  copy = tmp_path / "copy"
+  shutil.copytree(directory, copy)  # with its times
+  question = benchmarks.load("own", str(file))[0][0]
+
+  def key(path):
+    return next(iter(responses.keys(responses.open_model(ours(path)), 0, [responses.Task("m", question, "greedy", 1)])))
+
+  assert key(copy) == key(directory)
+  (copy / "generation_config.json").write_text('{"eos_token_id": 3}')
+  assert key(copy) != key(directory)
+
+
+def test_the_first_model_is_what_others_are_compared_with(file, tmp_path):
+  with serving(answers(["2"], ["5"], ["1"], ["2"])) as server:
+    settings = recipe(file, 1, zeta=theirs(server.url), alpha=theirs(server.url, temperature=0.5))
+    program.evaluate(settings, tmp_path / "out")
+  _, summary = read(tmp_path / "out")
+  assert {(row["model"], row["base"]) for row in summary["differences"]} == {("alpha", "zeta")}
+  assert summary["averages"]["zeta"]["sampled"] == {"benchmarks": 1, "rule": 0.5, "judge": None}
+
+
+def test_a_judge_that_is_not_there_leaves_all_unjudged(file, tmp_path):
+  with serving(answers(["2"], ["5"], ["1"], ["2"])) as server:
+    settings = recipe(file, 1, m=theirs(server.url))
+    settings.judge.update(url="http://127.0.0.1:9/v1", model="j", attempts=1, time_limit=0.5)
+    program.evaluate(settings, tmp_path / "out")
+  samples, summary = read(tmp_path / "out")
+  figures = summary["models"]["m"]["mine"]["sampled"]
+  assert (figures["rule"]["avg"], figures["judge"]["avg"], figures["unjudged"]) == (0.5, None, 2)
+  assert figures["judge"]["bounds"] == [0.5, 1.0]
+  assert all(row["judge"] is None and row["judge_why"] for row in samples if not row["rule"])
+
+
+def test_questions_that_an_endpoint_refuses_are_counted(file, tmp_path):
+  def reply(body, _):
+    if body["messages"][-1]["content"] == "7*7":
+      return JSONResponse({"error": {"message": "filtered"}}, 400)
+    return "<answer>2</answer>"
+
+  with serving(reply) as server:
+    program.evaluate(recipe(file, 2, m=theirs(server.url)), tmp_path / "out")
+  figures = read(tmp_path / "out")[1]["models"]["m"]["mine"]["sampled"]
+  assert (figures["refused"], figures["cut_off"], figures["rule"]["avg"]) == (2, 0.0, 0.25)
+
+
 @pytest.mark.parametrize(
   ("change", "says"),
   [
+    ({"models.policy.stop": ("",)}, "config.models.policy.stop"),
     ({"models.policy.dtype": "int4"}, r"config.models.policy.dtype: 'int4'"),
     ({"models.policy.url": "http://x/v1"}, "config.models.policy: expected a path, or the url"),
     ({"models.policy.path": "", "models.policy.url": "http://x/v1"}, "config.models.policy.name: missing"),
