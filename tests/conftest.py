@@ -3,11 +3,17 @@
 import functools
 import gc
 import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 # Compiling is most of the tests' time: XLA's own passes as ever, LLVM's left out. Subprocesses inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+
+# And what one process of the tests has compiled, the others, and the programs that tests start, take from disk.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _programs = tempfile.TemporaryDirectory()
+  os.environ |= {"JAX_COMPILATION_CACHE_DIR": _programs.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 import jax
 import jax.numpy as jnp

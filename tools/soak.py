@@ -1,9 +1,10 @@
-"""A run that everything happens to, beside the same run undisturbed: `python tools/soak.py --workdir=DIR`.
+"""A run that everything happens to, beside the same run undisturbed: `python tools/soak.py --out=DIR`.
 
 The quickstart's recipe for `--steps` steps. One run is left alone. The other lies on a disk of its own (a tmpfs, where
 one may be mounted; `umount` it in the end). It meets, at random moments and in turns: kill -9, SIGTERM, a kill with the
 newest checkpoint cut in half, and a disk that cannot be written for a while; and one reward in a hundred is NaN. After
-each end the same command is given again. In the end both accuracies and the memory of the longest stretch are printed.
+each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both accuracies
+and the memory of the longest stretch are printed. An undisturbed run that is there already is taken as it is.
 """
 
 import itertools
@@ -19,8 +20,9 @@ import numpy as np
 from absl import app, flags
 
 ROOT = pathlib.Path(__file__).parents[1]
-_WORKDIR = flags.DEFINE_string("workdir", None, "New directory.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Directory of both runs.", required=True)  # the runs have a --workdir
 _STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.")
+_FAULTS = flags.DEFINE_integer("faults", 8, "How many, then the run is left alone.")
 _EVERY = flags.DEFINE_integer("every", 60, "Seconds between two faults, in the mean.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
 _CHILD = flags.DEFINE_bool("child", False, "Be the run with NaN rewards; what this program starts.")
@@ -52,7 +54,7 @@ def recipe():
 
 
 def start(workdir: pathlib.Path, faults: bool) -> subprocess.Popen:
-  command = [sys.executable, __file__, f"--workdir={workdir}", "--child", f"--steps={_STEPS.value}"]
+  command = [sys.executable, __file__, f"--out={workdir}", "--child", f"--steps={_STEPS.value}"]
   if not faults:
     overrides = {"steps": _STEPS.value, "evaluation.every": 50, "log.checkpoint_every": 5}
     command = [sys.executable, "-m", "rlpr_jax.train", f"--workdir={workdir}"]
@@ -106,7 +108,8 @@ def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
     begun = len(rows(workdir))
     while len(rows(workdir)) <= begun and process.poll() is None:  # let each stretch come a step further
       time.sleep(0.5)
-    over = wait(process, rng.uniform(0.2, 1.8) * _EVERY.value, memory)
+    last = sum(counts.values()) >= _FAULTS.value
+    over = wait(process, float("inf") if last else rng.uniform(0.2, 1.8) * _EVERY.value, memory)
     if not over and fault == "disk":
       remount(workdir, "ro")
       over = wait(process, rng.uniform(5, 30), memory)
@@ -131,19 +134,20 @@ def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
 
 
 def main(argv: list[str]) -> None:
-  workdir = pathlib.Path(_WORKDIR.value)
+  workdir = pathlib.Path(_OUT.value)
   if _CHILD.value:
     child(workdir)
     return
   alone, other = workdir / "alone", workdir / "disturbed"
   for directory in (alone, other):
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
   memory: list[float] = []
-  process = start(alone, faults=False)
-  while not wait(process, 60, memory):
-    print(f"alone: {len(rows(alone))} of {_STEPS.value} steps", flush=True)
-  if process.returncode:
-    raise SystemExit(f"the undisturbed run ended with status {process.returncode}: {alone.with_suffix('.log')}")
+  if len(rows(alone)) <= _STEPS.value:
+    process = start(alone, faults=False)
+    while not wait(process, 60, memory):
+      print(f"alone: {len(rows(alone))} of {_STEPS.value} steps", flush=True)
+    if process.returncode:
+      raise SystemExit(f"the undisturbed run ended with status {process.returncode}: {alone.with_suffix('.log')}")
   counts, stretch = disturbed(other)
   for name, directory, mib in (("alone", alone, memory), ("disturbed", other, stretch)):
     accuracy = {row["step"]: row["held_out/accuracy"] for row in rows(directory) if "held_out/accuracy" in row}
