@@ -3,8 +3,9 @@
 The quickstart's recipe for `--steps` steps. One run is left alone. The other lies on a disk of its own (a tmpfs, where
 one may be mounted; `umount` it in the end). It meets, at random moments and in turns: kill -9, SIGTERM, a kill with the
 newest checkpoint cut in half, and a disk that cannot be written for a while; and one reward in a hundred is NaN. After
-each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both accuracies
-and the memory of the longest stretch are printed. An undisturbed run that is there already is taken as it is.
+each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both
+accuracies and the memory of the longest stretch are printed. An undisturbed run that is there already is taken as it
+is.
 """
 
 import itertools
