@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from absl import app, flags, logging
 
 from rlpr_jax.data import curation
-from rlpr_jax.data.curation import Benchmark, Dropped, Rating, Score
+from rlpr_jax.data.curation import Dropped, Protected, Rating, Score
 from rlpr_jax.data.sources import Example, load_examples, read_rows
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Unanswered, ask_all
@@ -34,6 +34,7 @@ _QUESTIONS = ("question", "Question", "problem", "Problem", "prompt")  # columns
 _OPTIONS = ("options", "choices")
 _LETTERS = string.ascii_uppercase
 _SCORES = ("row", "std", "gain")
+_ROLLOUT = ("reward_reference", "reward_baseline", "group_std")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,15 +109,23 @@ def curate(options: Options) -> None:
       it rated so far is kept), or nothing left.
   """
   examples = load_examples(options.path, options.split or None)
-  benchmarks = [Benchmark(path.stem, texts) for path in options.benchmarks for texts in read_benchmark(path)]
+  benchmarks = [Protected(path.stem, texts) for path in options.benchmarks for texts in read_benchmark(path)]
   scores = score(examples, options.scores) if options.scores else {}
+  if options.scores:
+    print(f"{len(scores):,} of {len(examples):,} questions have a score")
   client = Client(options.judge) if options.judge else None
   settings = _settings(options, scores)
   if _open(options.out, settings):
     print(f"{options.out} is finished: the same questions were curated the same way")
     return
   left, dropped = curation.sift(
-    examples, benchmarks, options.answer_words, options.keep_mathematics, options.ngram, options.similarity
+    examples,
+    benchmarks,
+    options.answer_words,
+    options.keep_mathematics,
+    options.ngram,
+    options.similarity,
+    options.path.stem,
   )
   ratings: dict[int, Rating | str] = {}
   if client:
@@ -173,7 +182,7 @@ def score(examples: Sequence[Example], path: pathlib.Path) -> dict[int, Score]:
   A run's are those of WORKDIR/rollouts, told by the text of the question: std is the group's, gain the mean of r - r'.
 
   Raises:
-    InputError: it cannot be read, or has no score of any question.
+    InputError: it cannot be read, a row is not as expected, or there is no score of any question.
   """
   if not path.is_dir():
     by_row = read_scores(path)
@@ -182,11 +191,12 @@ def score(examples: Sequence[Example], path: pathlib.Path) -> dict[int, Score]:
     by_question: dict[str, list[Score]] = {}
     for file in sorted((path / "rollouts").glob("step_*.jsonl")):
       for number, row in read_rows(file)[1]:
-        try:
-          gain = float(row["reward_reference"]) - float(row["reward_baseline"])
-          by_question.setdefault(row["question"], []).append(Score(float(row["group_std"]), gain))
-        except (KeyError, TypeError, ValueError):
-          raise InputError(f"{file}: row {number}: expected a rollout of a run") from None
+        where = f"{file}: row {number}"
+        question = row.get("question")
+        if not isinstance(question, str):
+          raise InputError(f"{where}, column question: expected text, found {reprlib.repr(question)}")
+        reference, baseline, std = (_number(row, name, where) for name in _ROLLOUT)
+        by_question.setdefault(question, []).append(Score(std, reference - baseline))
     texts = [[message["content"] for message in example.messages if message["role"] == "user"] for example in examples]
     found = {index: _mean(by_question[text[-1]]) for index, text in enumerate(texts) if text[-1] in by_question}
   if not found:
@@ -209,16 +219,19 @@ def read_scores(path: pathlib.Path) -> dict[int, Score]:
   """
   found: dict[int, list[Score]] = {}
   for number, row in read_rows(path)[1]:
-    values = []
-    for name in _SCORES:
-      try:
-        values.append(float(row[name]))
-      except (KeyError, TypeError, ValueError):
-        values.append(math.nan)
-      if not math.isfinite(values[-1]):
-        raise InputError(f"{path}: row {number}, column {name}: expected a number, found {reprlib.repr(row.get(name))}")
+    values = [_number(row, name, f"{path}: row {number}") for name in _SCORES]
     found.setdefault(int(values[0]), []).append(Score(*values[1:]))
   return {row: _mean(group) for row, group in found.items()}
+
+
+def _number(row: dict[str, Any], name: str, where: str) -> float:
+  try:
+    value = float(row[name])
+  except (KeyError, TypeError, ValueError, OverflowError):
+    value = math.nan
+  if not math.isfinite(value):
+    raise InputError(f"{where}, column {name}: expected a number, found {reprlib.repr(row.get(name))}")
+  return value
 
 
 # ---- the judge ----

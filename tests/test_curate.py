@@ -205,6 +205,44 @@ def test_scores_of_a_run_are_told_by_the_question(tmp_path):
     score(examples[2:], tmp_path)
 
 
+ROLLOUT = {"question": "a", "reward_reference": 0.5, "reward_baseline": 0.25, "group_std": 0.1}
+
+
+@pytest.mark.parametrize(
+  ("change", "said"),
+  [
+    ({"reward_reference": float("nan")}, "column reward_reference: expected a number, found nan"),
+    ({"reward_baseline": float("inf")}, "column reward_baseline: expected a number, found inf"),
+    ({"reward_baseline": None}, "column reward_baseline: expected a number, found None"),
+    ({"group_std": float("-inf")}, "column group_std: expected a number, found -inf"),
+    ({"group_std": 10**400}, "column group_std: expected a number, found 1000"),
+    ({"question": ["a"]}, "column question: expected text, found ['a']"),
+  ],
+)
+def test_scores_of_a_run_that_cannot_be(tmp_path, change, said):
+  (tmp_path / "rollouts").mkdir()
+  rows = [ROLLOUT, {**ROLLOUT, **change}]
+  (tmp_path / "rollouts" / "step_000001.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+  with pytest.raises(InputError) as raised:
+    score([Example(({"role": "user", "content": "a"},), "x", "", 1)], tmp_path)
+  assert f"step_000001.jsonl: row 2, {said}" in str(raised.value)
+  assert "\n" not in str(raised.value)
+
+
+def test_how_many_questions_have_a_score_is_said(options, tmp_path, capsys):
+  (tmp_path / "run" / "rollouts").mkdir(parents=True)
+  rows = [{**ROLLOUT, "question": text} for text in questions(7)]
+  (tmp_path / "run" / "rollouts" / "step_000001.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+  curate(dataclasses.replace(options, scores=tmp_path / "run", keep=5))
+  assert "7 of 40 questions have a score\n" in capsys.readouterr().out
+
+
+def test_the_name_of_the_file_is_no_source(tmp_path):
+  path = write(tmp_path / "webinstruct_no_math.jsonl", questions(20))
+  curate(Options(path, tmp_path / "out"))
+  assert dropped(tmp_path / "out") == {}
+
+
 @pytest.mark.parametrize(
   ("name", "content", "said"),
   [

@@ -8,13 +8,13 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import NamedTuple
 
 import numpy as np
 
 from rlpr_jax.data.sources import Example
-from rlpr_jax.evaluation.judge import fence_mark, plain, without_thoughts
+from rlpr_jax.evaluation.judge import fence_mark, for_prompt, without_thoughts
 
 _BOILERPLATE = 8  # words; a run of so many that many rows share is no part of their questions
 _SHARED_BY = 0.02  # of the rows, and
@@ -25,8 +25,8 @@ _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, of the polynomial that hashes a 
 Words = np.ndarray  # uint64 [N], a hash of each word
 
 
-class Benchmark(NamedTuple):
-  """The questions of a benchmark."""
+class Protected(NamedTuple):
+  """Questions that may not be trained on: those of a benchmark."""
 
   name: str
   questions: Sequence[str]
@@ -39,6 +39,7 @@ def question_of(example: Example) -> str:
 
 # ---- answers ----
 
+# An answer may be long, and anything: no two repetitions in a row may match the same characters.
 _UNCLEAR = (
   (
     "several answers",
@@ -47,9 +48,9 @@ _UNCLEAR = (
   ("depends", re.compile(r"\bit depends\b|^\W*depends on\b|^\W*it varies\b")),
   ("examples", re.compile(r"\be\.g\.|\bfor example\b|\bfor instance\b|\betc\b|\band so on\b")),
   ("refers to something else", re.compile(r"\bsee (?:the )?(?:explanation|figure|graph|table|above|below|attached)\b")),
-  ("no answer", re.compile(r"^\W*(?:n/?a|none given|not (?:given|provided|available)|unknown|\?+)\W*$|^\W+$")),
+  ("no answer", re.compile(r"^\W*(?:n/?a|none given|not (?:given|provided|available)|unknown)\W*$|^\W+$")),
   ("not whole", re.compile(r":$|__|\.\.\.$|…$")),
-  ("a list", re.compile(r"^\s*(?:[-*•]|\d+[.)])\s.*\n\s*(?:[-*•]|\d+[.)])\s", re.DOTALL)),
+  ("a list", re.compile(r"^\s*(?:[-*•]|\d+[.)])\s.*\n[^\S\n]*(?:[-*•]|\d+[.)])\s", re.DOTALL)),
 )
 _OPTION = re.compile(r"\(?[a-z]\)")  # "(B) none of these, for example" is one option, whatever it says
 _OPTION_MAY = {"not whole", "no answer"}  # be wrong with an option as well
@@ -70,11 +71,13 @@ def unclear_answer(reference: str) -> str | None:
 
 # ---- mathematics ----
 
-_MATHEMATICS = re.compile(r"math|algebra|geometry|calculus|number.theory|arithmetic|combinatorics|aime|gsm8k", re.I)
+_START = r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))"  # of a word in a name, also in one like "NuminaMath"
+_MATHEMATICS = re.compile(
+  _START + r"(?i:math|(?:pre)?(?:algebra|calculus)|geometry|number.theory|arithmetic|combinatorics|aime(?![a-z])|gsm8k)"
+)
 _OTHER_FIELD = re.compile(
-  r"(?<![a-z])(?:physic|chem|bio|econ|business|financ|account|law|histor|psych|philos|health|medic|engineer|computer"
-  r"|earth|geolog|astro|politic|social|sociol|religio|arts?\b|music|language|literat)",
-  re.IGNORECASE,
+  _START + r"(?i:physic|chem|bio|econ|business|financ|account|laws?(?![a-z])|histor|psych|philos|health|medic|engineer"
+  r"|computer|earth|geolog|astro|politic|social|sociol|religio|arts?(?![a-z])|music|language|literat)"
 )
 _TERMS = re.compile(
   r"\b(?:integers?|primes?|divisible|divisors?|remainder|modulo|polynomials?|quadratic|cubic|coefficients?|roots?"
@@ -103,8 +106,8 @@ _A_WORD = re.compile(r"[^\W\d_]{2}")
 def is_mathematics(question: str, reference: str, source: str) -> bool:
   """Whether a question is one of mathematics, which rules can verify.
 
-  A source or category that names a field decides. Elsewhere words and LaTeX do: terms of mathematics, no words of a
-  field in which it is applied, an answer that is a bare expression. Without a source
+  A source or category that names a field decides; "" if there is none. Elsewhere words and LaTeX do: terms of
+  mathematics, no words of a field in which it is applied, an answer that is a bare expression. Without a source
   that finds 81% of MATH-500, 90% of AIME 2024, 37% of the mathematics in MMLU-Pro (whose questions often name nothing
   but "the following"), and takes for mathematics 2 to 4% of MMLU-Pro's other subjects and 0.1% of 4,000 questions of
   economics.
@@ -127,7 +130,7 @@ def _mathematics_score(question: str, reference: str) -> float:
 # Scripts that are written without spaces have a word a character.
 _CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af"
 _WORD = re.compile(rf"[{_CJK}]|(?:(?![{_CJK}])[^\W_])+")
-_LEAD = re.compile(r"^\s*(?:question|problem|q)\s*\d*\s*[:.)]", re.IGNORECASE)
+_LEAD = re.compile(r"^\s*(?:question|problem|q)\s*(?:\d+\s*)?[:.)]", re.IGNORECASE)
 
 
 def words_of(texts: Sequence[str]) -> list[Words]:
@@ -156,19 +159,25 @@ def windows(words: Words, size: int) -> np.ndarray:
   return hashes
 
 
-def without_boilerplate(texts: Sequence[Words]) -> list[Words]:
-  """The texts without runs of 8 words that more than 2% of them (and more than 10) share: instructions, templates."""
+def shared_runs(texts: Sequence[Words]) -> set[int]:
+  """Boilerplate: runs of 8 words that more than 2% of the texts (and more than 10) share, as instructions are."""
   distinct = [np.unique(windows(words, _BOILERPLATE)) for words in texts]
   values, counts = np.unique(np.concatenate([*distinct, np.zeros(0, np.uint64)]), return_counts=True)
-  shared = set(values[counts > max(_SHARED_LEAST, _SHARED_BY * len(texts))].tolist())
-  kept = []
-  for words in texts:
-    covered = np.zeros(len(words), bool)
-    for start, run in enumerate(windows(words, _BOILERPLATE).tolist()):
-      if run in shared:
-        covered[start : start + _BOILERPLATE] = True
-    kept.append(words[~covered])
-  return kept
+  return set(values[counts > max(_SHARED_LEAST, _SHARED_BY * len(texts))].tolist())
+
+
+def without_boilerplate(texts: Sequence[Words], shared: Set[int]) -> list[Words]:
+  """The texts without such runs."""
+  return [words[~_covered(words, shared)] for words in texts]
+
+
+def _covered(words: Words, shared: Set[int]) -> np.ndarray:
+  """[N] bool, which words are part of such runs."""
+  covered = np.zeros(len(words), bool)
+  for start, run in enumerate(windows(words, _BOILERPLATE).tolist()):
+    if run in shared:
+      covered[start : start + _BOILERPLATE] = True
+  return covered
 
 
 # ---- duplicates and leaks ----
@@ -217,25 +226,43 @@ def near_duplicates(texts: Sequence[Words], similarity: float) -> dict[int, int]
   return found
 
 
-def leaks(texts: Sequence[Words], benchmarks: Sequence[Benchmark], size: int) -> dict[int, str]:
+def leaks(texts: Sequence[Words], benchmarks: Sequence[Protected], size: int, shared: Set[int]) -> dict[int, str]:
   """Index of each text that overlaps with a benchmark -> which question of which.
 
   Overlap is a run of `size` words in common (GPT-3's rule, Brown et al. 2020, appendix C, with 13). A question that is
-  shorter has to be the same from the first word to the last.
+  shorter has to be the same from the first word to the last. Both are looked for in the texts and questions as they
+  are, and in both without boilerplate.
 
   Args:
-    texts: without boilerplate.
+    texts: with boilerplate.
     size: words, at least 1.
+    shared: the boilerplate.
   """
+  whole, bare = [], []  # questions with their names
+  for benchmark in benchmarks:
+    questions = words_of(benchmark.questions)
+    names = [f"{benchmark.name} question {number}" for number in range(1, len(questions) + 1)]
+    # An instruction that stands in the texts and throughout the benchmark would make a leak of every text.
+    both = shared & shared_runs(questions)
+    whole += [pair for pair in zip(names, questions, strict=True) if not _any_run(_covered(pair[1], both), size)]
+    bare += zip(names, without_boilerplate(questions, shared), strict=True)
+  found = _overlaps(without_boilerplate(texts, shared), bare, size) | _overlaps(texts, whole, size)
+  return dict(sorted(found.items()))
+
+
+def _any_run(covered: np.ndarray, size: int) -> bool:
+  """Whether `size` of [N] bool in a row are true."""
+  return len(covered) >= size and bool(np.lib.stride_tricks.sliding_window_view(covered, size).all(axis=1).any())
+
+
+def _overlaps(texts: Sequence[Words], questions: Sequence[tuple[str, Words]], size: int) -> dict[int, str]:
   runs: dict[int, str] = {}
   short: dict[bytes, str] = {}
-  for benchmark in benchmarks:
-    for number, words in enumerate(words_of(benchmark.questions), 1):
-      name = f"{benchmark.name} question {number}"
-      for run in windows(words, size).tolist():
-        runs.setdefault(run, name)
-      if 0 < len(words) < size:
-        short.setdefault(words.tobytes(), name)
+  for name, words in questions:
+    for run in windows(words, size).tolist():
+      runs.setdefault(run, name)
+    if 0 < len(words) < size:
+      short.setdefault(words.tobytes(), name)
   found = {}
   for index, words in enumerate(texts):
     name = next((runs[run] for run in windows(words, size).tolist() if run in runs), short.get(words.tobytes()))
@@ -285,7 +312,11 @@ Explain in a sentence or two. Then end with these three lines:
 Mathematics: yes or no
 Unambiguous: yes or no
 Reasoning: 0, 1, 2, 3 or 4"""
-_RATING = re.compile(r"^\W*(mathematics|unambiguous|reasoning)\W+(yes|no|[0-4])\W*$", re.IGNORECASE | re.MULTILINE)
+_RATING = re.compile(
+  # Within a line: over lines, a search goes through blank ones again from each.
+  r"^[^\w\n]*(mathematics|unambiguous|reasoning)\W+(yes|no|[0-4])[^\w\n]*$",
+  re.IGNORECASE | re.MULTILINE,
+)
 
 
 class Rating(NamedTuple):
@@ -298,7 +329,7 @@ class Rating(NamedTuple):
 
 def rating_conversation(question: str, reference: str) -> list[dict[str, str]]:
   """What the judge is asked about a question."""
-  question, reference = (plain(text, _RATING_LIMIT) for text in (question, reference))
+  question, reference = (for_prompt(text, _RATING_LIMIT) for text in (question, reference))
   content = _RATING_PROMPT.format(mark=fence_mark(question, reference), question=question, reference=reference)
   return [{"role": "user", "content": content}]
 
@@ -367,11 +398,12 @@ def drop_by_score(left: Sequence[int], scores: Mapping[int, Score], keep: int) -
 
 def sift(
   examples: Sequence[Example],
-  benchmarks: Sequence[Benchmark] = (),
+  benchmarks: Sequence[Protected] = (),
   answer_words: int = 25,
   keep_mathematics: bool = False,
   ngram: int = 13,
   similarity: float = 0.8,
+  stem: str = "",
 ) -> tuple[list[int], list[Dropped]]:
   """Drops what can be told without a model, the cheapest checks first; each question for the first reason there is.
 
@@ -380,6 +412,7 @@ def sift(
     keep_mathematics: leaves questions of mathematics in.
     ngram: words that a question and a benchmark's may not have in common.
     similarity: Jaccard similarity from which on two questions are the same.
+    stem: of the file's name, which `load_examples` gives rows without a source as theirs: it says nothing about them.
 
   Returns:
     indices of what stays, in order; and what does not, in the order of the checks.
@@ -396,15 +429,17 @@ def sift(
   unclear = {index: unclear_answer(examples[index].reference) for index in left}
   drop("unclear answer", {index: why for index, why in unclear.items() if why})
   if not keep_mathematics:
-    maths = (i for i in left if is_mathematics(questions[i], examples[i].reference, examples[i].source))
+    sources = ["" if example.source == stem else example.source for example in examples]
+    maths = (i for i in left if is_mathematics(questions[i], examples[i].reference, sources[i]))
     drop("mathematics", dict.fromkeys(maths, "by its source, words or LaTeX"))
   rows = [examples[index].row for index in left]
   same = exact_duplicates([questions[index] for index in left])
   drop("duplicate", {left[index]: f"of row {rows[first]}" for index, first in same.items()})
-  words = dict(zip(left, without_boilerplate(words_of([questions[index] for index in left])), strict=True))
-  found = leaks([words[index] for index in left], benchmarks, ngram)
+  words = dict(zip(left, words_of([questions[index] for index in left]), strict=True))
+  shared = shared_runs([*words.values()])
+  found = leaks([*words.values()], benchmarks, ngram, shared)
   drop("in a benchmark", {left[index]: name for index, name in found.items()})
   rows = [examples[index].row for index in left]
-  alike = near_duplicates([words[index] for index in left], similarity)
+  alike = near_duplicates(without_boilerplate([words[index] for index in left], shared), similarity)
   drop("near duplicate", {left[index]: f"of row {rows[first]}" for index, first in alike.items()})
   return left, dropped

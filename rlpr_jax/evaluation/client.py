@@ -91,8 +91,8 @@ class Client:
       InputError: settings that cannot be, or a key that is not there.
     """
     if not _is_url(endpoint.base_url):
-      # Not shown: it may hold a password.
-      raise InputError("endpoint: expected a URL http(s)://HOST.../v1 without a password in it")
+      # Not shown: it may hold a password or a key.
+      raise InputError("endpoint: expected a URL http(s)://HOST.../v1 without a password, ?... or #... in it")
     for field in ("concurrency", "attempts", "time_limit"):
       if getattr(endpoint, field) <= 0:
         raise InputError(f"endpoint {endpoint.base_url}: {field} {getattr(endpoint, field)}, expected more than 0")
@@ -114,8 +114,8 @@ class Client:
   async def __aexit__(self, *_: object) -> None:
     await self._openai.close()
 
-  async def chat(self, messages: Sequence[Message], n: int = 1, seed: int | None = None) -> Reply:
-    """Asks for `n` replies to a conversation.
+  async def chat(self, messages: Sequence[Message], seed: int | None = None) -> Reply:
+    """Asks for a reply to a conversation.
 
     Rate limits, errors of the server, broken connections, unreadable replies and timeouts are tried again, after the
     time that the endpoint names or one that doubles; requests that the endpoint refuses are not.
@@ -132,18 +132,17 @@ class Client:
     )
     async with self._slots:  # held while waiting as well: an endpoint that limits rates is asked less
       try:
-        return await attempts(self._request, self.request(messages, n, seed))
+        return await attempts(self._request, self.request(messages, seed))
       except (openai.OpenAIError, TimeoutError, ValueError) as error:
         trouble, status = self._in_one_line(error), getattr(error, "status_code", None)
     # Not within the handler: the error would carry the request along, and with it the key.
     raise ClientError(trouble, status)
 
-  def request(self, messages: Sequence[Message], n: int = 1, seed: int | None = None) -> dict[str, Any]:
+  def request(self, messages: Sequence[Message], seed: int | None = None) -> dict[str, Any]:
     """What `chat` sends: all that a reply depends on, but for where the model is."""
     given = {
       "model": self.endpoint.model,
       "messages": list(messages),
-      "n": n if n > 1 else None,
       "seed": seed,
       "temperature": self.endpoint.temperature,
       "top_p": self.endpoint.top_p,
@@ -160,8 +159,8 @@ class Client:
     self.usage.completion_tokens += reply.completion_tokens
     prices = self.endpoint.price_in, self.endpoint.price_out
     self.usage.cost += (reply.prompt_tokens * prices[0] + reply.completion_tokens * prices[1]) / 1e6
-    if len(reply.texts) != request.get("n", 1):
-      raise ValueError(f"expected {request.get('n', 1)} choices, found {len(reply.texts)}")
+    if len(reply.texts) != 1:
+      raise ValueError(f"expected 1 choice, found {len(reply.texts)}")
     return reply
 
   def _read(self, completion: Any) -> Reply:
@@ -171,10 +170,11 @@ class Client:
       raise _UnreadableError("expected a chat completion, found something else")
     texts = []
     for choice in choices:
-      content = getattr(getattr(choice, "message", None), "content", choice)
-      if not isinstance(content, str | None):
+      message = getattr(choice, "message", None)
+      if not hasattr(message, "content") or not isinstance(message.content, str | None):
         raise _UnreadableError("expected choices with a message, found something else")
-      texts.append(self._redact(content or "") if len(self._key) >= _SECRET else content or "")
+      text = message.content or ""
+      texts.append(self._redact(text) if len(self._key) >= _SECRET else text)
     counts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     return Reply(
       tuple(texts),
@@ -217,7 +217,9 @@ def _is_url(text: str) -> bool:
     whole = parts.hostname and (parts.port is None or parts.port > 0)
   except ValueError:
     return False
-  return bool(whole) and parts.scheme in ("http", "https") and "@" not in parts.netloc
+  # Where some services expect a key (`?api_key=...`), and what is appended to the URL would end up.
+  bare = "@" not in parts.netloc and "?" not in text and "#" not in text
+  return bool(whole) and parts.scheme in ("http", "https") and bare
 
 
 def read_key(variable: str) -> str:

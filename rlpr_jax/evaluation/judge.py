@@ -116,7 +116,7 @@ def conversation(item: JudgeItem) -> list[Message]:
   # cannot close, since their mark is a hash of the answer as well; tokens that would end the turn are broken up; and
   # the rules come after it. What remains: a text may talk a weak judge round. A sample of verdicts has to be read.
   question, reference, answer = (
-    plain(text, limit)
+    for_prompt(text, limit)
     for text, limit in (
       (item.question, QUESTION_LIMIT),
       (item.reference, ANSWER_LIMIT),
@@ -128,7 +128,8 @@ def conversation(item: JudgeItem) -> list[Message]:
   return [{"role": "user", "content": content}]
 
 
-_LINE = re.compile(r"^\W*judge?ment\b(.*)$", re.IGNORECASE | re.MULTILINE)
+# Within a line: over lines, a search goes through blank ones again from each.
+_LINE = re.compile(r"^[^\w\n]*judge?ment\b(.*)$", re.IGNORECASE | re.MULTILINE)
 _MARKUP = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[^A-Za-z]")
 
 
@@ -155,7 +156,7 @@ def without_thoughts(reply: str) -> str:
 _CONTROL = re.compile(r"<(?=\||/?(?:s|bos|eos|start_of_turn|end_of_turn|think)>)|\[(?=/?INST\])")
 
 
-def plain(text: str, limit: int) -> str:
+def for_prompt(text: str, limit: int) -> str:
   """A text as it may stand in a prompt: no tokens that steer a chat, and the middle left out if it is too long."""
   text = _CONTROL.sub(lambda found: f"{found[0]} ", text.encode("utf-8", "replace").decode()).strip()
   if len(text) <= limit:

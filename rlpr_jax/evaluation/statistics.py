@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 _DRAWS = 2**22  # numbers held at once while resampling
+_ENDS = (0.025, 0.975)  # quantiles, of 95% intervals
 
 
 class Difference(NamedTuple):
@@ -83,17 +84,14 @@ def majority_at_k(answers: Sequence[Sequence[str | None]], right: np.ndarray) ->
   return grades
 
 
-def bootstrap_interval(
-  values: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-  """Percentile bootstrap interval of the mean over questions (Efron 1979).
+def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+  """95% percentile bootstrap interval of the mean over questions (Efron 1979).
 
   It says how much the mean would move with other questions of the same kind. Values that are all the same give an
   interval without width.
 
   Args:
     values: [Q], one a question; NaN are left out.
-    level: share of the intervals that hold the true mean, if questions are many.
 
   Returns:
     (low, high); NaN twice without values.
@@ -101,14 +99,12 @@ def bootstrap_interval(
   values = _known(values)
   if not len(values):
     return np.nan, np.nan
-  low, high = np.quantile(_resampled_means(values, resamples, seed), [(1 - level) / 2, (1 + level) / 2])
+  low, high = np.quantile(_resampled_means(values, resamples, seed), _ENDS)
   return float(low), float(high)
 
 
-def paired_difference(
-  a: np.ndarray, b: np.ndarray, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Difference:
-  """Mean of `a - b` over questions, its bootstrap interval, and the probability of one as large by chance.
+def paired_difference(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0) -> Difference:
+  """Mean of `a - b` over questions, its 95% bootstrap interval, and the probability of one as large by chance.
 
   p = (1 + #{|d* - d| >= |d|}) / (1 + resamples), d* the mean of resampled differences (Davison and Hinkley 1997).
 
@@ -124,7 +120,7 @@ def paired_difference(
     return Difference(np.nan, np.nan, np.nan, np.nan)
   mean = float(np.mean(differences))
   means = _resampled_means(differences, resamples, seed)
-  low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+  low, high = np.quantile(means, _ENDS)
   # What is equal but for rounding counts as equal.
   extreme = np.sum(np.abs(means - mean) >= abs(mean) - 1e-12)
   return Difference(mean, float(low), float(high), float((1 + extreme) / (1 + resamples)))

@@ -1,13 +1,15 @@
 """data/curation.py on small texts, and against brute force."""
 
+import contextlib
 import random
+import time
 
 import numpy as np
 import pytest
 
 from rlpr_jax.data.curation import (
-  Benchmark,
   Dropped,
+  Protected,
   Rating,
   Score,
   drop_by_rating,
@@ -19,6 +21,7 @@ from rlpr_jax.data.curation import (
   parse_rating,
   question_of,
   rating_conversation,
+  shared_runs,
   sift,
   unclear_answer,
   windows,
@@ -29,6 +32,14 @@ from rlpr_jax.data.sources import Example
 
 LONG = "why does the price of a good that nobody wants to buy fall when its supply in the market rises by one unit"
 TEMPLATE = "{}\n\nAnswer the question and return in the following format:\n<think> ... </think> <answer> ... </answer>"
+
+
+@contextlib.contextmanager
+def in_no_time():
+  """Fails where a search goes through a text again and again, which takes a minute; not where a machine is slow."""
+  start = time.process_time()
+  yield
+  assert time.process_time() - start < 2
 
 
 def example(question, reference="yes", source="web", row=1):
@@ -68,6 +79,9 @@ def test_the_question_is_what_the_user_says():
     ("exports _____ and imports", "not whole"),
     ("1. Land\n2. Labor\n3. Capital", "a list"),
     ("- Land\n- Labor", "a list"),
+    ("1. Land\n\n \t2. Labor", "a list"),
+    ("?! ?", "no answer"),
+    ("(unknown?)", "no answer"),
     ("1.5\n2.5", None),
   ],
 )
@@ -93,9 +107,55 @@ def test_mathematics(question, reference, source, expected):
   assert is_mathematics(question, reference, source) is expected
 
 
+@pytest.mark.parametrize(
+  ("source", "expected"),
+  [
+    ("math", True),
+    ("MATH-500", True),
+    ("AIME2024", True),
+    ("aime_2024", True),
+    ("gsm8k", True),
+    ("NuminaMath-CoT", True),
+    ("Prealgebra", True),
+    ("precalculus", True),
+    ("openai/number_theory", True),
+    ("claimed", False),
+    ("aimed_at_schools", False),
+    ("aftermath_of_war", False),
+  ],
+)
+def test_names_of_mathematics_are_words(source, expected):
+  assert is_mathematics("Anything", "some words", source) is expected
+
+
+@pytest.mark.parametrize(
+  ("source", "expected"),
+  [("HighSchoolPhysics", False), ("arts_and_crafts", False), ("law", False), ("lawn_care", True), ("parts", True)],
+)
+def test_names_of_other_fields_are_words(source, expected):
+  question = "Find the number of positive integers $n < 100$ divisible by 7."
+  assert is_mathematics(question, "14", source) is expected
+
+
 def test_a_hostile_answer_takes_no_time():
-  assert is_mathematics("Find $x$. Solve the equation.", "a + " * 50_000 + "!?", "web") is not None
-  assert unclear_answer("1. " * 50_000) is None
+  with in_no_time():
+    assert is_mathematics("Find $x$. Solve the equation.", "a + " * 50_000 + "!?", "web")
+    assert unclear_answer("1. " * 50_000) is None
+
+
+@pytest.mark.parametrize(
+  "reference",
+  ["?" * 5000 + "x", "x" + "?" * 5000 + "x", "1. x" + "\n" * 100_000 + "y", "1. x" + "\n " * 50_000 + "y"],
+  ids=lambda reference: reference[:4],
+)
+def test_a_hostile_reference_takes_no_time(reference):
+  with in_no_time():
+    assert unclear_answer(reference) is None
+
+
+def test_a_hostile_question_takes_no_time():
+  with in_no_time():
+    assert [len(words) for words in words_of(["Question" + " " * 100_000 + "x"])] == [2]
 
 
 def same(a, b):
@@ -106,6 +166,8 @@ def same(a, b):
 def test_words_are_letters_and_digits():
   assert same("Question: What's  THE\nprice?", "what s the price")
   assert same("Q 3) \uff46ull width", "full width")
+  assert same("Problem 12 : a", "a")
+  assert same("q 1 2: a", "q 1 2 a")
   assert not same("a b", "b a")
   assert [len(words) for words in words_of(["价格 是多少", "", "... ?", "don't", "\ud800x"])] == [5, 0, 0, 2, 1]
 
@@ -122,11 +184,12 @@ def test_windows_are_the_runs_of_words():
 
 def test_boilerplate_is_what_many_rows_share():
   questions = [f"Is the number {i} larger than {i * i} or {i + 7}?" for i in range(300)]
-  bare = without_boilerplate(words_of([TEMPLATE.format(question) for question in questions]))
+  texts = words_of([TEMPLATE.format(question) for question in questions])
+  bare = without_boilerplate(texts, shared_runs(texts))
   assert [words.tolist() for words in bare] == [words.tolist() for words in words_of(questions)]
   few = words_of([TEMPLATE.format(question) for question in questions[:9]])
-  assert [words.tolist() for words in without_boilerplate(few)] == [words.tolist() for words in few]
-  assert without_boilerplate([]) == []
+  assert [words.tolist() for words in without_boilerplate(few, shared_runs(few))] == [words.tolist() for words in few]
+  assert without_boilerplate([], shared_runs([])) == []
 
 
 def test_exact_duplicates_but_for_case_and_whitespace():
@@ -171,7 +234,7 @@ def test_texts_without_words_are_no_duplicates():
 
 
 def test_leaks_by_a_run_of_words_or_a_short_question_as_a_whole():
-  benchmarks = [Benchmark("one", [LONG, "What is GDP?"]), Benchmark("two", ["", "Who was Ada Lovelace?", LONG])]
+  benchmarks = [Protected("one", [LONG, "What is GDP?"]), Protected("two", ["", "Who was Ada Lovelace?", LONG])]
   texts = [
     f"Tell me: {LONG.upper()}!",
     " ".join(LONG.split()[4:17]),  # 13 words
@@ -181,14 +244,61 @@ def test_leaks_by_a_run_of_words_or_a_short_question_as_a_whole():
     "Question: who was ADA lovelace",
     "",
   ]
-  assert leaks(words_of(texts), benchmarks, 13) == {
+  assert leaks(words_of(texts), benchmarks, 13, frozenset()) == {
     0: "one question 1",
     1: "one question 1",
     3: "one question 2",
     5: "two question 2",
   }
-  assert 2 in leaks(words_of(texts), benchmarks, 12)
-  assert leaks(words_of(texts), [], 13) == {}
+  assert 2 in leaks(words_of(texts), benchmarks, 12, frozenset())
+  assert leaks(words_of(texts), [], 13, frozenset()) == {}
+
+
+STEM = "which of the following statements best describes the "  # 8 words
+INSTRUCTION = "please think step by step and write the final answer alone on the last line after the word answer "
+
+
+def protected_and_rows(stem):
+  """Rows that all have the stem, the first two of them in the benchmark as well."""
+  rng = random.Random(1)
+  ends = [" ".join(f"w{rng.randrange(10**6)}" for _ in range(9)) for _ in range(40)]
+  texts = [f"{stem}term {metal}" for metal in ("gold", "silver")] + [stem + end for end in ends]
+  return texts, ends
+
+
+def test_a_stem_that_rows_share_hides_no_leak():
+  texts, ends = protected_and_rows(STEM)
+  words = words_of(texts)
+  shared = shared_runs(words)
+  assert [len(row) for row in without_boilerplate(words, shared)][:3] == [2, 2, 9]
+  asked = [texts[1], STEM + " ".join(ends[5].split()[:5]) + " and more", f"{ends[7]} is not the question"]
+  assert leaks(words, [Protected("test", asked)], 13, shared) == {
+    1: "test question 1",  # the whole question, of 10 words
+    7: "test question 2",  # 8 words of the stem and 5 of its own
+  }
+  assert leaks(words, [Protected("test", [f"Choose one: {texts[1]}"])], 13, shared) == {}
+
+
+def test_a_question_without_its_stem_is_found_where_the_stem_is_cut():
+  texts, ends = protected_and_rows(INSTRUCTION)
+  words = words_of(texts)
+  assert leaks(words, [Protected("test", [ends[3], "Term silver"])], 13, shared_runs(words)) == {
+    1: "test question 2",
+    5: "test question 1",
+  }
+
+
+def test_an_instruction_of_rows_and_benchmark_is_no_leak():
+  texts, _ = protected_and_rows(INSTRUCTION)
+  words = words_of(texts)
+  asked = [f"{INSTRUCTION}term silver", *(f"{INSTRUCTION}what else of {i} and {i * i}" for i in range(20))]
+  assert leaks(words, [Protected("test", asked)], 13, shared_runs(words)) == {1: "test question 1"}
+
+
+def test_many_copies_of_a_protected_question_hide_no_leak():
+  texts = [f"{LONG} Answer for case {i}" for i in range(30)] + [f"What is {i}?" for i in range(30)]
+  words = words_of(texts)
+  assert [*leaks(words, [Protected("test", [LONG])], 13, shared_runs(words))] == [*range(30)]
 
 
 # ---- a judge's rating ----
@@ -213,6 +323,14 @@ def test_leaks_by_a_run_of_words_or_a_short_question_as_a_whole():
 )
 def test_parse_rating(reply, expected):
   assert parse_rating(reply) == expected
+
+
+def test_blank_lines_of_a_rating_take_no_time():
+  lines = "Mathematics: no\nUnambiguous: yes\nReasoning: 3"
+  with in_no_time():
+    assert parse_rating("So." + "\n" * 100_000 + lines) == Rating(False, True, 3)
+    assert parse_rating(lines + "\n" * 100_000 + "so.") == Rating(False, True, 3)
+    assert parse_rating("\n" * 100_000 + "so.") is None
 
 
 def test_the_conversation_fences_what_is_rated():
@@ -271,7 +389,7 @@ def test_each_row_goes_for_the_first_reason():
     (f"A firm asks more and sells less of its good, {'is its revenue lower then and what does that mean ' * 2}", "no"),
   ]  # fmt: skip
   examples = [example(*pair, row=10 + i) for i, pair in enumerate(questions)]
-  left, dropped = sift(examples, [Benchmark("test", [LONG])], similarity=0.5)
+  left, dropped = sift(examples, [Protected("test", [LONG])], similarity=0.5)
   assert left == [3, 7]
   assert dropped == [
     Dropped(0, "long answer", "26 words"),
@@ -285,6 +403,21 @@ def test_each_row_goes_for_the_first_reason():
   left, dropped = sift(examples, keep_mathematics=True, answer_words=26, similarity=0.8)
   assert 0 in left
   assert 2 in left
+
+
+@pytest.mark.parametrize("stem", ["webinstruct_no_math", "history_questions"])
+def test_the_name_of_the_file_says_nothing_about_mathematics(stem):
+  questions = ["Who wrote the first history of Rome?", "Find the number of integers $n < 100$ divisible by 7."]
+  examples = [example(question, source=stem, row=row) for row, question in enumerate(questions, 1)]
+  assert sift(examples, stem=stem)[0] == [0]
+  assert sift([example(questions[0], source="math")], stem=stem)[0] == []
+
+
+def test_a_stem_that_rows_share_hides_no_leak_of_a_file():
+  texts, _ = protected_and_rows(STEM)
+  left, dropped = sift([example(text, row=row) for row, text in enumerate(texts, 1)], [Protected("test", texts[1:2])])
+  assert dropped == [Dropped(1, "in a benchmark", "test question 1")]
+  assert 0 in left
 
 
 def test_nothing_comes_of_nothing():

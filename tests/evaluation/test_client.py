@@ -35,15 +35,21 @@ def failing(status, headers=None, message="no"):
 
 
 def test_a_reply_and_what_it_cost():
-  with serving(lambda body, _: completion("one", "two", prompt_tokens=1000, completion_tokens=300)) as server:
+  with serving(lambda body, _: completion("one", prompt_tokens=1000, completion_tokens=300)) as server:
     client = Client(endpoint(server, price_in=2.0, price_out=8.0, max_tokens=7, top_p=0.9))
-    reply = chat(client, n=2, seed=3)
-  assert reply == (("one", "two"), ("stop", "stop"), 1000, 300)
+    reply = chat(client, seed=3)
+  assert reply == (("one",), ("stop",), 1000, 300)
   assert server.bodies == [
-    {"model": "m", "messages": HELLO, "n": 2, "seed": 3, "temperature": 0.0, "top_p": 0.9, "max_tokens": 7}
+    {"model": "m", "messages": HELLO, "seed": 3, "temperature": 0.0, "top_p": 0.9, "max_tokens": 7}
   ]
   assert (client.usage.requests, client.usage.retries) == (1, 0)
   assert client.usage.cost == pytest.approx((2.0 * 1000 + 8.0 * 300) / 1e6)
+
+
+def test_a_reply_that_says_no_more_than_it_must():
+  with serving(lambda *_: JSONResponse({"choices": [{"message": {"content": None}}]})) as server:
+    reply = chat(Client(endpoint(server)))
+  assert (reply.texts, reply.prompt_tokens, reply.completion_tokens) == (("",), 0, 0)
 
 
 def test_settings_that_are_none_are_not_sent():
@@ -68,6 +74,11 @@ def test_a_client_can_be_opened_again_in_another_loop():
     Response('{"choices": [', media_type="application/json"),
     Response("", media_type="application/json"),
     JSONResponse({"choices": None}),
+    JSONResponse({"choices": [None]}),
+    JSONResponse({"choices": ["text"]}),
+    JSONResponse({"choices": [{}]}),
+    JSONResponse({"choices": [{"message": None}]}),
+    JSONResponse({"choices": [{"message": "text"}]}),
     JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}),
     JSONResponse(["what"]),
     9.0,
@@ -88,6 +99,7 @@ def test_a_refused_request_is_not_tried_again(status):
       chat(Client(endpoint(server)))
     assert server.requests == 1
   assert "\n" not in str(raised.value)
+  assert raised.value.refused is (status in (400, 422))  # else it is the endpoint that is of no use
 
 
 def test_out_of_money_is_not_tried_again():
@@ -100,8 +112,9 @@ def test_out_of_money_is_not_tried_again():
 def test_attempts_end():
   with serving(lambda *_: failing(500)) as server:
     client = Client(endpoint(server, attempts=3))
-    with pytest.raises(ClientError, match="500"):
+    with pytest.raises(ClientError, match="500") as raised:
       chat(client)
+  assert not raised.value.refused
   assert (server.requests, client.usage.retries) == (3, 2)
 
 
@@ -148,9 +161,10 @@ def test_a_day_of_waiting_is_no_passing_trouble():
   assert server.requests == 1
 
 
-def test_fewer_choices_than_asked_for():
-  with serving(lambda *_: "one") as server, pytest.raises(ClientError, match="expected 2 choices, found 1"):
-    chat(Client(endpoint(server)), n=2)
+def test_more_choices_than_asked_for():
+  reply = completion("a", "b")
+  with serving(lambda *_: reply) as server, pytest.raises(ClientError, match="expected 1 choice, found 2"):
+    chat(Client(endpoint(server)))
   assert server.requests == 1
 
 
@@ -229,7 +243,20 @@ def test_a_newline_after_the_key_is_no_part_of_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "url", ["", "localhost:8000", "ftp://x", "http://", "http://[", "http://x:y/v1", "https://me:secret@x/v1"]
+  "url",
+  [
+    "",
+    "localhost:8000",
+    "ftp://x",
+    "http://",
+    "http://[",
+    "http://x:y/v1",
+    "https://me:secret@x/v1",
+    "https://x/v1?api_key=secret",
+    "https://x/v1#secret",
+    "https://x/v1?",
+    "https://x/v1#",
+  ],
 )
 def test_urls_that_cannot_be(url):
   with pytest.raises(InputError, match="expected a URL") as raised:

@@ -162,6 +162,13 @@ def test_parse_judgement(reply, expected):
   assert verdict is expected or verdict.right is expected
 
 
+def test_blank_lines_take_no_time():
+  start = time.process_time()
+  assert parse_judgement("So." + "\n" * 100_000 + "it is.") is None
+  assert parse_judgement("So." + "\n" * 100_000 + "Judgement: correct").right is True
+  assert time.process_time() - start < 2  # a quadratic search takes a minute
+
+
 def test_an_answer_cannot_leave_its_fence():
   (message,) = conversation(JudgeItem("q", "4", "5"))
   mark = re.search(r"<answer-(\w+)>", message["content"])[1]
