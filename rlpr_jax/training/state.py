@@ -260,15 +260,22 @@ def _verify(name: str, expected: list[int] | None, tree: Any) -> None:
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:
   attempts = tenacity.Retrying(
-    retry=tenacity.retry_if_exception_type(_STORAGE_ERRORS),
+    retry=tenacity.retry_if_exception(lambda error: isinstance(_unwrap(error), _STORAGE_ERRORS)),
     wait=tenacity.wait_fixed(1),
     stop=tenacity.stop_after_attempt(1 if jax.process_count() > 1 else 3),
     reraise=True,
   )
   try:
     return attempts(manager.restore, step, args=ocp.args.Composite(**items))
-  except _STORAGE_ERRORS as error:
-    raise InputError(f"{manager.directory}/{step}: cannot be read ({reason(error)})") from None
+  except Exception as error:
+    if not isinstance(_unwrap(error), _STORAGE_ERRORS):
+      raise
+    raise InputError(f"{manager.directory}/{step}: cannot be read ({reason(_unwrap(error))})") from None
+
+
+def _unwrap(error: BaseException) -> BaseException:
+  """Orbax puts what it meets while it reads an array into a plain `Exception`."""
+  return error.__cause__ if type(error) is Exception and error.__cause__ else error
 
 
 def _abstract(x: Any) -> Any:
