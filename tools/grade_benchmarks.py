@@ -44,8 +44,9 @@ def dressings(question: Question, answer: str) -> Iterator[tuple[str, str]]:
     yield "bold", f"Let us see.\n\n**Answer: {answer}**"
     yield "text{}", f"So it is $\\boxed{{\\text{{{answer}}}}}$."
     yield "letter", f"A or B?\n\n{answer}"
-    if question.options:
-      text = question.options[ord(answer) - ord("A")]
+    index = ord(answer) - ord("A")
+    if index < len(question.options):  # a label may be none of the options that were read from the question
+      text = question.options[index]
       yield "option text", f"<answer> {text} </answer>"
       yield "letter and text", f"The answer is {answer}. {text}"
   elif question.grader == "text":
@@ -73,14 +74,19 @@ def dressings(question: Question, answer: str) -> Iterator[tuple[str, str]]:
 
 
 def is_same(one: Question, other: Question) -> bool:
-  """Whether two references are the same answer, so that neither is wrong where the other is right."""
+  """Whether the reference of one question is also answered by that of another one."""
   if multiple_choice.plain(one.reference) == multiple_choice.plain(other.reference):
     return True
   texts = [(multiple_choice.split_label(q.reference) or ("", q.reference))[1] for q in (one, other)]
   if multiple_choice.bare(texts[0]) == multiple_choice.bare(texts[1]):
     return True
-  values = [numbers.parse(text) for text in texts]
-  return None not in values and numbers.equal(values[0].value, values[1].value)
+  lists = [numbers.parse_list(text) for text in texts]
+  if None in lists or len(lists[0]) != len(lists[1]):
+    return False
+  percent = ["%" in text for text in texts]
+  scales = (1, 0.01, 100) if percent[0] != percent[1] else (1,)
+  pairs = list(zip(*map(sorted, lists), strict=True))
+  return any(all(numbers.equal(scale * v, item, one.rtol, one.atol) for item, v in pairs) for scale in scales)
 
 
 def wrong_responses(question: Question, others: list[Question], rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -4,6 +4,7 @@ RLPR (https://arxiv.org/abs/2506.18254) evaluates on seven; the k of its Avg@k i
 the Hugging Face hub, or from a local file in the same columns.
 """
 
+import math
 import random
 import re
 import reprlib
@@ -176,11 +177,11 @@ def _math500(row: Row) -> Question:
 
 def _aime(row: Row) -> Question:
   answer = row.text("answer")
-  if not answer.isdecimal():
+  if not answer.isdecimal() or len(answer.lstrip("0")) > 3:
     raise InputError(f"{row.where('answer')}: expected an integer from 0 to 999, found {reprlib.repr(answer)}")
   # "025" on the answer sheet is 25.
   return Question(
-    row.key("id"), row.text("problem", "question"), str(int(answer[:9])), "AIME 2024", "number", row=row.number
+    row.key("id"), row.text("problem", "question"), str(int(answer)), "AIME 2024", "number", row=row.number
   )
 
 
@@ -239,7 +240,7 @@ def _theoremqa(row: Row) -> Question | str:
   elif kind == "bool":
     if answer not in ("True", "False"):
       raise InputError(where)
-  elif (numbers.parse_list if kind.startswith("list") else numbers.parse)(answer) is None:
+  elif not (_are_finite(answer) if kind.startswith("list") else _is_finite(answer)):
     raise InputError(where)
   category = row.optional("field", "subfield")
   return Question(row.key("id"), question, answer, category, grader, options, row.number, rtol, atol)
@@ -257,8 +258,7 @@ def _minerva(row: Row) -> Question:
     column, reference = "solution", extraction.boxed(row.text("solution"))
   if not reference:
     raise InputError(f"{row.where(column)}: expected a \\boxed{{}} answer, found none")
-  number = numbers.parse(reference)
-  grader = "number" if number and not number.unit else "math"  # units stand outside the box, in it m is a variable
+  grader = "number" if _is_number(reference, letters=False) else "math"  # units stand outside the box
   category = row.optional("type")
   question = row.text("problem", "question")
   return Question(
@@ -279,7 +279,7 @@ def _webinstruct(row: Row) -> Question:
 def _gsm8k(row: Row) -> Question:
   answer = row.text("answer")
   _, mark, reference = answer.rpartition("####")
-  if not mark or numbers.parse(reference) is None:
+  if not mark or not _is_finite(reference):
     raise InputError(f"{row.where('answer')}: expected a number after ####, found {reprlib.repr(answer)}")
   return Question(row.key("id"), row.text("question"), reference.strip(), "", "number", row=row.number)
 
@@ -291,7 +291,7 @@ def _olympiadbench(row: Row) -> Question:
   tolerance = numbers.parse(error)
   if error and tolerance is None:
     raise InputError(f"{row.where('error')}: expected a number or nothing, found {reprlib.repr(error)}")
-  grader = "number" if numbers.parse(reference) else "math"
+  grader = "number" if _is_number(reference, letters=False) else "math"
   return Question(
     row.key("id"), row.text("question"), reference, row.optional("subfield"), grader, row=row.number,
     atol=tolerance.value if tolerance and grader == "number" else 0.0,
@@ -330,13 +330,34 @@ def _infer(question: str, reference: str) -> tuple[str, str, tuple[str, ...]]:
   if len(reference) == 1 and "A" <= reference.upper() <= "J":
     return "multiple_choice", reference.upper(), ()
   rest = _FUNCTION.sub("", _COMMAND.sub("", reference))
-  if labelled is None and len(reference) <= numbers.LIMIT:
-    number = numbers.parse(reference)
-    if number and "=" not in reference and not number.unit.startswith("/"):
+  if labelled is None and any(c.isalnum() for c in reference) and len(reference) <= numbers.LIMIT:
+    if "=" not in reference and _is_number(reference, letters=True):
       return "number", reference, ()
     if (_COMMAND.search(reference) or _MATHEMATICAL.search(reference)) and not _WORD.search(rest):
       return "math", reference, ()
   return "text", reference, ()
+
+
+def _is_number(reference: str, *, letters: bool) -> bool:
+  """Whether a reference is a number that answers can be compared to.
+
+  Args:
+    letters: whether m after a number is metres rather than a variable.
+  """
+  number = numbers.parse(reference)
+  if number is None or number.equation or not math.isfinite(number.value):
+    return False
+  return letters or number.unit is None or number.unit.certain
+
+
+def _is_finite(reference: str) -> bool:
+  number = numbers.parse(reference)
+  return number is not None and math.isfinite(number.value)
+
+
+def _are_finite(reference: str) -> bool:
+  values = numbers.parse_list(reference)
+  return values is not None and all(map(math.isfinite, values))
 
 
 def _listed(question: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import unicodedata
+from math import isfinite
 from typing import NamedTuple
 
 from rlpr_jax import splicing
@@ -115,7 +116,7 @@ def grade(question: Question, text: str) -> Grade:
 
 
 # "B because it is larger", but not "B, C".
-_REASONED = re.compile(r"[(\s]{0,4}([A-Z])\)?(?:,(?! ?\(?[A-Z]\b)|;| (?:because|since|as|which|is)\b)")
+_REASONED = re.compile(r"[(\s]{0,4}([A-Z])\)?(?:[,;](?! ?\(?[A-Z]\b)| (?:because|since|as|which|is)\b)")
 _FIRST_LETTER = re.compile(
   r"\s*(?:[\[{<]|\\(?:text|mathrm|textbf|mathbf)\{)\(?([A-Za-z])\)?[\]}>]|\s*([A-Z])(?= [-:] )"
 )
@@ -170,7 +171,10 @@ def _judge_text(answer: str, reference: str) -> str:
 
 def _grade_number(answer: str, question: Question) -> str:
   if question.reference in ("True", "False"):
-    words = re.findall(r"[a-z]+", _core(answer, "number").lower()[:200])
+    core = _core(answer, "number").lower()[:200]
+    if (leading := _LEADING_TRUTH.match(core)) and leading[1] in _TRUTH:
+      return "same truth" if _TRUTH[leading[1]] == (question.reference == "True") else ""
+    words = re.findall(r"[a-z]+", core)
     said = {_TRUTH[word] for word in words if word in _TRUTH}
     return "same truth" if said == {question.reference == "True"} and "not" not in words else ""
   if question.reference.startswith("["):
@@ -193,10 +197,13 @@ def _grade_math(answer: str, question: Question) -> str:
   if (same := _latex(reference)) and _latex(answer) == same:
     return "same expression"
   ours, theirs = numbers.parse(answer), numbers.parse(reference)
-  if ours and theirs:
-    # A single letter after a reference is a variable rather than a unit.
-    missing = re.fullmatch("[A-Za-z]", theirs.unit) and ours.unit != theirs.unit
-    return "equal number" if _same_number(ours, theirs) and not missing else ""
+  if theirs and theirs.equation:
+    theirs = None
+  if ours and theirs and isfinite(ours.value) and isfinite(theirs.value):
+    units = [number.unit for number in (ours, theirs) if number.unit]
+    # Letters that may be variables are for math-verify, unless both sides have the same ones.
+    if all(unit.certain for unit in units) or (len(units) == 2 and units[0].same(units[1])):
+      return "equal number" if _same_number(ours, theirs) else ""
   # Of what math-verify cannot parse it takes a number out: 2 would be equal to \hbar \omega (v + 1 / 2).
   for number, other in ((ours, reference), (theirs, answer)):
     if number and not number.unit and "=" not in other and _VARIABLE.search(_COMMAND.sub(" ", other)):
@@ -204,12 +211,24 @@ def _grade_math(answer: str, question: Question) -> str:
   # What is left is for math-verify, which is slow, and slower to start again once it had to be killed.
   if _is_hopeless(answer) or _is_hopeless(reference):
     return ""
+  if any(_UNIT_LETTERS.search(text) for text in (answer, reference)) and not _RELATION.search(answer + reference):
+    answer, reference = f"{answer} + 1", f"{reference} + 1"  # it drops letters at the end that name units
   return "equal expression" if math(answer, reference) else ""
 
 
 _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
+# "False, because it is not true", but not "True, or false".
+_LEADING_TRUTH = re.compile(
+  r"\W*([a-z]+)(?:[,.;:!]|(?= (?:because|since|as)\b))(?!\W*(?:or|true|yes|correct|false|no|incorrect)\b)(?=\W*[a-z])"
+)
 _COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*\}|\\[A-Za-z]+")
-_VARIABLE = re.compile(r"(?<![A-Za-z])[a-df-zA-Z](?![A-Za-z])")
+# x; 5ab; 5 ab
+_VARIABLE = re.compile(
+  r"(?<![A-Za-z])[a-df-zA-Z](?![A-Za-z])|(?<=\d)[A-Za-z]{2,3}(?![A-Za-z])|"
+  r"(?<=\d )(?!is|in|by|as|to|if|at)[A-Za-z]{2}(?![A-Za-z])"
+)
+_UNIT_LETTERS = re.compile(r"[\d}] ?[A-Za-z](?: ?[A-Za-z])?$")
+_RELATION = re.compile(r"[=<>,]|\\(?:[lg]eq?|neq?|in|cup|cap|text)(?![A-Za-z])")
 # "So, the final answer is" where an answer begins.
 _LEAD = re.compile(r"\W{0,4}(?:\w{1,9},? ){0,4}answer(?: is|:)[: ]{0,3}\s*", re.IGNORECASE)
 _DISPLAYED = re.compile(r"\s*(?:\\\[(.*)\\\]|\\\((.*)\\\)|\$\$(.*)\$\$|\$([^$]*)\$)[\s.]*", re.DOTALL)
@@ -227,8 +246,15 @@ def _core(answer: str, grader: str) -> str:
 
 
 def _same_number(ours: numbers.Number, theirs: numbers.Number, rtol: float = 0.0, atol: float = 0.0) -> bool:
-  """Whether two are equal within the tolerances; 5% is also 0.05 where the other one has no percent sign."""
-  values = [ours.value, ours.value / 100] if ours.percent and not theirs.percent else [ours.value]
+  """Whether two are equal within the tolerances, in the same units where both have some.
+
+  5% is also 0.05 where only one of them has a percent sign.
+  """
+  if ours.unit and theirs.unit and not ours.unit.same(theirs.unit):
+    return False
+  values = [ours.value]
+  if ours.percent != theirs.percent:
+    values.append(ours.value / 100 if ours.percent else ours.value * 100)
   return any(numbers.equal(value, theirs.value, rtol, atol) for value in values)
 
 
@@ -243,7 +269,12 @@ _MARKUP = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boxed|left|right)(?![A-Za-
 
 
 def _same_text(answer: str, reference: str) -> bool:
-  """Whether two texts have the same words, numbers and signs, in the same order."""
+  """Whether two texts have the same words, numbers and signs, in the same order.
+
+  Where the reference has neither letters nor digits, as "> } ]", every character counts but whitespace.
+  """
+  if not any(c.isalnum() for c in reference):
+    return bool(reference) and "".join(answer.split()) == "".join(reference.split())
   return _words(answer) == _words(reference) != []
 
 

@@ -8,11 +8,15 @@ _WRAPPED = re.compile(  # braces may nest once
 )
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.:,]?")
 _LETTER_AND_TEXT = re.compile(r"(?:\(([A-Za-z])\) ?|([A-Za-z])[.):] )(.*)")
+# (B), (C); B. or C.; (B) (C)
+_OTHER_LABEL = re.compile(r"(?:^|(?:\b(?i:or|and|nor)\b|[,;/&]) ?)[(\[]?[A-Z][)\]]?(?![A-Za-z'])(?! [a-z])")
+_REASON = re.compile(r"(?i)[,;.]? (?:because|since|as|which)\b")
 _LABELLED = re.compile(r"(?:\(([A-Za-z]|\d|[ivxIVX]{2,4})\) ?|([A-Za-z])[.)] )(\S.*)")
 # A letter in a sentence: a small one, which may be the article "a", only where the sentence or a bracket ends; none
 # that another one follows ("A or B").
 _NAMED = (
-  r"(?:\\boxed\{|\\text\{|[*($ ]){0,6}+([A-Z]|[a-z](?=[).,;:}*$]|$))(?![A-Za-z'])(?!\)? ?(?:or|and|,|/|&) ?\(?[A-Z]\b)"
+  r"(?:\\boxed\{|\\text\{|[*($ ]){0,6}+([A-Z]|[a-z](?=[).,;:}*$]|$))(?![A-Za-z'])"
+  r"(?!\)?\.? ?(?:or|and|,|/|&) ?\(?[A-Z]\b)"
 )
 _PHRASES = tuple(
   re.compile(lead + _NAMED)
@@ -61,13 +65,27 @@ def label_of(text: str, options: dict[str, str]) -> str | None:
   if same:
     return same[0] if len(same) == 1 else None
   if found := _LETTER_AND_TEXT.fullmatch(text):
-    label, rest = (found[1] or found[2]).upper(), bare(found[3])
-    return None if rest in {option for other, option in bare_options.items() if other != label} else label
+    label, rest = (found[1] or found[2]).upper(), found[3]
+    if label in options:
+      return label if _says(rest, options[label]) else None
+    return None if _OTHER_LABEL.search(rest) or bare(rest) in bare_options.values() else label
   for phrase in _PHRASES:
     labels = {found[1].upper() for found in phrase.finditer(text)}
     if labels:
       return labels.pop() if len(labels) == 1 else None
   return None
+
+
+def _says(text: str, option: str) -> bool:
+  """Whether a text is that of an option, but for markup and punctuation, with or without the reason for it."""
+  reason = _REASON.search(text)
+  said = {bare(text), bare(text[: reason.start()])} if reason else {bare(text)}
+  return bool({bare(option), _letters(option)} & (said | {_letters(part) for part in said}))
+
+
+def _letters(text: str) -> str:
+  """The text without what only sets it."""
+  return re.sub(r"\\(?:text|mathrm|mathbf|textbf|left|right|[dt](?=frac))|\\(?=[$%])|[\s${}*]|[.,;]$", "", plain(text))
 
 
 def split_label(text: str) -> tuple[str, str] | None:

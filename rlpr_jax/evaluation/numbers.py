@@ -1,7 +1,7 @@
 r"""Reads numbers as answers give them: 1,000; 4.5e33 erg/s; \frac{\pi}{2}; 1.5 \times 10^3 m; [1, 2.5]; 41.8^\circ.
 
-Arithmetic in floats with a small parser of its own: linear in the length of a text, nothing is simplified, and a power
-that overflows is infinite, so that no text makes it hang or raise.
+Arithmetic with a small parser of its own: integers are exact up to a size, all else are floats. It is linear in the
+length of a text, nothing is simplified, and what overflows is infinite, so that no text makes it hang or raise.
 """
 
 import math
@@ -12,7 +12,20 @@ from typing import NamedTuple
 LIMIT = 1000  # characters; a longer text is no number
 _DEPTH = 30  # of brackets
 _LARGEST = 1e300  # integers have no end, floats have
+_BITS = 3000  # of an integer's power; a larger one is a float, which ends before
 _UNIT_WORDS = 4  # "kilojoules per square metre"
+
+
+class Unit(NamedTuple):
+  """What stood after a number, in one spelling."""
+
+  measures: tuple[tuple[str, int], ...]  # symbols and their powers: (("m", 1), ("s", -1))
+  words: frozenset[str]  # what is counted: "cars"
+  certain: bool  # that it is no product of variables, which "m" and "m g" may be
+
+  def same(self, other: "Unit") -> bool:
+    """Whether both mean the same: equal measures, or a word in common where nothing is measured."""
+    return self.measures == other.measures and bool(self.measures or self.words & other.words)
 
 
 class Number(NamedTuple):
@@ -20,7 +33,8 @@ class Number(NamedTuple):
 
   value: float  # an int where it was written as one; infinite or NaN where floats end
   percent: bool
-  unit: str  # what stood after it, "" for nothing
+  unit: Unit | None
+  equation: bool  # whether more than a name stood left of it: x + 2y = 5
 
 
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
@@ -42,9 +56,11 @@ _CLEAN = tuple(
     (r"\bnp\.", ""),
     (r"(?<=\d) *[xX] *(?=10 *\^)", "*"),
     (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+    (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda found: found[0].replace(" ", "")),
+    (r"(?<![\d.,^/)}\]])(\d+) (\d+/\d+)(?![\d.,])", r"(\1+\2)"),  # 1 1/2
   )
 )
-_EQUALS = re.compile(r"=|≈|\\(?:approx|simeq|sim)(?![A-Za-z])")
+_EQUALS_OR_BRACKET = re.compile(r"=|≈|\\(?:approx|simeq|sim)(?![A-Za-z])|[(){}\[\]]")
 _TOKEN = re.compile(
   r"\s*(?:((?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+(?!\w))?)|(\\[A-Za-z]+|[A-Za-zµμΩÅ]+)|([-+*/^!(){}\[\]]))"
 )
@@ -55,17 +71,60 @@ _FUNCTIONS = {
 }  # fmt: skip
 _CONSTANTS = {"pi": math.pi, "e": math.e}
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
-_SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
-# Words, powers and quotients of words. A single letter may be a variable, so only units are let through.
-_UNIT = re.compile(
-  r"(?:[*/ {}()\[\]']|\\?(?:[A-Za-zµμΩÅ]{2,}+|[msgNJWVKACFTLMHΩÅ](?![A-Za-z]))(?:\.(?=[ }]|$))?|"
-  r"\^ ?\{? ?[-+]? ?\d\}?)*+"
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+_SPELLINGS = {
+  "m": "metre meter", "g": "gram gramme", "s": "second sec", "N": "newton", "J": "joule", "W": "watt", "V": "volt",
+  "A": "ampere amp", "C": "coulomb celsius centigrade", "F": "farad fahrenheit", "K": "kelvin", "T": "tesla",
+  "H": "henry", "Hz": "hertz hz", "Pa": "pascal", "mol": "mole", "L": "l liter litre", "Ω": "ohm", "eV": "electronvolt",
+  "cal": "calorie", "B": "byte", "bit": "bit", "bar": "bar", "pc": "parsec", "rad": "radian", "Wh": "watthour",
+  "M": "molar", "Å": "angstrom ångström", "S": "siemens", "erg": "erg", "dyn": "dyne", "AU": "au", "ly": "lightyear",
+  "h": "hour hr", "min": "minute", "d": "day", "week": "week wk", "month": "month", "yr": "year", "in": "inch inches",
+  "ft": "foot feet", "yd": "yard", "mi": "mile", "lb": "pound", "oz": "ounce", "dollar": "dollar usd", "cent": "cent",
+  "euro": "euro eur", "°": "degree deg", "rpm": "rpm", "mph": "mph", "atm": "atm atmosphere", "ha": "hectare",
+}  # fmt: skip
+_BASES = {name: symbol for symbol, names in _SPELLINGS.items() for name in (symbol, *names.split())}
+_PREFIXES = {
+  "f": "femto", "p": "pico", "n": "nano", "μ": "micro", "u": "micro", "m": "milli", "c": "centi", "d": "deci",
+  "h": "hecto", "k": "kilo", "M": "mega", "G": "giga", "T": "tera",
+}  # fmt: skip
+_PREFIXED = frozenset((
+  "m", "g", "s", "N", "J", "W", "V", "A", "F", "T", "H", "Hz", "Pa", "mol", "L", "Ω", "eV", "cal", "B", "bit", "bar",
+  "pc", "rad", "Wh", "M", "S",
+))  # fmt: skip
+# A single letter may be a variable, so only units are let through; two small ones may be a product of variables.
+_LETTERS = frozenset("msgNJWVKACFTLMHΩÅ")
+_CERTAIN = frozenset(
+  ("cm", "mm", "km", "kg", "Hz", "Pa", "eV", "kJ", "kW", "kN", "kV", "mL", "ft", "in", "lb", "oz", "hr")
 )
+_FILLERS = frozenset(("of", "the", "a", "an", "one", "each", "total", "about", "exactly", "unit", "units", "in"))
+_SQUARES = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
+_UNIT_SYMBOLS = tuple(
+  (re.compile(pattern), replacement)
+  for pattern, replacement in (
+    (r"\^ ?\{? ?([-+]?) ?(\d)\}?", r"^\1\2 "),
+    (r"\\mu(?![A-Za-z])[ {}]*", "μ"),
+    (r"\\Omega(?![A-Za-z])", "Ω"),
+    (r"\\AA(?![A-Za-z])", "Å"),
+  )
+)
+_BRACKETS = re.compile(r"[{}()\[\]]")
+_UNIT = re.compile(r"(?:[*/ ']|[A-Za-zμΩÅåö]++(?:\.(?= |$))?|\^[-+]?\d)*+")
+_UNIT_TOKEN = re.compile(r"/|\^[-+]?\d|[A-Za-zμΩÅåö]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _NO_UNIT = re.compile(r"(?i)\b(?:or|and|plus|minus|times|not|if|sin|cos|tan|ln|log|exp|sqrt|pi|frac|infty|mod)\b")
+_QUOTED = re.compile(r"\\(?:text(?:rm|bf|it)?|mbox|mathrm)(?![A-Za-z])\*? ?\{([^{}]*)\}")
+# Where one of these stands left of "=" it is no value that is given, or not the only one.
+_UNDECIDED = re.compile(
+  r"(?i)[<>\u2264\u2265\u2260,;]|\\(?:[lg](?:eq?(?:slant)?|t)|neq?|lor|vee)(?![A-Za-z])|\b(?:or|and|not|nor)\b|"
+  r"(?<![\d)\]}])!$|"  # x != 5, but not 5! = 120
+  r"[\d)}\]]\s*(?:\n|\\\\|\\\s|\\q?quad(?![A-Za-z]))\s*&?\s*\\?[A-Za-z]"  # x = 2 \quad x = 3
+)
+_COMPOSITE = re.compile(r"^\s*\d|(?<![A-Za-z]{2})[-+]")  # 2x, x + y, but not "non-negative x"
 _TEXT = re.compile(r"\\(?:text(?:rm|bf|it)?|mbox|mathrm|mathbf|operatorname|boxed|fbox|rm)(?![A-Za-z])\*? ?")
 _LONE = re.compile(
-  r"(?:^|(?<=[\s($=≈~:]))[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?%?(?=$|[\s)$°;]|[.,](?:\s|$))"
+  r"(?:^|(?<=[\s($=≈~:]))[-+]?(?:(?:\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?%?"
+  r"(?=$|[\s)$°;]|[.,](?:\s|$))"
 )
 
 
@@ -80,37 +139,146 @@ def parse(text: str) -> Number | None:
   text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
   for pattern, replacement in _CLEAN:
     text = pattern.sub(replacement, text)
-  *left, text = _EQUALS.split(text)
-  if any("," in part or ";" in part for part in left):  # of several equations none is meant
+  sides = _sides(text)
+  if sides is None:
     return None
+  name, text = sides
   text = text.strip().rstrip(".").strip()
+  quoted = frozenset(_UNIT_TOKEN.findall(" ".join(_QUOTED.findall(text))))
   parser = _Parser(_TEXT.sub(" ", text))
   try:
     value = parser.sum(0)
   except OverflowError:  # the rest does not matter any more
-    return Number(math.inf, False, "")
+    return Number(math.inf, False, None, False)
   except (ValueError, ZeroDivisionError):
     return None
   if value is None:
     return None
   value = math.inf if abs(value) > _LARGEST else value
-  rest = parser.rest().strip()
-  percent = rest.startswith("%")
-  rest = re.sub(r"^%|^\\?degrees?\b", "", rest).strip()
-  if re.match(r"(?i)percent\b", rest):
-    percent, rest = True, rest[len("percent") :].strip()
-  scale, _, after = rest.partition(" ")
-  if scale.lower() in _SCALES:
-    value, rest = value * _SCALES[scale.lower()], after.strip()
-  if rest and (not _UNIT.fullmatch(rest) or _NO_UNIT.search(rest) or len(_WORD.findall(rest)) > _UNIT_WORDS):
+  equation = bool(_COMPOSITE.search(name)) and not _is_arithmetic(name)
+  if equation and not value:  # x^2 - 4 = 0 says of nothing that it is 0
     return None
-  return Number(value, percent, rest)
+  rest = parser.rest()
+  percent = rest.lstrip().startswith("%")
+  rest = re.sub(r"^\s*%", "", rest)
+  if found := re.match(r"(?i)\s*\{?\s*percent\b", rest):
+    percent, rest = True, rest[found.end() :]
+  scale, _, after = rest.strip().partition(" ")
+  if scale.lower() in _SCALES:
+    value, rest = value * _SCALES[scale.lower()], f" {after}"
+  if not rest.strip(" {}"):
+    return Number(value, percent, None, equation)
+  unit = _unit(rest, quoted)
+  if unit is None or (parser.is_sum and not unit.certain):  # 10 - 2m
+    return None
+  return Number(value, percent, unit if unit.measures or unit.words else None, equation)
 
 
 def lone(text: str) -> Number | None:
   """The number in a sentence that holds only one, or None."""
-  found = _LONE.findall(text) if len(text) <= LIMIT and not re.search(r"[*^\[\]\\]|\+ *\w", text) else []
-  return parse(found[0]) if len(found) == 1 else None
+  if len(text) > LIMIT or re.search(r"[*^\[\]\\<>\u2264\u2265\u2260]|!=|\+ *\w|(?i:\bnot\b)", text):
+    return None
+  found = list(_LONE.finditer(text))
+  if len(found) != 1 or (re.search("[A-Za-z]", text) and not re.search("[A-Za-z]{3}|[A-Za-z]{2} .*\\d", text)):
+    return None  # 5 x y is no sentence
+  return parse(text[found[0].start() :]) or parse(found[0][0])
+
+
+def _sides(text: str) -> tuple[str, str] | None:
+  """What stands before the first and after the last "=" that is in no brackets, or None for more than one value."""
+  depth, ends = 0, []
+  for token in _EQUALS_OR_BRACKET.finditer(text):
+    if token[0] in _CLOSING:
+      depth += 1
+    elif token[0] in _CLOSING.values():
+      depth = max(depth - 1, 0)
+    elif not depth:
+      ends.append(token)
+  if not ends:
+    return "", text
+  depth, kept = 0, []
+  for c in _QUOTED.sub(r" \1 ", text[: ends[-1].start()]):
+    depth = max(depth - (c in ")}]"), 0)
+    if not depth:
+      kept.append(c)
+    depth += c in _CLOSING
+  return None if _UNDECIDED.search("".join(kept)) else (text[: ends[0].start()], text[ends[-1].end() :])
+
+
+def _is_arithmetic(text: str) -> bool:
+  parser = _Parser(text)
+  try:
+    return parser.sum(0) is not None and not parser.rest().strip()
+  except (OverflowError, ValueError, ZeroDivisionError):
+    return False
+
+
+def _unit(rest: str, quoted: frozenset[str]) -> Unit | None:
+  r"""The unit that what follows a number is, or None where it may as well be variables: 5ab, 5/x, 2^{2m}.
+
+  Args:
+    quoted: words that stood in \text or the like, which are no variables.
+  """
+  for pattern, replacement in _UNIT_SYMBOLS:
+    rest = pattern.sub(replacement, rest)
+  spaced, rest = rest[:1].isspace(), _BRACKETS.sub(" ", rest).strip()
+  if rest.startswith("^") or not _UNIT.fullmatch(rest) or _NO_UNIT.search(rest):
+    return None
+  if len(_WORD.findall(rest)) > _UNIT_WORDS:
+    return None
+  if rest.startswith("/"):  # 1/s may be a variable's reciprocal
+    spaced = False
+  measures, words, certain = {}, set(), True
+  power, sign, last = 1, 1, ""
+  tokens = _UNIT_TOKEN.findall(rest)
+  for token in tokens:
+    symbol = "" if token.lower() == "in" and len(tokens) > 1 else _symbol(token)
+    if token == "/" or token.lower() == "per":
+      sign = -1
+    elif token.startswith("^"):
+      if last:
+        measures[last] *= int(token[1:])
+    elif token.lower() in _SQUARES:
+      if last and token.lower().endswith("ed"):
+        measures[last] *= _SQUARES[token.lower()]
+      else:
+        power = _SQUARES[token.lower()]
+    elif symbol and (len(token) > 1 or token in _LETTERS or token in quoted or sign < 0):
+      measures[symbol] = measures.get(symbol, 0) + sign * power
+      power, last, spaced = 1, symbol, True
+      certain &= token in quoted or len(token) > 2 or token in _CERTAIN
+    elif token.lower() not in _FILLERS:
+      if token not in quoted and not (spaced and len(token) > 2):
+        return None
+      certain &= token in quoted or len(token) > 3
+      words.add(_singular(token.lower()))
+      last, spaced = "", True
+  if rest.startswith("/") and not certain:
+    return None
+  if len(measures) > 1 and measures.keys() <= {"°", "C", "F", "K"}:  # degrees Celsius
+    del measures["°"]
+  return Unit(tuple(sorted(measures.items())), frozenset(words), certain)
+
+
+def _symbol(word: str) -> str:
+  """The symbol of a unit of measure: km for "kilometers", "" for what is none."""
+  for name in (word, word.lower(), _singular(word.lower())):
+    if name in _BASES and (len(word) > 1 or name == word):
+      return _BASES[name]
+    for symbol, prefix in _PREFIXES.items():
+      if name.startswith(prefix) and _BASES.get(name[len(prefix) :]) in _PREFIXED:
+        return symbol + _BASES[name[len(prefix) :]]
+  for name in (word, word.lower()):
+    if name[0] in _PREFIXES and (name[1:] in _PREFIXED or name[1:] == "l"):
+      return ("μ" if name[0] == "u" else name[0]) + _BASES[name[1:]]
+  return ""
+
+
+def _singular(word: str) -> str:
+  for pattern, singular in ((r"(?<=..)ies$", "y"), (r"(?<=..)(?:(?<=x)|(?<=ss)|(?<=ch)|(?<=sh))es$", "")):
+    if re.search(pattern, word):
+      return re.sub(pattern, singular, word)
+  return word.removesuffix("s") if len(word) > 3 or word in ("lbs", "hrs", "yrs") else word
 
 
 def parse_list(text: str) -> list[float] | None:
@@ -138,6 +306,8 @@ def equal(answer: float, reference: float, rtol: float = 0.0, atol: float = 0.0)
   Whole numbers are compared exactly where no tolerance is given; others to six significant digits, which is how
   math-verify compares.
   """
+  if isinstance(answer, int) and isinstance(reference, int) and not (rtol or atol):  # floats skip integers above 2^53
+    return answer == reference
   try:
     if not (math.isfinite(answer) and math.isfinite(reference)):
       return False
@@ -150,12 +320,23 @@ def equal(answer: float, reference: float, rtol: float = 0.0, atol: float = 0.0)
     return False
 
 
+def _quotient(above: float, below: float) -> float:
+  exact = isinstance(above, int) and isinstance(below, int) and below and above % below == 0
+  return above // below if exact else above / below
+
+
+def _to_power(base: float, exponent: float) -> float:
+  whole = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0
+  return base**exponent if whole and base.bit_length() * exponent <= _BITS else math.pow(base, exponent)
+
+
 class _Parser:
   """Reads the longest arithmetic expression that a text begins with."""
 
   def __init__(self, text: str):
     self._text = text
     self._at = 0
+    self.is_sum = False  # whether the last of `sum` outside of brackets had several terms
 
   def rest(self) -> str:
     return self._text[self._at :]
@@ -170,14 +351,16 @@ class _Parser:
         self._at = before
         return total
       total = total + term if sign == "+" else total - term
+      self.is_sum |= depth == 0
     return None
 
   def _product(self, depth: int) -> float | None:
     sign = 1
     while taken := self._take("+-"):
       sign = -sign if taken == "-" else sign
+    start = self._at
     total = self._power(depth)
-    whole = isinstance(total, int)
+    whole = self._text[start : self._at].strip().isdigit()
     while total is not None:
       before = self._at
       operator = self._take("*/")
@@ -196,7 +379,7 @@ class _Parser:
       if factor is None:
         self._at = before
         break
-      total, whole = total / factor if operator == "/" else total * factor, False
+      total, whole = _quotient(total, factor) if operator == "/" else total * factor, False
     return None if total is None else sign * total
 
   def _power(self, depth: int) -> float | None:
@@ -214,7 +397,7 @@ class _Parser:
       if exponent is None:
         self._at = before
         return base
-      base = math.pow(base, sign * exponent)
+      base = _to_power(base, sign * exponent)
     return base
 
   def _atom(self, depth: int) -> float | None:
@@ -222,7 +405,8 @@ class _Parser:
     kind, token = self._next()
     if depth < _DEPTH:
       if kind == "number":
-        return int(token) if token.isdigit() else float(token)
+        whole, _, decimals = token.partition(".")
+        return int(whole) if whole.isdigit() and not decimals.strip("0") else float(token)
       if kind == "symbol" and token in _CLOSING:
         value = self.sum(depth + 1)
         if value is not None and self._take(_CLOSING[token]):
@@ -240,7 +424,7 @@ class _Parser:
     if name == "frac":
       above = self._argument(depth)
       below = self._argument(depth) if above is not None else None
-      return None if below is None else above / below
+      return None if below is None else _quotient(above, below)
     if name in _FUNCTIONS:
       root = 2.0
       if name == "sqrt" and self._take("["):

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -151,6 +150,38 @@ def test_every_benchmark_is_tried():
   }
 
 
+# benchmark, row, grader, what is right, what is wrong
+HARD = [
+  ("math500", {**MATH, "answer": "2^{2024}"}, "math", ["2^{2024}"], ["2^{2025}", "2", "2024", "\\infty"]),
+  ("math500", {**MATH, "answer": "6xy"}, "math", ["6xy", "6yx"], ["6", "6ab"]),
+  ("math500", {**MATH, "answer": "50\\%"}, "math", ["50%", "0.5", "\\frac12"], ["5", "0.05"]),
+  ("math500", {**MATH, "answer": "10,\\!080"}, "math", ["10\\,080", "10 080", "10080"], ["10", "80"]),
+  ("aime24", {"problem": "p", "answer": "007"}, "number", ["7", "007", "m+n = 7"], ["70", "7xy", "x >= 7", "8-m"]),
+  ("mmlu_pro", {"question": "q", "options": OPTIONS, "answer": "B"}, "multiple_choice", ["B. gold"], ["(B) or (C)"]),
+  ("theoremqa", {**THEOREM, "Answer": False, "Answer_type": "bool"}, "number", ["No, it is not true"], ["Yes", "not"]),
+  ("theoremqa", {**THEOREM, "Answer": 5, "Answer_type": "integer"}, "number", ["5.0 m", "4.8"], ["5ab", "x <= 5"]),
+  ("minerva", {"problem": "p", "answer": "\\frac{37}{4} m"}, "math", ["9.25m", "\\frac{37m}{4}"], ["9.25", "9.25 s"]),
+  ("minerva", {"problem": "p", "answer": "41.8^\\circ"}, "number", ["42", "41.8°"], ["43", "41.8 radians"]),
+  ("minerva", {"problem": "p", "answer": "x' + r y - c = 0"}, "math", ["x' + r y - c = 0"], ["0", "y = 0"]),
+  ("olympiadbench", {**OLYMPIAD, "final_answer": ["$\\frac12 m$"]}, "math", ["m/2", "0.5m"], ["0.5", "\\frac12"]),
+  ("olympiadbench", {**OLYMPIAD, "final_answer": ["2014!"]}, "math", ["2014!"], ["2014", "2015!"]),
+  ("olympiadbench", {**OLYMPIAD, "final_answer": ["2^{100}-1"]}, "number", [str(2**100 - 1)], ["2^{100}"]),
+  ("webinstruct", {"question": "q", "answer": "5 m"}, "number", ["5", "5 meters"], ["5 km", "5 s"]),
+  ("webinstruct", {"question": "q", "answer": "2^{2024}"}, "math", ["2^{2024}"], ["2^{2023}"]),
+  ("webinstruct", {"question": "q", "answer": "0.5DWL"}, "text", ["0.5DWL", "0.5 dwl"], ["0.5", "DWL"]),
+  ("gsm8k", {"question": "q", "answer": "#### 1,004"}, "number", ["$1 004", "1004 dollars"], ["1", "4"]),
+  ("bbh", {"input": "Close: [ < { {", "target": "> } } ]"}, "text", ["> } } ]", ">}}]"], [">", "> } ]"]),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "grader", "right", "wrong"), HARD)
+def test_hard_rows(tmp_path, name, row, grader, right, wrong):
+  (question,), _ = load(name, write(tmp_path / "rows.jsonl", [row]))
+  assert question.grader == grader
+  assert [text for text in right if not graders.grade(question, f"<answer> {text} </answer>").right] == []
+  assert [text for text in wrong if graders.grade(question, f"<answer> {text} </answer>").right] == []
+
+
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
 def test_other_kinds_of_files(tmp_path, suffix):
   rows = [{**MATH, "answer": str(i), "unique_id": f"id{i}"} for i in range(3)]
@@ -211,6 +242,9 @@ OWN = [
   ("$1,200.50", "q", "number"),
   ("13.02%", "q", "number"),
   ("7 cars", "q", "number"),
+  ("3/8 of one surfboard", "q", "number"),
+  ("0.80 pounds per dollar", "q", "number"),
+  ("2014!", "q", "math"),
   ("\\frac{\\pi}{2}", "q", "number"),
   ("Q = 118 - 5p", "q", "math"),
   ("(20, 20)", "q", "math"),
@@ -252,11 +286,18 @@ MALFORMED = [
   ("math500", {**MATH, "answer": ["2"]}, "row 2, column answer: expected non-empty text, found ['2']"),
   ("math500", {**MATH, "problem": "a\ud800"}, "row 2, column problem: expected text, found a lone surrogate"),
   ("aime24", {"problem": "p", "answer": "ten"}, "row 2, column answer: expected an integer from 0 to 999"),
+  *(
+    ("aime24", {"problem": "p", "answer": answer}, "row 2, column answer: expected an integer from 0 to 999, found")
+    for answer in ("1000", "12345678901234567890", -1, 2.5)
+  ),
   ("mmlu_pro", {"question": "q", "options": "iron", "answer": "A"}, "row 2, column options: expected a list of texts"),
   ("mmlu_pro", {"question": "q", "options": ["a", "b"], "answer": "C"}, "column answer: expected one of A, B, found"),
   ("gpqa_diamond", {**GPQA, "Incorrect Answer 2": ""}, "row 2, column Incorrect Answer 2: expected non-empty"),
   ("theoremqa", {**THEOREM, "Answer": 1, "Answer_type": "set"}, "column Answer_type: expected one of integer, float"),
   ("theoremqa", {**THEOREM, "Answer": "x", "Answer_type": "float"}, "row 2, column Answer: expected float, found 'x'"),
+  ("theoremqa", {**THEOREM, "Answer": "2^{2024}", "Answer_type": "integer"}, "column Answer: expected integer, found"),
+  ("gsm8k", {"question": "q", "answer": f"#### {'9' * 400}"}, "row 2, column answer: expected a number after ####"),
+  ("theoremqa", {**THEOREM, "Answer": "[1, 2^{2024}]", "Answer_type": "list of integer"}, "expected list of integer"),
   ("theoremqa", {**THEOREM, "Answer": "maybe", "Answer_type": "bool"}, "expected bool, found 'maybe'"),
   ("theoremqa", {**THEOREM, "Answer": "all", "Answer_type": "option"}, "expected option, found 'all'"),
   ("theoremqa", {**THEOREM, "Answer": ["x"], "Answer_type": "list of float"}, "expected list of float"),
@@ -302,19 +343,45 @@ def test_what_cannot_be_loaded(tmp_path):
   fails("expected at least one question, found none (there are no rows)", "theoremqa", str(tmp_path / "a.jsonl"))
 
 
-def test_the_hub(monkeypatch):
+# Dataset, configuration and split on the hub.
+HUB = {
+  "math500": ("HuggingFaceH4/MATH-500", None, "test"),
+  "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
+  "mmlu_pro": ("TIGER-Lab/MMLU-Pro", None, "test"),
+  "gpqa_diamond": ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+  "theoremqa": ("TIGER-Lab/TheoremQA", None, "test"),
+  "minerva": ("math-ai/minervamath", None, "test"),
+  "webinstruct": ("TIGER-Lab/WebInstruct-verified", None, "validation"),
+  "gsm8k": ("openai/gsm8k", "main", "test"),
+  "olympiadbench": ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"),
+  "bbh": ("lukaemon/bbh", "boolean_expressions", "test"),
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_hub(monkeypatch, tmp_path, name):
+  """Which rows are asked for, and that they become the questions that they become from a file."""
   asked = []
+  row = next(row for other, row, _ in ROWS if other == name)
 
   def load_dataset(path, name, split):
     asked.append((path, name, split))
+    return datasets.Dataset.from_list([row])
+
+  monkeypatch.setattr(benchmarks.datasets, "load_dataset", load_dataset)
+  assert load(name) == load(name, write(tmp_path / "rows.jsonl", [row]))
+  load(name, split="other", subset="mine")
+  assert asked == [HUB[name], (HUB[name][0], "mine", "other")]
+
+
+def test_pictures_from_the_hub(monkeypatch):
+  def load_dataset(*_, **__):
     table = datasets.Dataset.from_list([{**GPQA, "Picture": {"bytes": b"no image", "path": None}}])
     return table.cast_column("Picture", datasets.Image())
 
   monkeypatch.setattr(benchmarks.datasets, "load_dataset", load_dataset)
   (question,), _ = load("gpqa_diamond")
-  load("gpqa_diamond", split="validation", subset="gpqa_main")
   assert question.id == "rec1"
-  assert asked == [("Idavidrein/gpqa", "gpqa_diamond", "train"), ("Idavidrein/gpqa", "gpqa_main", "validation")]
 
 
 def test_the_hub_out_of_reach(monkeypatch):
@@ -326,23 +393,35 @@ def test_the_hub_out_of_reach(monkeypatch):
   fails("a local file of its rows given as path: ConnectionError: no network", "math500")
 
 
+def measured(directory):
+  """What the tool that measures the graders prints."""
+  root = pathlib.Path(__file__).resolve().parents[2]
+  done = subprocess.run(
+    [sys.executable, root / "tools" / "grade_benchmarks.py", f"--data={directory}"],
+    env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+
+
 def test_the_tool_that_measures_the_graders(tmp_path):
   """On made-up files: a table with a row for each benchmark, every gold answer right and every other one wrong."""
   write(tmp_path / "gsm8k_sample.jsonl", [{"question": "q", "answer": f"#### {i}{i + 1}"} for i in range(20)])
   rows = [{"question_id": i, "question": "q", "options": OPTIONS, "answer": "ABCDEFGHIJ"[i]} for i in range(10)]
   write(tmp_path / "mmlu_pro.json", rows)
   write(tmp_path / "notes.csv", [{"a": "b"}])
-  root = pathlib.Path(__file__).resolve().parents[2]
-  done = subprocess.run(
-    [sys.executable, root / "tools" / "grade_benchmarks.py", f"--data={tmp_path}"],
-    env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, timeout=120,
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
+  table = measured(tmp_path)
   assert [row[0] for row in table] == ["benchmark", "---", "gsm8k", "mmlu_pro"]
   assert [row[1] for row in table[2:]] == ["20", "10"]
   assert all(int(row[3]) >= 5 and row[5] == "100.00%" and row[7] == "0.00%" for row in table[2:])
 
 
-def test_names_are_those_of_the_hub():
-  assert all(re.fullmatch(r"[\w-]+/[\w-]+", benchmark.hub) for benchmark in BENCHMARKS.values())
+def test_the_tool_knows_tolerances_and_labels_without_options(tmp_path):
+  """What another row says is not wrong within the tolerance; a label may be none of the options that were read."""
+  kinds = [(1.0, "float"), (1.02, "float"), ("[1, 2]", "list of float"), ("[1.01, 2]", "list of float")]
+  rows = [{**THEOREM, "id": str(i), "Answer": str(gold), "Answer_type": kind} for i, (gold, kind) in enumerate(kinds)]
+  listed = {**THEOREM, "Question": "Which? (a) one. (b) two.", "Answer_type": "option"}
+  rows += [{**listed, "id": "d", "Answer": "(d)"}, {**listed, "id": "a", "Answer": "(a)"}]
+  write(tmp_path / "theoremqa.json", rows)
+  row = measured(tmp_path)[2]
+  assert (row[0], row[1], row[5], row[7]) == ("theoremqa", "6", "100.00%", "0.00%")

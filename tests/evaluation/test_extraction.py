@@ -57,6 +57,8 @@ CASES = [
   ("it is $-\\frac{3}{4}$", "math", "-\\frac{3}{4}", "last_number"),
   ("it is 1.5 \\times 10^{-3} m", "number", "1.5\\times10^{-3}", "last_number"),
   ("about 1.5e-3 m", "number", "1.5e-3", "last_number"),
+  ("about 10\\,000 m", "number", "10\\,000", "last_number"),
+  ("about 10~000{,}000 m", "number", "10~000{,}000", "last_number"),
   ("about 25\\% of it", "number", "25\\%", "last_number"),
   ("4 of 5", "text", None, "none"),
   ("", "number", None, "none"),
