@@ -66,9 +66,11 @@ def label_of(text: str, options: dict[str, str]) -> str | None:
     return same[0] if len(same) == 1 else None
   if found := _LETTER_AND_TEXT.fullmatch(text):
     label, rest = (found[1] or found[2]).upper(), found[3]
-    if label in options:
-      return label if _says(rest, options[label]) else None
-    return None if _OTHER_LABEL.search(rest) or bare(rest) in bare_options.values() else label
+    if label in options and _says(rest, options[label]):
+      return label
+    others = (option for other, option in bare_options.items() if other != label)
+    hedged = any(_holds(bare(rest), option) and not _holds(bare_options.get(label, ""), option) for option in others)
+    return None if hedged or _OTHER_LABEL.search(rest) else label
   for phrase in _PHRASES:
     labels = {found[1].upper() for found in phrase.finditer(text)}
     if labels:
@@ -81,6 +83,11 @@ def _says(text: str, option: str) -> bool:
   reason = _REASON.search(text)
   said = {bare(text), bare(text[: reason.start()])} if reason else {bare(text)}
   return bool({bare(option), _letters(option)} & (said | {_letters(part) for part in said}))
+
+
+def _holds(text: str, words: str) -> bool:
+  """Whether words stand in a text, as words."""
+  return bool(words) and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 def _letters(text: str) -> str:
