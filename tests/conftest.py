@@ -27,7 +27,16 @@ from rlpr_jax.data import builtin
 from rlpr_jax.models import ModelConfig, Params, abstract_params, definition
 
 # Files of few and long tests begin first, or a worker is left alone with them at the end.
-LONG = ("test_train.py", "test_sharding.py", "test_engine.py", "test_update.py", "test_export.py", "test_sweep.py")
+LONG = (
+  "test_train.py",
+  "test_sharding.py",
+  "test_engine.py",
+  "test_update.py",
+  "test_export.py",
+  "test_sweep.py",
+  "test_evaluate.py",
+  "test_server.py",
+)
 
 
 def pytest_collection_modifyitems(items):
