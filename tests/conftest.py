@@ -28,15 +28,9 @@ from rlpr_jax.models import ModelConfig, Params, abstract_params, definition
 
 # Files of few and long tests begin first, or a worker is left alone with them at the end.
 LONG = (
-  "test_train.py",
-  "test_sharding.py",
-  "test_engine.py",
-  "test_update.py",
-  "test_export.py",
-  "test_sweep.py",
-  "test_evaluate.py",
-  "test_server.py",
-)
+  "test_train.py", "test_sharding.py", "test_engine.py", "test_update.py", "test_export.py", "test_sweep.py",
+  "test_evaluate.py", "test_server.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
