@@ -1,11 +1,11 @@
 """A run that everything happens to, beside the same run undisturbed: `python tools/soak.py --out=DIR`.
 
-The quickstart's recipe for `--steps` steps. One run is left alone. The other lies on a disk of its own (a tmpfs, where
-one may be mounted; `umount` it in the end). It meets, at random moments and in turns: kill -9, SIGTERM, a kill with the
-newest checkpoint cut in half, and a disk that cannot be written for a while; and one reward in a hundred is NaN. After
+The quickstart's recipe for `--steps` steps, with one reward in a hundred NaN. One run is left alone. The other lies on
+a disk of its own (a tmpfs, where one may be mounted; `umount` it in the end). It meets, at random moments and in turns:
+kill -9, SIGTERM, a kill with the newest checkpoint cut in half, and a disk that cannot be written for a while. After
 each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both
-accuracies and the memory of the longest stretch are printed. An undisturbed run that is there already is taken as it
-is.
+accuracies, how many steps differ in any number, and the memory of the longest stretch are printed. An undisturbed run
+that is there already is taken as it is.
 """
 
 import itertools
@@ -16,17 +16,20 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 from absl import app, flags
 
+# What a step computes; the rest of a row is time, and what depends on the process.
+_COMPUTED = ("filter/", "held_out/", "reward/", "rollout/", "update/")
 ROOT = pathlib.Path(__file__).parents[1]
 _OUT = flags.DEFINE_string("out", None, "Directory of both runs.", required=True)  # the runs have a --workdir
 _STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.")
 _FAULTS = flags.DEFINE_integer("faults", 8, "How many, then the run is left alone.")
 _EVERY = flags.DEFINE_integer("every", 60, "Seconds between two faults, in the mean.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
-_CHILD = flags.DEFINE_bool("child", False, "Be the run with NaN rewards; what this program starts.")
+_CHILD = flags.DEFINE_bool("child", False, "Be a run; what this program starts.")
 
 
 def child(workdir: pathlib.Path) -> None:
@@ -35,10 +38,11 @@ def child(workdir: pathlib.Path) -> None:
   from rlpr_jax.training.reward import RewardSettings, assess
 
   config = recipe()
-  settings, rng = RewardSettings.of(config.reward), np.random.default_rng(time.time_ns())
+  settings = RewardSettings.of(config.reward)
 
   def reward(evidence, texts, prompts):
     total = np.array(assess(evidence, settings).total)
+    rng = np.random.default_rng(zlib.crc32("".join(texts).encode()))  # the same for the same responses
     return np.where(rng.random(total.shape) < 0.01, np.nan, total)
 
   train.train(config, workdir, reward)
@@ -54,12 +58,8 @@ def recipe():
   return config
 
 
-def start(workdir: pathlib.Path, faults: bool) -> subprocess.Popen:
+def start(workdir: pathlib.Path) -> subprocess.Popen:
   command = [sys.executable, __file__, f"--out={workdir}", "--child", f"--steps={_STEPS.value}"]
-  if not faults:
-    overrides = {"steps": _STEPS.value, "evaluation.every": 50, "log.checkpoint_every": 5}
-    command = [sys.executable, "-m", "rlpr_jax.train", f"--workdir={workdir}"]
-    command += [f"--config.{name}={value}" for name, value in overrides.items()]
   log = workdir.with_suffix(".log").open("a")
   return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
@@ -105,7 +105,7 @@ def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
   mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", workdir]
   mounted = subprocess.run(mount, capture_output=True).returncode == 0
   for fault in itertools.cycle(counts if mounted else ("kill", "term", "damage")):
-    process, memory = start(workdir, faults=True), []
+    process, memory = start(workdir), []
     begun = len(rows(workdir))
     while len(rows(workdir)) <= begun and process.poll() is None:  # let each stretch come a step further
       time.sleep(0.5)
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
   memory: list[float] = []
   if len(rows(alone)) <= _STEPS.value:
-    process = start(alone, faults=False)
+    process = start(alone)
     while not wait(process, 60, memory):
       print(f"alone: {len(rows(alone))} of {_STEPS.value} steps", flush=True)
     if process.returncode:
@@ -157,6 +157,12 @@ def main(argv: list[str]) -> None:
     quarter = len(mib) // 4
     flat = f"{np.median(mib[quarter : 2 * quarter]):.0f} to {np.median(mib[-quarter:]):.0f} MiB" if quarter else "-"
     print(f"{name}: accuracy {accuracy}, memory from the second quarter to the last {flat} ({len(mib)} s)")
+  computed = [
+    [{name: value for name, value in row.items() if name.startswith(_COMPUTED)} for row in rows(directory)]
+    for directory in (alone, other)
+  ]
+  differ = sum(ours != theirs for ours, theirs in zip(*computed, strict=True))
+  print(f"steps that differ in any number: {differ} of {len(computed[0])}")
   print(f"faults: {counts}, prompts dropped for NaN: {sum(row.get('reward/not_finite', 0) for row in rows(other))}")
 
 
