@@ -239,7 +239,8 @@ def few_heads() -> dict:
 
 # What the others have beside these is the same to a mesh.
 CASES = ("llama", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3")
-SLOW = ("llama", "llama_biases", "qwen3", "parameters alone", "activations")  # left to the slow tests
+# Left to the slow tests.
+SLOW = ("llama", "llama_biases", "qwen3", "gemma2", "2 key/value heads on 8", "parameters alone", "activations")
 
 
 def main(slow: bool) -> None:

@@ -97,8 +97,8 @@ def test_every_field_is_explained():
   [
     ("--config.reward.agregate=product", ("agregate", "aggregate")),
     ("--config.filter.kind=3x", ("filter.kind", "'3x'", "ema, fixed, accuracy, off")),
-    ("--config.prompts_per_step=many", ("prompts_per_step",)),
-    ("--config.trainning.loss=clip", ("trainning", "training")),
+    pytest.param("--config.prompts_per_step=many", ("prompts_per_step",), marks=pytest.mark.slow),
+    pytest.param("--config.trainning.loss=clip", ("trainning", "training"), marks=pytest.mark.slow),
   ],
 )
 def test_unknown_and_mistyped_fields_are_refused_with_the_nearest_name(tmp_path, argument, words):

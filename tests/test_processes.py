@@ -236,6 +236,7 @@ def test_processes_meet_by_what_the_cluster_says(variables, arguments):
     assert f"{i} 2 True False [0, 0, 1]" in err
 
 
+@pytest.mark.slow
 def test_flags_that_do_not_fit(recipe, tmp_path):
   command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
   for arguments, said in (

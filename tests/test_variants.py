@@ -36,7 +36,7 @@ def config(name):
   return c
 
 
-@pytest.fixture(scope="module", params=list(VARIANTS))
+@pytest.fixture(scope="module", params=["many", pytest.param("others", marks=pytest.mark.slow)])
 def run(request, tmp_path_factory):
   workdir = tmp_path_factory.mktemp(request.param)
   training_program.train(config(request.param), workdir)

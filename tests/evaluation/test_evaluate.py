@@ -240,6 +240,7 @@ def test_a_prompt_over_the_limit_is_wrong_and_counted(directory, file, tmp_path)
   assert not any(row["rule"] for row in samples)
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoint_of_a_run_as_it_was_trained(file, tmp_path):
   """Its template and instruction are the run's own; another checkpoint is another model."""
   config = tiny()

@@ -58,6 +58,7 @@ def test_a_dry_run_prints_a_command_a_run(files):
   assert "--config.seed=4" in shlex.split(lines[5])
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_in_a_table_and_goes_on_where_it_stopped(files):
   (files / "sweep.py").write_text(SWEEP.replace(', "larger": {"model.embed_dim": 64}', ""))
   first = sweep(files, "--seeds=0", "--processes=2", *SHORT)
@@ -84,9 +85,13 @@ def test_a_sweep_ends_in_a_table_and_goes_on_where_it_stopped(files):
   ("text", "line"),
   [
     ("def get_sweep():\n  return {'a': {'reward.agregate': 'product'}}", "--sweep: a, seed 0: "),
-    ("def get_sweep():\n  return {'a': {'reward.aggregate': 'median'}}", "config.reward.aggregate: 'median'"),
-    ("x = 1", "has no get_sweep()"),
-    ("def get_sweep():\n  return {'a/b': {}}", "expected names"),
+    pytest.param(
+      "def get_sweep():\n  return {'a': {'reward.aggregate': 'median'}}",
+      "config.reward.aggregate: 'median'",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param("x = 1", "has no get_sweep()", marks=pytest.mark.slow),
+    pytest.param("def get_sweep():\n  return {'a/b': {}}", "expected names", marks=pytest.mark.slow),
   ],
 )
 def test_what_cannot_run_is_refused_before_anything_runs(files, text, line):

@@ -96,6 +96,7 @@ def losses(workdir):
   return [json.loads(line)["sft/loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_program_learns_from_a_file_and_goes_on_where_it_stopped(tmp_path):
   path = write(tmp_path / "rows.jsonl", [*ROWS, {"question": "1" * 30, "response": "x"}])
   program.sft(config(path), tmp_path / "whole")
