@@ -227,9 +227,10 @@ def test_cache_is_split_by_rows_and_key_value_heads(eight, kind, name):
     assert result["cache_part"] == [layers, rows // 4, max(1, heads // 2), slots, head_dim]
 
 
-def test_a_cache_of_few_key_value_heads_is_split_by_rows_alone(eight):
-  assert eight["meshes"]["2 key/value heads on 8"]["cache_part"][1:3] == [4, 2]
-  assert eight["meshes"]["3 key/value heads on 4"]["cache_part"][1:3] == [2, 3]
+@pytest.mark.parametrize(("kind", "name"), named(*(("meshes", name) for name in MESHES[:2])))
+def test_a_cache_of_few_key_value_heads_is_split_by_rows_alone(eight, kind, name):
+  rows_and_heads = {"2 key/value heads on 8": [4, 2], "3 key/value heads on 4": [2, 3]}[name]
+  assert eight[kind][name]["cache_part"][1:3] == rows_and_heads
 
 
 def test_parameters_are_split(eight):
