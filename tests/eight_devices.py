@@ -240,7 +240,10 @@ def few_heads() -> dict:
 # What the others have beside these is the same to a mesh.
 CASES = ("llama", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3")
 # Left to the slow tests.
-SLOW = ("llama", "llama_biases", "qwen3", "gemma2", "2 key/value heads on 8", "parameters alone", "activations")
+SLOW = (
+  "llama", "llama_biases", "qwen3", "gemma2", "gemma3", "2 key/value heads on 8", "parameters alone", "places",
+  "activations",
+)  # fmt: skip
 
 
 def main(slow: bool) -> None:

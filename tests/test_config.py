@@ -96,7 +96,9 @@ def test_every_field_is_explained():
   ("argument", "words"),
   [
     ("--config.reward.agregate=product", ("agregate", "aggregate")),
-    ("--config.filter.kind=3x", ("filter.kind", "'3x'", "ema, fixed, accuracy, off")),
+    pytest.param(
+      "--config.filter.kind=3x", ("filter.kind", "'3x'", "ema, fixed, accuracy, off"), marks=pytest.mark.slow
+    ),
     pytest.param("--config.prompts_per_step=many", ("prompts_per_step",), marks=pytest.mark.slow),
     pytest.param("--config.trainning.loss=clip", ("trainning", "training"), marks=pytest.mark.slow),
   ],

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 from rlpr_jax import train as training_program
 from tests.test_train import rows, tiny
@@ -28,6 +29,7 @@ def test_the_mathematics_work_outside_the_trainer():
   assert "[ True  True]" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_custom_reward_is_what_is_trained_on(tmp_path):
   brevity = runpy.run_path(str(EXAMPLES / "custom_reward.py"))["brevity"]
   config = tiny()

@@ -167,7 +167,9 @@ def data_files(directory):
 
 @pytest.mark.parametrize("place", [np.asarray, jnp.asarray])  # orbax reads these in two ways
 @pytest.mark.parametrize("part", ["d", "ocdbt.process_0/d"])  # of the database: its index, and the arrays
-@pytest.mark.parametrize("how", ["truncated", "emptied", "removed", "garbage"])
+@pytest.mark.parametrize(
+  "how", ["truncated", *(pytest.param(how, marks=pytest.mark.slow) for how in ("emptied", "removed", "garbage"))]
+)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys, how, part, place):
   saved(tmp_path, 3, place)
   for path in data_files(tmp_path / "checkpoints/3/params" / part)[:1]:

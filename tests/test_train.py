@@ -187,6 +187,7 @@ def test_signal_in_the_warm_start_leaves_nothing_half_done(recipe, tmp_path):
   assert not list((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(whole_run, tmp_path, monkeypatch):
   honest = training_program.evaluate
 

@@ -57,7 +57,10 @@ def test_sequences_packed_into_one_row_are_as_if_alone(name):
   assert np.all(np.isfinite(found))  # on padding too
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+# A variant of a family has another forward pass, and the same kind of backward pass.
+@pytest.mark.parametrize(
+  "name", [pytest.param(name, marks=[pytest.mark.slow] if "_" in name else []) for name in cases.CASES]
+)
 def test_gradients(name):
   """By every parameter of every layer, within 2e-5 of its largest entry."""
   found = cases.gradients(model(name), cases.loaded(name)[1], TOKENS)

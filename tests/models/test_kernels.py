@@ -143,16 +143,19 @@ def on_mesh():
   return json.loads(run.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["split True", "split False", "replicated True", "replicated False"])
 def test_splash_on_mesh(on_mesh, name):
   assert_close(on_mesh[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), [("split", [1, 40, 4, 64]), ("replicated", [2, 40, 2, 64])])
 def test_splash_on_mesh_stays_split(on_mesh, name, part):
   assert on_mesh[f"{name} part"] == part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["split", "replicated"])
 def test_tokamax_on_mesh(on_mesh, name):
   pytest.importorskip("tokamax", reason="tokamax is not installed: pip install tokamax==0.0.12")

@@ -97,9 +97,9 @@ def anonymous_bytes(pid):
 @pytest.mark.parametrize(
   ("stored", "dtype", "mesh", "devices"),
   [
-    ("float32", "float32", ONE, 1),
+    pytest.param("float32", "float32", ONE, 1, marks=pytest.mark.slow),
     ("float32", "bfloat16", ONE, 1),
-    ("float32", "float32", FSDP, 4),
+    pytest.param("float32", "float32", FSDP, 4, marks=pytest.mark.slow),
     ("bfloat16", "float32", FSDP, 4),
   ],
 )
@@ -153,11 +153,11 @@ def check_reads(reads, config, directory, parts):
 @pytest.mark.parametrize(
   ("mesh", "parts"),
   [
-    ({"data": 1, "fsdp": 4, "tensor": 1}, 4),
-    ({"data": 1, "fsdp": 2, "tensor": 2}, 4),
-    ({"data": 1, "fsdp": 1, "tensor": 4}, 4),
+    pytest.param({"data": 1, "fsdp": 4, "tensor": 1}, 4, marks=pytest.mark.slow),
+    pytest.param({"data": 1, "fsdp": 2, "tensor": 2}, 4, marks=pytest.mark.slow),
+    pytest.param({"data": 1, "fsdp": 1, "tensor": 4}, 4, marks=pytest.mark.slow),
     ({"data": 2, "fsdp": 1, "tensor": 2}, 2),  # what two devices keep is read once
-    ({"data": 4, "fsdp": 1, "tensor": 1}, 1),
+    pytest.param({"data": 4, "fsdp": 1, "tensor": 1}, 1, marks=pytest.mark.slow),
   ],
 )
 def test_devices_read_their_slices(mesh, parts, tmp_path):

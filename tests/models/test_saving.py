@@ -158,6 +158,7 @@ def test_shards(tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_one_file_at_a_time(tmp_path, monkeypatch):
   """When a file is written, the tensors of those before it are gone."""
   config, params = small()

@@ -396,6 +396,7 @@ def temporary_bytes(lowered):
   return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_of_the_update_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
   """Twice the tokens and twice the vocabulary: less than one more array of [tokens, vocabulary] would take."""
   config = models.ModelConfig(4096, 16, 16, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=16)

@@ -389,7 +389,7 @@ def test_padding_of_the_suffixes_changes_nothing(policy, ended):
 
 def test_tokens_of_a_row_are_drawn_independently(policy):
   """A key used twice would draw like tokens in like places: under a flat policy nothing else could tell rows apart."""
-  count = 512
+  count = 128
   flat = jax.tree.map(np.zeros_like, policy.params)  # uniform over the vocabulary
   keys = np.asarray(row_keys(jax.random.key(3), *np.divmod(np.arange(count, dtype=np.uint32), count // 2)))
   hidden, cache = decode.prefill(policy.model, flat, np.zeros((1, 1), np.int32), np.ones(1, np.int32))

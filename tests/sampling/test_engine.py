@@ -24,7 +24,7 @@ from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.batches import row_keys
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.engine import Engine, SizeNames
 from rlpr_jax.sampling.shapes import Shapes, buckets
 from rlpr_jax.training import metrics, packing
 from rlpr_jax.training.update import row_logprobs
@@ -168,8 +168,8 @@ def test_rollouts_are_of_every_kind(rollouts):
   "changes",
   [
     {"slots": 4},  # fewer than a prompt has samples
-    {"slots": 64, "steps": 16},
-    {"slots": 128, "score_rows": 16, "insert_rows": 3},  # more than there are responses
+    pytest.param({"slots": 64, "steps": 16}, marks=pytest.mark.slow),
+    pytest.param({"slots": 128, "score_rows": 16, "insert_rows": 3}, marks=pytest.mark.slow),  # more than responses
     {"steps": 1, "prefill_rows": 3, "score_rows": 2, "insert_rows": 5},
     {"slots": 7, "prefill_rows": 1, "prompt_limit": 90, "suffix_length": SUFFIX},
   ],
@@ -178,7 +178,7 @@ def test_slots_and_batches_change_nothing(make, policy, draws, rollouts, changes
   assert_same(make(**changes).rollout(policy.params, draws, KEY, SAMPLES), rollouts)
 
 
-@pytest.mark.parametrize(("slots", "scored"), [(64, True), (64, False), (16, True)])
+@pytest.mark.parametrize(("slots", "scored"), [(64, True), (64, False), pytest.param(16, True, marks=pytest.mark.slow)])
 def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypatch, slots, scored):
   """The last rows move to the front, whether ended ones still wait there to be scored or not."""
   engine, real, calls = make(slots=slots, steps=3), decode.decode, []
@@ -265,6 +265,24 @@ def test_slots_that_do_not_fit_are_one_line(make, policy):
   with pytest.raises(InputError, match=line) as error:
     make(slots=10**6, max_response_length=10**6).warm_up(policy.params, scoring=True)
   assert int(re.search(r"at most (\d+)", str(error.value))[1]) < 1000
+
+
+@pytest.mark.parametrize(
+  ("names", "says"),
+  [
+    (SizeNames(), "config.rollout.prefill_prompts: 4"),
+    (SizeNames("--slots", "", "", "--prompt_limit", "--response_limit"), f"--prompt_limit: {LIMIT}"),
+    (SizeNames("--streams", "", "", "", "--tokens"), "--streams: 16"),
+  ],
+)
+def test_prompts_that_do_not_fit_are_called_as_the_program_calls_them(make, policy, monkeypatch, names, says):
+  def full(*_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+  monkeypatch.setattr(decode, "prefill", full)
+  slots = re.escape(names.slots)
+  with pytest.raises(InputError, match=rf"^{re.escape(says)} is too much .*; each of {slots} takes [\d.]+ MiB$"):
+    dataclasses.replace(make(), names=names).warm_up(policy.params, scoring=True)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
