@@ -22,6 +22,7 @@ from absl import app, flags
 from benchmarks.common import MODEL, REPEATS, spread
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.data.templates import render
+from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
 from rlpr_jax.training import trained
@@ -65,7 +66,8 @@ def main(_: list[str]) -> None:
     be_client(_CLIENT.value)
     return
   policy = trained.load(trained.find(MODEL.value), "float32")
-  engine = trained.create_engine(policy._replace(eos_ids=()), _STREAMS.value, 64, _TOKENS.value)
+  sizes = SizeNames("--streams", "", "", "", "--tokens")
+  engine = trained.create_engine(policy._replace(eos_ids=()), _STREAMS.value, 64, _TOKENS.value, sizes)
   engine.warm_up(policy.params, scoring=False)
   draws = [
     (seed, Prompt(np.array(render(engine.tokenizer, messages), np.int32), "", "", "", seed))

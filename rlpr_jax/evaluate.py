@@ -48,7 +48,7 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
     raise InputError("evaluate: many processes, expected one; it uses all devices of its own host")
   loaded = [_load(name, of, settings.seed) for name, of in settings.benchmarks.items()]
   judging = _open_judge(settings.judge) if settings.judge.url else None
-  models = {name: open_model(model) for name, model in settings.models.items()}
+  models = {name: open_model(model, f"config.models.{name}") for name, model in settings.models.items()}
   entry.open_workdir(workdir)
   keep_programs(settings.compilation_cache)
   store = Store(workdir)

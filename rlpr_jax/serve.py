@@ -14,10 +14,13 @@ from absl import app, flags, logging
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
 from rlpr_jax.evaluation.client import read_key
+from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
 from rlpr_jax.storage import reason
 from rlpr_jax.training import trained
+
+SIZES = SizeNames("--slots", "", "", "--prompt_limit", "--response_limit")
 
 
 def main(_: list[str]) -> None:
@@ -43,7 +46,7 @@ def serve(given: flags.FlagValues) -> None:
   listening = listen(given.host, given.port)
   keep_programs(given.compilation_cache)
   policy = trained.load(trained.find(given.model, given.step), given.dtype)
-  engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit)
+  engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit, SIZES)
   print("compiling", flush=True)
   engine.warm_up(policy.params, scoring=False)
   loop = Loop(engine, policy.params, given.max_waiting)

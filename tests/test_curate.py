@@ -86,6 +86,31 @@ def test_what_is_written_is_what_training_reads(options, capsys):
   assert "40 of 40 kept" in capsys.readouterr().out
 
 
+def test_rows_keep_their_own_data_source(tmp_path, capsys):
+  """As the RLPR training set has it; a row that does not say has another column's, and without one the file's stem."""
+  own = ["WebInstruct", "Textbooks", None, "", "WebInstruct"]
+  rows = [
+    {
+      "data_source": source,
+      "prompt": [{"role": "user", "content": text}],
+      "ability": "Law",
+      "reward_model": {"style": "rule", "ground_truth": f"tax {i}"},
+      "extra_info": {"index": i},
+      "source": "a page" if i == 4 else None,
+      "category": "Taxes" if i in (1, 3) else None,
+    }
+    for i, (source, text) in enumerate(zip(own, questions(5), strict=True))
+  ]
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rlpr_train.parquet")
+  expected = ["WebInstruct", "Textbooks", "rlpr_train", "Taxes", "WebInstruct"]
+  curate(Options(tmp_path / "rlpr_train.parquet", tmp_path / "out"))
+  written = tmp_path / "out" / "train.parquet"
+  assert [row["data_source"] for row in pq.read_table(written).to_pylist()] == expected
+  assert [example.source for example in load_examples(written)] == expected
+  curate(Options(written, tmp_path / "again"))
+  assert [row["data_source"] for row in pq.read_table(tmp_path / "again" / "train.parquet").to_pylist()] == expected
+
+
 def test_dropped_rows_are_kept_with_their_reasons(tmp_path, options, capsys):
   texts = questions(30)
   texts[5] = texts[2].upper()

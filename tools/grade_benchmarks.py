@@ -17,6 +17,7 @@ from absl import app, flags
 from rlpr_jax.errors import exit_on_input_error, parse_flags
 from rlpr_jax.evaluation import benchmarks, graders, multiple_choice, numbers
 from rlpr_jax.evaluation.benchmarks import Question
+from rlpr_jax.evaluation.texts import plain
 
 DATA = flags.DEFINE_string("data", None, "Directory of benchmark files.", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "Which other rows' answers are the wrong ones.")
@@ -75,7 +76,7 @@ def dressings(question: Question, answer: str) -> Iterator[tuple[str, str]]:
 
 def is_same(one: Question, other: Question) -> bool:
   """Whether the reference of one question is also answered by that of another one."""
-  if multiple_choice.plain(one.reference) == multiple_choice.plain(other.reference):
+  if plain(one.reference) == plain(other.reference):
     return True
   texts = [(multiple_choice.split_label(q.reference) or ("", q.reference))[1] for q in (one, other)]
   if multiple_choice.bare(texts[0]) == multiple_choice.bare(texts[1]):

@@ -25,7 +25,7 @@ from rlpr_jax.errors import InputError
 # Column names of the plain layout; the first that is there is read.
 QUESTION = ("question", "prompt", "problem")
 ANSWER = ("answer", "reference", "reference_answer", "ground_truth")
-SOURCE = ("source", "data_source", "domain", "category")
+SOURCE = ("data_source", "source", "domain", "category")  # of each row, the first that it fills in
 RESPONSE = ("response", "completion", "output")  # of demonstrations
 SPLIT = "split"
 
@@ -67,12 +67,11 @@ def load_examples(path: str | os.PathLike, split: str | None = None) -> list[Exa
   else:
     question, answer = _pick(path, columns, QUESTION), _pick(path, columns, ANSWER)
     to_messages, to_reference = _plain_question, _text
-  source = next((name for name in SOURCE if name in columns), None)
   return [
     Example(
       messages=to_messages(row.get(question), f"{path}: row {number}, column {question}"),
       reference=to_reference(row.get(answer), f"{path}: row {number}, column {answer}").strip(),
-      source=str(row.get(source) or path.stem),
+      source=str(next((row[name] for name in SOURCE if row.get(name)), path.stem)),
       row=number,
     )
     for number, row in _of_split(path, columns, rows, split)

@@ -1,7 +1,8 @@
 r"""Graders: whether an answer is right, told from texts alone.
 
 `verify` judges the content of `<answer>`, for rewards by rule and the measuring of other rewards; RLPR itself needs
-none. `grade` judges a response to a benchmark's question by that benchmark's rules, and says why.
+none. `grade` judges a response to a benchmark's question by that benchmark's rules, and says why. Whether an answer
+names an option, or is an equal expression, is asked of the same functions by both.
 
 No text makes them raise or hang: what cannot be understood is wrong.
 """
@@ -13,7 +14,6 @@ import re
 import subprocess
 import sys
 import threading
-import unicodedata
 from math import isfinite
 from typing import NamedTuple
 
@@ -22,11 +22,12 @@ from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import extraction, numbers
 from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.multiple_choice import label_of, letter, options_of, plain, split_label, unwrap
+from rlpr_jax.evaluation.multiple_choice import label_of, letter, options_of, split_label, unwrap
+from rlpr_jax.evaluation.texts import DASHES, compatible, hidden, plain, shown
 
 VERIFIERS = ("exact", "multiple_choice", "math", "builtin")
 MATH_LIMIT = 1000  # characters of an expression; a longer one is wrong
-ANSWER_LIMIT = 10_000  # characters of an answer to a benchmark's question; a longer one is wrong
+ANSWER_LIMIT = 10_000  # characters of an answer that is more than compared; a longer one is wrong
 
 
 def verify(kind: str, response_text: str, reference: str, question: str = "") -> bool:
@@ -34,11 +35,13 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
 
   Args:
     kind: `exact`: the reference, but for case and runs of whitespace; `multiple_choice`: the same option; `math`: an
-      equal expression; `builtin`: the same content for a built-in sentence question, `exact` for all else.
+      equal expression or number; `builtin`: the same content for a built-in sentence question, `exact` for all else.
     question: text of the question, which lists the options, or is a built-in one.
   """
   if kind not in VERIFIERS:
     raise InputError(f"verifier {kind!r}: expected one of {', '.join(VERIFIERS)}")
+  # The tags alone say what the answer is, as where the reference is spliced in: a reward that also took what stands
+  # outside of them would teach to leave them out. `grade` must read models that never learnt them (`extraction`).
   answer = splicing.extract_answer(response_text)
   if answer is None:
     return False
@@ -46,7 +49,9 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
     case "multiple_choice":
       return multiple_choice(answer, reference, question)
     case "math":
-      return math(answer, reference)
+      # `grade` looks through what cannot be seen; a reward that did would leave a policy free to write it.
+      readable = len(answer) <= ANSWER_LIMIT and hidden(answer) <= hidden(reference)
+      return readable and bool(_judge_expression(answer, reference))
     case "builtin" if (right := builtin.grade(question, answer)) is not None:
       return right
   return exact(answer, reference)
@@ -54,6 +59,8 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
 
 def exact(answer: str, reference: str) -> bool:
   """Whether two texts are the same but for case and runs of whitespace."""
+  # On purpose stricter than `grade` of a text (`_same_text`): articles, punctuation and markup that a reward does not
+  # see are what a policy would learn to add.
   return plain(answer) == plain(reference)
 
 
@@ -66,7 +73,9 @@ def multiple_choice(answer: str, reference: str, question: str = "") -> bool:
   """
   options = options_of(question)
   label = label_of(reference, options)
-  return exact(answer, reference) if label is None else label_of(answer, options) == label
+  if label is None:
+    return exact(answer, reference)
+  return len(answer) <= ANSWER_LIMIT and bool(_judge_choice(answer, label, options))
 
 
 def math(answer: str, reference: str) -> bool:
@@ -126,10 +135,14 @@ _FIRST_LETTER = re.compile(
 
 
 def _grade_choice(answer: str, question: Question) -> str:
-  options = {letter(i): option for i, option in enumerate(question.options)}
+  return _judge_choice(answer, question.reference, {letter(i): option for i, option in enumerate(question.options)})
+
+
+def _judge_choice(answer: str, reference: str, options: dict[str, str]) -> str:
+  """Why an answer names the option whose letter is the reference, or "" where it does not."""
   label = label_of(answer, options)
   if label is None:
-    plainer = answer.replace("**", "").replace("__", "").translate(numbers.DASHES)
+    plainer = answer.replace("**", "").replace("__", "").translate(DASHES)
     if first := _FIRST_LETTER.match(plainer):
       plainer = f"({first[1] or first[2]}) {plainer[first.end() :].lstrip(' .:-')}".strip()
     label = label_of(plainer, options)
@@ -138,7 +151,7 @@ def _grade_choice(answer: str, question: Question) -> str:
   same = [key for key, option in options.items() if _same_text(answer, option)]
   if label is None and len(same) == 1 and not split_label(answer):  # which would name another option by its letter
     label = same[0]
-  if label != question.reference:
+  if label != reference:
     return ""
   return f"text of option {label}" if label in same and len(unwrap(answer)) > len("(A).") else "same letter"
 
@@ -193,7 +206,14 @@ def _grade_number(answer: str, question: Question) -> str:
 
 
 def _grade_math(answer: str, question: Question) -> str:
-  reference, answer = question.reference, re.sub(r"\*\*(?=[-\d({])", "^", _core(answer, "math"))
+  return _judge_expression(answer, question.reference)
+
+
+def _judge_expression(answer: str, reference: str) -> str:
+  """Why two are equal, as text, as numbers or as mathematics, or "" where they are not."""
+  if answer.split() == reference.split() != []:
+    return "same expression"  # of any length
+  reference, answer = shown(reference), re.sub(r"\*\*(?=[-\d({])", "^", _core(shown(answer), "math"))
   if (same := _latex(reference)) and _latex(answer) == same:
     return "same expression"
   ours, theirs = numbers.parse(answer), numbers.parse(reference)
@@ -280,8 +300,7 @@ def _same_text(answer: str, reference: str) -> bool:
 
 def _words(text: str) -> list[str]:
   """Words in compatibility form, without case, articles, markup and punctuation; numbers without commas."""
-  text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) not in ("Cf", "Cs"))
-  text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", _MARKUP.sub(" ", text.casefold().translate(numbers.DASHES)))
+  text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", _MARKUP.sub(" ", compatible(text).casefold()))
   tokens = [t.replace(",", "") if t[-1].isdigit() else t for t in _TOKENS.findall(text)] or text.split()
   return [
     token
@@ -304,6 +323,7 @@ _SPELLINGS = tuple(
     (r"\\(le|ge|ne)(?![A-Za-z])", r"\\\1q"),
     (r"(?<=[_^])\{(\w)\}", r"\1"),
     (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
+    (r"(?<=\d)\s+(?=\d)", "~"),  # "4 2" is not 42
     (r"\s+", ""),
   )
 )

@@ -2,6 +2,8 @@ r"""Which option of a question a text names: by its letter, by its text, or in a
 
 import re
 
+from rlpr_jax.evaluation.texts import plain
+
 _MARK = re.compile(r"(?:(?<=\s)|^)\(?([A-Za-z])[.):](?=\s)", re.MULTILINE)
 _WRAPPED = re.compile(  # braces may nest once
   r"\\(?:boxed|text|textbf|mathrm|mathbf) ?\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}|\$([^$]*)\$|\*\*([^*]*)\*\*|\\\((.*)\\\)"
@@ -113,10 +115,5 @@ def unwrap(text: str) -> str:
 
 
 def bare(text: str) -> str:
-  """What of an option's text has to be the same: lower case, without markup and final punctuation."""
+  """What of an option's text has to be the same: no case, no markup, no final punctuation."""
   return plain(unwrap(text)).rstrip(".;,")
-
-
-def plain(text: str) -> str:
-  """The text in lower case, with single spaces."""
-  return " ".join(text.lower().split())

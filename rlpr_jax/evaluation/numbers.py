@@ -9,6 +9,8 @@ import re
 import unicodedata
 from typing import NamedTuple
 
+from rlpr_jax.evaluation.texts import compatible
+
 LIMIT = 1000  # characters; a longer text is no number
 _DEPTH = 30  # of brackets
 _LARGEST = 1e300  # integers have no end, floats have
@@ -38,7 +40,6 @@ class Number(NamedTuple):
 
 
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
-DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212", "-"))  # hyphens, dashes, minus
 # Multiplication sign, dots, division sign, fraction slash.
 _SYMBOLS = str.maketrans({"\u00d7": "*", "·": "*", "⋅": "*", "÷": "/", "\u2044": "/", "π": "\\pi "})
 _CLEAN = tuple(
@@ -133,10 +134,9 @@ def parse(text: str) -> Number | None:
   if len(text) > LIMIT:
     return None
   text = _SUPERSCRIPTS.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text.strip())
-  text = text.translate(DASHES).translate(_SYMBOLS)
   if any(unicodedata.category(c) == "No" for c in text):  # ½, ①: not what they look like once normalised
     return None
-  text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+  text = compatible(text).translate(_SYMBOLS)
   for pattern, replacement in _CLEAN:
     text = pattern.sub(replacement, text)
   sides = _sides(text)

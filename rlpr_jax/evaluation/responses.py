@@ -23,6 +23,7 @@ from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.evaluation.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
 from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.sampling.session import Session
 from rlpr_jax.training import trained
 
@@ -84,6 +85,7 @@ class Asked(NamedTuple):
   settings: ConfigDict  # `config.models.NAME`
   source: trained.Source | None  # of our own engine
   clients: dict[str, Client]  # of an endpoint, by mode
+  where: str  # what the user calls the settings, in errors
 
   def messages(self, question: Question) -> list[dict[str, str]]:
     """The chat of a question."""
@@ -96,14 +98,17 @@ class Asked(NamedTuple):
     return build_messages(example, template, instruction=instruction)
 
 
-def open_model(settings: ConfigDict) -> Asked:
+def open_model(settings: ConfigDict, where: str = "config.models.NAME") -> Asked:
   """Finds a model; nothing is read or asked yet.
+
+  Args:
+    where: what the user calls the settings, in errors.
 
   Raises:
     InputError: a checkpoint that is not there, a URL or key that cannot be.
   """
   if not settings.url:
-    return Asked(settings, trained.find(settings.path, None if settings.step < 0 else settings.step), {})
+    return Asked(settings, trained.find(settings.path, None if settings.step < 0 else settings.step), {}, where)
   sampling = {"sampled": (settings.temperature, settings.top_p), "greedy": (0.0, 1.0)}
   clients = {
     mode: Client(
@@ -121,7 +126,7 @@ def open_model(settings: ConfigDict) -> Asked:
     )
     for mode, (temperature, top_p) in sampling.items()
   }
-  return Asked(settings, None, clients)
+  return Asked(settings, None, clients, where)
 
 
 def keys(asked: Asked, seed: int, tasks: Iterable[Task]) -> dict[str, Task]:
@@ -162,8 +167,10 @@ def _ask_engine(
 ) -> None:
   settings = asked.settings
   policy = trained.load(asked.source, settings.dtype)
+  where = asked.where
+  names = SizeNames(f"{where}.slots", "", "", f"{where}.prompt_limit", f"{where}.max_tokens")
   engine = trained.create_engine(
-    policy, settings.slots, settings.prompt_limit, settings.max_tokens, settings.decode_steps
+    policy, settings.slots, settings.prompt_limit, settings.max_tokens, names, settings.decode_steps
   )
   engine.warm_up(policy.params, scoring=False)
   session = Session(engine, policy.params, jax.random.key(seed))

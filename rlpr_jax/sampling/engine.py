@@ -72,6 +72,19 @@ class Rollouts(NamedTuple):
   seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
 
 
+class SizeNames(NamedTuple):
+  """What the user of a program calls the sizes of an engine, in errors; "" for what is not theirs to change."""
+
+  slots: str = "config.rollout.slots"
+  prefill_rows: str = "config.rollout.prefill_prompts"
+  score_rows: str = "config.rollout.score_rows"
+  prompt_limit: str = "config.data.prompt_limit"
+  max_response_length: str = "config.rollout.max_response_length"
+
+
+OF_TRAINING = SizeNames()
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
   """Samples and scores in slots of fixed shapes, so that nothing compiles twice, whatever lengths come."""
@@ -84,6 +97,7 @@ class Engine:
   score_temperature: float
   baseline_prefix: str  # bare | tagged
   choice: Choice = Choice()  # how tokens are drawn
+  names: SizeNames = OF_TRAINING
 
   def sample(
     self,
@@ -280,22 +294,22 @@ class Engine:
       InputError: the device's memory is not enough, and which setting to lower.
     """
     shapes = self.shapes
-    with self._memory(params, "rollout.slots", shapes.slots):
+    with self._memory(params, "slots"):
       slots = decode.empty_slots(self.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
       jax.block_until_ready(slots)
-    with self._memory(params, "rollout.prefill_prompts", shapes.prefill_rows):
+    with self._memory(params, "prefill_rows"):
       for width in shapes.prompt_buckets:
         batch = self.prefill(params, [], width)
         slots = self.insert(params, slots, batch, jax.random.key(0), [])
       jax.block_until_ready(slots)
-    with self._memory(params, "rollout.slots", shapes.slots):
+    with self._memory(params, "slots"):
       decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
       slots = decode.halt(slots, np.zeros(shapes.slots, bool))
       for rows, reach in itertools.product(shapes.decode_rows, shapes.reaches):
         slots = jax.block_until_ready(decode.decode(self.model, params, slots, self.settings, rows, reach))
       for rows in shapes.decode_rows[:-1]:
         slots = self.move(params, slots, [], rows)
-    with self._memory(params, "rollout.score_rows", shapes.score_rows):
+    with self._memory(params, "score_rows"):
       for width in shapes.suffix_buckets if scoring else ():
         for size in shapes.score_sizes(shapes.score_rows):
           self.score_padding(params, slots.cache, size, shapes.longest, width)
@@ -311,8 +325,12 @@ class Engine:
     jax.block_until_ready(decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach))
 
   @contextlib.contextmanager
-  def _memory(self, params: Params, field: str, value: int) -> Iterator[None]:
-    """Says of a program that does not fit into the device's memory which setting to lower, and what would fit."""
+  def _memory(self, params: Params, size: str) -> Iterator[None]:
+    """Says of a program that does not fit into the device's memory which setting to lower, and what would fit.
+
+    Args:
+      size: of the program, as `Shapes` calls it.
+    """
     free = free_bytes()
     try:
       yield
@@ -325,9 +343,11 @@ class Engine:
       )
       slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(one, params).cache)) // ways
       fits = f", room for at most {free // slot} slots" if jax.device_count() == 1 else ""
+      # Who cannot change how many prompts are read at once can shorten them.
+      size = next(name for name in (size, "prompt_limit", "slots") if getattr(self.names, name))
       raise InputError(
-        f"config.{field}: {value} is too much for the device's memory, of which {free / 2**30:.1f} GiB were free{fits};"
-        f" each of config.rollout.slots takes {slot / 2**20:.1f} MiB"
+        f"{getattr(self.names, size)}: {getattr(shapes, size)} is too much for the device's memory, of which"
+        f" {free / 2**30:.1f} GiB were free{fits}; each of {self.names.slots} takes {slot / 2**20:.1f} MiB"
       ) from None
 
 

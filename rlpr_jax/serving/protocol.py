@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -52,6 +53,7 @@ _FIELDS = {
   True: (*_COMMON, "messages", "max_tokens", "max_completion_tokens"),
   False: (*_COMMON, "prompt", "max_tokens"),
 }
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _COMPLETION_TOKENS = 16  # where a plain completion does not say how many, as OpenAI has it
 
 
@@ -222,22 +224,59 @@ def _plain_prompts(request: Json, tokenizer: PreTrainedTokenizerBase, most: int)
 
 
 class TextStream:
-  """The text of a response as it grows; what is told is never taken back."""
+  """The text of a response as it grows; what is told is never taken back.
+
+  Of the tokens some last ones are kept, in two parts that each end where later tokens change nothing: what the new ones
+  add is decoded after the older ones, so that a decoder that strips a text's first space, or puts one between tokens,
+  does it as in the whole text. So a token is decoded a few times, however long the response becomes.
+  """
 
   def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str]):
     self._tokenizer, self._eos_ids, self._stop = tokenizer, eos_ids, stop
+    self._seen = 0  # tokens of the response
+    self._ids: list[int] = []  # the last ones
+    self._settled = 0  # how many of these are told, or held
+    self._before = ""  # their text
+    self._held = ""  # text after what was told, as far as it is known
     self.told = 0  # characters
 
   def grow(self, tokens: np.ndarray) -> str:
-    """New text, but for what later tokens may still change: half a character, the beginning of a stop string."""
-    ids = [int(token) for token in tokens if token not in self._eos_ids]
-    text = self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    while text.endswith("\N{REPLACEMENT CHARACTER}"):
-      text = text[:-1]
+    """New text, but for what later tokens may still change: half a character, the beginning of a stop string.
+
+    Args:
+      tokens: int[T], all of the response so far.
+    """
+    first = len(self._ids)
+    self._ids += [int(token) for token in tokens[self._seen :] if token not in self._eos_ids]
+    self._seen = len(tokens)
+    end = next((end for end in range(len(self._ids), first, -1) if self._is_settled(end)), 0)
+    if end:
+      self._held += self._decode(self._ids[:end])[len(self._before) :]
+      del self._ids[: self._settled]
+      self._settled = end - self._settled
+      self._before = self._decode(self._ids[: self._settled])
+    text = self._held
     held = max(
       (size for stop in self._stop for size in range(1, len(stop) + 1) if text.endswith(stop[:size])), default=0
     )
-    return self.end(text[: len(text) - held])
+    new, self._held = text[: len(text) - held], text[len(text) - held :]
+    self.told += len(new)
+    return new
+
+  def _is_settled(self, end: int) -> bool:
+    """Whether the text of the tokens before `end` stays as it is, whatever follows.
+
+    A character has four bytes at most, so four tokens show whether one ends there. Tokens of a byte each, as
+    SentencePiece has them, are one text with all such tokens that follow: invalid as soon as one of them is.
+    """
+    name = self._tokenizer.convert_ids_to_tokens(self._ids[end - 1])
+    if name is None or _BYTE.fullmatch(name):  # None: an id that means nothing
+      return False
+    text = self._decode(self._ids[max(end - 4, 0) : end])
+    return bool(text) and not text.endswith("\N{REPLACEMENT CHARACTER}")
+
+  def _decode(self, ids: list[int]) -> str:
+    return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
   def end(self, text: str) -> str:
     """What of the whole text was not told yet."""

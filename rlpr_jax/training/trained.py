@@ -14,7 +14,7 @@ from rlpr_jax import models
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.engine import Engine, SizeNames
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.policy import Policy, load_policy
 from rlpr_jax.training.state import restore_params
@@ -127,9 +127,13 @@ def create_engine(
   slots: int,
   prompt_limit: int,
   response_limit: int,
+  names: SizeNames,
   decode_steps: int = 8,
 ) -> Engine:
   """An engine that samples and scores nothing.
+
+  Args:
+    names: of the sizes that are given here, for errors.
 
   Raises:
     InputError: a size that the model or the mesh does not take.
@@ -137,12 +141,12 @@ def create_engine(
   policy = trained.policy
   ways = policy.sampling.sharding.ways("batch")
   if slots < 1 or slots % ways:
-    raise InputError(f"slots: {slots}, expected a multiple of the {ways} devices that share them")
+    raise InputError(f"{names.slots}: {slots}, expected a multiple of the {ways} devices that share them")
   longest = policy.config.max_length
   if longest is not None and prompt_limit + response_limit > longest:
     raise InputError(
-      f"prompt_limit + response_limit: {prompt_limit + response_limit} tokens, expected at most the model's context of"
-      f" {longest}"
+      f"{names.prompt_limit} + {names.max_response_length}: {prompt_limit + response_limit} tokens, expected at most"
+      f" the model's context of {longest}"
     )
   shapes = Shapes(
     slots=slots,
@@ -156,4 +160,4 @@ def create_engine(
     ways=ways,
   )
   settings = DecodeSettings(decode_steps, trained.eos_ids)
-  return Engine(policy.sampler, policy.tokenizer, settings, shapes, trained.template, 1.0, "bare")
+  return Engine(policy.sampler, policy.tokenizer, settings, shapes, trained.template, 1.0, "bare", names=names)

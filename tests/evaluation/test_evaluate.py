@@ -231,6 +231,20 @@ def test_an_endpoint_that_dies_is_asked_again_for_what_is_missing(file, tmp_path
     assert server.requests == 4 * (2 + 1) - 5
 
 
+def test_sizes_that_cannot_be_are_called_as_in_the_config(directory, file, tmp_path):
+  settings = recipe(file, small=ours(directory))
+  for changes, says in (
+    (
+      {"slots": 10**6, "max_tokens": 10**6},
+      r"small\.slots: 1000000 is too much .* each of config\.models\.small\.slots",
+    ),
+    ({"slots": 0}, r"small\.slots: 0, expected"),
+  ):
+    settings.models.small.update(changes)
+    with pytest.raises(InputError, match=rf"^config\.models\.{says}"):
+      program.evaluate(settings, tmp_path / "out")
+
+
 def test_a_prompt_over_the_limit_is_wrong_and_counted(directory, file, tmp_path):
   settings = recipe(file, 1, policy=ours(directory))
   settings.models.policy.prompt_limit = 4

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -316,6 +317,14 @@ def test_the_program_serves_and_finishes_what_runs_when_told_to_stop(policy, tmp
     assert process.returncode == 0
   finally:
     process.kill()
+
+
+def test_slots_that_do_not_fit_are_called_as_the_flag(policy, tmp_path):
+  models.save_pretrained(tmp_path, policy.config, policy.params, policy.tokenizer)
+  process = start(tmp_path, "--slots=1000000", "--response_limit=1000000", "--compilation_cache=")
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 2
+  assert re.search(r"^error: --slots: 1000000 is too much .*; each of --slots takes [\d.]+ MiB$", errors, re.MULTILINE)
 
 
 def test_a_port_that_is_taken(served):
