@@ -48,13 +48,18 @@ def create_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequenc
   if left_over or (not free and rest != 1):
     raise InputError(f"config.mesh: sizes {sizes} do not multiply to the {len(devices)} devices that are there")
   sizes |= dict.fromkeys(free, rest)
-  if jax.process_count() > 1:
-    own = jax.local_device_count()
+  if (processes := count_processes(devices)) > 1:
+    own = len(devices) // processes
     if own % sizes["tensor"]:
       raise InputError(f"config.mesh.tensor: {sizes['tensor']}, expected a divisor of the {own} devices of a process")
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.reshape(ordered, tuple(sizes.values())), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
+
+
+def count_processes(devices: Sequence[jax.Device]) -> int:
+  """How many processes have the devices: of those that are only described, how many would."""
+  return len({device.process_index for device in devices})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +94,21 @@ class Sharding:
     """Into how many parts an axis is split."""
     return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis, ()))
 
+  @property
+  def processes(self) -> int:
+    """How many processes share the mesh."""
+    return 1 if self.mesh is None else count_processes(self.mesh.devices.flat)
+
   def by_process(self) -> "Sharding":
     """The same with whole copies on each process, which are split over its own devices alone."""
-    if jax.process_count() == 1:
+    if self.processes == 1:
       return self
-    devices = self.mesh.devices.reshape(jax.process_count(), 1, -1, self.mesh.shape["tensor"])
+    devices = self.mesh.devices.reshape(self.processes, 1, -1, self.mesh.shape["tensor"])
     return dataclasses.replace(self, mesh=Mesh(devices, ("process", *MESH_AXES), axis_types=(AxisType.Auto,) * 4))
 
   def own(self) -> "Sharding":
     """This process's part of `by_process`, as a mesh by itself."""
-    if jax.process_count() == 1:
+    if self.processes == 1:
       return self
     devices = self.by_process().mesh.devices[jax.process_index()]
     return dataclasses.replace(self, mesh=Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3))

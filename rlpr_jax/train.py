@@ -28,7 +28,7 @@ from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.reward import CustomReward
 from rlpr_jax.training.setup import Run, abstract_state, copy_params, evaluate, first_state, set_up
 from rlpr_jax.training.state import Checkpoints, TrainState, join, split
-from rlpr_jax.training.update import UpdateSettings, reference_logprobs, update
+from rlpr_jax.training.update import reference_logprobs, update
 
 ACCURACY = "held_out/accuracy"
 
@@ -140,7 +140,7 @@ def update_policy(
   Returns:
     the state after them, the minibatches, the metrics of each optimiser step, and their means for the step's.
   """
-  config, training, settings = run.config, run.config.training, update_settings(run)
+  config, training, settings = run.config, run.config.training, run.update_settings
   row_length = training.row_length or configs.longest_sequence(config)
   started, params, opt_state, losses = time.perf_counter(), state.params, state.opt_state, []
   trainer = Trainer(run.policy.model, run.policy.whole(params), settings, row_length)
@@ -188,22 +188,6 @@ def settle_old_logprobs(
   groups = packing.concatenate([groups.take(slice(carried_in)), fresh])
   harvest = harvest._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))
   return harvest, {f"sampler_gap/{name}": value for name, value in gap.items()}
-
-
-def update_settings(run: Run) -> UpdateSettings:
-  training = run.config.training
-  return UpdateSettings(
-    temperature=run.config.rollout.temperature,
-    loss=training.loss,
-    clip_low=training.clip_low,
-    clip_high=training.clip_high,
-    dual_clip=training.dual_clip,
-    ratio_cap=training.ratio_cap,
-    entropy_coefficient=training.entropy_coefficient,
-    kl_coefficient=training.kl_coefficient,
-    micro_batch_rows=training.micro_batch_rows or run.policy.sharding.ways("batch"),
-    sharding=run.policy.sharding,
-  )
 
 
 def newest_lagged(run: Run, state: TrainState, params: models.Params) -> models.Params:

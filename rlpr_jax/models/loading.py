@@ -31,10 +31,12 @@ _Tensors = dict[str, tuple[pathlib.Path, safe_open]]  # the file of each tensor,
 _Index = tuple[slice, ...]
 
 
-def resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
+def resolve(path_or_repo: str | os.PathLike, files: Sequence[str] = _FILES) -> pathlib.Path:
   """The local directory of a model: a directory as it is, `org/name` or `org/name@revision` from the Hugging Face hub.
 
-  Of a repository come its JSON, safetensors and tokenizer files, into the cache of huggingface_hub.
+  Args:
+    files: patterns of what is to come of a repository, into the cache of huggingface_hub; by default its JSON,
+      safetensors and tokenizer files.
 
   Raises:
     InputError: neither a directory nor such a name, or one that cannot be fetched.
@@ -48,7 +50,7 @@ def resolve(path_or_repo: str | os.PathLike) -> pathlib.Path:
   try:
     return pathlib.Path(
       huggingface_hub.snapshot_download(
-        name["id"], revision=name["revision"], allow_patterns=list(_FILES), ignore_patterns=list(_OTHER_FILES)
+        name["id"], revision=name["revision"], allow_patterns=list(files), ignore_patterns=list(_OTHER_FILES)
       )
     )
   except Exception as error:  # its errors and those of the HTTP library below it have no common class

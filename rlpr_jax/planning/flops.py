@@ -13,33 +13,38 @@ import jax
 from jax.extend import core
 
 
-def count(function: Callable, *args: Any) -> int:
-  """Of a call with these arguments, arrays or `ShapeDtypeStruct`s; nothing is computed."""
-  return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+def count(function: Callable, *args: Any, trips: int | None = None) -> int:
+  """Of a call with these arguments, arrays or `ShapeDtypeStruct`s; nothing is computed. `trips` as in `of_jaxpr`."""
+  return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
 
 
-def of_jaxpr(jaxpr: core.Jaxpr) -> int:
+def of_jaxpr(jaxpr: core.Jaxpr, trips: int | None = None) -> int:
   """A loop's body counts as often as it runs, and of a branch the dearest side.
 
+  Args:
+    trips: how often a loop runs whose length the data decide.
+
   Raises:
-    ValueError: there are products in a loop whose length the data decide.
+    ValueError: there are products in such a loop, and `trips` is None.
   """
-  return sum(map(_of_equation, jaxpr.eqns))
+  return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: core.JaxprEqn) -> int:
+def _of_equation(equation: core.JaxprEqn, trips: int | None) -> int:
   if equation.primitive.name == "dot_general":
     (contracted, _), _ = equation.params["dimension_numbers"]
     depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
     return 2 * depth * math.prod(equation.outvars[0].aval.shape)
-  inner = [of_jaxpr(jaxpr) for jaxpr in _inside(equation.params)]
+  inner = [of_jaxpr(jaxpr, trips) for jaxpr in _inside(equation.params)]
   match equation.primitive.name:
     case "scan":
       return equation.params["length"] * sum(inner)
     case "cond":
       return max(inner)
     case "while" if sum(inner):
-      raise ValueError("products in a while loop: how often it runs is not known")
+      if trips is None:
+        raise ValueError("products in a while loop: how often it runs is not known")
+      return trips * sum(inner)
   return sum(inner)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ class Policy(NamedTuple):
   sampler: nnx.GraphDef  # the same, as it samples and scores
   sampling: Runtime  # how that one is run: by each process on its own devices
   gathered: Sharding  # how the parameters lie for it, on all devices
-  tokenizer: PreTrainedTokenizerBase
+  tokenizer: PreTrainedTokenizerBase | None  # None for a policy that is only planned
   sharding: Sharding
   trained: Params  # shapes, dtypes and shardings of the parameters that are trained
   frozen: Params  # parameters that are not: the base under LoRA, else nothing
@@ -53,8 +54,6 @@ def load_policy(config: ConfigDict) -> Policy:
     InputError: naming the field of the config, or the file.
   """
   mesh = sharding.create_mesh(**config.mesh)
-  rules = {name: split_names(axes) for name, axes in config.sharding.items()}
-  where = sharding.create(mesh, rules)
   if config.model.path:
     directory = models.resolve(config.model.path)
     tokenizer, model_config = load_tokenizer(str(directory)), models.load_config(directory)
@@ -63,17 +62,37 @@ def load_policy(config: ConfigDict) -> Policy:
     model_config = new_config(config, len(tokenizer))
   if len(tokenizer) > model_config.vocab_size:
     raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
-  where = sharding.fit(where, models.axis_sizes(model_config))
   frozen: Params = {}
   if config.lora.rank:
     if not config.model.path:
       raise InputError("config.lora.rank: adapters need a pretrained model, expected config.model.path")
-    lora = models.LoRA(config.lora.rank, config.lora.alpha, parse_targets(config.lora.targets))
+    rules = dict(create_sharding(config, mesh).rules)
     frozen = models.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
+  return lay_out(config, model_config, mesh, frozen, tokenizer)
+
+
+def lay_out(
+  config: ConfigDict,
+  model_config: ModelConfig,
+  mesh: Mesh,
+  frozen: Params,
+  tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Policy:
+  """The policy on the devices of a mesh, which may be only described.
+
+  Args:
+    frozen: parameters, or shapes of them.
+
+  Raises:
+    InputError: a model that the mesh cannot split, or adapters that cannot be.
+  """
+  where = sharding.fit(create_sharding(config, mesh), models.axis_sizes(model_config))
+  if config.lora.rank:
+    lora = models.LoRA(config.lora.rank, config.lora.alpha, parse_targets(config.lora.targets))
     model_config = dataclasses.replace(model_config, lora=lora)
   runtime = Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, sharding=where)
   model = models.definition(model_config, runtime)
-  gathered = where.replicate("embed") if config.rollout.gather_params else where
+  gathered = gathered_sharding(config, where)
   sampling = dataclasses.replace(runtime, sharding=gathered.own(), int8_cache=config.rollout.int8_cache)
   everything = models.abstract_params(model_config, where)
   trained = models.adapters(everything) if config.lora.rank else everything
@@ -88,6 +107,16 @@ def load_policy(config: ConfigDict) -> Policy:
     trained,
     frozen,
   )
+
+
+def create_sharding(config: ConfigDict, mesh: Mesh) -> Sharding:
+  """The config's table of axes, on a mesh."""
+  return sharding.create(mesh, {name: split_names(axes) for name, axes in config.sharding.items()})
+
+
+def gathered_sharding(config: ConfigDict, where: Sharding) -> Sharding:
+  """How the parameters lie for sampling."""
+  return where.replicate("embed") if config.rollout.gather_params else where
 
 
 def initial_params(config: ConfigDict, policy: Policy) -> Params:

@@ -28,7 +28,7 @@ from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
 from rlpr_jax.training.reward import CustomReward, RewardSettings, align, parse_shadow
 from rlpr_jax.training.state import TrainState
-from rlpr_jax.training.update import adamw, learning_rate
+from rlpr_jax.training.update import UpdateSettings, adamw, learning_rate
 
 # Folded into the run's key before the step, the draw and the sample; training folds the draw and the sample alone, so
 # no key is used twice.
@@ -44,6 +44,7 @@ class Run(NamedTuple):
   prompts: list[Prompt]
   held_out: list[Prompt]
   optimizer: optax.GradientTransformation
+  update_settings: UpdateSettings
   filter: filtering.FilterConfig
   key: jax.Array
   reward: RewardSettings
@@ -54,7 +55,6 @@ class Run(NamedTuple):
 def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run:
   """Model, tokenizer and data, with everything checked before anything compiles."""
   policy = load_policy(config)
-  shares = jax.process_count()
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
   tokenizer = policy.tokenizer
@@ -68,27 +68,12 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     policy.sampler,
     tokenizer,
     DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
-    Shapes(
-      slots=config.rollout.slots // shares,
-      prompt_limit=config.data.prompt_limit,
-      max_response_length=config.rollout.max_response_length,
-      suffix_length=config.data.max_reference_length,
-      steps=config.rollout.decode_steps,
-      prefill_rows=config.rollout.prefill_prompts // shares,
-      score_rows=config.rollout.score_rows // shares,
-      insert_rows=min(config.samples_per_prompt, config.rollout.slots // shares),
-      ways=policy.sampling.sharding.ways("batch"),
-    ),
+    rollout_shapes(config, jax.process_count(), policy.sampling.sharding.ways("batch")),
     config.data.template,
     config.reward.score_temperature,
     config.reward.baseline_prefix,
     Choice(config.rollout.temperature),
   )
-  training = config.training
-  updates = training.minibatches * training.epochs_per_step  # of a training step
-  steps = max(config.steps, training.warmup_steps + 1)  # of 0 steps, which a warm start alone has, no rate is taken
-  rate = learning_rate(training.learning_rate, training.schedule, training.warmup_steps * updates, steps * updates)
-  optimizer = adamw(rate, training.weight_decay, training.max_grad_norm)
   settings = config.filter.to_dict()
   del settings["source_scales"]
   return Run(
@@ -97,7 +82,8 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     engine,
     prompts,
     held_out_prompts,
-    optimizer,
+    create_optimizer(config),
+    create_update_settings(config, policy.sharding),
     filtering.FilterConfig(**settings),
     jax.random.key(config.seed),
     RewardSettings.of(config.reward),
@@ -106,10 +92,52 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   )
 
 
+def rollout_shapes(config: ConfigDict, shares: int, ways: int) -> Shapes:
+  """Sizes of the programs with which each of `shares` processes samples, its rows split `ways` ways by its devices."""
+  slots = config.rollout.slots // shares
+  return Shapes(
+    slots=slots,
+    prompt_limit=config.data.prompt_limit,
+    max_response_length=config.rollout.max_response_length,
+    suffix_length=config.data.max_reference_length,
+    steps=config.rollout.decode_steps,
+    prefill_rows=config.rollout.prefill_prompts // shares,
+    score_rows=config.rollout.score_rows // shares,
+    insert_rows=min(config.samples_per_prompt, slots),
+    ways=ways,
+  )
+
+
+def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+  """The optimiser of a run's updates."""
+  training = config.training
+  updates = training.minibatches * training.epochs_per_step  # of a training step
+  steps = max(config.steps, training.warmup_steps + 1)  # of 0 steps, which a warm start alone has, no rate is taken
+  rate = learning_rate(training.learning_rate, training.schedule, training.warmup_steps * updates, steps * updates)
+  return adamw(rate, training.weight_decay, training.max_grad_norm)
+
+
+def create_update_settings(config: ConfigDict, where: Sharding) -> UpdateSettings:
+  """What the update is compiled for."""
+  training = config.training
+  return UpdateSettings(
+    temperature=config.rollout.temperature,
+    loss=training.loss,
+    clip_low=training.clip_low,
+    clip_high=training.clip_high,
+    dual_clip=training.dual_clip,
+    ratio_cap=training.ratio_cap,
+    entropy_coefficient=training.entropy_coefficient,
+    kl_coefficient=training.kl_coefficient,
+    micro_batch_rows=training.micro_batch_rows or where.ways("batch"),
+    sharding=where,
+  )
+
+
 def check_rows(config: ConfigDict, where: Sharding) -> None:
   """Rows must divide evenly among the parts into which the mesh splits them, of all devices and of each process."""
   rows = {name: config.rollout[name] for name in ("slots", "prefill_prompts", "score_rows")}
-  ways = where.own().ways("batch") * jax.process_count()
+  ways = where.own().ways("batch") * where.processes
   rows = {f"rollout.{name}": (count, ways) for name, count in rows.items()}
   rows["training.micro_batch_rows"] = (config.training.micro_batch_rows, where.ways("batch"))
   for field, (count, parts) in rows.items():

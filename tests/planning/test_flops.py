@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from benchmarks import flops
 from rlpr_jax.models import UNSEEN, Part
+from rlpr_jax.planning import flops
 
 B, T, S = 2, 5, 7  # rows, tokens read, tokens in the cache
 

@@ -1,0 +1,42 @@
+"""The half of `rlpr_jax.plan` that asks a compiler, in the environment that the compiler wants.
+
+`python -m rlpr_jax.planning.child JOB`, a directory with job.json and config.json, writes JOB/result.json.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from rlpr_jax import config as configs
+from rlpr_jax import models
+from rlpr_jax.data import builtin
+from rlpr_jax.errors import exit_on_input_error
+from rlpr_jax.planning import hardware
+from rlpr_jax.planning.estimate import Lengths
+from rlpr_jax.planning.planner import plan
+from rlpr_jax.storage import write_atomically
+from rlpr_jax.training.policy import new_config
+
+
+def main(job: pathlib.Path) -> None:
+  wanted = json.loads((job / "job.json").read_text())
+  config = configs.read(job / "config.json")
+  started = time.monotonic()
+
+  def say(what: str) -> None:
+    print(f"[{time.monotonic() - started:4.0f} s] {wanted['topology']}: {what}", file=sys.stderr, flush=True)
+
+  if config.model.path:
+    model_config = models.load_config(models.resolve(config.model.path, ["config.json"]))
+  else:
+    model_config = new_config(config, len(builtin.tokenizer(config.data.domains)))
+  cache = pathlib.Path(wanted["cache"]) if wanted["cache"] else None
+  place, lengths = hardware.parse(wanted["topology"]), Lengths(**wanted["lengths"])
+  result = plan(config, model_config, place, lengths, wanted["fast"], wanted["search"], cache, say)
+  write_atomically(job / "result.json", json.dumps(result))
+
+
+if __name__ == "__main__":
+  with exit_on_input_error():
+    main(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,129 @@
+"""From the compiler's figures to what fits, and to the time of a step by rooflines, which is an estimate.
+
+A roofline is the time that the dearest of three takes if nothing is lost: operations over the chip's rate, bytes over
+its memory's bandwidth, bytes from other chips over its links'. A real step takes longer. Nothing here was measured.
+"""
+
+import math
+from typing import NamedTuple
+
+from rlpr_jax import config as configs
+from rlpr_jax.planning import flops
+from rlpr_jax.planning.compiler import Compiled
+from rlpr_jax.planning.hardware import Chip
+from rlpr_jax.planning.programs import Layout, Program, copies_to_sample, device_bytes
+from rlpr_jax.sampling.shapes import bucket
+from rlpr_jax.training.setup import rollout_shapes
+
+
+class Lengths(NamedTuple):
+  """What a run's texts are assumed to be like."""
+
+  prompt: int  # tokens, on average
+  response: int
+  draws: float  # of `prompts_per_draw` prompts that a step takes
+
+
+class Roofline(NamedTuple):
+  """Seconds of a step's part."""
+
+  operations: float
+  memory: float
+  links: float
+  overlap: bool  # whether what comes over links may come while the chip computes
+
+  @property
+  def seconds(self) -> float:
+    work = max(self.operations, self.memory)
+    return max(work, self.links) if self.overlap else work + self.links
+
+
+def memory_peak(program: Program, compiled: Compiled) -> int:
+  """Bytes a device while the program runs, with all that is alive beside it."""
+  return compiled.peak + program.beside
+
+
+def count_flops(programs: dict[str, Program]) -> dict[str, int]:
+  """Operations of one run of each program, on all of its devices; loops as `Program.trips` says.
+
+  Args:
+    programs: on one device, with plain attention, whose products can be counted: as if no block were skipped.
+  """
+  return {
+    name: flops.of_jaxpr(program.trace().jaxpr.jaxpr, program.trips)
+    for name, program in programs.items()
+    if name not in ("gather", "insert")  # which compute nothing
+  }
+
+
+def micro_batches(layout: Layout, rows: int, lengths: Lengths) -> int:
+  """How many of so many rows a minibatch of packed sequences takes."""
+  config = layout.config
+  sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
+  length = config.training.row_length or configs.longest_sequence(config)
+  full = sequences * min((lengths.prompt + lengths.response) / length, 1)
+  return max(math.ceil(full / rows), 1)
+
+
+def rooflines(
+  layout: Layout,
+  chip: Chip,
+  lengths: Lengths,
+  slots: int,
+  slot_bytes: int,
+  micro_batch_rows: int,
+  operations: dict[str, int],
+  compiled: dict[str, Compiled],
+) -> dict[str, Roofline]:
+  """Seconds of each part of a training step.
+
+  Args:
+    slots: of a process.
+    slot_bytes: of a device's slots.
+    operations: as of `count_flops`, with these slots and rows.
+  """
+  config, own = layout.config, layout.sampler.sampling.sharding
+  own_devices = own.mesh.size if own.mesh is not None else 1
+  devices = layout.policy.sharding.mesh.size if layout.policy.sharding.mesh is not None else 1
+  shapes = rollout_shapes(config, layout.processes, own.ways("batch"))
+  prompts = config.rollout.prompts_per_draw * lengths.draws / layout.processes
+  responses = prompts * config.samples_per_prompt
+  weights = device_bytes(layout.sampled)
+
+  def links(name: str) -> float:
+    traffic = compiled[name].traffic.values() if name in compiled else ()
+    near = sum(one.received - one.far for one in traffic)
+    return near / chip.links + sum(one.far for one in traffic) / chip.network
+
+  def part(name: str, calls: float, share: float, memory: float, of: int, overlap: bool = False) -> Roofline:
+    """`share`: of the counted operations that are useful on average; `memory`: bytes a call; `of`: devices."""
+    return Roofline(
+      calls * share * operations.get(name, 0) / of / chip.flops,
+      calls * memory / chip.bandwidth,
+      calls * links(name),
+      overlap,
+    )
+
+  text = lengths.prompt + lengths.response / 2  # tokens in a slot, on average over its response
+  cache = slot_bytes / shapes.capacity  # of one token in every slot
+  steps = responses * lengths.response / slots  # if every slot is always taken
+  read = bucket(shapes.prompt_buckets, min(lengths.prompt, shapes.prompt_limit)) / shapes.prompt_limit
+  parts = {
+    "prefill": part("prefill", prompts / shapes.prefill_rows, read, weights, own_devices),
+    # Of products with keys and values all of the room is counted, of bytes what is filled.
+    "decode": part("decode", steps / shapes.steps, 1.0, shapes.steps * (weights + cache * text), own_devices),
+    "score": part(
+      "score", responses / shapes.score_rows, 1.0, weights + cache / slots * shapes.score_rows * text, own_devices
+    ),
+    "update": part(
+      "update",
+      micro_batches(layout, micro_batch_rows, lengths) * config.training.minibatches * config.training.epochs_per_step,
+      1.0,
+      0.0,
+      devices,
+      overlap=True,
+    ),
+  }
+  if copies_to_sample(layout):
+    parts = {"gather": part("gather", 1, 0.0, 2 * weights, own_devices)} | parts
+  return parts

@@ -1,0 +1,114 @@
+"""What devices send each other in a compiled program, read from its text.
+
+A loop's body counts as often as the compiler knows that it runs; other loops as often as the caller says.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+_SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "f64": 8}
+_SIZES |= {"s64": 8, "u64": 8, "c64": 8, "f8e4m3fn": 1, "f8e5m2": 1}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_KIND = re.compile(
+  r"\s(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)(-start)?\("
+)
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{|branch_computations=\{)=?%?([\w.\-]+)")
+_BODY = re.compile(r"body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+
+
+class Traffic(NamedTuple):
+  """Of one kind of collective."""
+
+  count: float = 0  # how often it is run
+  received: float = 0  # bytes that a device receives from the others of its group, at least
+  far: float = 0  # of those, the bytes of groups that reach beyond a slice or host
+
+
+def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str, Traffic]:
+  """What each device receives in one run of a program, by kind.
+
+  Args:
+    text: of the compiled program.
+    trips: how often loops run that the compiler does not know the length of.
+    far: whether a group of devices, by their places in the mesh, reaches beyond a slice or host.
+  """
+  bodies, entry = _computations(text)
+  seen: dict[str, dict[str, Traffic]] = {}
+
+  def of(name: str) -> dict[str, Traffic]:
+    if name not in seen:
+      total: dict[str, Traffic] = {}
+      for line in bodies.get(name, ()):
+        if kind := _KIND.search(line):
+          _add(total, {kind[1]: _one(line, kind[1], bool(kind[2]), far)}, 1)
+        elif " while(" in line:
+          known = _TRIPS.search(line)
+          _add(total, of(_BODY.search(line)[1]), int(known[1]) if known else trips)
+        else:
+          for called in _CALLED.findall(line):
+            _add(total, of(called), 1)
+      seen[name] = total
+    return seen[name]
+
+  return of(entry)
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+  bodies: dict[str, list[str]] = {}
+  entry = name = ""
+  for line in text.splitlines():
+    if found := _COMPUTATION.match(line):
+      name = found[1]
+      bodies[name] = []
+      entry = name if line.startswith("ENTRY") else entry
+    elif name:
+      bodies[name].append(line)
+  return bodies, entry
+
+
+def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool]) -> Traffic:
+  arrays = [
+    _SIZES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
+    for dtype, sizes in _ARRAY.findall(line[line.index("=") : _KIND.search(line).start()])
+  ]
+  if started and kind in ("all-gather", "collective-permute"):
+    arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # operands, results, tokens
+  group = _group(line)
+  size, result = len(group), sum(arrays)
+  share = (size - 1) / size if size else 1
+  received = {
+    "all-gather": share * result,
+    "all-reduce": 2 * share * result,  # a reduce-scatter and an all-gather
+    "reduce-scatter": (size - 1) * result,
+    "collective-permute": result,
+  }.get(kind, share * result)
+  return Traffic(1, received, received if far(group) else 0)
+
+
+def _group(line: str) -> list[int]:
+  """The devices of the first group."""
+  if found := _IOTA.search(line):
+    groups, size = int(found[1]), int(found[2])
+    numbers = np.arange(groups * size).reshape([int(x) for x in found[3].split(",")])
+    if found[4]:
+      numbers = numbers.transpose([int(x) for x in found[4].split(",")])
+    return numbers.reshape(groups, size)[0].tolist()
+  if found := _LISTS.search(line):
+    return [int(x) for x in found[1].split("}")[0].strip("{").split(",") if x]
+  if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+    return [int(found[1]), int(found[2])]
+  return []
+
+
+def _add(total: dict[str, Traffic], more: dict[str, Traffic], times: int) -> None:
+  for kind, one in more.items():
+    old = total.get(kind, Traffic())
+    total[kind] = Traffic(*(a + times * b for a, b in zip(old, one, strict=True)))

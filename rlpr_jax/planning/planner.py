@@ -1,0 +1,207 @@
+"""Whether a config fits a slice, which slots and micro-batch would fit it best, and what a step would take."""
+
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from rlpr_jax import sharding
+from rlpr_jax.models import ModelConfig
+from rlpr_jax.planning import estimate, programs
+from rlpr_jax.planning.compiler import Compiled, compile_program
+from rlpr_jax.planning.estimate import Lengths
+from rlpr_jax.planning.hardware import Slice
+from rlpr_jax.planning.programs import Layout, Program
+from rlpr_jax.training.setup import create_update_settings
+
+_STEP = 8  # slots of a part of the mesh are proposed in such steps
+Say = Callable[[str], None]
+
+
+class Planner:
+  """Compiles a config's programs for one slice."""
+
+  def __init__(
+    self,
+    config: ConfigDict,
+    model_config: ModelConfig,
+    place: Slice,
+    fast: bool,
+    cache: pathlib.Path | None,
+    say: Say,
+  ):
+    self.config, self.place, self.fast, self.cache, self.say = config, place, fast, cache, say
+    self.layout = programs.lay(config, model_config, place)
+    self.flat = flat_layout(config, model_config, self.layout.processes)
+    mesh = self.layout.policy.sharding.mesh
+    self.devices = [] if mesh is None else list(mesh.devices.flat)
+
+  def far(self, group: list[int]) -> bool:
+    """Whether a group of the update's devices reaches beyond a slice, or a host of GPUs."""
+    if self.place.chip is None or not group or max(group) >= len(self.devices):
+      return False
+    if self.place.chip.platform == "tpu":
+      return len({getattr(self.devices[i], "slice_index", 0) or 0 for i in group}) > 1
+    return len({i // self.place.shape[-1] for i in group}) > 1
+
+  def compile(self, name: str, program: Program) -> Compiled:
+    """Says what it does, since it may take minutes."""
+    self.say(f"compiling {name}")
+    return compile_program(name, program, self.place, self.far, self.fast, self.cache)
+
+  def fits(self, program: Program, compiled: Compiled) -> bool:
+    return not compiled.refused and estimate.memory_peak(program, compiled) <= self.place.granted
+
+  def most(
+    self, make: Callable[[int], tuple[str, Program]], few: int, limit: int, round_down: Callable[[int], int]
+  ) -> int:
+    """The most of something, slots or rows in each part, whose program fits: two are compiled and the rest follows
+    from them, for memory grows in proportion; what comes out is compiled too. 0 if not even one fits.
+
+    Args:
+      few: to begin with.
+      limit: more are of no use.
+      round_down: to numbers that are proposed.
+    """
+    tried: dict[int, tuple[Program, Compiled]] = {}
+
+    def try_out(count: int) -> bool:
+      if count not in tried:
+        name, program = make(count)
+        tried[count] = program, self.compile(f"{name} of {count}", program)
+      return self.fits(*tried[count])
+
+    if not try_out(few):
+      if few == 1 or not try_out(1):
+        return 0
+      few = 1
+    if few >= limit or not try_out(min(few + max(few // 2, 1), limit)):
+      more = few
+    else:
+      more = min(few + max(few // 2, 1), limit)
+    if more == few:
+      return few
+    peaks = [estimate.memory_peak(*tried[count]) for count in (few, more)]
+    each = max((peaks[1] - peaks[0]) / (more - few), 1)
+    best = round_down(min(int(more + (self.place.granted - peaks[1]) / each), limit))
+    while best > more and not try_out(best):
+      best = round_down(best - 1)
+    return max(best, more)
+
+
+def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -> Layout:
+  """The same on one device with plain attention: what its products are counted in."""
+  flat = config.copy_and_resolve_references()
+  flat.model.attention, flat.mesh.data, flat.mesh.fsdp, flat.mesh.tensor = "xla", 1, 1, 1
+  mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices("cpu")[:1])
+  return programs.lay_on(flat, model_config, mesh, mesh)._replace(processes=processes)
+
+
+def plan(
+  config: ConfigDict,
+  model_config: ModelConfig,
+  place: Slice,
+  lengths: Lengths,
+  fast: bool,
+  search: bool,
+  cache: pathlib.Path | None,
+  say: Say,
+) -> dict[str, Any]:
+  """What a step of a config takes on a slice, as JSON; sizes in bytes a device, times in seconds.
+
+  Raises:
+    InputError: a config that cannot be run there.
+  """
+  started = time.perf_counter()
+  planner = Planner(config, model_config, place, fast, cache, say)
+  layout = planner.layout
+  ways, own_ways = layout.policy.sharding.ways("batch"), layout.sampler.sampling.sharding.ways("batch")
+  slots = config.rollout.slots // layout.processes
+  micro = create_update_settings(config, layout.policy.sharding).micro_batch_rows
+  all_programs = programs.rollout_programs(layout, slots) | programs.update_programs(layout, micro)
+  compiled = {name: planner.compile(name, program) for name, program in all_programs.items()}
+  fits = {name: planner.fits(program, compiled[name]) for name, program in all_programs.items()}
+  mesh = layout.policy.sharding.mesh
+  result = {
+    "topology": place.name,
+    "chips": place.chips,
+    "processes": layout.processes,
+    "mesh": dict(mesh.shape) if mesh is not None else {},
+    "granted": place.granted,
+    "level": "lowest" if fast else "default",
+    "fits": all(fits.values()),
+    "slots": config.rollout.slots,
+    "micro_batch_rows": micro,
+    "programs": {
+      name: {
+        "fits": fits[name],
+        "refused": compiled[name].refused,
+        "peak": 0 if compiled[name].refused else estimate.memory_peak(program, compiled[name]),
+        "parts": program.parts,
+        "temporary": compiled[name].temporary,
+        "collectives": {kind: one._asdict() for kind, one in compiled[name].traffic.items()},
+      }
+      for name, program in all_programs.items()
+    },
+    "lengths": lengths._asdict(),
+    "step": step_of(planner, lengths, slots, micro, compiled),
+  }
+  if search:
+    sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
+    best_rows = planner.most(
+      lambda rows: ("update", programs.update_programs(layout, rows * ways)["update"]),
+      max(micro // ways, 1),
+      max(sequences // ways, 1),
+      lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
+    )
+    responses = config.rollout.prompts_per_draw * config.samples_per_prompt // layout.processes
+    # Of the programs of a rollout, what decoding leaves room for may be too much for another one.
+    needed = {name: result["programs"][name]["peak"] for name in all_programs if name != "update"}
+    spare = max(needed.values()) - needed["decode"] if all(needed.values()) else 0
+    best_slots = planner.most(
+      lambda count: ("decode", _with_spare(programs.rollout_programs(layout, count * own_ways)["decode"], spare)),
+      max(slots // own_ways, 1),
+      max(responses // own_ways, 1),
+      lambda count: count - count % _STEP if count > _STEP else count,
+    )
+    result["best"] = {
+      "slots": best_slots * own_ways * layout.processes,
+      "micro_batch_rows": best_rows * ways,
+    }
+    if best_slots and best_rows:
+      used = best_slots * own_ways, best_rows * ways
+      chosen = programs.rollout_programs(layout, used[0]) | programs.update_programs(layout, used[1])
+      again = compiled | {name: planner.compile(name, chosen[name]) for name in ("decode", "update")}
+      result["best"]["step"] = step_of(planner, lengths, *used, again)
+  result["seconds"] = time.perf_counter() - started
+  return result
+
+
+def _with_spare(program: Program, spare: int) -> Program:
+  return program._replace(beside=program.beside + spare)
+
+
+def step_of(
+  planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int, compiled: dict[str, Compiled]
+) -> dict[str, Any] | None:
+  """Counted operations, and the estimate of a step's time; None for a chip whose rates are not known."""
+  flat, chip = planner.flat, planner.place.chip
+  counted = programs.rollout_programs(flat, slots) | programs.update_programs(flat, micro_batch_rows)
+  operations = estimate.count_flops(counted)
+  if chip is None:
+    return {"operations": operations}
+  decode = programs.rollout_programs(planner.layout, slots)["decode"]
+  parts = estimate.rooflines(
+    planner.layout, chip, lengths, slots, decode.parts["slots"], micro_batch_rows, operations, compiled
+  )
+  seconds = sum(part.seconds for part in parts.values())
+  return {
+    "operations": operations,
+    "micro_batches": estimate.micro_batches(planner.layout, micro_batch_rows, lengths),
+    "parts": {name: part._asdict() | {"seconds": part.seconds} for name, part in parts.items()},
+    "seconds": seconds,
+    "device_hours": seconds * planner.config.steps * planner.place.chips / 3600,
+  }

@@ -1,0 +1,219 @@
+"""The programs of a training step at a config's true shapes, traced on devices that may be only described.
+
+gather:   trained parameters -> the copy that samples        prefill, insert, decode, score:   a process's rollouts
+update:   one minibatch, micro-batch by micro-batch
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from rlpr_jax import config as configs
+from rlpr_jax import models, sharding
+from rlpr_jax.models import ModelConfig, Params
+from rlpr_jax.planning.hardware import Slice
+from rlpr_jax.sampling import decode
+from rlpr_jax.sampling.choose import Choice, stack
+from rlpr_jax.sharding import Sharding
+from rlpr_jax.training import packing
+from rlpr_jax.training.packing import PackedRows
+from rlpr_jax.training.policy import Policy, abstract_opt_state, create_sharding, lay_out
+from rlpr_jax.training.setup import (
+  check_lengths,
+  check_rows,
+  create_optimizer,
+  create_update_settings,
+  keeps_initial,
+  rollout_shapes,
+)
+from rlpr_jax.training.update import update
+
+_EOS = 0  # which token ends a response changes no program
+
+
+class Program(NamedTuple):
+  """One compiled function of a step."""
+
+  trace: Callable[[], jax.stages.Traced]
+  trips: int  # how often a loop runs whose length the data decide
+  parts: dict[str, int]  # bytes a device of its arguments and of what is alive beside them
+  beside: int  # bytes a device of those that are not its arguments
+
+
+class Layout(NamedTuple):
+  """A config on devices: everything that the programs are made of."""
+
+  config: ConfigDict
+  policy: Policy
+  sampler: Policy  # the same, as a process runs it on its own devices
+  sampled: Params  # shapes of the parameters that sample
+  opt_state: optax.OptState
+  optimizer: optax.GradientTransformation
+  state: dict[str, int]  # bytes a device of what lives from step to step
+  processes: int
+
+
+def lay(config: ConfigDict, model_config: ModelConfig, place: Slice) -> Layout:
+  """The config on the devices of a slice.
+
+  Raises:
+    InputError: a config that cannot be run there.
+  """
+  devices = place.describe()
+  mesh = sharding.create_mesh(**config.mesh, devices=devices)
+  own = place.describe_host(devices)
+  if own is not devices:
+    return lay_on(config, model_config, mesh, sharding.create_mesh(1, -1, config.mesh.tensor, own))
+  return lay_on(config, model_config, mesh, mesh)
+
+
+def lay_on(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own: Mesh) -> Layout:
+  """The config on a mesh; `own`: the devices of one of its processes."""
+  frozen: Params = {}
+  if config.lora.rank:
+    where = sharding.fit(create_sharding(config, mesh), models.axis_sizes(model_config))
+    frozen = _cast(models.abstract_params(model_config, where), config.lora.base_dtype)
+  policy = lay_out(config, model_config, mesh, frozen)
+  check_rows(config, policy.sharding)
+  check_lengths(config, policy.config.max_length)
+  on_own = dataclasses.replace(policy.gathered, mesh=own)
+  sampling = dataclasses.replace(policy.sampling, sharding=sharding.Sharding(on_own.mesh, on_own.rules))
+  whole = policy.whole(policy.trained)
+  sampled = _like(_sampling_dtypes(policy, whole), models.abstract_params(policy.config, sampling.sharding))
+  optimizer = create_optimizer(config)
+  opt_state = abstract_opt_state(optimizer, policy.trained, policy.sharding)
+  copies = keeps_initial(config) + (config.reward.scorer == "lagged")
+  state = {
+    "parameters": device_bytes(policy.trained) * (1 + copies),
+    "frozen": device_bytes(policy.frozen),
+    "optimiser": device_bytes(opt_state),
+  }
+  sampler = policy._replace(sampling=sampling, sampler=models.definition(policy.config, sampling))
+  return Layout(config, policy, sampler, sampled, opt_state, optimizer, state, policy.sharding.processes)
+
+
+def copies_to_sample(layout: Layout) -> bool:
+  """Whether sampling reads a copy of the parameters and not these themselves."""
+  policy = layout.policy
+  return policy.gathered.mesh is not None or policy.sampling.compute_dtype != "float32"
+
+
+def rollout_programs(layout: Layout, slots: int) -> dict[str, Program]:
+  """What a process runs to sample and score, with so many slots of its own."""
+  config, policy = layout.config, layout.sampler
+  where, model, params = policy.sampling.sharding, policy.sampler, layout.sampled
+  ways = where.ways("batch")
+  shapes = dataclasses.replace(rollout_shapes(config, layout.processes, ways), slots=slots)
+  abstract = functools.partial(_lay_rows, where)
+  empty = functools.partial(
+    decode.empty_slots, model, slots=slots, capacity=shapes.capacity, limit=shapes.max_response_length
+  )
+  rows = abstract(jax.eval_shape(empty, params))
+  prompts = _ids(shapes.prefill_rows, shapes.prompt_limit), _ids(shapes.prefill_rows)
+  hidden, read = abstract(jax.eval_shape(functools.partial(decode.prefill, model), params, *prompts))
+  settings = decode.DecodeSettings(shapes.steps, (_EOS,))
+  many = shapes.insert_rows
+  entries = (
+    _ids(many), _ids(many), jax.ShapeDtypeStruct((many, 2), jnp.uint32), _ids(many),
+    jax.eval_shape(lambda: jax.tree.map(jnp.asarray, stack([Choice()] * many))),
+  )  # fmt: skip
+  suffixes = decode.Suffixes(*(_ids(shapes.score_rows, shapes.suffix_length) for _ in decode.Suffixes._fields))
+  weights, cache, waiting = device_bytes(params), device_bytes(rows), device_bytes(read)
+  # A batch of prompts that was read waits until its last sample has a slot.
+  parts = layout.state | {"sampling copy": weights, "slots": cache, "prompts read": waiting}
+  state = sum(layout.state.values())
+  if not copies_to_sample(layout):
+    parts["sampling copy"], state = 0, state - weights
+  temperature = config.reward.score_temperature
+
+  def program(function, *args, beside: int, trips: int = 1) -> Program:
+    return Program(lambda: function.trace(model, params, *args), trips, parts, state + beside)
+
+  programs = {
+    "prefill": program(decode.prefill, *prompts, beside=cache + waiting),
+    "insert": program(decode.insert, rows, hidden, read, _ids(shapes.prefill_rows), *entries, beside=weights),
+    "decode": program(
+      decode.decode, rows, settings, slots, shapes.longest, beside=waiting, trips=shapes.steps
+    ),
+    "score": program(
+      decode.score, rows.cache, _ids(shapes.score_rows), suffixes, temperature, shapes.longest,
+      beside=waiting + cache - device_bytes(rows.cache),
+    ),
+  }  # fmt: skip
+  if copies_to_sample(layout):
+    gathered = policy.gathered.by_process()
+    trace = functools.partial(models.cast.trace, policy.whole(policy.trained), policy.sampling.compute_dtype, gathered)
+    beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(policy.whole(policy.trained))
+    gather = Program(trace, 1, layout.state | {"sampling copy": weights}, beside + layout.state["optimiser"])
+    programs = {"gather": gather} | programs
+  return programs
+
+
+def update_programs(layout: Layout, micro_batch_rows: int) -> dict[str, Program]:
+  """The optimiser step on one minibatch, so many rows at a time."""
+  config, policy = layout.config, layout.policy
+  settings = create_update_settings(config, policy.sharding)
+  settings = dataclasses.replace(settings, micro_batch_rows=micro_batch_rows)
+  rows = abstract_rows(config, micro_batch_rows)
+  trace = functools.partial(
+    update.trace, policy.model, layout.optimizer, policy.frozen, policy.trained, layout.opt_state, rows, settings
+  )
+  beside = layout.state["parameters"] - device_bytes(policy.trained)
+  return {"update": Program(trace, 1, layout.state | {"rows": device_bytes(rows)}, beside)}
+
+
+def abstract_rows(config: ConfigDict, micro_batch_rows: int) -> PackedRows:
+  """Shapes of the rows of a minibatch: as many as it would take if no two sequences shared one."""
+  sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
+  count = -(-sequences // micro_batch_rows) * micro_batch_rows
+  length = config.training.row_length or configs.longest_sequence(config)
+  rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing.empty_rows(count, length)))
+  if config.training.answer_gradient != "none":
+    rows = rows._replace(answer_weights=rows.weights)
+  if config.training.kl_coefficient:
+    rows = rows._replace(reference_logprobs=rows.weights)
+  return rows
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of the arrays on one device; what says nothing of its place lies on every one."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _sampling_dtypes(policy: Policy, params: Params) -> Params:
+  return jax.eval_shape(
+    functools.partial(models.cast, dtype=policy.sampling.compute_dtype, where=sharding.Sharding()), params
+  )
+
+
+def _like(dtypes: Params, places: Params) -> Params:
+  return jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y.sharding), dtypes, places)
+
+
+def _cast(params: Params, dtype: str) -> Params:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype), sharding=x.sharding), params)
+
+
+def _ids(*shape: int) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def _lay_rows(where: Sharding, tree: Any) -> Any:
+  """Slots, or what was read into them, as they lie on a mesh: rows split, of caches key/value heads too."""
+
+  def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    axes = decode.CACHE if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.named(axes))
+
+  return jax.tree.map(one, tree)
