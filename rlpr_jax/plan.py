@@ -7,6 +7,8 @@ The real compiler compiles the programs of a training step at the config's shape
 rooflines, estimates that nothing here has measured. Exit status 3 says that nothing that was asked for fits.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -19,9 +21,11 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from rlpr_jax import config as configs
+from rlpr_jax import models
 from rlpr_jax.errors import USAGE, InputError, exit_on_input_error, parse_flags
 from rlpr_jax.planning import compiler, hardware, table
 from rlpr_jax.planning.estimate import Lengths
+from rlpr_jax.storage import write_atomically
 
 DOES_NOT_FIT = 3
 
@@ -33,6 +37,7 @@ _SEARCH = flags.DEFINE_bool("search", True, "Look for the slots and micro-batch 
 _JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
 _PROMPT = flags.DEFINE_integer("prompt_tokens", 256, "Mean tokens of a prompt, for the time of a step.", lower_bound=1)
 _RESPONSE = flags.DEFINE_integer("response_tokens", 768, "Mean tokens of a response.", lower_bound=1)
+_REFERENCE = flags.DEFINE_integer("reference_tokens", 16, "Mean tokens of a spliced reference answer.", lower_bound=1)
 _DRAWS = flags.DEFINE_float(
   "draws", 1.0, "Draws of prompts a step: above 1 where the filter drops many.", lower_bound=0
 )
@@ -73,11 +78,19 @@ def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str,
     lengths = Lengths(
       min(_PROMPT.value, config.data.prompt_limit),
       min(_RESPONSE.value, config.rollout.max_response_length),
+      min(_REFERENCE.value, config.data.max_reference_length),
       _DRAWS.value,
     )
-    cache = os.path.join(os.path.expanduser(config.compilation_cache), "plans") if config.compilation_cache else ""
-    wanted = {"topology": place.name, "fast": _FAST.value, "search": _SEARCH.value, "cache": cache}
-    (job / "job.json").write_text(json.dumps(wanted | {"lengths": lengths._asdict()}))
+    cache = pathlib.Path(config.compilation_cache).expanduser() / "plans" if config.compilation_cache else None
+    wanted = {"topology": place.name, "fast": _FAST.value, "search": _SEARCH.value, "lengths": lengths._asdict()}
+    if config.model.path:
+      model = models.resolve(config.model.path, ["config.json"])
+      models.load_config(model)  # what is wrong with it is said at once
+      wanted["model"] = str(model.absolute())
+    kept = cache / f"plan-{fingerprint(config, wanted, environment)}.json" if cache else None
+    if kept and kept.exists():
+      return json.loads(kept.read_text())
+    (job / "job.json").write_text(json.dumps(wanted | {"cache": str(cache or "")}))
     command = [sys.executable, "-m", "rlpr_jax.planning.child", directory]
     with (job / "log").open("w+") as log:
       child = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
@@ -89,7 +102,11 @@ def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str,
       log.seek(0)
       said = log.read()
     if status == 0:
-      return json.loads((job / "result.json").read_text())
+      text = (job / "result.json").read_text()
+      if kept:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(kept, text)
+      return json.loads(text)
   errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
   if status == USAGE and errors and _COMPARE.value:
     return {"topology": place.name, "chips": place.chips, "fits": False, "error": errors[-1]}
@@ -97,6 +114,18 @@ def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str,
     raise InputError(errors[-1])
   print(said[-4000:], file=sys.stderr)
   raise InputError(f"--topology: {place.name}: the compiler ended with status {status}; what it said is above")
+
+
+def fingerprint(config, wanted: dict[str, Any], environment: dict[str, str]) -> str:
+  """A hash of all that a plan depends on, this program included."""
+  files = sorted(pathlib.Path(__file__).parent.rglob("*.py"))
+  if "model" in wanted:
+    files.append(pathlib.Path(wanted["model"]) / "config.json")
+  parts = [configs.to_json(config), json.dumps(wanted, sort_keys=True), json.dumps(environment, sort_keys=True)]
+  parts += [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
+  parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")]
+  parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+  return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 
 
 if __name__ == "__main__":

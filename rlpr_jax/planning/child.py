@@ -8,6 +8,8 @@ import pathlib
 import sys
 import time
 
+import jax
+
 from rlpr_jax import config as configs
 from rlpr_jax import models
 from rlpr_jax.data import builtin
@@ -27,13 +29,15 @@ def main(job: pathlib.Path) -> None:
   def say(what: str) -> None:
     print(f"[{time.monotonic() - started:4.0f} s] {wanted['topology']}: {what}", file=sys.stderr, flush=True)
 
-  if config.model.path:
-    model_config = models.load_config(models.resolve(config.model.path, ["config.json"]))
+  if "model" in wanted:
+    model_config = models.load_config(pathlib.Path(wanted["model"]))
   else:
     model_config = new_config(config, len(builtin.tokenizer(config.data.domains)))
+  if wanted["fast"]:
+    jax.config.update("jax_optimization_level", "O0")
   cache = pathlib.Path(wanted["cache"]) if wanted["cache"] else None
   place, lengths = hardware.parse(wanted["topology"]), Lengths(**wanted["lengths"])
-  result = plan(config, model_config, place, lengths, wanted["fast"], wanted["search"], cache, say)
+  result = plan(config, model_config, place, lengths, wanted["search"], cache, say)
   write_atomically(job / "result.json", json.dumps(result))
 
 

@@ -66,27 +66,27 @@ def environment(place: Slice) -> dict[str, str]:
 
 
 def compile_program(
-  name: str, program: Program, place: Slice, far: Callable[[list[int]], bool], fast: bool, cache: pathlib.Path | None
+  name: str, program: Program, place: Slice, far: Callable[[list[int]], bool], cache: pathlib.Path | None
 ) -> Compiled:
   """Compiles, or finds what was said when the same program was compiled before.
 
   Args:
     name: for the cache's file.
     far: as in `hlo.traffic`.
-    fast: at the lowest level of optimisation: in less than half the time, and memory is off by up to about 15%.
     cache: directory; None for none.
   """
   platform = place.chip.platform if place.chip else jax.default_backend()
   lowered = program.trace().lower(lowering_platforms=(platform,))
-  versions = (importlib.metadata.version("jaxlib"), os.environ.get("TPU_LIBRARY_PATH", ""))
-  key = "\n".join([lowered.as_text(), place.name, str(fast), str(program.trips), *versions])
+  reader = pathlib.Path(hlo.__file__).read_text()  # other figures may be read from the same program
+  depends = (importlib.metadata.version("jaxlib"), os.environ.get("TPU_LIBRARY_PATH", ""), os.environ.get("XLA_FLAGS"))
+  key = "\n".join(
+    [lowered.as_text(), place.name, reader, *map(str, (jax.config.jax_optimization_level, program.trips, depends))]
+  )
   digest = hashlib.sha256(key.encode()).hexdigest()[:24]
   file = cache / f"{name}-{digest}.json" if cache else None
   if file and (kept := _read(file)):
     return kept
   started = time.perf_counter()
-  if fast:
-    jax.config.update("jax_optimization_level", "O0")
   try:
     compiled = lowered.compile()
   except jax.errors.JaxRuntimeError as error:
@@ -95,10 +95,11 @@ def compile_program(
     found = Compiled(_why(str(error)), 0, 0, {}, time.perf_counter() - started)
   else:
     memory = compiled.memory_analysis()
+    # Elsewhere temporaries are one block, which is there from the beginning to the end, and no part of the peak.
     sums = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     found = Compiled(
       "",
-      memory.peak_memory_in_bytes or sums + memory.temp_size_in_bytes,
+      memory.peak_memory_in_bytes if platform == "tpu" else sums + memory.temp_size_in_bytes,
       memory.temp_size_in_bytes,
       hlo.traffic(compiled.as_text(), program.trips, far),
       time.perf_counter() - started,

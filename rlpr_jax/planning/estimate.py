@@ -12,7 +12,6 @@ from rlpr_jax.planning import flops
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import Layout, Program, copies_to_sample, device_bytes
-from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.training.setup import rollout_shapes
 
 
@@ -21,6 +20,7 @@ class Lengths(NamedTuple):
 
   prompt: int  # tokens, on average
   response: int
+  reference: int  # of an answer that is scored, with what is around it
   draws: float  # of `prompts_per_draw` prompts that a step takes
 
 
@@ -80,7 +80,7 @@ def rooflines(
   Args:
     slots: of a process.
     slot_bytes: of a device's slots.
-    operations: as of `count_flops`, with these slots and rows.
+    operations: as of `count_flops`, with these slots and rows, for texts of these lengths.
   """
   config, own = layout.config, layout.sampler.sampling.sharding
   own_devices = own.mesh.size if own.mesh is not None else 1
@@ -95,35 +95,31 @@ def rooflines(
     near = sum(one.received - one.far for one in traffic)
     return near / chip.links + sum(one.far for one in traffic) / chip.network
 
-  def part(name: str, calls: float, share: float, memory: float, of: int, overlap: bool = False) -> Roofline:
-    """`share`: of the counted operations that are useful on average; `memory`: bytes a call; `of`: devices."""
+  def part(name: str, calls: float, memory: float, of: int, overlap: bool = False) -> Roofline:
+    """`memory`: bytes a call; `of`: devices."""
     return Roofline(
-      calls * share * operations.get(name, 0) / of / chip.flops,
+      calls * operations.get(name, 0) / of / chip.flops,
       calls * memory / chip.bandwidth,
       calls * links(name),
       overlap,
     )
 
-  text = lengths.prompt + lengths.response / 2  # tokens in a slot, on average over its response
-  cache = slot_bytes / shapes.capacity  # of one token in every slot
+  # All slots are read as far as the longest text in them, which among many is nearly always near the limit.
+  filled = slot_bytes * shapes.longest / shapes.capacity
   steps = responses * lengths.response / slots  # if every slot is always taken
-  read = bucket(shapes.prompt_buckets, min(lengths.prompt, shapes.prompt_limit)) / shapes.prompt_limit
+  scored = filled * shapes.score_rows / slots
   parts = {
-    "prefill": part("prefill", prompts / shapes.prefill_rows, read, weights, own_devices),
-    # Of products with keys and values all of the room is counted, of bytes what is filled.
-    "decode": part("decode", steps / shapes.steps, 1.0, shapes.steps * (weights + cache * text), own_devices),
-    "score": part(
-      "score", responses / shapes.score_rows, 1.0, weights + cache / slots * shapes.score_rows * text, own_devices
-    ),
+    "prefill": part("prefill", prompts / shapes.prefill_rows, weights, own_devices),
+    "decode": part("decode", steps / shapes.steps, shapes.steps * (weights + filled), own_devices),
+    "score": part("score", responses / shapes.score_rows, weights + scored, own_devices),
     "update": part(
       "update",
       micro_batches(layout, micro_batch_rows, lengths) * config.training.minibatches * config.training.epochs_per_step,
-      1.0,
       0.0,
       devices,
       overlap=True,
     ),
   }
   if copies_to_sample(layout):
-    parts = {"gather": part("gather", 1, 0.0, 2 * weights, own_devices)} | parts
+    parts = {"gather": part("gather", 1, 2 * weights, own_devices)} | parts
   return parts

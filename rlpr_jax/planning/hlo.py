@@ -1,6 +1,7 @@
 """What devices send each other in a compiled program, read from its text.
 
-A loop's body counts as often as the compiler knows that it runs; other loops as often as the caller says.
+A loop's body counts as often as its condition, or the compiler, says that it runs; other loops as often as the caller
+says.
 """
 
 import math
@@ -18,9 +19,12 @@ _KIND = re.compile(
 )
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{|branch_computations=\{)=?%?([\w.\-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _BODY = re.compile(r"body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")  # of TPUs: mesh['a'=4,'b'=2] {'b'}
+_SCATTER = "all-reduce-scatter"  # what TPUs call a fusion that reduces, and keeps a part on each device
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 
 
@@ -48,10 +52,10 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
       total: dict[str, Traffic] = {}
       for line in bodies.get(name, ()):
         if kind := _KIND.search(line):
-          _add(total, {kind[1]: _one(line, kind[1], bool(kind[2]), far)}, 1)
+          which = "reduce-scatter" if name.startswith(_SCATTER) else kind[1]
+          _add(total, {which: _one(line, which, bool(kind[2]), far, whole=which != kind[1])}, 1)
         elif " while(" in line:
-          known = _TRIPS.search(line)
-          _add(total, of(_BODY.search(line)[1]), int(known[1]) if known else trips)
+          _add(total, of(_BODY.search(line)[1]), _length(line, bodies) or trips)
         else:
           for called in _CALLED.findall(line):
             _add(total, of(called), 1)
@@ -74,7 +78,19 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   return bodies, entry
 
 
-def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool]) -> Traffic:
+def _length(line: str, bodies: dict[str, list[str]]) -> int | None:
+  """How often a loop runs: it counts from 0 up to a constant, if its length does not depend on data."""
+  if known := _TRIPS.search(line):
+    return int(known[1])
+  condition = bodies.get(_CONDITION.search(line)[1], [])
+  ends = [found[1] for text in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", text))]
+  compares = [text for text in condition if " compare(" in text]
+  simple = len(ends) == 1 and len(compares) == 1 and "direction=LT" in compares[0]
+  return int(ends[0]) if simple else None
+
+
+def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], whole: bool) -> Traffic:
+  """`whole`: of a reduce-scatter, whether the result in the text is what is reduced, not yet split."""
   arrays = [
     _SIZES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
     for dtype, sizes in _ARRAY.findall(line[line.index("=") : _KIND.search(line).start()])
@@ -87,7 +103,7 @@ def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool]) 
   received = {
     "all-gather": share * result,
     "all-reduce": 2 * share * result,  # a reduce-scatter and an all-gather
-    "reduce-scatter": (size - 1) * result,
+    "reduce-scatter": share * result if whole else (size - 1) * result,
     "collective-permute": result,
   }.get(kind, share * result)
   return Traffic(1, received, received if far(group) else 0)
@@ -101,6 +117,11 @@ def _group(line: str) -> list[int]:
     if found[4]:
       numbers = numbers.transpose([int(x) for x in found[4].split(",")])
     return numbers.reshape(groups, size)[0].tolist()
+  if found := _MESH.search(line):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
+    inside = re.findall(r"'([^']+)'", found[2])
+    numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    return numbers[tuple(slice(None) if name in inside else 0 for name in sizes)].ravel().tolist()
   if found := _LISTS.search(line):
     return [int(x) for x in found[1].split("}")[0].strip("{").split(",") if x]
   if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):

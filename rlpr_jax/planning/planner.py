@@ -29,11 +29,10 @@ class Planner:
     config: ConfigDict,
     model_config: ModelConfig,
     place: Slice,
-    fast: bool,
     cache: pathlib.Path | None,
     say: Say,
   ):
-    self.config, self.place, self.fast, self.cache, self.say = config, place, fast, cache, say
+    self.config, self.place, self.cache, self.say = config, place, cache, say
     self.layout = programs.lay(config, model_config, place)
     self.flat = flat_layout(config, model_config, self.layout.processes)
     mesh = self.layout.policy.sharding.mesh
@@ -50,7 +49,7 @@ class Planner:
   def compile(self, name: str, program: Program) -> Compiled:
     """Says what it does, since it may take minutes."""
     self.say(f"compiling {name}")
-    return compile_program(name, program, self.place, self.far, self.fast, self.cache)
+    return compile_program(name, program, self.place, self.far, self.cache)
 
   def fits(self, program: Program, compiled: Compiled) -> bool:
     return not compiled.refused and estimate.memory_peak(program, compiled) <= self.place.granted
@@ -105,7 +104,6 @@ def plan(
   model_config: ModelConfig,
   place: Slice,
   lengths: Lengths,
-  fast: bool,
   search: bool,
   cache: pathlib.Path | None,
   say: Say,
@@ -116,7 +114,7 @@ def plan(
     InputError: a config that cannot be run there.
   """
   started = time.perf_counter()
-  planner = Planner(config, model_config, place, fast, cache, say)
+  planner = Planner(config, model_config, place, cache, say)
   layout = planner.layout
   ways, own_ways = layout.policy.sharding.ways("batch"), layout.sampler.sampling.sharding.ways("batch")
   slots = config.rollout.slots // layout.processes
@@ -125,13 +123,15 @@ def plan(
   compiled = {name: planner.compile(name, program) for name, program in all_programs.items()}
   fits = {name: planner.fits(program, compiled[name]) for name, program in all_programs.items()}
   mesh = layout.policy.sharding.mesh
+  counted = programs.rollout_programs(planner.flat, slots) | programs.update_programs(planner.flat, micro)
+  operations = estimate.count_flops(counted)
   result = {
     "topology": place.name,
     "chips": place.chips,
     "processes": layout.processes,
     "mesh": dict(mesh.shape) if mesh is not None else {},
     "granted": place.granted,
-    "level": "lowest" if fast else "default",
+    "level": jax.config.jax_optimization_level,
     "fits": all(fits.values()),
     "slots": config.rollout.slots,
     "micro_batch_rows": micro,
@@ -142,6 +142,7 @@ def plan(
         "peak": 0 if compiled[name].refused else estimate.memory_peak(program, compiled[name]),
         "parts": program.parts,
         "temporary": compiled[name].temporary,
+        "operations": operations.get(name, 0),
         "collectives": {kind: one._asdict() for kind, one in compiled[name].traffic.items()},
       }
       for name, program in all_programs.items()
@@ -187,19 +188,19 @@ def _with_spare(program: Program, spare: int) -> Program:
 def step_of(
   planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int, compiled: dict[str, Compiled]
 ) -> dict[str, Any] | None:
-  """Counted operations, and the estimate of a step's time; None for a chip whose rates are not known."""
+  """The estimate of a step's time; None for a chip whose rates are not known."""
   flat, chip = planner.flat, planner.place.chip
-  counted = programs.rollout_programs(flat, slots) | programs.update_programs(flat, micro_batch_rows)
-  operations = estimate.count_flops(counted)
   if chip is None:
-    return {"operations": operations}
+    return None
+  extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference)
+  counted = programs.rollout_programs(flat, slots, extent) | programs.update_programs(flat, micro_batch_rows)
+  operations = estimate.count_flops(counted)
   decode = programs.rollout_programs(planner.layout, slots)["decode"]
   parts = estimate.rooflines(
     planner.layout, chip, lengths, slots, decode.parts["slots"], micro_batch_rows, operations, compiled
   )
   seconds = sum(part.seconds for part in parts.values())
   return {
-    "operations": operations,
     "micro_batches": estimate.micro_batches(planner.layout, micro_batch_rows, lengths),
     "parts": {name: part._asdict() | {"seconds": part.seconds} for name, part in parts.items()},
     "seconds": seconds,

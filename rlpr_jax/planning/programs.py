@@ -22,6 +22,7 @@ from rlpr_jax.models import ModelConfig, Params
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.choose import Choice, stack
+from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import PackedRows
@@ -106,18 +107,35 @@ def copies_to_sample(layout: Layout) -> bool:
   return policy.gathered.mesh is not None or policy.sampling.compute_dtype != "float32"
 
 
-def rollout_programs(layout: Layout, slots: int) -> dict[str, Program]:
-  """What a process runs to sample and score, with so many slots of its own."""
+class Extent(NamedTuple):
+  """Lengths that some of a rollout's programs are run for: each is compiled for a few."""
+
+  prompt: int  # tokens of the prompts that are read
+  suffix: int  # tokens that are scored
+
+
+def extent_of(layout: Layout, prompt: int, reference: int) -> Extent:
+  """For prompts and references of so many tokens: what they are rounded up to."""
+  shapes = rollout_shapes(layout.config, layout.processes, layout.sampler.sampling.sharding.ways("batch"))
+  return Extent(
+    bucket(shapes.prompt_buckets, min(prompt, shapes.prompt_limit)),
+    bucket(shapes.suffix_buckets, min(reference, shapes.suffix_length)),
+  )
+
+
+def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -> dict[str, Program]:
+  """What a process runs to sample and score, with so many slots of its own; `extent`: None for the longest texts."""
   config, policy = layout.config, layout.sampler
   where, model, params = policy.sampling.sharding, policy.sampler, layout.sampled
   ways = where.ways("batch")
   shapes = dataclasses.replace(rollout_shapes(config, layout.processes, ways), slots=slots)
+  extent = extent or Extent(shapes.prompt_limit, shapes.suffix_length)
   abstract = functools.partial(_lay_rows, where)
   empty = functools.partial(
     decode.empty_slots, model, slots=slots, capacity=shapes.capacity, limit=shapes.max_response_length
   )
   rows = abstract(jax.eval_shape(empty, params))
-  prompts = _ids(shapes.prefill_rows, shapes.prompt_limit), _ids(shapes.prefill_rows)
+  prompts = _ids(shapes.prefill_rows, extent.prompt), _ids(shapes.prefill_rows)
   hidden, read = abstract(jax.eval_shape(functools.partial(decode.prefill, model), params, *prompts))
   settings = decode.DecodeSettings(shapes.steps, (_EOS,))
   many = shapes.insert_rows
@@ -125,7 +143,7 @@ def rollout_programs(layout: Layout, slots: int) -> dict[str, Program]:
     _ids(many), _ids(many), jax.ShapeDtypeStruct((many, 2), jnp.uint32), _ids(many),
     jax.eval_shape(lambda: jax.tree.map(jnp.asarray, stack([Choice()] * many))),
   )  # fmt: skip
-  suffixes = decode.Suffixes(*(_ids(shapes.score_rows, shapes.suffix_length) for _ in decode.Suffixes._fields))
+  suffixes = decode.Suffixes(*(_ids(shapes.score_rows, extent.suffix) for _ in decode.Suffixes._fields))
   weights, cache, waiting = device_bytes(params), device_bytes(rows), device_bytes(read)
   # A batch of prompts that was read waits until its last sample has a slot.
   parts = layout.state | {"sampling copy": weights, "slots": cache, "prompts read": waiting}

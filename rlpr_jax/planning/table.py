@@ -28,7 +28,7 @@ def of_one(plan: dict[str, Any], steps: int) -> str:
       f"{kind} {one['received'] / GIB:.3f} ({one['count']:.0f})" for kind, one in sorted(program["collectives"].items())
     ]
     lines.append(f"  {name}: {', '.join(kinds) or 'none'}")
-  if plan["step"] and "parts" in plan["step"]:
+  if plan["step"]:
     lines += ["", *_step(plan["step"], plan["lengths"], steps)]
   if "best" in plan:
     lines += ["", best(plan, steps)]
@@ -51,7 +51,7 @@ def _step(step: dict[str, Any], lengths: dict[str, float], steps: int) -> list[s
     "",
     f"A step at least {step['seconds']:.1f} s, {steps} steps {step['device_hours']:.0f} chip-hours. {_ROOFLINE}",
     f"Assumed: prompts of {lengths['prompt']} and responses of {lengths['response']} tokens on average,"
-    f" {lengths['draws']:g} draws of prompts a step.",
+    f" references of {lengths['reference']}, {lengths['draws']:g} draws of prompts a step.",
   ]
 
 

@@ -1,0 +1,235 @@
+"""Plans: counts against formulas, memory against what a run takes, what is proposed against the compiler."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rlpr_jax import config as configs
+from rlpr_jax import models
+from rlpr_jax.errors import InputError
+from rlpr_jax.planning import compiler, estimate, hardware, planner, programs, table
+from rlpr_jax.planning.estimate import Lengths
+from tests.test_train import RECIPE
+
+ROOT = pathlib.Path(__file__).parents[2]
+QWEN = {
+  "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+  "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+  "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False, "hidden_act": "silu",
+}  # fmt: skip
+LENGTHS = Lengths(256, 768, 16, 1.0)
+
+
+@pytest.fixture
+def qwen(tmp_path) -> models.ModelConfig:
+  (tmp_path / "config.json").write_text(json.dumps(QWEN))
+  return models.load_config(tmp_path)
+
+
+@pytest.fixture
+def paper():
+  """The paper's settings for that model."""
+  config = configs.default()
+  config.model.compute_dtype = "bfloat16"
+  return config
+
+
+# --- names ---
+
+
+@pytest.mark.parametrize(
+  ("name", "chips"),
+  [("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v5p:4x4x8*2", 256), ("tpu7x:2x2x1", 4), ("h100:8", 8), ("h200:4x8", 32)],
+)
+def test_slices(name, chips):
+  assert hardware.parse(name).chips == chips
+
+
+@pytest.mark.parametrize("name", ["", "v5p", "v5q:4x4", "v5e:4x4x4", "v5e:32x32", "v5e:0x4", "h100:2x2x2", "h100:8*2"])
+def test_names_of_no_slice(name):
+  with pytest.raises(InputError, match=r"--topology: .*expected"):
+    hardware.parse(name)
+
+
+def test_what_a_gpu_grants(monkeypatch):
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  assert hardware.parse("h100:8").granted == pytest.approx(0.75 * 79.1 * 2**30)
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+  assert hardware.parse("h100:8").granted == pytest.approx(0.9 * 79.1 * 2**30)
+
+
+# --- counts ---
+
+
+def weights_of_a_layer(c):
+  return c.embed_dim * c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads) + 3 * c.embed_dim * c.mlp_dim
+
+
+@pytest.mark.parametrize("remat", ["dots", "full", "none"])
+def test_operations_are_those_of_the_formulas(paper, qwen, remat):
+  """Of the 7B model at the paper's shapes: prefill, decoding and the update."""
+  paper.model.remat = remat
+  flat = planner.flat_layout(paper, qwen, processes=1)
+  slots, rows = paper.rollout.slots, 4
+  counted = estimate.count_flops(programs.rollout_programs(flat, slots) | programs.update_programs(flat, rows))
+  layers, weights, head = qwen.num_layers, weights_of_a_layer(qwen), qwen.vocab_size * qwen.embed_dim
+  width = qwen.num_heads * qwen.head_dim
+  prompts, limit = paper.rollout.prefill_prompts, paper.data.prompt_limit
+  longest, steps = limit + paper.rollout.max_response_length, paper.rollout.decode_steps
+  prefill = prompts * limit * layers * (2 * weights + 4 * width * limit)
+  decode = slots * steps * (layers * (2 * weights + 4 * width * longest) + 2 * head)
+  # Two products in the backward pass for one forwards; and forwards again what is not kept, for the head always.
+  again = {"none": (0, 0), "dots": (0, 1), "full": (1 - qwen.mlp_dim * qwen.embed_dim / weights, 1)}[remat]
+  layer = 2 * weights * (3 + again[0]) + 4 * width * longest * (3 + again[1])
+  update = rows * longest * (layers * layer + 2 * head * 4)
+  assert counted["prefill"] == pytest.approx(prefill, rel=0.02)
+  assert counted["decode"] == pytest.approx(decode, rel=0.02)
+  assert counted["update"] == pytest.approx(update, rel=0.02)
+
+
+def test_bytes_of_parameters_and_optimiser_are_exact(paper, qwen):
+  c = qwen
+  biases, norms = c.head_dim * (c.num_heads + 2 * c.num_kv_heads), 2 * c.embed_dim
+  count = c.num_layers * (weights_of_a_layer(c) + biases + norms) + 2 * c.vocab_size * c.embed_dim + c.embed_dim
+  assert count == 7_615_616_512
+  state = planner.flat_layout(paper, qwen, processes=1).state
+  assert state["parameters"] == 4 * count
+  assert state["optimiser"] == 8 * count + 4  # moments, and the number of steps
+  paper.training.kl_coefficient = 0.1
+  assert planner.flat_layout(paper, qwen, processes=1).state["parameters"] == 8 * count
+  paper.reward.scorer = "lagged"
+  assert planner.flat_layout(paper, qwen, processes=1).state["parameters"] == 12 * count
+
+
+# --- fitting ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Small(hardware.Slice):
+  """This machine with less memory."""
+
+  limit: int = 0
+
+  @property
+  def granted(self) -> float:
+    return self.limit
+
+
+def tiny_config(tmp_path):
+  path = tmp_path / "tiny.py"
+  path.write_text(RECIPE)
+  scope = {}
+  exec(path.read_text(), scope)
+  config = scope["get_config"]()
+  config.data.prompt_limit, config.rollout.max_response_length = 128, 256
+  config.prompts_per_step, config.rollout.slots, config.training.row_length = 32, 8, 0
+  return config
+
+
+def peaks(config, model_config):
+  place = hardware.parse("local")
+  found = planner.plan(config, model_config, place, LENGTHS, False, None, lambda _: None)
+  return {name: program["peak"] for name, program in found["programs"].items()}
+
+
+def test_what_is_one_too_large_is_refused_and_what_is_proposed_fits(tmp_path, policy):
+  """With room for two rows at a time, or three; whichever is asked for."""
+  config = tiny_config(tmp_path)
+  model = policy.config
+  needed = {}
+  for rows in (2, 3, 4):
+    config.training.micro_batch_rows = rows
+    needed[rows] = peaks(config, model)
+  assert needed[2]["update"] < needed[3]["update"] < needed[4]["update"]
+  limit = (needed[3]["update"] + needed[4]["update"]) // 2
+  place = Small("local", None, limit=limit)
+  config.training.micro_batch_rows = 4
+  found = planner.plan(config, model, place, LENGTHS, True, None, lambda _: None)
+  assert not found["fits"]
+  assert not found["programs"]["update"]["fits"]
+  assert found["best"]["micro_batch_rows"] == 2
+  assert f"--config.training.micro_batch_rows={2}" in table.of_one(found, 10)
+  config.training.micro_batch_rows, config.rollout.slots = 2, found["best"]["slots"]
+  found = planner.plan(config, model, place, LENGTHS, False, None, lambda _: None)
+  assert found["fits"]
+
+
+def test_nothing_fits(tmp_path, policy):
+  place = Small("local", None, limit=1000)
+  found = planner.plan(tiny_config(tmp_path), policy.config, place, LENGTHS, True, None, lambda _: None)
+  assert not found["fits"]
+  assert found["best"] == {"slots": 0, "micro_batch_rows": 0}
+  assert "Does not fit with a single slot" in table.of_one(found, 10)
+
+
+def test_what_was_compiled_is_not_compiled_again(tmp_path, policy, monkeypatch):
+  config = tiny_config(tmp_path)
+
+  def found():
+    place = hardware.parse("local")
+    plan = planner.plan(config, policy.config, place, LENGTHS, False, tmp_path / "plans", lambda _: None)
+    return {name: program for name, program in plan["programs"].items()}
+
+  first = found()
+  monkeypatch.setattr(compiler.hlo, "traffic", None)  # nobody asks again
+  assert found() == first
+  for file in (tmp_path / "plans").iterdir():
+    file.write_text("{")  # damaged: made anew
+  with pytest.raises(TypeError):
+    found()
+
+
+# --- the program ---
+
+
+def plan(*arguments, status=0):
+  done = subprocess.run(
+    [sys.executable, "-m", "rlpr_jax.plan", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == status, done.stdout + done.stderr
+  return done
+
+
+def test_the_program(tmp_path):
+  """Prints what it found; the second time at once, and as JSON."""
+  (tmp_path / "tiny.py").write_text(RECIPE)
+  arguments = [f"--config={tmp_path / 'tiny.py'}", "--topology=local", f"--config.compilation_cache={tmp_path / 'c'}"]
+  first = plan(*arguments, "--nosearch")
+  assert "| update |" in first.stdout
+  assert "compiling update" in first.stderr
+  second = plan(*arguments, "--nosearch", "--json")
+  assert "compiling" not in second.stderr
+  found = json.loads(second.stdout)
+  assert found["fits"]
+  assert found["programs"]["update"]["operations"] > 0
+  assert not math.isnan(found["granted"])
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (["--topology=v5p:4x4"], "--topology: 'v5p:4x4', expected 3 sizes"),
+    pytest.param([], "--topology: missing", marks=pytest.mark.slow),
+    pytest.param(["--topology=local", "--config.model.path=/none"], "/none: no such directory", marks=pytest.mark.slow),
+    pytest.param(["--topology=local", "--config.mesh.fsdp=3"], "config.mesh: sizes", marks=pytest.mark.slow),
+    pytest.param(["--topology=local", "--compare=h100:8"], "--topology: ", marks=pytest.mark.slow),
+  ],
+)
+def test_wrong_use_is_one_line(tmp_path, arguments, said):
+  (tmp_path / "tiny.py").write_text(RECIPE)
+  done = plan(f"--config={tmp_path / 'tiny.py'}", *arguments, status=2)
+  assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
+
+
+def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
+  monkeypatch.setattr(compiler, "_ROOT", tmp_path)
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
+  for name in ("v5p:2x2x1", "h100:8"):
+    with pytest.raises(InputError, match=r"no compiler for .*run `make"):
+      compiler.environment(hardware.parse(name))
