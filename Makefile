@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKDIR ?= runs/quickstart
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: quickstart seeds test test-slow assets smollm2 libtpu lint clean
+.PHONY: quickstart seeds test test-slow assets smollm2 libtpu cuda-compiler lint clean
 
 quickstart: .venv/ready  ## a tiny policy learns to reason, in minutes
 	$(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -28,9 +28,13 @@ assets: .venv/ready-dev  ## a real model and real tokenizers for the tests; what
 smollm2: .venv/ready-dev  ## SmolLM2-135M-Instruct as a Hugging Face directory under .cache
 	$(BIN)/python tools/smollm2.py
 
-libtpu: .venv/ready  ## the TPU compiler under .cache, for the slow tests: in .venv jax would take this for a TPU
+libtpu: .venv/ready  ## the TPU compiler under .cache, for rlpr_jax.plan: in .venv jax would take this for a TPU
 	test -d .cache/libtpu || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	  --target .cache/libtpu libtpu==0.0.42.1
+
+cuda-compiler: .venv/ready  ## the GPU compiler under .cache, for rlpr_jax.plan
+	test -d .cache/cuda || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	  --target .cache/cuda jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
 
 lint: .venv/ready-dev
 	$(BIN)/ruff check .

@@ -1,10 +1,14 @@
 """Several processes of one run on this machine, as on as many machines: what a pod does, tried at home.
 
-python launch/local.py --processes=2 -- --config=configs/quickstart.py --workdir=runs/two [--config.field=value ...]
+    python launch/local.py --processes=2 [--dry-run] [--] --config=configs/quickstart.py --workdir=runs/two \
+      [--config.field=value ...]
 
 Signals are passed on. Once a process ends with an error the others are stopped, and its exit status is given back.
+`--dry-run` prints what would be run.
 """
 
+import pathlib
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,23 +19,49 @@ from absl import app, flags
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
 _MODULE = flags.DEFINE_string("module", "rlpr_jax.train", "What each of them runs.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands alone.")
+flags.DEFINE_alias("dry-run", "dry_run")
 _PATIENCE = 10  # seconds between the end of one process and the killing of those that go on
 
 
 def main(argv: list[str]) -> None:
+  check(argv[1:])
   with socket.socket() as probe:
     probe.bind(("localhost", 0))
     port = probe.getsockname()[1]
   count = _PROCESSES.value
   common = [sys.executable, "-m", _MODULE.value, f"--coordinator=localhost:{port}", f"--processes={count}"]
-  started = [
-    # A session of its own each: a terminal's Ctrl-C would reach them a second time.
-    subprocess.Popen([*common, f"--process={index}", *argv[1:]], start_new_session=True)
-    for index in range(count)
-  ]
+  commands = [[*common, f"--process={index}", *argv[1:]] for index in range(count)]
+  if _DRY_RUN.value:
+    print(*(shlex.join(command) + " &" for command in commands), "wait", sep="\n")
+    return
+  # A session of its own each: a terminal's Ctrl-C would reach them a second time.
+  started = [subprocess.Popen(command, start_new_session=True) for command in commands]
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: [process.send_signal(number) for process in started])
   sys.exit(watch(started))
+
+
+def check(arguments: list[str]) -> None:
+  """Says what no process could start with in one line, not in one a process."""
+  for argument in arguments:
+    name, _, path = argument.lstrip("-").partition("=")
+    # A recipe may take an argument, file.py:argument.
+    if argument.startswith("-") and name == "config" and not pathlib.Path(path.split(":")[0]).is_file():
+      print(f"launch/local.py: --config: {path.split(':')[0]}: no such file", file=sys.stderr)
+      sys.exit(2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """The launcher's own flags; what it does not know is the program's, as is all that stands behind `--`."""
+  try:
+    program, *rest = flags.FLAGS(argv, known_only=True)
+  except flags.Error as error:
+    print(f"launch/local.py: {error}", file=sys.stderr)
+    sys.exit(2)
+  if "--" in rest:
+    rest.remove("--")
+  return [program, *rest]
 
 
 def watch(started: list[subprocess.Popen]) -> int:
@@ -56,4 +86,4 @@ def watch(started: list[subprocess.Popen]) -> int:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -37,6 +37,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the runs, the tabl
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each variant.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound=1)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands alone.")
+flags.DEFINE_alias("dry-run", "dry_run")
 
 
 _START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from

@@ -15,7 +15,7 @@ import jax
 from rlpr_jax.errors import InputError
 
 GIB = 2**30
-_SHARE = 0.75  # of a GPU's memory that JAX takes where XLA_PYTHON_CLIENT_MEM_FRACTION does not say otherwise
+_SHARE = 0.9  # of a GPU's memory, where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing: what launch/gpu.sh has JAX take
 
 
 @dataclasses.dataclass(frozen=True)

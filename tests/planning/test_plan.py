@@ -58,9 +58,9 @@ def test_names_of_no_slice(name):
 
 def test_what_a_gpu_grants(monkeypatch):
   monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
-  assert hardware.parse("h100:8").granted == pytest.approx(0.75 * 79.1 * 2**30)
-  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
   assert hardware.parse("h100:8").granted == pytest.approx(0.9 * 79.1 * 2**30)
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+  assert hardware.parse("h100:8").granted == pytest.approx(0.5 * 79.1 * 2**30)
 
 
 # --- counts ---

@@ -1,0 +1,120 @@
+"""Plans by the real compilers of TPUs and GPUs, on a machine that has neither."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from rlpr_jax.planning import compiler
+from tests.planning.test_plan import QWEN
+
+ROOT = pathlib.Path(__file__).parents[2]
+RECIPE = """
+from rlpr_jax.config import default
+
+def get_config():
+  c = default()
+  c.model.path = {model!r}
+  c.model.compute_dtype = "bfloat16"
+  c.prompts_per_step = 64
+  c.data.prompt_limit = 512
+  c.rollout.max_response_length = 512
+  c.rollout.slots = 64
+  c.rollout.prompts_per_draw = 64
+  c.compilation_cache = ""
+  return c
+"""
+LAYERS = 4  # of a model like Qwen2.5-7B, with a smaller vocabulary: minutes less
+tpu = pytest.mark.skipif(
+  not (ROOT / ".cache/libtpu/libtpu/libtpu.so").exists(), reason="no TPU compiler under .cache: run make libtpu"
+)
+gpu = pytest.mark.skipif(
+  not (ROOT / ".cache/cuda").exists(), reason="no GPU compiler under .cache: run make cuda-compiler"
+)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def recipe(tmp_path) -> pathlib.Path:
+  (tmp_path / "model").mkdir()
+  sizes = {"num_hidden_layers": LAYERS, "vocab_size": 32000}
+  (tmp_path / "model/config.json").write_text(json.dumps(QWEN | sizes))
+  (tmp_path / "recipe.py").write_text(RECIPE.format(model=str(tmp_path / "model")))
+  return tmp_path / "recipe.py"
+
+
+def start(recipe, topology, *arguments):
+  command = [sys.executable, "-m", "rlpr_jax.plan", f"--config={recipe}", f"--topology={topology}", "--json", "--fast"]
+  return subprocess.Popen([*command, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def plan(recipe, topology, *arguments, status=0):
+  return finish(start(recipe, topology, *arguments), status)
+
+
+def finish(process, status=0):
+  out, err = process.communicate(timeout=1500)
+  assert process.returncode == status, err[-4000:]
+  return json.loads(out)
+
+
+@tpu
+def test_decoding_copies_no_cache(recipe):
+  """More slots a chip take what their keys and values take, and no more."""
+  few, many = (plan(recipe, "v6e:2x2", "--nosearch", f"--config.rollout.slots={slots}") for slots in (64, 128))
+  each = (many["programs"]["decode"]["peak"] - few["programs"]["decode"]["peak"]) / 16
+  room = -(-(512 + 512 + 16) // 128) * 128
+  assert each == pytest.approx(room * LAYERS * 4 * 128 * 2 * 2, rel=0.02)
+
+
+@tpu
+def test_parts_on_a_slice(recipe):
+  """Sizes on each of sixteen chips, and what they send each other for an update of one micro-batch."""
+  found = plan(recipe, "v5e:4x4", "--nosearch")
+  assert (found["chips"], found["processes"], found["mesh"]["fsdp"]) == (16, 4, 16)
+  embed, head = 3584, 32000 * 3584
+  layer = embed * 128 * (2 * 28 + 2 * 4) + 3 * embed * 18944
+  everywhere = LAYERS * (2 * embed + 36 * 128) + embed  # norms and biases are not split over fsdp
+  assert found["programs"]["update"]["parts"]["parameters"] == 4 * ((LAYERS * layer + 2 * head) // 16 + everywhere)
+  gathered = 15 / 16 * 2 * (LAYERS * layer + 2 * head)  # bytes of one pass over the weights, in bfloat16
+  received = found["programs"]["update"]["collectives"]["all-gather"]["received"]
+  assert 1.9 * gathered < received < 3.2 * gathered  # forwards, backwards, and some of it once more
+
+
+@tpu
+def test_one_row_too_many_is_refused_and_what_is_proposed_compiles(recipe):
+  found = plan(recipe, "v5e:2x2")
+  best = found["best"]
+  assert best["micro_batch_rows"] >= 4
+  settings = [f"--config.rollout.slots={best['slots']}"]
+  fits = plan(
+    recipe, "v5e:2x2", "--nosearch", *settings, f"--config.training.micro_batch_rows={best['micro_batch_rows']}"
+  )
+  assert fits["fits"]
+  too_many = f"--config.training.micro_batch_rows={2 * best['micro_batch_rows']}"
+  assert not plan(recipe, "v5e:2x2", "--nosearch", too_many, status=3)["programs"]["update"]["fits"]
+
+
+@tpu
+def test_two_at_the_same_time(recipe):
+  one, other = start(recipe, "v5e:2x2", "--nosearch"), start(recipe, "v5p:2x2x1", "--nosearch")
+  assert {finish(one)["topology"], finish(other)["topology"]} == {"v5e:2x2", "v5p:2x2x1"}
+
+
+@gpu
+@pytest.mark.parametrize(("topology", "processes"), [("h100:2", 1), ("h200:2x2", 4)])
+def test_gpus(recipe, topology, processes):
+  found = plan(recipe, topology, "--nosearch")
+  assert found["processes"] == processes
+  assert found["fits"]
+  assert found["programs"]["update"]["collectives"]["all-gather"]["received"] > 0
+
+
+def test_the_environment_names_a_library():
+  library = ROOT / ".cache/libtpu/libtpu/libtpu.so"
+  if library.exists():
+    from rlpr_jax.planning import hardware
+
+    assert compiler.environment(hardware.parse("v5p:2x2x1"))["TPU_LIBRARY_PATH"] == str(library)
