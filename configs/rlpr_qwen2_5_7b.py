@@ -1,6 +1,6 @@
 """RLPR on Qwen2.5-7B as the paper runs it: every value that is not written here is the paper's already.
 
-    python -m rlpr_jax.train --config=configs/rlpr_qwen2_5_7b.py --workdir=gs://BUCKET/qwen \
+    python -m rlpr_jax.train --config=configs/rlpr_qwen2_5_7b.py --workdir=/mnt/rlpr_jax/qwen \
       --config.data.path=rlpr_train.parquet
 
 The base model, not the instruct one; the questions of openbmb/RLPR-Train-Dataset hold the R1 instruction themselves.

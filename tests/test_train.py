@@ -310,6 +310,7 @@ def test_damaged_checkpoint_is_named(whole_run, tmp_path):
     pytest.param(["--config.steps=many"], "steps", marks=pytest.mark.slow),
     pytest.param(["--workdir=/dev/null/run"], "/dev/null/run", marks=pytest.mark.slow),
     pytest.param(["--config=no/such/file.py"], "no/such/file.py", marks=pytest.mark.slow),
+    pytest.param(["--workdir=gs://bucket/run"], "gs://bucket/run", marks=pytest.mark.slow),
   ],
 )
 def test_command_line_mistake_is_one_line_and_status_2(recipe, tmp_path, arguments, named):
