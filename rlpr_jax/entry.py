@@ -41,7 +41,9 @@ def run(program: Callable[[ConfigDict, pathlib.Path], None], recipe: str = "quic
       if not _WORKDIR.value:
         raise InputError("--workdir: missing, expected the run's directory")
       if "://" in _WORKDIR.value:  # a path would be made of it, on this machine's disk
-        raise InputError(f"--workdir: {_WORKDIR.value}, expected a directory: mount the bucket, for instance by gcsfuse")
+        raise InputError(
+          f"--workdir: {_WORKDIR.value}, expected a directory: mount the bucket, for instance by gcsfuse"
+        )
       config = _CONFIG.value
       try:
         config.keys()

@@ -55,40 +55,48 @@ class Planner:
     return not compiled.refused and estimate.memory_peak(program, compiled) <= self.place.granted
 
   def most(
-    self, make: Callable[[int], tuple[str, Program]], few: int, limit: int, round_down: Callable[[int], int]
-  ) -> int:
-    """The most of something, slots or rows in each part, whose program fits: two are compiled and the rest follows
-    from them, for memory grows in proportion; what comes out is compiled too. 0 if not even one fits.
+    self,
+    make: Callable[[int], Program],
+    name: str,
+    tried: dict[int, Compiled],
+    limit: int,
+    round_down: Callable[[int], int],
+  ) -> tuple[int, Compiled | None]:
+    """The most of something, slots or rows in each part, whose program fits; 0 if not even one does.
+
+    Memory grows in proportion, so two are compiled and the rest follows from them; what comes out is compiled too.
 
     Args:
-      few: to begin with.
+      make: the program for so many.
+      tried: what was compiled already, with the number to begin with alone.
       limit: more are of no use.
       round_down: to numbers that are proposed.
+
+    Returns:
+      how many, and what the compiler said of them.
     """
-    tried: dict[int, tuple[Program, Compiled]] = {}
 
-    def try_out(count: int) -> bool:
+    def fits(count: int) -> bool:
+      program = make(count)
       if count not in tried:
-        name, program = make(count)
-        tried[count] = program, self.compile(f"{name} of {count}", program)
-      return self.fits(*tried[count])
+        tried[count] = self.compile(f"{name} of {count}", program)
+      return self.fits(program, tried[count])
 
-    if not try_out(few):
-      if few == 1 or not try_out(1):
-        return 0
+    few = next(iter(tried))
+    if not fits(few):
       few = 1
-    if few >= limit or not try_out(min(few + max(few // 2, 1), limit)):
-      more = few
-    else:
-      more = min(few + max(few // 2, 1), limit)
-    if more == few:
-      return few
-    peaks = [estimate.memory_peak(*tried[count]) for count in (few, more)]
+      if not fits(1):
+        return 0, None
+    more = min(few + max(few // 2, 1), limit)
+    if more <= few or not fits(more):
+      return few, tried[few]
+    peaks = [estimate.memory_peak(make(count), tried[count]) for count in (few, more)]
     each = max((peaks[1] - peaks[0]) / (more - few), 1)
     best = round_down(min(int(more + (self.place.granted - peaks[1]) / each), limit))
-    while best > more and not try_out(best):
+    while best > more and not fits(best):
       best = round_down(best - 1)
-    return max(best, more)
+    best = max(best, more)
+    return best, tried[best]
 
 
 def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -> Layout:
@@ -152,37 +160,35 @@ def plan(
   }
   if search:
     sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
-    best_rows = planner.most(
-      lambda rows: ("update", programs.update_programs(layout, rows * ways)["update"]),
-      max(micro // ways, 1),
+    best_rows, update = planner.most(
+      lambda rows: programs.update_programs(layout, rows * ways)["update"],
+      "update",
+      {max(micro // ways, 1): compiled["update"]},
       max(sequences // ways, 1),
       lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
     )
     responses = config.rollout.prompts_per_draw * config.samples_per_prompt // layout.processes
     # Of the programs of a rollout, what decoding leaves room for may be too much for another one.
-    needed = {name: result["programs"][name]["peak"] for name in all_programs if name != "update"}
+    needed = {name: program["peak"] for name, program in result["programs"].items() if name != "update"}
     spare = max(needed.values()) - needed["decode"] if all(needed.values()) else 0
-    best_slots = planner.most(
-      lambda count: ("decode", _with_spare(programs.rollout_programs(layout, count * own_ways)["decode"], spare)),
-      max(slots // own_ways, 1),
+
+    def decoding(count: int) -> Program:
+      program = programs.rollout_programs(layout, count * own_ways)["decode"]
+      return program._replace(beside=program.beside + spare)
+
+    best_slots, decode = planner.most(
+      decoding,
+      "decode",
+      {max(slots // own_ways, 1): compiled["decode"]},
       max(responses // own_ways, 1),
       lambda count: count - count % _STEP if count > _STEP else count,
     )
-    result["best"] = {
-      "slots": best_slots * own_ways * layout.processes,
-      "micro_batch_rows": best_rows * ways,
-    }
-    if best_slots and best_rows:
-      used = best_slots * own_ways, best_rows * ways
-      chosen = programs.rollout_programs(layout, used[0]) | programs.update_programs(layout, used[1])
-      again = compiled | {name: planner.compile(name, chosen[name]) for name in ("decode", "update")}
-      result["best"]["step"] = step_of(planner, lengths, *used, again)
+    used = best_slots * own_ways, best_rows * ways
+    result["best"] = {"slots": used[0] * layout.processes, "micro_batch_rows": used[1]}
+    if update and decode:
+      result["best"]["step"] = step_of(planner, lengths, *used, compiled | {"update": update, "decode": decode})
   result["seconds"] = time.perf_counter() - started
   return result
-
-
-def _with_spare(program: Program, spare: int) -> Program:
-  return program._replace(beside=program.beside + spare)
 
 
 def step_of(

@@ -8,11 +8,9 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from rlpr_jax import config as configs
 from rlpr_jax.planning import compiler, estimate, hardware, programs
-from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.training.policy import new_config
 
 
@@ -34,15 +32,11 @@ def main() -> None:
   found = {}
   for name in ("update", "decode"):
     said = compiler.compile_program(name, planned[name], place, lambda group: False, None)
-    traced = planned[name].trace()
-    compiled = traced.lower().compile()
-    arguments = jax.tree.leaves(traced.in_avals if hasattr(traced, "in_avals") else compiled.in_avals)
-    args, kwargs = jax.tree.unflatten(compiled.in_tree, arguments)
+    compiled = planned[name].trace().lower().compile()
+    shapes = jax.tree.unflatten(compiled.in_tree, jax.tree.leaves(compiled.in_avals))
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
-    args, kwargs = jax.tree.map(
-      lambda x: jax.block_until_ready(jnp.full(x.shape, 1, x.dtype) + jnp.zeros((), x.dtype)), (args, kwargs)
-    )
+    args, kwargs = jax.tree.map(lambda x: jax.block_until_ready(jnp.full(x.shape, 1, x.dtype)), shapes)
     jax.block_until_ready(compiled(*args, **kwargs))
     found[name] = {
       "planned": estimate.memory_peak(planned[name], said) - planned[name].beside,
