@@ -56,7 +56,14 @@ def main(_: list[str]) -> None:
       raise InputError(" ".join(str(error).split())) from None
     places = [hardware.parse(name.strip()) for name in _COMPARE.value or [_TOPOLOGY.value]]
     environments = [compiler.environment(place) for place in places]
-    results = [ask(config, *pair) for pair in zip(places, environments, strict=True)]
+    results = []
+    for place, environment in zip(places, environments, strict=True):
+      try:
+        results.append(ask(config, place, environment))
+      except InputError as error:
+        if not _COMPARE.value:
+          raise
+        results.append({"topology": place.name, "chips": place.chips, "fits": False, "error": str(error)})
   if _JSON.value:
     print(json.dumps(results if _COMPARE.value else results[0], indent=2))
   elif _COMPARE.value:
@@ -70,7 +77,7 @@ def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str,
   """The plan for one slice, made by a process of its own, since a compiler may take its process down with it.
 
   Raises:
-    InputError: it could not be made. Of several slices the others go on, and this one says why.
+    InputError: it could not be made, and why.
   """
   with tempfile.TemporaryDirectory() as directory:
     job = pathlib.Path(directory)
@@ -108,8 +115,6 @@ def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str,
         write_atomically(kept, text)
       return json.loads(text)
   errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
-  if status == USAGE and errors and _COMPARE.value:
-    return {"topology": place.name, "chips": place.chips, "fits": False, "error": errors[-1]}
   if status == USAGE and errors:
     raise InputError(errors[-1])
   print(said[-4000:], file=sys.stderr)

@@ -110,6 +110,7 @@ def rooflines(
   scored = filled * shapes.score_rows / slots
   parts = {
     "prefill": part("prefill", prompts / shapes.prefill_rows, weights, own_devices),
+    "insert": part("insert", responses / shapes.insert_rows, 0.0, own_devices),
     "decode": part("decode", steps / shapes.steps, shapes.steps * (weights + filled), own_devices),
     "score": part("score", responses / shapes.score_rows, weights + scored, own_devices),
     "update": part(
