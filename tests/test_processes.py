@@ -111,6 +111,7 @@ def assert_same_run(found, expected):
     np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(recipe, begun, alone):
   """From one process's checkpoint on, so that a run goes on with another number of them too; two devices each."""
   assert_same_run(go_on(recipe, begun, "two", 2, devices=2), alone)

@@ -15,7 +15,7 @@ P, A = 2, 4
 GROUPS = (1, 3)  # few shapes, so that little compiles
 PROBABILITY = ("mean_prob", "geometric_mean", "product")
 GROUP_SHAPINGS = ("rank", "zscore")
-many = settings(deadline=None, max_examples=50, derandomize=True)
+many = settings(deadline=None, max_examples=25, derandomize=True)
 few = settings(many, max_examples=15)  # for plain calls, which are slow
 aggregates = pytest.mark.parametrize("aggregate", rewards.AGGREGATES)
 kinds = pytest.mark.parametrize("kind", rewards.TOKEN_WEIGHTS)

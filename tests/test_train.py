@@ -204,6 +204,7 @@ def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(whole_run, tmp_path,
   assert timeless(tmp_path) == timeless(whole_run)
 
 
+@pytest.mark.slow
 def test_finished_run_goes_on_when_steps_are_raised(whole_run, tmp_path):
   config = tiny()
   config.steps = 4

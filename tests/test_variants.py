@@ -59,6 +59,7 @@ def test_everything_measured_is_finite(run):
     assert rollout["shadow_rule"] in (0.0, 1.0)
 
 
+@pytest.mark.slow
 def test_a_run_in_two_halves_is_the_whole_one(run, tmp_path):
   """Frozen and lagged copies, moving baselines and carried answers are in the checkpoint."""
   name, workdir = run
@@ -85,6 +86,7 @@ def test_a_run_in_two_halves_is_the_whole_one(run, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_initial_baselines_stay_and_current_ones_follow_the_policy(tmp_path):
   """A prompt's current baseline is the engine's own call on the newest policy that drew it."""
   c = config("others")

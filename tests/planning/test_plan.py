@@ -206,7 +206,7 @@ def test_the_program(tmp_path):
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    (["--topology=v5p:4x4"], "--topology: 'v5p:4x4', expected 3 sizes"),
+    pytest.param(["--topology=v5p:4x4"], "--topology: 'v5p:4x4', expected 3 sizes", marks=pytest.mark.slow),
     pytest.param([], "--topology: missing", marks=pytest.mark.slow),
     pytest.param(["--topology=local", "--config.model.path=/none"], "/none: no such directory", marks=pytest.mark.slow),
     pytest.param(["--topology=local", "--config.mesh.fsdp=3"], "config.mesh: sizes", marks=pytest.mark.slow),

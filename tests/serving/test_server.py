@@ -334,6 +334,7 @@ def test_a_port_that_is_taken(served):
       listen("127.0.0.1", other)
 
 
+@pytest.mark.slow
 def test_wrong_flags_are_one_line(tmp_path):
   process = start(tmp_path, "--key_variable=NOT_SET_ANYWHERE")
   _, errors = process.communicate(timeout=120)
