@@ -176,6 +176,7 @@ def test_a_judge_that_dies_costs_nothing_that_it_has_said(options):
   assert len(dropped(options.out)) == 18
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_only_what_is_missing(options):
   with serving(rate) as server:
     server.delay = 0.1

@@ -113,6 +113,7 @@ def test_steps_are_told_apart_and_bfloat16_is_a_choice(full_run, tmp_path):
     np.testing.assert_array_equal(full.astype(jnp.bfloat16).astype(jnp.float32), rounded)
 
 
+@pytest.mark.slow
 def test_lora_trains_adapters_alone(lora_run, base):
   config, params = policy_of(lora_run, 2)
   _, start = models.load_pretrained(str(base))
@@ -133,6 +134,7 @@ def test_lora_trains_adapters_alone(lora_run, base):
   assert not any("weight" in name for name in on_disk)
 
 
+@pytest.mark.slow
 def test_merged_and_separate_adapters_are_the_policy(lora_run, base, tmp_path):
   peft = pytest.importorskip("peft")
   ours = our_logits(*policy_of(lora_run, 2))

@@ -43,6 +43,7 @@ def run(request, tmp_path_factory):
   return request.param, workdir
 
 
+@pytest.mark.slow
 def test_everything_measured_is_finite(run):
   name, workdir = run
   steps = rows(workdir)

@@ -165,6 +165,7 @@ def test_generation_is_that_of_transformers(loaded, theirs, published):
     warnings.warn(f"a tie within {gap:.1e} at place {place} of {tokenizer.decode(chat)!r}", stacklevel=1)
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(loaded, theirs, prompts):
   """Four prompts of different lengths in one padded batch, against each of them alone and unpadded."""
   _, model, params = loaded

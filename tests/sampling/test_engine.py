@@ -198,6 +198,7 @@ def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypa
   assert rows == sorted(rows, reverse=True)
 
 
+@pytest.mark.slow
 def test_an_int8_cache_is_nearly_the_same(make, policy, draws, rollouts):
   """Eight bits change log-probabilities a little and so, sooner or later, a token; what was sampled is what is told."""
   runtime = Runtime("float32", "xla", int8_cache=True)
