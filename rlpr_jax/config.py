@@ -217,7 +217,8 @@ _AT_LEAST = {
 # A resumed run may change these and still be the same run.
 _MAY_CHANGE = (
   "steps", "compilation_cache", "evaluation", "guards", "log", "mesh", "sharding", "model.attention", "model.remat",
-  "training.row_length", "training.micro_batch_rows",
+  "training.row_length", "training.micro_batch_rows", "rollout.slots", "rollout.prefill_prompts", "rollout.score_rows",
+  "rollout.decode_steps", "rollout.gather_params",
 )  # fmt: skip
 
 
@@ -269,6 +270,17 @@ def validate(config: ConfigDict) -> None:
       f"config.training.row_length: {row_length}, expected 0 or room for the longest sequence,"
       f" {longest_sequence(config)} tokens"
     )
+
+
+def set_slice(config: ConfigDict, slices: dict[str, dict[str, Any]], name: str) -> None:
+  """What a recipe sets for the devices that stand behind its name, `configs/X.py:v5p:4x4x4`; for "" nothing.
+
+  Raises:
+    InputError: the recipe has nothing for them.
+  """
+  if name and name not in slices:
+    raise InputError(f"--config: {name!r} after the recipe, expected nothing or one of {', '.join(slices)}")
+  config.update_from_flattened_dict(slices.get(name, {}))
 
 
 def longest_sequence(config: ConfigDict) -> int:

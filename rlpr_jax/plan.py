@@ -128,7 +128,7 @@ def fingerprint(config, wanted: dict[str, Any], environment: dict[str, str]) -> 
     files.append(pathlib.Path(wanted["model"]) / "config.json")
   parts = [configs.to_json(config), json.dumps(wanted, sort_keys=True), json.dumps(environment, sort_keys=True)]
   parts += [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
-  parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")]
+  parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")]
   parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
 

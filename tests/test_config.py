@@ -1,5 +1,6 @@
 """The config: every field is read by something and explained, wrong ones are refused, recipes hold what they claim."""
 
+import json
 import pathlib
 import re
 import runpy
@@ -139,3 +140,14 @@ def test_recipes_hold_the_papers_settings(name, expected):
   assert (c.training.clip_low, c.training.clip_high, c.training.entropy_coefficient) == (0.2, 0.27, 0.001)
   assert (c.training.learning_rate, c.training.weight_decay, c.training.max_grad_norm) == (1e-6, 0.01, 1.0)
   assert (c.filter.alpha, c.filter.collect_from, c.filter.start) == (0.01, 6, 11)
+
+
+def test_what_another_slice_needs_may_change():
+  """A run that is resumed may have other programs; not other results."""
+  config = configs.default()
+  saved = json.loads(configs.to_json(config))
+  config.mesh.tensor, config.training.micro_batch_rows, config.model.remat = 4, 32, "full"
+  config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows = 512, 64, 64
+  assert configs.first_difference(saved, config) is None
+  config.rollout.int8_cache = True
+  assert configs.first_difference(saved, config) == "config.rollout.int8_cache is False there, True here"

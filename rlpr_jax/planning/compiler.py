@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import subprocess
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -35,6 +36,8 @@ class Compiled(NamedTuple):
 def environment(place: Slice) -> dict[str, str]:
   """Variables of a process that is to ask the compiler for a slice, set before it imports jax.
 
+  The compiler gets the flags that the launch scripts give it: they take memory.
+
   Raises:
     InputError: the compiler is not installed.
   """
@@ -45,7 +48,8 @@ def environment(place: Slice) -> dict[str, str]:
     if not packages.exists() and importlib.util.find_spec("jax_plugins") is None:
       raise InputError("no compiler for GPUs here: run `make cuda-compiler`")
     path = [str(_ROOT), str(packages), os.environ.get("PYTHONPATH", "")]
-    return {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    return variables | {"XLA_FLAGS": _launch_flags("gpu_flags")}
   library = os.environ.get("TPU_LIBRARY_PATH") or _ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
   if not pathlib.Path(library).exists():
     installed = importlib.util.find_spec("libtpu")
@@ -62,7 +66,18 @@ def environment(place: Slice) -> dict[str, str]:
     "TPU_LOG_DIR": "disabled",
     "TPU_MIN_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at once
+    "LIBTPU_INIT_ARGS": _launch_flags(f"tpu_flags {place.slices}"),
   }
+
+
+def _launch_flags(function: str) -> str:
+  """The compiler's flags by a function of launch/flags.sh, with those that the environment sets behind them."""
+  command = ["bash", "-c", f'source "$0" && {function}', str(_ROOT / "launch" / "flags.sh")]
+  try:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+  except (OSError, subprocess.CalledProcessError) as error:
+    said = getattr(error, "stderr", None) or str(error)
+    raise InputError(f"launch/flags.sh: cannot be read ({' '.join(said.split())[:200]})") from None
 
 
 def compile_program(
@@ -78,7 +93,8 @@ def compile_program(
   platform = place.chip.platform if place.chip else jax.default_backend()
   lowered = program.trace().lower(lowering_platforms=(platform,))
   reader = pathlib.Path(hlo.__file__).read_text()  # other figures may be read from the same program
-  depends = (importlib.metadata.version("jaxlib"), os.environ.get("TPU_LIBRARY_PATH", ""), os.environ.get("XLA_FLAGS"))
+  variables = (os.environ.get(name) for name in ("TPU_LIBRARY_PATH", "LIBTPU_INIT_ARGS", "XLA_FLAGS"))
+  depends = (importlib.metadata.version("jaxlib"), *variables)
   key = "\n".join(
     [lowered.as_text(), place.name, reader, *map(str, (jax.config.jax_optimization_level, program.trips, depends))]
   )

@@ -56,6 +56,12 @@ def count_flops(programs: dict[str, Program]) -> dict[str, int]:
   }
 
 
+def count_devices(layout: Layout, name: str) -> int:
+  """How many devices run a program: all, or in a rollout those of one process."""
+  mesh = (layout.policy if name == "update" else layout.sampler.sampling).sharding.mesh
+  return mesh.size if mesh is not None else 1
+
+
 def micro_batches(layout: Layout, rows: int, lengths: Lengths) -> int:
   """How many of so many rows a minibatch of packed sequences takes."""
   config = layout.config
@@ -70,9 +76,9 @@ def rooflines(
   chip: Chip,
   lengths: Lengths,
   slots: int,
-  slot_bytes: int,
+  slot_bytes: float,
   micro_batch_rows: int,
-  operations: dict[str, int],
+  operations: dict[str, float],
   compiled: dict[str, Compiled],
 ) -> dict[str, Roofline]:
   """Seconds of each part of a training step.
@@ -83,8 +89,6 @@ def rooflines(
     operations: as of `count_flops`, with these slots and rows, for texts of these lengths.
   """
   config, own = layout.config, layout.sampler.sampling.sharding
-  own_devices = own.mesh.size if own.mesh is not None else 1
-  devices = layout.policy.sharding.mesh.size if layout.policy.sharding.mesh is not None else 1
   shapes = rollout_shapes(config, layout.processes, own.ways("batch"))
   prompts = config.rollout.prompts_per_draw * lengths.draws / layout.processes
   responses = prompts * config.samples_per_prompt
@@ -95,10 +99,10 @@ def rooflines(
     near = sum(one.received - one.far for one in traffic)
     return near / chip.links + sum(one.far for one in traffic) / chip.network
 
-  def part(name: str, calls: float, memory: float, of: int, overlap: bool = False) -> Roofline:
-    """`memory`: bytes a call; `of`: devices."""
+  def part(name: str, calls: float, memory: float, overlap: bool = False) -> Roofline:
+    """`memory`: bytes a call."""
     return Roofline(
-      calls * operations.get(name, 0) / of / chip.flops,
+      calls * operations.get(name, 0) / count_devices(layout, name) / chip.flops,
       calls * memory / chip.bandwidth,
       calls * links(name),
       overlap,
@@ -106,21 +110,21 @@ def rooflines(
 
   # All slots are read as far as the longest text in them, which among many is nearly always near the limit.
   filled = slot_bytes * shapes.longest / shapes.capacity
-  steps = responses * lengths.response / slots  # if every slot is always taken
+  # Slots are taken until no response is left; the last one to begin is as long as it may be.
+  steps = responses * lengths.response / slots + layout.config.rollout.max_response_length - lengths.response
   scored = filled * shapes.score_rows / slots
   parts = {
-    "prefill": part("prefill", prompts / shapes.prefill_rows, weights, own_devices),
-    "insert": part("insert", responses / shapes.insert_rows, 0.0, own_devices),
-    "decode": part("decode", steps / shapes.steps, shapes.steps * (weights + filled), own_devices),
-    "score": part("score", responses / shapes.score_rows, weights + scored, own_devices),
+    "prefill": part("prefill", prompts / shapes.prefill_rows, weights),
+    "insert": part("insert", responses / shapes.insert_rows, 0.0),
+    "decode": part("decode", steps / shapes.steps, shapes.steps * (weights + filled)),
+    "score": part("score", responses / shapes.score_rows, weights + scored),
     "update": part(
       "update",
       micro_batches(layout, micro_batch_rows, lengths) * config.training.minibatches * config.training.epochs_per_step,
       0.0,
-      devices,
       overlap=True,
     ),
   }
   if copies_to_sample(layout):
-    parts = {"gather": part("gather", 1, 2 * weights, own_devices)} | parts
+    parts = {"gather": part("gather", 1, 2 * weights)} | parts
   return parts

@@ -25,6 +25,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")  # of TPUs: mesh['a'=4,'b'=2] {'b'}
 _SCATTER = "all-reduce-scatter"  # what TPUs call a fusion that reduces, and keeps a part on each device
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 
 
@@ -45,24 +46,32 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
     far: whether a group of devices, by their places in the mesh, reaches beyond a slice or host.
   """
   bodies, entry = _computations(text)
-  seen: dict[str, dict[str, Traffic]] = {}
+  seen: dict[str, dict[tuple[str, str], Traffic]] = {}  # of each computation: kind and channel -> traffic
 
-  def of(name: str) -> dict[str, Traffic]:
+  def of(name: str) -> dict[tuple[str, str], Traffic]:
     if name not in seen:
-      total: dict[str, Traffic] = {}
-      for line in bodies.get(name, ()):
+      total: dict[tuple[str, str], Traffic] = {}
+      for number, line in enumerate(bodies.get(name, ())):
         if kind := _KIND.search(line):
           which = "reduce-scatter" if name.startswith(_SCATTER) else kind[1]
-          _add(total, {which: _one(line, which, bool(kind[2]), far, whole=which != kind[1])}, 1)
+          channel = _CHANNEL.search(line)
+          key = which, channel[1] if channel else f"{name} {number}"
+          total[key] = _one(line, which, bool(kind[2]), far, whole=which != kind[1])
         elif " while(" in line:
-          _add(total, of(_BODY.search(line)[1]), _length(line, bodies) or trips)
+          times = _length(line, bodies) or trips
+          for key, one in of(_BODY.search(line)[1]).items():
+            total[key] = Traffic(*(times * number for number in one))
         else:
+          # A collective that goes on while others compute stands in several fusions, in each with its channel.
           for called in _CALLED.findall(line):
-            _add(total, of(called), 1)
+            total |= of(called)
       seen[name] = total
     return seen[name]
 
-  return of(entry)
+  kinds: dict[str, Traffic] = {}
+  for (kind, _), one in of(entry).items():
+    kinds[kind] = Traffic(*(a + b for a, b in zip(kinds.get(kind, Traffic()), one, strict=True)))
+  return kinds
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -127,9 +136,3 @@ def _group(line: str) -> list[int]:
   if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
     return [int(found[1]), int(found[2])]
   return []
-
-
-def _add(total: dict[str, Traffic], more: dict[str, Traffic], times: int) -> None:
-  for kind, one in more.items():
-    old = total.get(kind, Traffic())
-    total[kind] = Traffic(*(a + times * b for a, b in zip(old, one, strict=True)))

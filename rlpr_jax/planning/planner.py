@@ -62,14 +62,14 @@ class Planner:
     limit: int,
     round_down: Callable[[int], int],
   ) -> tuple[int, Compiled | None]:
-    """The most of something, slots or rows in each part, whose program fits; 0 if not even one does.
+    """The most of something up to a limit, slots or rows in each part, whose program fits; 0 if not even one does.
 
     Memory grows in proportion, so two are compiled and the rest follows from them; what comes out is compiled too.
 
     Args:
       make: the program for so many.
       tried: what was compiled already, with the number to begin with alone.
-      limit: more are of no use.
+      limit: more are not wanted.
       round_down: to numbers that are proposed.
 
     Returns:
@@ -82,7 +82,7 @@ class Planner:
         tried[count] = self.compile(f"{name} of {count}", program)
       return self.fits(program, tried[count])
 
-    few = next(iter(tried))
+    few = min(next(iter(tried)), limit)
     if not fits(few):
       few = 1
       if not fits(1):
@@ -151,6 +151,7 @@ def plan(
         "parts": program.parts,
         "temporary": compiled[name].temporary,
         "operations": operations.get(name, 0),
+        "devices": estimate.count_devices(layout, name),
         "collectives": {kind: one._asdict() for kind, one in compiled[name].traffic.items()},
       }
       for name, program in all_programs.items()
@@ -159,15 +160,14 @@ def plan(
     "step": step_of(planner, lengths, slots, micro, compiled),
   }
   if search:
-    sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
+    wanted_slots, wanted_rows = fastest(planner, lengths, slots, micro, compiled)
     best_rows, update = planner.most(
       lambda rows: programs.update_programs(layout, rows * ways)["update"],
       "update",
       {max(micro // ways, 1): compiled["update"]},
-      max(sequences // ways, 1),
+      wanted_rows // ways,
       lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
     )
-    responses = config.rollout.prompts_per_draw * config.samples_per_prompt // layout.processes
     # Of the programs of a rollout, what decoding leaves room for may be too much for another one.
     needed = {name: program["peak"] for name, program in result["programs"].items() if name != "update"}
     spare = max(needed.values()) - needed["decode"] if all(needed.values()) else 0
@@ -180,7 +180,7 @@ def plan(
       decoding,
       "decode",
       {max(slots // own_ways, 1): compiled["decode"]},
-      max(responses // own_ways, 1),
+      wanted_slots // own_ways,
       lambda count: count - count % _STEP if count > _STEP else count,
     )
     used = best_slots * own_ways, best_rows * ways
@@ -191,20 +191,57 @@ def plan(
   return result
 
 
+def fastest(
+  planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int, compiled: dict[str, Compiled]
+) -> tuple[int, int]:
+  """Slots of a process and rows of a micro-batch with which the estimated step is shortest, were there memory for them;
+  all that are of use for a chip whose rates are not known.
+
+  Args:
+    slots, micro_batch_rows: which `compiled` has.
+  """
+  layout, config, chip = planner.layout, planner.config, planner.place.chip
+  ways, own_ways = layout.policy.sharding.ways("batch"), layout.sampler.sampling.sharding.ways("batch")
+  responses = config.rollout.prompts_per_draw * config.samples_per_prompt // layout.processes
+  most_slots = max(responses // own_ways, 1)
+  most_rows = max(config.prompts_per_step // config.training.minibatches * config.samples_per_prompt // ways, 1)
+  if chip is None:
+    return most_slots * own_ways, most_rows * ways
+  operations, slot_bytes = count(planner, lengths, slots, micro_batch_rows)
+
+  def seconds(slots_then: int, rows_then: int) -> float:
+    more_slots, more_rows = slots_then / slots, rows_then / micro_batch_rows
+    scaled = {"decode": operations["decode"] * more_slots, "update": operations["update"] * more_rows}
+    parts = estimate.rooflines(
+      layout, chip, lengths, slots_then, slot_bytes * more_slots, rows_then, operations | scaled, compiled
+    )
+    return sum(part.seconds for part in parts.values())
+
+  each = range(_STEP, most_slots + 1, _STEP) if most_slots > _STEP else range(1, most_slots + 1)
+  powers = [2**i for i in range(most_rows.bit_length())]
+  return (
+    min((own_ways * n for n in each), key=lambda n: seconds(n, micro_batch_rows)),
+    min((ways * n for n in powers), key=lambda n: seconds(slots, n)),
+  )
+
+
+def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int) -> tuple[dict[str, int], int]:
+  """Operations of each program for texts of these lengths, and bytes a device of its slots."""
+  extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference)
+  counted = programs.rollout_programs(planner.flat, slots, extent)
+  operations = estimate.count_flops(counted | programs.update_programs(planner.flat, micro_batch_rows))
+  return operations, programs.rollout_programs(planner.layout, slots)["decode"].parts["slots"]
+
+
 def step_of(
   planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int, compiled: dict[str, Compiled]
 ) -> dict[str, Any] | None:
   """The estimate of a step's time; None for a chip whose rates are not known."""
-  flat, chip = planner.flat, planner.place.chip
+  chip = planner.place.chip
   if chip is None:
     return None
-  extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference)
-  counted = programs.rollout_programs(flat, slots, extent) | programs.update_programs(flat, micro_batch_rows)
-  operations = estimate.count_flops(counted)
-  decode = programs.rollout_programs(planner.layout, slots)["decode"]
-  parts = estimate.rooflines(
-    planner.layout, chip, lengths, slots, decode.parts["slots"], micro_batch_rows, operations, compiled
-  )
+  operations, slot_bytes = count(planner, lengths, slots, micro_batch_rows)
+  parts = estimate.rooflines(planner.layout, chip, lengths, slots, slot_bytes, micro_batch_rows, operations, compiled)
   seconds = sum(part.seconds for part in parts.values())
   return {
     "micro_batches": estimate.micro_batches(planner.layout, micro_batch_rows, lengths),

@@ -26,7 +26,7 @@ from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import PackedRows
-from rlpr_jax.training.policy import Policy, abstract_opt_state, create_sharding, lay_out
+from rlpr_jax.training.policy import Policy, abstract_opt_state, create_mesh, create_sharding, lay_out
 from rlpr_jax.training.setup import (
   check_lengths,
   check_rows,
@@ -69,7 +69,7 @@ def lay(config: ConfigDict, model_config: ModelConfig, place: Slice) -> Layout:
     InputError: a config that cannot be run there.
   """
   devices = place.describe()
-  mesh = sharding.create_mesh(**config.mesh, devices=devices)
+  mesh = create_mesh(config, devices)
   own = place.describe_host(devices)
   if own is not devices:
     return lay_on(config, model_config, mesh, sharding.create_mesh(1, -1, config.mesh.tensor, own))
@@ -167,9 +167,10 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
     ),
   }  # fmt: skip
   if copies_to_sample(layout):
-    gathered = policy.gathered.by_process()
-    trace = functools.partial(models.cast.trace, policy.whole(policy.trained), policy.sampling.compute_dtype, gathered)
-    beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(policy.whole(policy.trained))
+    source, gathered = policy.sharding, policy.gathered.by_process()
+    whole, dtype = policy.whole(policy.trained), policy.sampling.compute_dtype
+    trace = functools.partial(models.cast.trace, whole, dtype, source, gathered)
+    beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(whole)
     gather = Program(trace, 1, layout.state | {"sampling copy": weights}, beside + layout.state["optimiser"])
     programs = {"gather": gather} | programs
   return programs
@@ -211,7 +212,10 @@ def device_bytes(tree: Any) -> int:
 
 def _sampling_dtypes(policy: Policy, params: Params) -> Params:
   return jax.eval_shape(
-    functools.partial(models.cast, dtype=policy.sampling.compute_dtype, where=sharding.Sharding()), params
+    functools.partial(
+      models.cast, dtype=policy.sampling.compute_dtype, source=sharding.Sharding(), where=sharding.Sharding()
+    ),
+    params,
   )
 
 

@@ -22,12 +22,12 @@ def of_one(plan: dict[str, Any], steps: int) -> str:
     peak = f"{program['peak'] / GIB:.2f}" if program["peak"] else "-"
     verdict = "fits" if program["fits"] else f"does not fit {program['refused']}".strip()
     lines.append(f"| {name} | {' | '.join(sizes)} | {program['temporary'] / GIB:.2f} | {peak} | {verdict} |")
-  lines += ["", "Collectives, GiB that a device receives in a call (number):"]
+  lines += ["", "| of a call, on each device | TFLOP | GiB received from others (number) |", "|---|---|---|"]
   for name, program in plan["programs"].items():
     kinds = [
       f"{kind} {one['received'] / GIB:.3f} ({one['count']:.0f})" for kind, one in sorted(program["collectives"].items())
     ]
-    lines.append(f"  {name}: {', '.join(kinds) or 'none'}")
+    lines.append(f"| {name} | {program['operations'] / program['devices'] / 1e12:.2f} | {', '.join(kinds) or 'none'} |")
   if plan["step"]:
     lines += ["", *_step(plan["step"], plan["lengths"], steps)]
   if "best" in plan:
@@ -49,7 +49,7 @@ def _step(step: dict[str, Any], lengths: dict[str, float], steps: int) -> list[s
   return [
     *lines,
     "",
-    f"A step at least {step['seconds']:.1f} s, {steps} steps {step['device_hours']:.0f} chip-hours. {_ROOFLINE}",
+    f"A step: {step['seconds']:.1f} s; {steps} steps: {step['device_hours']:.0f} chip-hours. {_ROOFLINE}",
     f"Assumed: prompts of {lengths['prompt']} and responses of {lengths['response']} tokens on average,"
     f" references of {lengths['reference']}, {lengths['draws']:g} draws of prompts a step.",
   ]
@@ -72,9 +72,9 @@ def best(plan: dict[str, Any], steps: int) -> str:
       " config.data.prompt_limit or rollout.max_response_length, more config.mesh.tensor, or"
       " config.rollout.gather_params=False."
     )
-  time = f"; a step then at least {found['step']['seconds']:.1f} s" if found.get("step") else ""
+  time = f"; a step then: {found['step']['seconds']:.1f} s" if found.get("step") else ""
   return (
-    "The most that fits: "
+    "Best of what fits: "
     f"--config.rollout.slots={found['slots']} --config.training.micro_batch_rows={found['micro_batch_rows']}{time}"
   )
 
@@ -82,7 +82,7 @@ def best(plan: dict[str, Any], steps: int) -> str:
 def comparison(plans: list[dict[str, Any]], steps: int) -> str:
   """Several slices in one table."""
   lines = [
-    f"| slice | chips | largest peak of granted, GiB | fits | slots that fit | micro-batch that fits |"
+    f"| slice | chips | largest peak of granted, GiB | fits | best slots | best micro-batch |"
     f" s a step (estimate) | chip-hours of {steps} steps (estimate) |",
     "|---|---|---|---|---|---|---|---|",
   ]

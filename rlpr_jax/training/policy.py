@@ -1,6 +1,7 @@
 """The policy of a run: its model and tokenizer, how it lies on the devices, and which parameters are trained."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ class Policy(NamedTuple):
     whole, dtype = self.whole(params), self.sampling.compute_dtype
     if self.gathered.mesh is None and dtype == "float32":
       return whole  # no copy of what is right as it is
-    return sharding.own_part(models.cast(whole, dtype, self.gathered.by_process()))
+    return sharding.own_part(models.cast(whole, dtype, self.sharding, self.gathered.by_process()), self.gathered)
 
 
 def load_policy(config: ConfigDict) -> Policy:
@@ -53,7 +54,7 @@ def load_policy(config: ConfigDict) -> Policy:
   Raises:
     InputError: naming the field of the config, or the file.
   """
-  mesh = sharding.create_mesh(**config.mesh)
+  mesh = create_mesh(config)
   if config.model.path:
     directory = models.resolve(config.model.path)
     tokenizer, model_config = load_tokenizer(str(directory)), models.load_config(directory)
@@ -109,7 +110,13 @@ def lay_out(
   )
 
 
-def create_sharding(config: ConfigDict, mesh: Mesh) -> Sharding:
+def create_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The config's mesh, of devices that may be only described."""
+  table = gathered_sharding(config, create_sharding(config, None))
+  return sharding.create_mesh(**config.mesh, devices=devices, together=table.splits_params)
+
+
+def create_sharding(config: ConfigDict, mesh: Mesh | None) -> Sharding:
   """The config's table of axes, on a mesh."""
   return sharding.create(mesh, {name: split_names(axes) for name, axes in config.sharding.items()})
 

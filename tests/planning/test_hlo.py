@@ -60,6 +60,28 @@ def test_loops_groups_and_fusions_of_a_tpu():
   assert groups == [[0, 2, 4, 6], [0, 1, 2, 3], [0, 1]]  # along 'a' of a mesh of 4 x 2
 
 
+FUSED = """\
+%first (x: f32[4,32]) -> (f32[16,32], u32[]) {
+  %all-gather.1 = f32[16,32]{1,0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%async_collective_fusion.2 (x: f32[4,32], y: f32[8,8]) -> (f32[8,8], f32[16,32], u32[]) {
+  %product = f32[8,8]{1,0} convolution(%y, %y)
+  %all-gather.2 = f32[16,32]{1,0} all-gather(%x), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (p: f32[4,32]) -> f32[4] {
+  %fusion.1 = (f32[16,32]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%first
+  %fusion.2 = (f32[8,8]{1,0}, f32[16,32]{1,0}) fusion(%p, %q), kind=kCustom, calls=%async_collective_fusion.2
+  %all-gather.3 = f32[16,32]{1,0} all-gather(%r), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_one_that_goes_on_in_several_fusions_counts_once():
+  assert hlo.traffic(FUSED, 1, bool)["all-gather"] == (2, 2 * 0.75 * 16 * 32 * 4, 2 * 0.75 * 16 * 32 * 4)
+
+
 GPU = """\
 ENTRY %main (p: f32[4]) -> f32[4] {
   %all-gather-start.1 = (bf16[4,32]{1,0}, bf16[16,32]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8]

@@ -175,11 +175,13 @@ def test_whole_responses_samples_stops_and_log_probabilities(engine, policy, ser
 
 
 def test_streams_that_are_left_free_their_slots(engine, policy):
-  """Clients that go away, while they stream and while they wait for the whole; left alone it would take ten seconds."""
+  """Clients that go away, while they stream and while they wait for the whole; left alone it would take 30 seconds."""
+  begun = threading.Event()
 
   async def leave(served):
     async with served.client() as client:
       streams = [await client.chat.completions.create(**chat(), stream=True, n=2) for _ in range(10)]
+      begun.set()
       for stream in streams:
         await anext(aiter(stream))
         await stream.close()
@@ -193,9 +195,9 @@ def test_streams_that_are_left_free_their_slots(engine, policy):
   with other(engine, policy) as served:
     session = served.loop._session
     honest = session.round
-    session.round = lambda: (time.sleep(0.08), honest())[1]
+    session.round = lambda: (begun.wait(60), time.sleep(0.2), honest())[-1]
     asyncio.run(leave(served))
-    assert wait(lambda: (served.loop.waiting, served.loop.running) == (0, 0), 3)
+    assert wait(lambda: (served.loop.waiting, served.loop.running) == (0, 0), 5)
     assert not served.loop._jobs
     assert sorted(session.free) == list(range(SHAPES.slots))
     assert wait(lambda: 'rlpr_requests_total{status="499"} 15.0' in served.get("/metrics").text)
