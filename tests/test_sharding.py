@@ -104,6 +104,58 @@ def test_meshes_that_cannot_be(sizes, expected):
     sharding.create_mesh(*sizes, devices=[jax.devices()[0]] * 8)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """As much of a TPU's device as a mesh asks for: of a slice of 4x4x2 chips, hosts of 2x2x1."""
+
+  id: int
+  coords: tuple[int, int, int]
+  process_index: int
+  slice_index: int = 0
+  core_on_chip: int = 0
+  platform: str = "tpu"
+
+
+def chips(slices=1):
+  """Host by host, as jax lists them."""
+  places = [(2 * hx + x, 2 * hy + y, z) for z in range(2) for hy in range(2) for hx in range(2)
+            for y in range(2) for x in range(2)]  # fmt: skip
+  return [
+    Chip(32 * k + x + 4 * y + 16 * z, (x, y, z), 8 * k + i // 4, k)
+    for k in range(slices)
+    for i, (x, y, z) in enumerate(places)
+  ]
+
+
+def test_parts_lie_as_in_the_torus():
+  """Also where hosts do not: they have the corners of squares."""
+  found = sharding.create_mesh(devices=chips()).devices
+  assert [chip.coords for chip in found.ravel()] == sorted((c.coords for c in chips()), key=lambda place: place[::-1])
+  assert [chip.process_index for chip in found.ravel()[:8]] == [0, 0, 1, 1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(("tensor", "slices"), [(2, 1), (4, 1), (4, 2)])
+def test_what_is_split_along_tensor_is_one_hosts(tensor, slices):
+  found = sharding.create_mesh(data=slices, tensor=tensor, devices=chips(slices)).devices
+  parts = found.reshape(-1, tensor)
+  assert all(len({chip.process_index for chip in part}) == 1 for part in parts)
+  firsts = [(part[0].slice_index, *part[0].coords[::-1]) for part in parts]
+  assert firsts == sorted(firsts)
+  assert all({chip.slice_index for chip in part.ravel()} == {i} for i, part in enumerate(found))
+
+
+def test_all_of_a_host_together():
+  found = sharding.create_mesh(devices=chips(), together=True).devices
+  assert [chip.process_index for chip in found.ravel()] == [i // 4 for i in range(32)]
+
+
+def test_which_parameters_each_process_can_have_whole():
+  table = sharding.create(mesh(1, 4, 2))
+  assert table.splits_params
+  assert not table.replicate("embed").splits_params
+  assert sharding.create(mesh(1, 4, 2), {"mlp": ("data",)}).replicate("embed").splits_params
+
+
 def test_one_device_is_no_mesh():
   where = sharding.create(sharding.create_mesh(devices=jax.devices()[:1]))
   assert where == sharding.Sharding()

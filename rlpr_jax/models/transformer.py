@@ -347,9 +347,14 @@ def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> nnx.GraphDe
   fitted = sharding.fit(runtime.sharding, axis_sizes(config))
   attention = runtime.attention
   if attention == "auto":
-    attention = {"tpu": "splash", "gpu": "tokamax"}.get(_platform(fitted), "xla")
+    attention = default_attention(_platform(fitted))
   runtime = dataclasses.replace(runtime, sharding=fitted, attention=attention)
   return nnx.split(nnx.eval_shape(lambda: Decoder(config, runtime, rngs=nnx.Rngs(0))))[0]
+
+
+def default_attention(platform: str) -> str:
+  """Which attention "auto" is on a platform, as its devices name it."""
+  return {"tpu": "splash", "gpu": "tokamax"}.get(platform, "xla")
 
 
 def _platform(where: sharding.Sharding) -> str:

@@ -25,6 +25,7 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")  # of TPUs: mesh['a'=4,'b'=2] {'b'}
 _SCATTER = "all-reduce-scatter"  # what TPUs call a fusion that reduces, and keeps a part on each device
+_CONSTANT = re.compile(r"\s*%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 
@@ -37,6 +38,11 @@ class Traffic(NamedTuple):
   far: float = 0  # of those, the bytes of groups that reach beyond a slice or host
 
 
+class _Collective(NamedTuple):
+  identity: tuple[str, ...]  # kind, result and channel
+  traffic: Traffic
+
+
 def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str, Traffic]:
   """What each device receives in one run of a program, by kind.
 
@@ -46,30 +52,32 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
     far: whether a group of devices, by their places in the mesh, reaches beyond a slice or host.
   """
   bodies, entry = _computations(text)
-  seen: dict[str, dict[tuple[str, str], Traffic]] = {}  # of each computation: kind and channel -> traffic
+  seen: dict[str, list[_Collective]] = {}  # of each computation
 
-  def of(name: str) -> dict[tuple[str, str], Traffic]:
+  def of(name: str) -> list[_Collective]:
     if name not in seen:
-      total: dict[tuple[str, str], Traffic] = {}
-      for number, line in enumerate(bodies.get(name, ())):
+      found: list[_Collective] = []
+      in_fusions: set[tuple[str, ...]] = set()
+      for line in bodies.get(name, ()):
         if kind := _KIND.search(line):
           which = "reduce-scatter" if name.startswith(_SCATTER) else kind[1]
           channel = _CHANNEL.search(line)
-          key = which, channel[1] if channel else f"{name} {number}"
-          total[key] = _one(line, which, bool(kind[2]), far, whole=which != kind[1])
+          identity = which, _result(line), channel[1] if channel else f"of {name}"
+          found.append(_Collective(identity, _one(line, which, bool(kind[2]), far, whole=which != kind[1])))
         elif " while(" in line:
           times = _length(line, bodies) or trips
-          for key, one in of(_BODY.search(line)[1]).items():
-            total[key] = Traffic(*(times * number for number in one))
+          for identity, one in of(_BODY.search(line)[1]):
+            found.append(_Collective(identity, Traffic(*(times * number for number in one))))
         else:
-          # A collective that goes on while others compute stands in several fusions, in each with its channel.
+          # A collective that goes on while others compute stands in several fusions.
           for called in _CALLED.findall(line):
-            total |= of(called)
-      seen[name] = total
+            found += [one for one in of(called) if one.identity not in in_fusions]
+            in_fusions |= {one.identity for one in of(called)}
+      seen[name] = found
     return seen[name]
 
   kinds: dict[str, Traffic] = {}
-  for (kind, _), one in of(entry).items():
+  for (kind, *_), one in of(entry):
     kinds[kind] = Traffic(*(a + b for a, b in zip(kinds.get(kind, Traffic()), one, strict=True)))
   return kinds
 
@@ -92,20 +100,34 @@ def _length(line: str, bodies: dict[str, list[str]]) -> int | None:
   if known := _TRIPS.search(line):
     return int(known[1])
   condition = bodies.get(_CONDITION.search(line)[1], [])
-  ends = [found[1] for text in condition if (found := re.search(r"s32\[\]\S* constant\((\d+)\)", text))]
+  ends = [found[2] for text in condition if (found := _CONSTANT.match(text))]
   compares = [text for text in condition if " compare(" in text]
-  simple = len(ends) == 1 and len(compares) == 1 and "direction=LT" in compares[0]
-  return int(ends[0]) if simple else None
+  if len(ends) != 1 or len(compares) != 1 or "direction=LT" not in compares[0]:
+    return None
+  return math.ceil(int(ends[0]) / _stride(condition, bodies.get(_BODY.search(line)[1], [])))
+
+
+def _stride(condition: list[str], body: list[str]) -> int:
+  """What a loop's body adds to the counter that its condition looks at; 1 where that cannot be seen."""
+  places = [found[1] for text in condition if (found := re.search(r" get-tuple-element\(.*index=(\d+)", text))]
+  root = next((text for text in body if text.lstrip().startswith("ROOT ") and " tuple(" in text), "")
+  state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
+  if len(places) != 1 or int(places[0]) >= len(state):
+    return 1
+  lines = {found[1]: text for text in body if (found := re.match(r"\s*%([\w.\-]+) =", text))}
+  added = re.findall(r"%([\w.\-]+)", lines.get(state[int(places[0])], "").partition(" add(")[2].partition(")")[0])
+  steps = [int(found[2]) for name in added if (found := _CONSTANT.match(lines.get(name, "")))]
+  return steps[0] if len(steps) == 1 else 1
 
 
 def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], whole: bool) -> Traffic:
   """`whole`: of a reduce-scatter, whether the result in the text is what is reduced, not yet split."""
   arrays = [
     _SIZES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
-    for dtype, sizes in _ARRAY.findall(line[line.index("=") : _KIND.search(line).start()])
+    for dtype, sizes in _ARRAY.findall(_result(line))
   ]
-  if started and kind in ("all-gather", "collective-permute"):
-    arrays = arrays[len(arrays) // 2 :] if kind == "all-gather" else arrays[1:2]  # operands, results, tokens
+  if started and kind != "all-reduce":  # operands, results, and of a permutation tokens
+    arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
   group = _group(line)
   size, result = len(group), sum(arrays)
   share = (size - 1) / size if size else 1
@@ -116,6 +138,10 @@ def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], 
     "collective-permute": result,
   }.get(kind, share * result)
   return Traffic(1, received, received if far(group) else 0)
+
+
+def _result(line: str) -> str:
+  return line[line.index("=") : _KIND.search(line).start()]
 
 
 def _group(line: str) -> list[int]:

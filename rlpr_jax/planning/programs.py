@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
@@ -69,6 +69,9 @@ def lay(config: ConfigDict, model_config: ModelConfig, place: Slice) -> Layout:
     InputError: a config that cannot be run there.
   """
   devices = place.describe()
+  if config.model.attention == "auto":  # of a single device the programs would not know what it is
+    config = config.copy_and_resolve_references()
+    config.model.attention = models.default_attention(devices[0].platform)
   mesh = create_mesh(config, devices)
   own = place.describe_host(devices)
   if own is not devices:
@@ -89,8 +92,10 @@ def lay_on(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own: Mesh)
   sampling = dataclasses.replace(policy.sampling, sharding=sharding.Sharding(on_own.mesh, on_own.rules))
   whole = policy.whole(policy.trained)
   sampled = _like(_sampling_dtypes(policy, whole), models.abstract_params(policy.config, sampling.sharding))
+  sampled = _on_device(sampled, own)
   optimizer = create_optimizer(config)
-  opt_state = abstract_opt_state(optimizer, policy.trained, policy.sharding)
+  opt_state = _on_device(abstract_opt_state(optimizer, policy.trained, policy.sharding), mesh)
+  policy = policy._replace(trained=_on_device(policy.trained, mesh), frozen=_on_device(policy.frozen, mesh))
   copies = keeps_initial(config) + (config.reward.scorer == "lagged")
   state = {
     "parameters": device_bytes(policy.trained) * (1 + copies),
@@ -208,6 +213,14 @@ def device_bytes(tree: Any) -> int:
     math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)
   )
+
+
+def _on_device(tree: Any, mesh: Mesh) -> Any:
+  """Shapes on the device of a mesh of one, which no sharding tells them; on another mesh they are as they are."""
+  if mesh.size > 1:
+    return tree
+  where = SingleDeviceSharding(mesh.devices.flat[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree)
 
 
 def _sampling_dtypes(policy: Policy, params: Params) -> Params:

@@ -82,11 +82,40 @@ def test_one_that_goes_on_in_several_fusions_counts_once():
   assert hlo.traffic(FUSED, 1, bool)["all-gather"] == (2, 2 * 0.75 * 16 * 32 * 4, 2 * 0.75 * 16 * 32 * 4)
 
 
+WINDOWED = """\
+%body (state: (bf16[112,8], u32[], u32[])) -> (bf16[112,8], u32[], u32[]) {
+  %two = u32[]{:T(128)} constant(2)
+  %one = u32[]{:T(128)} constant(1)
+  %i = u32[]{:T(128)} get-tuple-element(%state), index=1
+  %s.1 = (bf16[112,8]{1,0}, bf16[112,8]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,1}}
+  %next = u32[]{:T(128)} add(%i, %two), control-predecessors={%i}
+  %other = u32[]{:T(128)} add(%j, %one)
+  ROOT %state.1 = (bf16[112,8]{1,0}, u32[], /*index=2*/u32[]) tuple(%done.1, %next, /*index=2*/%other)
+}
+
+%condition (state: (bf16[112,8], u32[], u32[])) -> pred[] {
+  %end = u32[]{:T(128)} constant(15)
+  %i.1 = u32[]{:T(128)} get-tuple-element(%state), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (p: bf16[112,8]) -> bf16[112,8] {
+  %while.1 = (bf16[112,8]{1,0}, u32[], u32[]) while(%p), condition=%condition, body=%body
+}
+"""
+
+
+def test_a_loop_that_counts_by_twos():
+  """As those in which weights come from the neighbours while their product is computed."""
+  assert hlo.traffic(WINDOWED, 1, bool)["collective-permute"][:2] == (8, 8 * 112 * 8 * 2)
+
+
 GPU = """\
 ENTRY %main (p: f32[4]) -> f32[4] {
   %all-gather-start.1 = (bf16[4,32]{1,0}, bf16[16,32]{1,0}) all-gather-start(%p), replica_groups=[2,4]<=[8]
   %all-gather-done.1 = bf16[16,32]{1,0} all-gather-done(%all-gather-start.1)
   %reduce-scatter.1 = f32[8,32]{1,0} reduce-scatter(%q), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %start.1 = ((f32[8]{0}, f32[4]{0}), (f32[2]{0}, f32[1]{0})) reduce-scatter-start(%r), replica_groups=[2,4]<=[8]
   %while.1 = (s32[]) while(%s), condition=%c, body=%b, backend_config={"known_trip_count":{"n":"7"}}
 }
 
@@ -100,9 +129,9 @@ def test_the_text_of_a_gpu():
   groups = []
   found = hlo.traffic(GPU, trips=1, far=lambda group: bool(groups.append(group)))
   assert found["all-gather"].received == 0.75 * 16 * 32 * 2
-  assert found["reduce-scatter"].received == 1 * 8 * 32 * 4
+  assert found["reduce-scatter"].received == 1 * 8 * 32 * 4 + 3 * (2 + 1) * 4
   assert found["collective-permute"] == (7, 7 * 400, 0)
-  assert groups == [[0, 1, 2, 3], [0, 4], [0, 1]]
+  assert groups == [[0, 1, 2, 3], [0, 4], [0, 1, 2, 3], [0, 1]]
 
 
 @pytest.mark.parametrize("text", ["", "ENTRY %main (p: f32[]) -> f32[] {\n}\n"])
