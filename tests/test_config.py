@@ -11,6 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
+from rlpr_jax.errors import InputError
+from rlpr_jax.planning import hardware
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -140,6 +142,31 @@ def test_recipes_hold_the_papers_settings(name, expected):
   assert (c.training.clip_low, c.training.clip_high, c.training.entropy_coefficient) == (0.2, 0.27, 0.001)
   assert (c.training.learning_rate, c.training.weight_decay, c.training.max_grad_norm) == (1e-6, 0.01, 1.0)
   assert (c.filter.alpha, c.filter.collect_from, c.filter.start) == (0.01, 6, 11)
+
+
+RECIPES_WITH_SLICES = ("rlpr_qwen2_5_7b", "rlpr_llama3_1_8b", "rlpr_gemma2_9b")
+
+
+@pytest.mark.parametrize("recipe", RECIPES_WITH_SLICES)
+def test_what_recipes_set_for_slices_fits_their_chips(recipe):
+  """Rows are multiples of the parts of the mesh, and nothing of the method changes."""
+  module = runpy.run_path(str(ROOT / f"configs/{recipe}.py"))
+  plain = json.loads(configs.to_json(module["get_config"]()))
+  assert "v5p:2x4x4" in module["SLICES"]
+  for name in module["SLICES"]:
+    config = module["get_config"](name)
+    configs.validate(config)
+    parts, rest = divmod(hardware.parse(name).chips, config.mesh.tensor)
+    rows = (config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows)
+    assert rest == 0
+    assert all(count % parts == 0 for count in (*rows, config.training.micro_batch_rows)), name
+    assert configs.first_difference(plain, config) is None, name
+
+
+def test_a_slice_that_a_recipe_does_not_know():
+  get_config = runpy.run_path(str(ROOT / "configs/rlpr_qwen2_5_7b.py"))["get_config"]
+  with pytest.raises(InputError, match=r"'v5p:9x9x9' after the recipe, expected nothing or one of v5e:16x16, "):
+    get_config("v5p:9x9x9")
 
 
 def test_what_another_slice_needs_may_change():

@@ -26,7 +26,8 @@ _IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")  # of TPUs: mesh['a'=4,'b'=2] {'b'}
 _SCATTER = "all-reduce-scatter"  # what TPUs call a fusion that reduces, and keeps a part on each device
 _CONSTANT = re.compile(r"\s*%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
+# On TPUs a collective that goes on while others compute stands in what starts it, fusions meanwhile, and what ends it.
+_GOES_ON = re.compile(r"%async-collective-done|calls=%async_collective_fusion")
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 
 
@@ -38,11 +39,6 @@ class Traffic(NamedTuple):
   far: float = 0  # of those, the bytes of groups that reach beyond a slice or host
 
 
-class _Collective(NamedTuple):
-  identity: tuple[str, ...]  # kind, result and channel
-  traffic: Traffic
-
-
 def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str, Traffic]:
   """What each device receives in one run of a program, by kind.
 
@@ -52,34 +48,24 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
     far: whether a group of devices, by their places in the mesh, reaches beyond a slice or host.
   """
   bodies, entry = _computations(text)
-  seen: dict[str, list[_Collective]] = {}  # of each computation
+  seen: dict[str, dict[str, Traffic]] = {}
 
-  def of(name: str) -> list[_Collective]:
+  def of(name: str) -> dict[str, Traffic]:
     if name not in seen:
-      found: list[_Collective] = []
-      in_fusions: set[tuple[str, ...]] = set()
+      total: dict[str, Traffic] = {}
       for line in bodies.get(name, ()):
         if kind := _KIND.search(line):
           which = "reduce-scatter" if name.startswith(_SCATTER) else kind[1]
-          channel = _CHANNEL.search(line)
-          identity = which, _result(line), channel[1] if channel else f"of {name}"
-          found.append(_Collective(identity, _one(line, which, bool(kind[2]), far, whole=which != kind[1])))
+          _add(total, {which: _one(line, which, bool(kind[2]), far, whole=which != kind[1])}, 1)
         elif " while(" in line:
-          times = _length(line, bodies) or trips
-          for identity, one in of(_BODY.search(line)[1]):
-            found.append(_Collective(identity, Traffic(*(times * number for number in one))))
-        else:
-          # A collective that goes on while others compute stands in several fusions.
+          _add(total, of(_BODY.search(line)[1]), _length(line, bodies) or trips)
+        elif not _GOES_ON.search(line):
           for called in _CALLED.findall(line):
-            found += [one for one in of(called) if one.identity not in in_fusions]
-            in_fusions |= {one.identity for one in of(called)}
-      seen[name] = found
+            _add(total, of(called), 1)
+      seen[name] = total
     return seen[name]
 
-  kinds: dict[str, Traffic] = {}
-  for (kind, *_), one in of(entry):
-    kinds[kind] = Traffic(*(a + b for a, b in zip(kinds.get(kind, Traffic()), one, strict=True)))
-  return kinds
+  return of(entry)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -124,7 +110,7 @@ def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], 
   """`whole`: of a reduce-scatter, whether the result in the text is what is reduced, not yet split."""
   arrays = [
     _SIZES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
-    for dtype, sizes in _ARRAY.findall(_result(line))
+    for dtype, sizes in _ARRAY.findall(line[line.index("=") : _KIND.search(line).start()])
   ]
   if started and kind != "all-reduce":  # operands, results, and of a permutation tokens
     arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
@@ -138,10 +124,6 @@ def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], 
     "collective-permute": result,
   }.get(kind, share * result)
   return Traffic(1, received, received if far(group) else 0)
-
-
-def _result(line: str) -> str:
-  return line[line.index("=") : _KIND.search(line).start()]
 
 
 def _group(line: str) -> list[int]:
@@ -162,3 +144,9 @@ def _group(line: str) -> list[int]:
   if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
     return [int(found[1]), int(found[2])]
   return []
+
+
+def _add(total: dict[str, Traffic], more: dict[str, Traffic], times: int) -> None:
+  for kind, one in more.items():
+    old = total.get(kind, Traffic())
+    total[kind] = Traffic(*(a + times * b for a, b in zip(old, one, strict=True)))

@@ -71,8 +71,9 @@ FUSED = """\
 }
 
 ENTRY %main (p: f32[4,32]) -> f32[4] {
-  %fusion.1 = (f32[16,32]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%first
+  %async-collective-start.1 = (f32[16,32]{1,0}, u32[]) fusion(%p), kind=kCustom, calls=%first
   %fusion.2 = (f32[8,8]{1,0}, f32[16,32]{1,0}) fusion(%p, %q), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-done.1 = f32[16,32]{1,0} fusion(%fusion.2), kind=kCustom, calls=%first
   %all-gather.3 = f32[16,32]{1,0} all-gather(%r), channel_id=8, replica_groups={{0,1,2,3}}, dimensions={0}
 }
 """
