@@ -1,12 +1,19 @@
 """RLPR on Gemma 2 9B as the paper runs it: no <think> tags, a lower temperature, a stricter filter, smaller batches.
 
-python -m rlpr_jax.train --config=configs/rlpr_gemma2_9b.py --workdir=DIR --config.data.path=rlpr_train.parquet
+    python -m rlpr_jax.train --config=configs/rlpr_gemma2_9b.py:v5p:2x4x4 --workdir=DIR --config.data.path=rlpr_train.parquet
+
+After the recipe stands what it is to run on, one of SLICES; for other devices nothing, as in rlpr_qwen2_5_7b.py.
 """
 
-from rlpr_jax.config import default
+from rlpr_jax.config import SliceSettings, default, set_slice
+
+# What rlpr_jax.plan chose (docs/planning.md): none of them was run.
+SLICES = {
+  "v5p:2x4x4": SliceSettings(tensor=4, micro_batch_rows=8, slots=256, prefill_prompts=32, score_rows=32),
+}
 
 
-def get_config():
+def get_config(slice_name=""):
   c = default()
   c.prompts_per_step = 256
   c.model.path = "google/gemma-2-9b-it"
@@ -19,4 +26,5 @@ def get_config():
   c.filter.scale = 1.0
   c.evaluation.temperature = 0.6
   c.evaluation.top_p = 0.95
+  set_slice(c, SLICES, slice_name)
   return c

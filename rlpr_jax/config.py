@@ -7,7 +7,7 @@ Unknown fields and values of another type are refused by `ml_collections`, impos
 
 import json
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -272,15 +272,27 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def set_slice(config: ConfigDict, slices: dict[str, dict[str, Any]], name: str) -> None:
-  """What a recipe sets for the devices that stand behind its name, `configs/X.py:v5p:4x4x4`; for "" nothing.
+class SliceSettings(NamedTuple):
+  """What a recipe sets for a slice of devices: their number along `config.mesh.tensor`, and rows of all of them."""
+
+  tensor: int
+  micro_batch_rows: int
+  slots: int
+  prefill_prompts: int
+  score_rows: int
+
+
+def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -> None:
+  """Sets what a recipe has for the devices that stand behind its name, `configs/X.py:v5p:4x4x4`; for "" nothing.
 
   Raises:
     InputError: the recipe has nothing for them.
   """
   if name and name not in slices:
     raise InputError(f"--config: {name!r} after the recipe, expected nothing or one of {', '.join(slices)}")
-  config.update_from_flattened_dict(slices.get(name, {}))
+  if name:
+    config.mesh.tensor, config.training.micro_batch_rows, *rows = slices[name]
+    config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows = rows
 
 
 def longest_sequence(config: ConfigDict) -> int:

@@ -26,7 +26,7 @@ def get_config():
   c.compilation_cache = ""
   return c
 """
-LAYERS = 4  # of a model like Qwen2.5-7B, with a smaller vocabulary: minutes less
+LAYERS, VOCABULARY = 4, 32000  # of a model like Qwen2.5-7B, cut down: minutes less
 tpu = pytest.mark.skipif(
   not (ROOT / ".cache/libtpu/libtpu/libtpu.so").exists(), reason="no TPU compiler under .cache: run make libtpu"
 )
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def recipe(tmp_path) -> pathlib.Path:
   (tmp_path / "model").mkdir()
-  sizes = {"num_hidden_layers": LAYERS, "vocab_size": 32000}
+  sizes = {"num_hidden_layers": LAYERS, "vocab_size": VOCABULARY}
   (tmp_path / "model/config.json").write_text(json.dumps(QWEN | sizes))
   (tmp_path / "recipe.py").write_text(RECIPE.format(model=str(tmp_path / "model")))
   return tmp_path / "recipe.py"
@@ -62,25 +62,27 @@ def finish(process, status=0):
 
 @tpu
 def test_decoding_copies_no_cache(recipe):
-  """More slots a chip take what their keys and values take, and no more."""
+  """More slots a chip take what their keys and values take, and some rows of logits; the least copy would be half."""
   few, many = (plan(recipe, "v6e:2x2", "--nosearch", f"--config.rollout.slots={slots}") for slots in (64, 128))
   each = (many["programs"]["decode"]["peak"] - few["programs"]["decode"]["peak"]) / 16
   room = -(-(512 + 512 + 16) // 128) * 128
-  assert each == pytest.approx(room * LAYERS * 4 * 128 * 2 * 2, rel=0.02)
+  cache, logits = room * LAYERS * 4 * 128 * 2 * 2, VOCABULARY * 4
+  assert cache < each < cache + 12 * logits < 1.2 * cache
 
 
 @tpu
 def test_parts_on_a_slice(recipe):
   """Sizes on each of sixteen chips, and what they send each other for an update of one micro-batch."""
-  found = plan(recipe, "v5e:4x4", "--nosearch")
+  found = plan(recipe, "v5e:4x4", "--nosearch", "--config.rollout.prefill_prompts=16")
   assert (found["chips"], found["processes"], found["mesh"]["fsdp"]) == (16, 4, 16)
-  embed, head = 3584, 32000 * 3584
+  embed, head = 3584, VOCABULARY * 3584
   layer = embed * 128 * (2 * 28 + 2 * 4) + 3 * embed * 18944
   everywhere = LAYERS * (2 * embed + 36 * 128) + embed  # norms and biases are not split over fsdp
   assert found["programs"]["update"]["parts"]["parameters"] == 4 * ((LAYERS * layer + 2 * head) // 16 + everywhere)
   gathered = 15 / 16 * 2 * (LAYERS * layer + 2 * head)  # bytes of one pass over the weights, in bfloat16
-  received = found["programs"]["update"]["collectives"]["all-gather"]["received"]
-  assert 1.9 * gathered < received < 3.2 * gathered  # forwards, backwards, and some of it once more
+  received = sum(one["received"] for one in found["programs"]["update"]["collectives"].values())
+  # Weights forwards and backwards, and their gradients; those of the head, in parts of the rows, more often.
+  assert 2.9 * gathered < received < 5 * gathered
 
 
 @tpu
