@@ -221,6 +221,14 @@ def test_a_mesh_that_is_given_stays(launch):
   assert "--config.mesh.data=2" not in done.stdout
 
 
+@pytest.mark.parametrize(
+  ("script", "arguments"), [("tpu", [*TPU[1:], "--accelerator-type=v5p-128"]), ("slurm", LOCAL[1:])]
+)
+def test_what_stands_behind_a_recipe_is_passed_on(launch, script, arguments):
+  recipe = "--config=configs/rlpr_qwen2_5_7b.py:v5p:4x4x4"
+  assert "/rlpr_qwen2_5_7b.py:v5p:4x4x4 --" in launch(script, recipe, *arguments, "--dry-run").stdout
+
+
 def test_gpu_dry_run(launch):
   done = launch("gpu", *LOCAL, "--dry-run", "--gpus=0,1", "--config.steps=2", "--python=/opt/python")
   look, start = commands(done.stdout)
