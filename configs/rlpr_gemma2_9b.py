@@ -1,6 +1,7 @@
 """RLPR on Gemma 2 9B as the paper runs it: no <think> tags, a lower temperature, a stricter filter, smaller batches.
 
-    python -m rlpr_jax.train --config=configs/rlpr_gemma2_9b.py:v5p:2x4x4 --workdir=DIR --config.data.path=rlpr_train.parquet
+    python -m rlpr_jax.train --config=configs/rlpr_gemma2_9b.py:v5p:2x4x4 --workdir=DIR \
+      --config.data.path=rlpr_train.parquet
 
 After the recipe stands what it is to run on, one of SLICES; for other devices nothing, as in rlpr_qwen2_5_7b.py.
 """
