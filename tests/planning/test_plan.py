@@ -7,7 +7,9 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from rlpr_jax import config as configs
 from rlpr_jax import models
@@ -104,6 +106,13 @@ def test_bytes_of_parameters_and_optimiser_are_exact(paper, qwen):
   assert planner.flat_layout(paper, qwen, processes=1).state["parameters"] == 8 * count
   paper.reward.scorer = "lagged"
   assert planner.flat_layout(paper, qwen, processes=1).state["parameters"] == 12 * count
+
+
+def test_shapes_on_a_single_device_say_which(paper, qwen):
+  """Or the compiler of this machine would plan for it."""
+  layout = planner.flat_layout(paper, qwen, processes=1)
+  shapes = jax.tree.leaves((layout.sampled, layout.policy.trained, layout.opt_state))
+  assert {shape.sharding for shape in shapes} == {SingleDeviceSharding(jax.devices("cpu")[0])}
 
 
 # --- fitting ---
