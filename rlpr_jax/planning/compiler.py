@@ -7,20 +7,22 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 
+from rlpr_jax import resources
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import hlo
 from rlpr_jax.planning.hardware import Slice
-from rlpr_jax.planning.programs import Program
 from rlpr_jax.storage import write_atomically
 
-_ROOT = pathlib.Path(__file__).parents[2]
+if TYPE_CHECKING:
+  from rlpr_jax.planning.programs import Program  # with it comes all that trains, which `requirements` can do without
 
 
 class Compiled(NamedTuple):
@@ -33,46 +35,102 @@ class Compiled(NamedTuple):
   seconds: float  # that compiling took
 
 
+def requirements(platform: str) -> list[str]:
+  """The packages that have the compiler for a platform, tpu or cuda, as pip takes them with --no-deps.
+
+  >>> requirements("tpu")  # doctest: +SKIP
+  ['libtpu==0.0.42.*']
+
+  The versions are those that the installed jax names in its metadata.
+  """
+  extra, package = {"tpu": ("tpu", "libtpu"), "cuda": ("cuda13", "jax-cuda13-plugin")}[platform]
+  pattern = re.compile(rf"{package}(?:\[.*?\])?([^;]*);.*extra == ['\"]{extra}['\"]")
+  named = [found[1].strip() for line in importlib.metadata.requires("jax") or [] if (found := pattern.match(line))]
+  version = re.sub(r"<=([\w.]+),>=\1$", r"==\1", named[0]) if named else ""
+  return [package + version] if platform == "tpu" else [package + version, "jax-cuda13-pjrt" + version]
+
+
 def environment(place: Slice) -> dict[str, str]:
   """Variables of a process that is to ask the compiler for a slice, set before it imports jax.
 
-  The compiler gets the flags that the launch scripts give it: they take memory.
+  The compiler is that which the environment names, one under the checkout's .cache, or an installed one. It gets the
+  flags that the launch scripts give it: they take memory.
 
   Raises:
     InputError: the compiler is not installed.
   """
   if place.chip is None:
     return {}
+  paths = [_checkout()]
   if place.chip.platform == "cuda":
-    packages = _ROOT / ".cache" / "cuda"
-    if not packages.exists() and importlib.util.find_spec("jax_plugins") is None:
-      raise InputError("no compiler for GPUs here: run `make cuda-compiler`")
-    path = [str(_ROOT), str(packages), os.environ.get("PYTHONPATH", "")]
-    variables = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    return variables | {"XLA_FLAGS": _launch_flags("gpu_flags")}
-  library = os.environ.get("TPU_LIBRARY_PATH") or _ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so"
-  if not pathlib.Path(library).exists():
-    installed = importlib.util.find_spec("libtpu")
-    if installed is None:
-      raise InputError("no compiler for TPUs here: run `make libtpu`, or set TPU_LIBRARY_PATH to libtpu.so")
-    library = pathlib.Path(installed.origin).with_name("libtpu.so")
-  return {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_LIBRARY_PATH": str(library),
-    # So that the library looks for no machine.
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_MIN_LOG_LEVEL": "3",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at once
-    "LIBTPU_INIT_ARGS": _launch_flags(f"tpu_flags {place.slices}"),
-  }
+    variables = {"XLA_FLAGS": _launch_flags("gpu_flags")}
+    if not any(_importable(f"jax_plugins.{name}") for name in ("xla_cuda13", "xla_cuda12")):
+      paths.append(_cached("cuda", "cuda"))
+      if not paths[-1]:
+        raise InputError(_missing("GPUs", "make cuda-compiler", "cuda", "PYTHONPATH=DIR"))
+  else:
+    variables = {
+      "TPU_LIBRARY_PATH": str(_find_libtpu()),
+      # So that the library looks for no machine.
+      "TPU_SKIP_MDS_QUERY": "1",
+      "TPU_WORKER_HOSTNAMES": "localhost",
+      "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+      "TPU_LOG_DIR": "disabled",
+      "TPU_MIN_LOG_LEVEL": "3",
+      "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # by several processes at once
+      "LIBTPU_INIT_ARGS": _launch_flags(f"tpu_flags {place.slices}"),
+    }
+  path = os.pathsep.join(map(str, filter(None, [*paths, os.environ.get("PYTHONPATH")])))
+  return variables | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+
+
+def _find_libtpu() -> pathlib.Path:
+  if named := os.environ.get("TPU_LIBRARY_PATH"):
+    if not pathlib.Path(named).is_file():
+      raise InputError(f"TPU_LIBRARY_PATH: {named}: no such file, expected libtpu.so")
+    return pathlib.Path(named)
+  if cached := _cached("libtpu", "tpu"):
+    return cached / "libtpu" / "libtpu.so"
+  if _importable("libtpu"):
+    return pathlib.Path(importlib.util.find_spec("libtpu").origin).with_name("libtpu.so")
+  raise InputError(_missing("TPUs", "make libtpu", "tpu", "TPU_LIBRARY_PATH=DIR/libtpu/libtpu.so"))
+
+
+def _checkout() -> pathlib.Path | None:
+  """The repository, if this package lies in one."""
+  root = pathlib.Path(__file__).parents[2]
+  return root if (root / "pyproject.toml").exists() else None
+
+
+def _cached(directory: str, platform: str) -> pathlib.Path | None:
+  """A directory under the checkout's .cache, if it has the compiler for this JAX and not for another."""
+  root = _checkout()
+  path = root / ".cache" / directory if root else None
+  for requirement in requirements(platform):
+    name, _, version = requirement.partition("==")
+    if path and not any(path.glob(f"{name.replace('-', '_')}-{version or '*'}.dist-info")):
+      path = None
+  return path
+
+
+def _importable(name: str) -> bool:
+  try:
+    return importlib.util.find_spec(name) is not None
+  except ModuleNotFoundError:  # the package around it
+    return False
+
+
+def _missing(chips: str, target: str, platform: str, variable: str) -> str:
+  wanted = shlex.join(requirements(platform))
+  return (
+    f"no compiler for {chips} of jax {jax.__version__} here: in a checkout run `{target}`;"
+    f" installed: pip install --no-deps --target=DIR {wanted}, and set {variable}"
+  )
 
 
 def _launch_flags(function: str) -> str:
   """The compiler's flags by a function of launch/flags.sh, with those that the environment sets behind them."""
-  command = ["bash", "-c", f'source "$0" && {function}', str(_ROOT / "launch" / "flags.sh")]
+  command = ["bash", "-c", f'source "$0" && {function}', str(resources.path("launch/flags.sh"))]
   try:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
   except (OSError, subprocess.CalledProcessError) as error:
@@ -81,7 +139,7 @@ def _launch_flags(function: str) -> str:
 
 
 def compile_program(
-  name: str, program: Program, place: Slice, far: Callable[[list[int]], bool], cache: pathlib.Path | None
+  name: str, program: "Program", place: Slice, far: Callable[[list[int]], bool], cache: pathlib.Path | None
 ) -> Compiled:
   """Compiles, or finds what was said when the same program was compiled before.
 

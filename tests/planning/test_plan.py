@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -228,10 +229,77 @@ def test_wrong_use_is_one_line(tmp_path, arguments, said):
   assert done.stderr.splitlines()[-1].startswith(f"error: {said}")
 
 
-def test_a_compiler_that_is_not_there(monkeypatch, tmp_path):
-  monkeypatch.setattr(compiler, "_ROOT", tmp_path)
+# --- the compilers ---
+
+
+@pytest.fixture
+def nowhere(monkeypatch, tmp_path):
+  """No compiler is named, installed, or under .cache."""
+  monkeypatch.setattr(compiler, "_checkout", lambda: tmp_path)
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
   monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: None)
-  for name in ("v5p:2x2x1", "h100:8"):
-    with pytest.raises(InputError, match=r"no compiler for .*run `make"):
-      compiler.environment(hardware.parse(name))
+  return tmp_path
+
+
+METADATA = [
+  "jaxlib<=0.12.0.1,>=0.11.2",
+  'libtpu==0.0.50.*; extra == "tpu"',
+  'requests; extra == "tpu"',
+  'jax-cuda13-plugin[with-cuda]<=0.12.0.1,>=0.12.0.1; extra == "cuda13"',
+  'jax-cuda13-plugin<=0.12.0.1,>=0.12.0.1; extra == "cuda13-local"',
+]
+
+
+@pytest.mark.parametrize(
+  ("platform", "wanted"),
+  [("tpu", ["libtpu==0.0.50.*"]), ("cuda", ["jax-cuda13-plugin==0.12.0.1", "jax-cuda13-pjrt==0.12.0.1"])],
+)
+def test_requirements(monkeypatch, platform, wanted):
+  monkeypatch.setattr(compiler.importlib.metadata, "requires", lambda name: METADATA)
+  assert compiler.requirements(platform) == wanted
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_requirements_of_this_jax_have_versions(platform):
+  for requirement in compiler.requirements(platform):
+    assert re.fullmatch(r"[\w-]+==[\d.]+\*?", requirement)
+
+
+@pytest.mark.parametrize(
+  ("name", "said"),
+  [
+    (
+      "v5p:2x2x1",
+      r"no compiler for TPUs .*run `make libtpu`; installed: .*'libtpu==[\d.*]+', and set TPU_LIBRARY_PATH",
+    ),
+    ("h100:8", r"no compiler for GPUs .*run `make cuda-compiler`; .* jax-cuda13-pjrt==[\d.]+, and set PYTHONPATH=DIR$"),
+  ],
+)
+def test_a_compiler_that_is_not_there(nowhere, name, said):
+  with pytest.raises(InputError, match=said):
+    compiler.environment(hardware.parse(name))
+
+
+def test_a_library_that_is_not_there(monkeypatch):
+  monkeypatch.setenv("TPU_LIBRARY_PATH", "/none/libtpu.so")
+  with pytest.raises(InputError, match=r"^TPU_LIBRARY_PATH: /none/libtpu\.so: no such file"):
+    compiler.environment(hardware.parse("v5p:2x2x1"))
+
+
+def test_a_compiler_under_cache_is_for_this_jax(nowhere):
+  cache = nowhere / ".cache" / "libtpu"
+  (cache / "libtpu-0.0.1.dist-info").mkdir(parents=True)
+  with pytest.raises(InputError, match="no compiler for TPUs"):
+    compiler.environment(hardware.parse("v5p:2x2x1"))
+  version = compiler.requirements("tpu")[0].partition("==")[2].replace("*", "7")
+  (cache / f"libtpu-{version}.dist-info").mkdir()
+  found = compiler.environment(hardware.parse("v5p:2x2x1"))
+  assert found["TPU_LIBRARY_PATH"] == str(cache / "libtpu" / "libtpu.so")
+
+
+def test_an_installed_package_brings_no_path(nowhere, monkeypatch):
+  """Where it lies the child finds it; all that lies beside it would come before Python's own modules."""
+  monkeypatch.setattr(compiler, "_checkout", lambda: None)
+  monkeypatch.setattr(compiler.importlib.util, "find_spec", lambda name: name)
+  monkeypatch.delenv("PYTHONPATH", raising=False)
+  assert compiler.environment(hardware.parse("h100:8"))["PYTHONPATH"] == ""
