@@ -4,7 +4,6 @@
 TPUs and GPUs for whole sequences.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,19 +14,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from rlpr_jax.models import kernels
+from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.sharding import Sharding
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionSettings:
-  """What is the same in every layer."""
-
-  backend: str  # xla | splash | tokamax
-  scale: float  # of the scores
-  softcap: float | None = None  # scores become cap * tanh(scores / cap)
-  window: int | None = None  # tokens that a layer with a window sees, the newest one included
-  sharding: Sharding = Sharding()
-
 
 UNSEEN = np.iinfo(np.int32).max  # position of a cache slot that holds nothing
 
@@ -71,11 +59,12 @@ def attend(
   match settings.backend:
     case "splash":
       return kernels.splash_attention(queries, keys, values, segment_ids, settings, windowed)
-    case "tokamax":
+    case "tokamax" | "tokamax_or_xla":
       first = first_visible(segment_ids, settings.window, windowed)
-      return kernels.tokamax_attention(queries, keys, values, first, settings)
-    case "xla":
-      return _attend_xla(queries, keys, values, segment_ids, settings, windowed)
+      mixed = kernels.tokamax_attention(queries, keys, values, first, settings)
+      if mixed is not None:
+        return mixed
+  return _attend_xla(queries, keys, values, segment_ids, settings, windowed)
 
 
 def _attend_xla(

@@ -3,8 +3,11 @@
 Under a mesh each device runs the kernel on its own rows and heads: the compiler cannot split one.
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import dataclasses
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +17,21 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlpr_jax.errors import InputError
-
-if TYPE_CHECKING:
-  from rlpr_jax.models.attention import AttentionSettings
+from rlpr_jax.sharding import Sharding
 
 TILE = 128  # whole blocks of either kernel: lanes of a TPU's registers, query rows of a Hopper's thread block
 BLOCKS = (512, 384, 256)  # lengths of splash's blocks in a long sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSettings:
+  """What is the same in every layer."""
+
+  backend: str  # xla | splash | tokamax | tokamax_or_xla, which is what "auto" becomes on a GPU
+  scale: float  # of the scores
+  softcap: float | None = None  # scores become cap * tanh(scores / cap)
+  window: int | None = None  # tokens that a layer with a window sees, the newest one included
+  sharding: Sharding = Sharding()
 
 
 def splash_attention(
@@ -27,7 +39,7 @@ def splash_attention(
   keys: Float[Array, "B T K H"],
   values: Float[Array, "B T K H"],
   segment_ids: Int[Array, "B T"],
-  settings: "AttentionSettings",
+  settings: AttentionSettings,
   windowed: Bool[Array, ""] | None,
 ) -> Float[Array, "B T N H"]:
   """Splash attention, the block-sparse flash attention for TPUs that comes with JAX.
@@ -99,49 +111,102 @@ def tokamax_attention(
   keys: Float[Array, "B T K H"],
   values: Float[Array, "B T K H"],
   first_visible: Int[Array, "B T"],
-  settings: "AttentionSettings",
-) -> Float[Array, "B T N H"]:
+  settings: AttentionSettings,
+) -> Float[Array, "B T N H"] | None:
   """Flash attention for GPUs by tokamax, an optional dependency.
 
-  A token sees from `first_visible` to itself. Of tokamax's implementations the first that serves is taken:
-    - mosaic: bfloat16 on Hopper and Blackwell. No [T, T] array is held, forwards or backwards.
-    - triton: from Ampere on, float32 too (in TF32). Backwards it holds a boolean mask [B, T, T]; with a soft cap it
-      cannot go backwards, and is passed over.
-    - xla: anywhere. It holds the scores, as backend "xla" does.
-  T is padded to whole blocks.
+  A token sees from `first_visible` to itself. T is padded to whole blocks. Of tokamax's implementations the first is
+  taken that can be traced, forwards and backwards, for JAX's default device:
+    - mosaic_gpu: bfloat16 on Hopper and Blackwell. No [T, T] array is held, forwards or backwards.
+    - triton: from Ampere on, float32 too (in TF32). Backwards it holds a boolean mask [B, T, T], and has no soft cap.
+    - xla: anywhere. It holds the scores, as backend "xla" does, and is taken for backend "tokamax" alone.
+  That one is not for such a device or dtype is nothing to tell; any other failure is said on stderr, once.
+
+  Returns:
+    The mixed values; None if none serves and the backend is "tokamax_or_xla".
 
   Raises:
-    InputError: tokamax is not installed, or not for this JAX.
+    InputError: none serves and the backend is "tokamax".
   """
+  required = settings.backend == "tokamax"
+  names = ["mosaic_gpu", "triton", "xla"] if required else ["mosaic_gpu", "triton"]
+  operands = (queries, keys, values, first_visible)
   try:
-    # Its public function turns causality into a range where there is one already, and then computes the future too.
-    from tokamax._src.ops.attention import api, base
-  except ImportError as error:
-    raise InputError(
-      f"config.model.attention: 'tokamax' needs the package tokamax ({error}): pip install '.[cuda13]', or take 'xla'"
-    ) from error
+    implementations, mask = _import_tokamax()
+  except Exception as error:  # a package made for another JAX may raise anything
+    if required:
+      raise InputError(f"config.model.attention: 'tokamax', but {_versions()} ({_line(error)}); take 'xla'") from error
+    _warn(f"{_versions()} ({_line(error)}); plain XLA, which holds all scores, takes its place")
+    return None
+  failures = {}
+  for name, following in zip(names, [*names[1:], "nothing" if required else "plain XLA"], strict=True):
+    attend = functools.partial(_attend_tokamax, implementations.get(name), mask, settings)
+    try:
+      # Backwards too: what fails there fails when a gradient is taken, where nothing else can be tried.
+      jax.eval_shape(functools.partial(_with_gradients, attend, settings), *operands)
+      return _each_device(attend, settings, *operands)
+    except NotImplementedError as error:
+      failures[name] = _line(error)
+    except Exception as error:
+      failures[name] = _line(error)
+      _warn(f"{name} of {_versions()} cannot be traced ({failures[name]}); {following} takes its place")
+  if required:
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    raise InputError(f"config.model.attention: 'tokamax', but {_versions()} cannot be traced ({reasons}); take 'xla'")
+  return None
+
+
+def _import_tokamax() -> tuple[Mapping[str, Callable], type]:
+  """Tokamax's implementations by name, and its mask.
+
+  Private, since its public function has no argument for the first key that a query sees, and would need a [T, T] mask.
+  """
+  from tokamax._src.ops.attention import api, base
+
   if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # tokamax would parse the command line, which may not be one of absl's
-  names = ("mosaic_gpu", "triton", "xla") if settings.softcap is None else ("mosaic_gpu", "xla")
+    flags.FLAGS.mark_as_parsed()  # tokamax 0.0.12 would parse the command line, which may not be one of absl's
+  return api.IMPLEMENTATIONS, base.Mask
 
-  def attend(queries, keys, values, first_visible):
-    length = queries.shape[1]
-    operands = [_pad(x, TILE) for x in (queries, keys, values)]
-    mask = base.Mask(k_start=_pad(first_visible, TILE, length)[:, None], is_causal=True)
-    for name in names:
-      try:
-        attention = api.IMPLEMENTATIONS[name]
-        y = attention(*operands, mask=mask, logits_scale=settings.scale, logits_soft_cap=settings.softcap)
-        return y[:, :length]
-      except NotImplementedError:
-        continue
-    raise AssertionError("tokamax's xla serves everywhere")
 
-  return _each_device(attend, settings, queries, keys, values, first_visible)
+def _attend_tokamax(implementation: Callable | None, mask: type, settings: AttentionSettings, *operands):
+  """One implementation, on one device; None for one that tokamax could not import."""
+  if implementation is None:
+    raise ImportError("tokamax has no such implementation here")
+  *operands, first_visible = operands
+  length = first_visible.shape[1]
+  y = implementation(
+    *(_pad(x, TILE) for x in operands),
+    mask=mask(k_start=_pad(first_visible, TILE, length)[:, None], is_causal=True),
+    logits_scale=settings.scale,
+    logits_soft_cap=settings.softcap,
+  )
+  return y[:, :length]
+
+
+def _with_gradients(attend: Callable, settings: AttentionSettings, queries, keys, values, of_tokens):
+  """The output, and gradients of queries, keys and values for a gradient of its shape."""
+  y, backwards = jax.vjp(lambda *x: _each_device(attend, settings, *x, of_tokens), queries, keys, values)
+  return y, backwards(y)
+
+
+def _versions() -> str:
+  try:
+    return f"tokamax {importlib.metadata.version('tokamax')} with jax {jax.__version__}"
+  except importlib.metadata.PackageNotFoundError:
+    return f"tokamax is not installed beside jax {jax.__version__}"
+
+
+def _line(error: Exception) -> str:
+  return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+@functools.cache  # once a process
+def _warn(what: str) -> None:
+  print(f"warning: config.model.attention: {what}", file=sys.stderr, flush=True)
 
 
 def _each_device(
-  attend: Callable, settings: "AttentionSettings", queries, keys, values, of_tokens: Int[Array, "B T"], *whole
+  attend: Callable, settings: AttentionSettings, queries, keys, values, of_tokens: Int[Array, "B T"], *whole
 ) -> Float[Array, "B T N H"]:
   """`attend`(queries, keys, values, of_tokens, *whole), under a mesh for each device's rows and heads by themselves."""
   sharding = settings.sharding
