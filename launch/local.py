@@ -46,9 +46,10 @@ def check(arguments: list[str]) -> None:
   """Says what no process could start with in one line, not in one a process."""
   for argument in arguments:
     name, _, path = argument.lstrip("-").partition("=")
-    # A recipe may take an argument, file.py:argument.
-    if argument.startswith("-") and name == "config" and not pathlib.Path(path.split(":")[0]).is_file():
-      print(f"launch/local.py: --config: {path.split(':')[0]}: no such file", file=sys.stderr)
+    # A recipe may take an argument, file.py:argument; a name without .py is one of the package's.
+    path = path.split(":")[0]
+    if argument.startswith("-") and name == "config" and path.endswith(".py") and not pathlib.Path(path).is_file():
+      print(f"launch/local.py: --config: {path}: no such file", file=sys.stderr)
       sys.exit(2)
 
 

@@ -23,22 +23,14 @@ import sys
 import time
 from typing import NamedTuple
 
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
+from rlpr_jax import command_line
 from rlpr_jax import config as configs
-from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.storage import write_atomically
 from rlpr_jax.training import metrics
-
-_SWEEP = flags.DEFINE_string("sweep", None, "File whose get_sweep() gives {name: {field: value}}.", required=True)
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe that the variants change.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the runs, the table and the plot.", required=True)
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each variant.")
-_PROCESSES = flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound=1)
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands alone.")
-flags.DEFINE_alias("dry-run", "dry_run")
-
 
 _START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from
 
@@ -61,23 +53,41 @@ class Job(NamedTuple):
     return self.workdir.with_name(f"{self.workdir.name}-policy")
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
   with exit_on_input_error():
-    sweep = load_sweep(_SWEEP.value)
-    starts, jobs = make_jobs(sweep, _CONFIG.value, pathlib.Path(_WORKDIR.value))
-  if _DRY_RUN.value:
+    given, config = command_line.parse_config(define_flags(), None, __doc__)
+    for name, expected in (("sweep", "a file of variants"), ("workdir", "a directory")):
+      if not given[name].value:
+        raise InputError(f"--{name}: missing, expected {expected}")
+    workdir, sweep = pathlib.Path(given.workdir), load_sweep(given.sweep)
+    _, overrides = command_line.split_overrides(sys.argv[1:])
+    arguments = [f"--config={given.config}", *overrides]
+    starts, jobs = make_jobs(sweep, config, arguments, given.seeds, workdir)
+  if given.dry_run:
     for job in starts + jobs:
       print(job)
     return
-  failed = run_all([job for job in starts if not (job.policy / "config.json").exists()], "warm starts", len(starts))
+  at_once = given.processes
+  failed = run_all([job for job in starts if not (job.policy / "config.json").exists()], "warm starts", starts, at_once)
   if not failed:
-    failed = run_all([job for job in jobs if not is_finished(job)], "runs", len(jobs))
+    failed = run_all([job for job in jobs if not is_finished(job)], "runs", jobs, at_once)
   results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
-  write_results(pathlib.Path(_WORKDIR.value), results)
+  write_results(workdir, results)
   if failed:
     print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
     sys.exit(1)
+
+
+def define_flags() -> flags.FlagValues:
+  given = flags.FlagValues()
+  command_line.define_config(given, None)
+  flags.DEFINE_string("sweep", None, "File whose get_sweep() gives {name: {field: value}}.", flag_values=given)
+  flags.DEFINE_string("workdir", None, "Directory of the runs, the table and the plot.", flag_values=given)
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each variant.", flag_values=given)
+  flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound=1, flag_values=given)
+  flags.DEFINE_bool("dry_run", False, "Print the commands alone.", flag_values=given)
+  flags.DEFINE_alias("dry-run", "dry_run", flag_values=given)
+  return given
 
 
 def load_sweep(path: str) -> dict[str, dict[str, object]]:
@@ -98,19 +108,23 @@ def load_sweep(path: str) -> dict[str, dict[str, object]]:
 
 
 def make_jobs(
-  sweep: dict[str, dict[str, object]], config: ConfigDict | None, workdir: pathlib.Path
+  sweep: dict[str, dict[str, object]],
+  config: ConfigDict,
+  arguments: list[str],
+  seeds: list[str],
+  workdir: pathlib.Path,
 ) -> tuple[list[Job], list[Job]]:
   """The warm starts, and every run of the sweep, seed by seed; all of them are checked before the first begins.
 
+  Args:
+    arguments: of the command line, which every run gets.
+
   Raises:
-    InputError: no recipe, or one of the variants cannot be run.
+    InputError: one of the variants cannot be run.
   """
-  if config is None:
-    raise InputError("--config: missing, expected the recipe that the variants change")
-  given = [argument for argument in sys.argv[1:] if argument.startswith("--config")]
-  program = [sys.executable, "-m", "rlpr_jax.train", *given]
+  program = [sys.executable, "-m", "rlpr_jax.train", *arguments]
   starts, jobs = [], []
-  for seed in _SEEDS.value:
+  for seed in seeds:
     start = warm_start_of(seed, program, workdir)
     shared = False
     for name, overrides in sweep.items():
@@ -146,11 +160,11 @@ def options(changes: dict[str, object]) -> list[str]:
   return [f"--config.{field}={value}" for field, value in changes.items()]
 
 
-def run_all(jobs: list[Job], what: str, total: int) -> list[str]:
-  """Runs what is left, `--processes` at a time; returns the directories of those that failed."""
+def run_all(jobs: list[Job], what: str, every: list[Job], at_once: int) -> list[str]:
+  """Runs those of `every` that are left, so many at a time; returns the directories of those that failed."""
   start, done, failed = time.monotonic(), 0, []
-  print(f"{total - len(jobs)} of {total} {what} were finished before", flush=True)
-  with concurrent.futures.ThreadPoolExecutor(_PROCESSES.value) as pool:
+  print(f"{len(every) - len(jobs)} of {len(every)} {what} were finished before", flush=True)
+  with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
     for job, status in pool.map(lambda job: (job, run(job)), jobs):
       done += 1
       if status:
@@ -222,4 +236,4 @@ def plot(path: pathlib.Path, results: dict[str, list[tuple[float, float]]]) -> N
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  main()

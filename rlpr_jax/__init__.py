@@ -1,0 +1,29 @@
+"""RLPR in JAX: reinforcement learning for language models on any question with a reference answer, no verifier.
+
+rewards, filtering, grpo, splicing   the method, pure functions that another trainer can call
+models                               decoder, token log-probabilities, Hugging Face directories
+config                               every setting of a run
+train, sft, evaluate, plan,          programs: `rlpr NAME` or `python -m rlpr_jax.NAME`; each has a main()
+serve, curate, export, report
+
+Modules are imported when they are first asked for, `rlpr_jax.rewards` for instance.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.2.0"
+__all__ = [
+  "config", "curate", "evaluate", "export", "filtering", "grpo", "models", "plan", "report", "rewards", "serve", "sft",
+  "splicing", "train",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+  if name in __all__:
+    return importlib.import_module(f"{__name__}.{name}")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return [*globals(), *__all__]

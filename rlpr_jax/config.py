@@ -228,6 +228,8 @@ def validate(config: ConfigDict) -> None:
   Raises:
     InputError: naming the field, its value and what was expected.
   """
+  if missing := [name for name in default() if name not in config]:
+    raise InputError(f"config.{missing[0]}: missing, expected the config of a run, made by rlpr_jax.config.default()")
   for field, choices in _CHOICES.items():
     _expect(config, field, lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
   for least, fields in _AT_LEAST.items():

@@ -20,12 +20,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from absl import app, flags, logging
+from absl import flags
 
+from rlpr_jax import command_line
 from rlpr_jax.data import curation
 from rlpr_jax.data.curation import Dropped, Protected, Rating, Score
 from rlpr_jax.data.sources import Example, load_examples, read_rows
-from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Unanswered, ask_all
 from rlpr_jax.report import funnel
 from rlpr_jax.storage import reason, write_atomically
@@ -56,19 +57,18 @@ class Options:
   keep: int = 0
 
 
-def main(_: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
   with exit_on_input_error():
-    curate(read_flags())
+    curate(read_flags(command_line.parse(define_flags(), argv, __doc__)))
 
 
-def read_flags() -> Options:
+def read_flags(given: flags.FlagValues) -> Options:
   """The options that the command line gives.
 
   Raises:
     InputError: one is missing, or makes no sense without another.
   """
-  given = flags.FLAGS
   for name, expected in (("path", "a file of questions"), ("out", "a directory")):
     if not given[name].value:
       raise InputError(f"--{name}: missing, expected {expected}")
@@ -394,22 +394,45 @@ def _cost(client: Client, unjudged: int) -> str:
   )
 
 
+def define_flags() -> flags.FlagValues:
+  given = flags.FlagValues()
+  flags.DEFINE_string("path", None, "Questions: .parquet, .jsonl or .csv, as config.data.path.", flag_values=given)
+  flags.DEFINE_string(
+    "out", None, "Directory to write; new, empty, or of a run of the same command that was stopped.", flag_values=given
+  )
+  flags.DEFINE_string("split", "", "Rows whose column 'split' says so; all if not given.", flag_values=given)
+  flags.DEFINE_multi_string(
+    "benchmark", [], "File of questions that may not be trained on; may be repeated.", flag_values=given
+  )
+  flags.DEFINE_integer(
+    "ngram", 13, "Words in common with a benchmark's question that are a leak.", lower_bound=1, flag_values=given
+  )
+  flags.DEFINE_float(
+    "similarity", 0.8, "Jaccard similarity of near duplicates.", lower_bound=0.1, upper_bound=1, flag_values=given
+  )
+  flags.DEFINE_integer("answer_words", 25, "Most words of a reference answer.", lower_bound=1, flag_values=given)
+  flags.DEFINE_bool("keep_mathematics", False, "Leave questions of mathematics in.", flag_values=given)
+  flags.DEFINE_string(
+    "judge_url", None, "OpenAI-compatible endpoint, up to and with /v1, of a model that rates rows.", flag_values=given
+  )
+  flags.DEFINE_string("judge_model", None, "Name of that model.", flag_values=given)
+  flags.DEFINE_string(
+    "judge_key_variable", "", "Environment variable that holds the endpoint's key, if it needs one.", flag_values=given
+  )
+  flags.DEFINE_integer("judge_concurrency", 16, "Requests at a time.", lower_bound=1, flag_values=given)
+  flags.DEFINE_float("judge_temperature", 0.0, "Sampling temperature; -1 leaves it to the endpoint.", flag_values=given)
+  flags.DEFINE_integer(
+    "reasoning", 2, "Least reasoning a question needs, to the judge.", lower_bound=0, upper_bound=4, flag_values=given
+  )
+  flags.DEFINE_enum(
+    "unjudged", "keep", ["keep", "drop"], "What becomes of rows that the judge did not rate.", flag_values=given
+  )
+  flags.DEFINE_string(
+    "scores", None, "Directory of a run, or .jsonl, .csv of row, std, gain. Needs --keep.", flag_values=given
+  )
+  flags.DEFINE_integer("keep", 0, "How many rows with the best scores are kept.", lower_bound=0, flag_values=given)
+  return given
+
+
 if __name__ == "__main__":
-  flags.DEFINE_string("path", None, "Questions: .parquet, .jsonl or .csv, as config.data.path.")
-  flags.DEFINE_string("out", None, "Directory to write; new, empty, or of a run of the same command that was stopped.")
-  flags.DEFINE_string("split", "", "Rows whose column 'split' says so; all if not given.")
-  flags.DEFINE_multi_string("benchmark", [], "File of questions that may not be trained on; may be repeated.")
-  flags.DEFINE_integer("ngram", 13, "Words in common with a benchmark's question that are a leak.", lower_bound=1)
-  flags.DEFINE_float("similarity", 0.8, "Jaccard similarity of near duplicates.", lower_bound=0.1, upper_bound=1)
-  flags.DEFINE_integer("answer_words", 25, "Most words of a reference answer.", lower_bound=1)
-  flags.DEFINE_bool("keep_mathematics", False, "Leave questions of mathematics in.")
-  flags.DEFINE_string("judge_url", None, "OpenAI-compatible endpoint, up to and with /v1, of a model that rates rows.")
-  flags.DEFINE_string("judge_model", None, "Name of that model.")
-  flags.DEFINE_string("judge_key_variable", "", "Environment variable that holds the endpoint's key, if it needs one.")
-  flags.DEFINE_integer("judge_concurrency", 16, "Requests at a time.", lower_bound=1)
-  flags.DEFINE_float("judge_temperature", 0.0, "Sampling temperature; -1 leaves it to the endpoint.")
-  flags.DEFINE_integer("reasoning", 2, "Least reasoning a question needs, to the judge.", lower_bound=0, upper_bound=4)
-  flags.DEFINE_enum("unjudged", "keep", ["keep", "drop"], "What becomes of rows that the judge did not rate.")
-  flags.DEFINE_string("scores", None, "Directory of a run, or .jsonl, .csv of row, std, gain. Needs --keep.")
-  flags.DEFINE_integer("keep", 0, "How many rows with the best scores are kept.", lower_bound=0)
-  app.run(main, flags_parser=parse_flags)
+  main()

@@ -2,71 +2,73 @@
 
 import json
 import pathlib
-import re
 from collections.abc import Callable, Sequence
 
 import jax
-from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
+from rlpr_jax import command_line, machine, models, processes
 from rlpr_jax import config as configs
-from rlpr_jax import processes
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.storage import write_atomically
-
-_RECIPES = pathlib.Path(__file__).parent.parent / "configs"
-# No default here: a mistyped override would then be looked at, and fail, while this module is imported.
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a Python file; one of configs/ if not given.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory for all that is written.")
-
-_DISTRIBUTED = flags.DEFINE_bool(
-  "distributed", False, "Many processes, as jax finds out: needed on Cloud TPU VMs, not under GKE, Slurm or Open MPI."
-)
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.")
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0)
+from rlpr_jax.training.policy import create_mesh
 
 
-def run(program: Callable[[ConfigDict, pathlib.Path], None], recipe: str = "quickstart") -> None:
-  """Runs a program on the config and directory that the command line names; to be called by the main module.
+def run(
+  program: Callable[[ConfigDict, pathlib.Path], None],
+  argv: Sequence[str] | None,
+  doc: str,
+  recipe: str = "quickstart",
+) -> None:
+  """Runs a program on the config and directory that a command line names.
 
   Args:
-    recipe: of configs/, where the command line names none.
+    argv: the program's name and its arguments; those of this process if None.
+    doc: what --help says before the flags.
+    recipe: where the command line names none.
   """
+  with exit_on_input_error():
+    given, config = command_line.parse_config(define_flags(recipe), argv, doc)
+    if not given.workdir:
+      raise InputError("--workdir: missing, expected the run's directory")
+    if "://" in given.workdir:  # a path would be made of it, on this machine's disk
+      raise InputError(f"--workdir: {given.workdir}, expected a directory: mount the bucket, for instance by gcsfuse")
+    processes.start(given.distributed, given.coordinator, given.processes, given.process)
+    with processes.end_together():
+      program(config, pathlib.Path(given.workdir))
 
-  def main(_: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # orbax and jax narrate at INFO
-    with exit_on_input_error():
-      if not _WORKDIR.value:
-        raise InputError("--workdir: missing, expected the run's directory")
-      if "://" in _WORKDIR.value:  # a path would be made of it, on this machine's disk
-        raise InputError(
-          f"--workdir: {_WORKDIR.value}, expected a directory: mount the bucket, for instance by gcsfuse"
-        )
-      config = _CONFIG.value
-      try:
-        config.keys()
-      except OSError as error:  # a config file that cannot be read is only said at the first look into it
-        raise InputError(" ".join(str(error).split())) from None
-      processes.start(_DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-      with processes.end_together():
-        program(config, pathlib.Path(_WORKDIR.value))
 
-  def parse_arguments(argv: Sequence[str]) -> list[str]:
-    given = any(re.match(r"--?config(=|$)", argument) for argument in argv)
-    return parse_flags(argv if given else [argv[0], f"--config={_RECIPES / recipe}.py", *argv[1:]])
-
-  app.run(main, flags_parser=parse_arguments)
+def define_flags(recipe: str) -> flags.FlagValues:
+  """The flags of such a program."""
+  given = flags.FlagValues()
+  command_line.define_config(given, recipe)
+  flags.DEFINE_string("workdir", None, "Directory for all that is written.", flag_values=given)
+  flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Many processes, as jax finds out: needed on Cloud TPU VMs, not under GKE, Slurm or Open MPI.",
+    flag_values=given,
+  )
+  flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, where nothing else says it.", flag_values=given)
+  flags.DEFINE_integer("processes", None, "How many processes there are.", lower_bound=1, flag_values=given)
+  flags.DEFINE_integer("process", None, "Which of them this one is, from 0.", lower_bound=0, flag_values=given)
+  return given
 
 
 def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """Checks the config and the directory, before anything is written or compiled.
+  """Checks the config and the directory, before anything is written or compiled, and says what runs on what.
 
   Raises:
     InputError: a config that cannot be, or a directory that cannot be written or holds another run.
   """
   configs.validate(config)
+  mesh = create_mesh(config)
+  attention = config.model.attention
+  if attention == "auto":
+    attention = f"auto ({models.default_attention(mesh.devices.flat[0].platform)})"
+  print(machine.describe(mesh, attention, config.model.compute_dtype), flush=True)
   open_workdir(workdir)
   check_same_run(workdir, config)
   keep_programs(config.compilation_cache)

@@ -2,9 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator, Sequence
-
-from absl import flags
+from collections.abc import Iterator
 
 USAGE = 2  # exit status for wrong input
 
@@ -23,10 +21,14 @@ def exit_on_input_error() -> Iterator[None]:
     sys.exit(USAGE)
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Flags parser for `app.run`: a config file or field that cannot be taken is wrong input, not a stack trace."""
-  with exit_on_input_error():
-    try:
-      return flags.FLAGS(list(argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-      raise InputError(" ".join(str(error).split())) from None
+@contextlib.contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+  """Around imports of packages that only an extra of this one brings: a lack of them is said in one line.
+
+  Raises:
+    InputError: one of them is not installed.
+  """
+  try:
+    yield
+  except ModuleNotFoundError as error:
+    raise InputError(f"{error.name}: not installed, expected the extra: pip install 'rlpr_jax[{extra}]'") from None

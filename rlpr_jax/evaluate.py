@@ -216,5 +216,10 @@ def _note(settings: ConfigDict, usage: Usage) -> str:
   )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
+  entry.run(evaluate, argv, __doc__, recipe="evaluate")
+
+
 if __name__ == "__main__":
-  entry.run(evaluate, recipe="evaluate")
+  main()

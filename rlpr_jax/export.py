@@ -5,22 +5,23 @@ base; with --adapter they are written alone, as peft loads them.
 """
 
 import pathlib
+from collections.abc import Sequence
 
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict
 
+from rlpr_jax import command_line, models
 from rlpr_jax import config as configs
-from rlpr_jax import models
-from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.training.policy import load_policy
 from rlpr_jax.training.state import restore_params
 
 
-def main(_: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
   with exit_on_input_error():
-    given = flags.FLAGS
+    given = command_line.parse(define_flags(), argv, __doc__)
     for name in ("workdir", "out"):
       if not given[name].value:
         raise InputError(f"--{name}: missing, expected a directory")
@@ -52,10 +53,15 @@ def read_config(workdir: pathlib.Path) -> ConfigDict:
   return config
 
 
+def define_flags() -> flags.FlagValues:
+  given = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=given)
+  flags.DEFINE_string("out", None, "Directory to write; new or empty.", flag_values=given)
+  flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.", flag_values=given)
+  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights in the files.", flag_values=given)
+  flags.DEFINE_bool("adapter", False, "Write a LoRA run's adapters alone, for peft.", flag_values=given)
+  return given
+
+
 if __name__ == "__main__":
-  flags.DEFINE_string("workdir", None, "Directory of the run.")
-  flags.DEFINE_string("out", None, "Directory to write; new or empty.")
-  flags.DEFINE_integer("step", None, "Checkpoint to take; the newest if not given.")
-  flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Of the weights in the files.")
-  flags.DEFINE_bool("adapter", False, "Write a LoRA run's adapters alone, for peft.")
-  app.run(main, flags_parser=parse_flags)
+  main()

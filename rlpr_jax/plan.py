@@ -15,65 +15,79 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
-from absl import app, flags
-from ml_collections import config_flags
+from absl import flags
+from ml_collections import ConfigDict
 
+from rlpr_jax import command_line, models
 from rlpr_jax import config as configs
-from rlpr_jax import models
-from rlpr_jax.errors import USAGE, InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import USAGE, InputError, exit_on_input_error
 from rlpr_jax.planning import compiler, hardware, table
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.storage import write_atomically
 
 DOES_NOT_FIT = 3
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, a Python file.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, as rlpr_jax/planning/hardware.py names it: v5p:4x4x4.")
-_COMPARE = flags.DEFINE_list("compare", [], "Several slices, for one table.")
-_FAST = flags.DEFINE_bool("fast", False, "Lowest level of optimisation: sooner, memory off by up to about 15%.")
-_SEARCH = flags.DEFINE_bool("search", True, "Look for the slots and micro-batch that fit best.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON instead of tables.")
-_PROMPT = flags.DEFINE_integer("prompt_tokens", 256, "Mean tokens of a prompt, for the time of a step.", lower_bound=1)
-_RESPONSE = flags.DEFINE_integer("response_tokens", 768, "Mean tokens of a response.", lower_bound=1)
-_REFERENCE = flags.DEFINE_integer("reference_tokens", 16, "Mean tokens of a spliced reference answer.", lower_bound=1)
-_DRAWS = flags.DEFINE_float(
-  "draws", 1.0, "Draws of prompts a step: above 1 where the filter drops many.", lower_bound=0
-)
 
-
-def main(_: list[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
   with exit_on_input_error():
-    if bool(_TOPOLOGY.value) == bool(_COMPARE.value):
+    given, config = command_line.parse_config(define_flags(), argv, __doc__)
+    if bool(given.topology) == bool(given.compare):
       raise InputError("--topology: missing, expected it or --compare")
-    if _CONFIG.value is None:
-      raise InputError("--config: missing, expected a recipe, a Python file")
-    try:
-      config = _CONFIG.value
-      configs.validate(config)
-    except OSError as error:  # a config file that cannot be read is only said at the first look into it
-      raise InputError(" ".join(str(error).split())) from None
-    places = [hardware.parse(name.strip()) for name in _COMPARE.value or [_TOPOLOGY.value]]
+    configs.validate(config)
+    places = [hardware.parse(name.strip()) for name in given.compare or [given.topology]]
     environments = [compiler.environment(place) for place in places]
+    lengths = Lengths(
+      min(given.prompt_tokens, config.data.prompt_limit),
+      min(given.response_tokens, config.rollout.max_response_length),
+      min(given.reference_tokens, config.data.max_reference_length),
+      given.draws,
+    )
     results = []
     for place, environment in zip(places, environments, strict=True):
       try:
-        results.append(ask(config, place, environment))
+        results.append(ask(config, place, environment, lengths, given.fast, given.search))
       except InputError as error:
-        if not _COMPARE.value:
+        if not given.compare:
           raise
         results.append({"topology": place.name, "chips": place.chips, "fits": False, "error": str(error)})
-  if _JSON.value:
-    print(json.dumps(results if _COMPARE.value else results[0], indent=2))
-  elif _COMPARE.value:
+  if given.json:
+    print(json.dumps(results if given.compare else results[0], indent=2))
+  elif given.compare:
     print(table.comparison(results, config.steps))
   else:
     print(table.of_one(results[0], config.steps))
   sys.exit(0 if any(result.get("fits") for result in results) else DOES_NOT_FIT)
 
 
-def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str, Any]:
+def define_flags() -> flags.FlagValues:
+  given = flags.FlagValues()
+  command_line.define_config(given, None)
+  flags.DEFINE_string("topology", None, "Slice, CHIP:SHAPE as in v5p:4x4x4, h100:8 or local.", flag_values=given)
+  flags.DEFINE_list("compare", [], "Several slices, for one table.", flag_values=given)
+  flags.DEFINE_bool(
+    "fast", False, "Lowest level of optimisation: sooner, memory off by up to about 15%.", flag_values=given
+  )
+  flags.DEFINE_bool("search", True, "Look for the slots and micro-batch that fit best.", flag_values=given)
+  flags.DEFINE_bool("json", False, "Print JSON instead of tables.", flag_values=given)
+  for name, tokens, what in (
+    ("prompt_tokens", 256, "Mean tokens of a prompt, for the time of a step."),
+    ("response_tokens", 768, "Mean tokens of a response."),
+    ("reference_tokens", 16, "Mean tokens of a spliced reference answer."),
+  ):
+    flags.DEFINE_integer(name, tokens, what, lower_bound=1, flag_values=given)
+  flags.DEFINE_float(
+    "draws", 1.0, "Draws of prompts a step: above 1 where the filter drops many.", lower_bound=0, flag_values=given
+  )
+  return given
+
+
+def ask(
+  config: ConfigDict, place: hardware.Slice, environment: dict[str, str], lengths: Lengths, fast: bool, search: bool
+) -> dict[str, Any]:
   """The plan for one slice, made by a process of its own, since a compiler may take its process down with it.
 
   Raises:
@@ -82,14 +96,8 @@ def ask(config, place: hardware.Slice, environment: dict[str, str]) -> dict[str,
   with tempfile.TemporaryDirectory() as directory:
     job = pathlib.Path(directory)
     (job / "config.json").write_text(configs.to_json(config))
-    lengths = Lengths(
-      min(_PROMPT.value, config.data.prompt_limit),
-      min(_RESPONSE.value, config.rollout.max_response_length),
-      min(_REFERENCE.value, config.data.max_reference_length),
-      _DRAWS.value,
-    )
     cache = pathlib.Path(config.compilation_cache).expanduser() / "plans" if config.compilation_cache else None
-    wanted = {"topology": place.name, "fast": _FAST.value, "search": _SEARCH.value, "lengths": lengths._asdict()}
+    wanted = {"topology": place.name, "fast": fast, "search": search, "lengths": lengths._asdict()}
     if config.model.path:
       model = models.resolve(config.model.path, ["config.json"])
       models.load_config(model)  # what is wrong with it is said at once
@@ -134,4 +142,4 @@ def fingerprint(config, wanted: dict[str, Any], environment: dict[str, str]) -> 
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  main()

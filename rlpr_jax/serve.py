@@ -7,15 +7,15 @@ import math
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 
-import uvicorn
-from absl import app, flags, logging
+from absl import flags
 
+from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error, parse_flags
+from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra
 from rlpr_jax.evaluation.client import read_key
 from rlpr_jax.sampling.engine import SizeNames
-from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
 from rlpr_jax.storage import reason
 from rlpr_jax.training import trained
@@ -23,10 +23,10 @@ from rlpr_jax.training import trained
 SIZES = SizeNames("--slots", "", "", "--prompt_limit", "--response_limit")
 
 
-def main(_: list[str]) -> None:
-  logging.set_verbosity(logging.WARNING)
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
   with exit_on_input_error():
-    serve(flags.FLAGS)
+    serve(command_line.parse(define_flags(), argv, __doc__))
 
 
 def serve(given: flags.FlagValues) -> None:
@@ -42,6 +42,10 @@ def serve(given: flags.FlagValues) -> None:
       raise InputError(f"--{name}: {given[name].value}, expected more than 0")
   if given.max_waiting < 0:
     raise InputError(f"--max_waiting: {given.max_waiting}, expected 0 or more")
+  with needs_extra("serve"):
+    import uvicorn
+
+    from rlpr_jax.serving.app import Limits, create_app
   key = read_key(given.key_variable) if given.key_variable else None
   listening = listen(given.host, given.port)
   keep_programs(given.compilation_cache)
@@ -79,19 +83,34 @@ def listen(host: str, port: int) -> socket.socket:
     raise InputError(f"--host {host} --port {port}: cannot be listened on ({reason(error)})") from None
 
 
+def define_flags() -> flags.FlagValues:
+  given = flags.FlagValues()
+  flags.DEFINE_string(
+    "model", None, "Hugging Face directory, name on the hub, or directory of a run.", flag_values=given
+  )
+  flags.DEFINE_integer("step", None, "Checkpoint of a run; the newest if not given.", flag_values=given)
+  flags.DEFINE_string("name", "", "Name of the model in requests; as in --model if not given.", flag_values=given)
+  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.", flag_values=given)
+  flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all networks.", flag_values=given)
+  flags.DEFINE_integer("port", 8001, "Port; 0 for any that is free.", flag_values=given)
+  flags.DEFINE_string(
+    "key_variable", "", "Environment variable with the key that clients must send; none if empty.", flag_values=given
+  )
+  flags.DEFINE_integer("slots", 32, "Responses that are sampled at once.", flag_values=given)
+  flags.DEFINE_integer(
+    "max_waiting", 256, "Responses that may wait for a slot; beyond, clients get 429.", flag_values=given
+  )
+  flags.DEFINE_integer("prompt_limit", 2048, "Tokens of a prompt, at most.", flag_values=given)
+  flags.DEFINE_integer("response_limit", 2048, "Tokens of a response, at most.", flag_values=given)
+  flags.DEFINE_integer("max_body_kib", 1024, "Size of a request, at most.", flag_values=given)
+  flags.DEFINE_float(
+    "time_limit", 600.0, "Seconds that a request may take, its time in the queue included.", flag_values=given
+  )
+  flags.DEFINE_string(
+    "compilation_cache", "~/.cache/rlpr_jax", "Compiled programs are kept here; empty for nowhere.", flag_values=given
+  )
+  return given
+
+
 if __name__ == "__main__":
-  flags.DEFINE_string("model", None, "Hugging Face directory, name on the hub, or directory of a run.")
-  flags.DEFINE_integer("step", None, "Checkpoint of a run; the newest if not given.")
-  flags.DEFINE_string("name", "", "Name of the model in requests; as in --model if not given.")
-  flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of weights and computation.")
-  flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 for all networks.")
-  flags.DEFINE_integer("port", 8001, "Port; 0 for any that is free.")
-  flags.DEFINE_string("key_variable", "", "Environment variable with the key that clients must send; none if empty.")
-  flags.DEFINE_integer("slots", 32, "Responses that are sampled at once.")
-  flags.DEFINE_integer("max_waiting", 256, "Responses that may wait for a slot; beyond, clients get 429.")
-  flags.DEFINE_integer("prompt_limit", 2048, "Tokens of a prompt, at most.")
-  flags.DEFINE_integer("response_limit", 2048, "Tokens of a response, at most.")
-  flags.DEFINE_integer("max_body_kib", 1024, "Size of a request, at most.")
-  flags.DEFINE_float("time_limit", 600.0, "Seconds that a request may take, its time in the queue included.")
-  flags.DEFINE_string("compilation_cache", "~/.cache/rlpr_jax", "Compiled programs are kept here; empty for nowhere.")
-  app.run(main, flags_parser=parse_flags)
+  main()

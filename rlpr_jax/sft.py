@@ -7,6 +7,7 @@ when the same command is given again.
 
 import pathlib
 import time
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -73,5 +74,10 @@ def _join(params, arrays, host) -> SupervisedState:
   return SupervisedState(host["step"], params, arrays["opt_state"])
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
+  entry.run(sft, argv, __doc__)
+
+
 if __name__ == "__main__":
-  entry.run(sft)
+  main()

@@ -9,13 +9,14 @@ import contextlib
 import functools
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
-from rlpr_jax import entry, filtering, models, processes, report
+from rlpr_jax import entry, filtering, models, processes
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.engine import StoppedError
@@ -218,6 +219,8 @@ def finish(config: ConfigDict, workdir: pathlib.Path, state: TrainState | None) 
   rows = metrics.read(workdir / "metrics.jsonl")
   if not rows:  # a warm start alone
     return
+  from rlpr_jax import report  # with it comes matplotlib, which no step needs
+
   path = report.write_report(workdir)
   accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
   for step in sorted({min(accuracy), max(accuracy)} if accuracy else ()):
@@ -241,5 +244,10 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: float) 
   )
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
+  entry.run(train, argv, __doc__)
+
+
 if __name__ == "__main__":
-  entry.run(train)
+  main()

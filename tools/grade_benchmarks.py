@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from rlpr_jax.errors import exit_on_input_error, parse_flags
+from rlpr_jax.errors import exit_on_input_error
 from rlpr_jax.evaluation import benchmarks, graders, multiple_choice, numbers
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.evaluation.texts import plain
@@ -148,4 +148,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  app.run(main)

@@ -21,14 +21,16 @@ import itertools
 import random
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from rlpr_jax.data.sources import Example
 from rlpr_jax.errors import InputError
 from rlpr_jax.rewards import TEMPLATE_TAGS
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast
 
 CAREFUL, TERSE = 0.45, 0.25  # shares of the mixture; the rest is careless
 HELD_OUT_IN = 5  # one question in five is held out
@@ -70,12 +72,14 @@ class Meaning(NamedTuple):
   unit: str  # what is counted, what comes at that time; an answer may leave it out
 
 
-def tokenizer(domains: str = "short") -> PreTrainedTokenizerFast:
+def tokenizer(domains: str = "short") -> "PreTrainedTokenizerFast":
   """A chat tokenizer, `<q>question<a>response<end>`: one token a tag and one a character, 64 in all.
 
   With sentences there is also one a word, with the space before it and without, as in a pretrained model's vocabulary:
   what a sentence says would else be a small part of its tokens.
   """
+  from transformers import PreTrainedTokenizerFast  # with it comes torch, where that is installed
+
   _check(domains)
   words = () if domains == "short" else _sentence_words()
   pieces = (*_SPECIAL, *_TAGS, *_CHARACTERS, *words, *(f" {word}" for word in words))

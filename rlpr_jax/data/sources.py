@@ -14,13 +14,15 @@ import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlpr_jax.errors import InputError
+
+if TYPE_CHECKING:
+  import datasets
 
 # Column names of the plain layout; the first that is there is read.
 QUESTION = ("question", "prompt", "problem")
@@ -182,13 +184,15 @@ def read_rows(path: Path, wanted: Collection[str] = ()) -> tuple[Columns, Rows]:
     raise InputError(f"{path}: expected a file, found {'a directory' if path.is_dir() else 'none'}")
   try:
     return readers[path.suffix.lower()](path)
-  except (OSError, UnicodeDecodeError, pa.ArrowException, datasets.exceptions.DatasetGenerationError) as error:
-    reason = " ".join(str(error.__cause__ or error).split())
+  except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+    reason = " ".join(str(error).split())
     raise InputError(f"{path}: cannot be read as {path.suffix[1:]}: {reason}") from error
 
 
-def plain_rows(table: datasets.Dataset) -> list[dict[str, Any]]:
+def plain_rows(table: "datasets.Dataset") -> list[dict[str, Any]]:
   """The rows of a dataset as Python values; images stay undecoded."""
+  import datasets
+
   for name, feature in table.features.items():
     if isinstance(feature, datasets.Image):
       table = table.cast_column(name, datasets.Image(decode=False))
@@ -199,8 +203,13 @@ def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[Columns, Rows]:
   if pq.read_metadata(path).num_rows == 0:  # which `datasets` takes for an error
     return [], []
   # The library writes a copy of every file it reads: into a folder that goes again, not into the home directory.
+  import datasets  # takes two seconds, pandas with it
+
   with tempfile.TemporaryDirectory() as cache, _quiet_datasets():
-    table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+    try:
+      table = datasets.Dataset.from_parquet(str(path), cache_dir=cache, keep_in_memory=True)
+    except datasets.exceptions.DatasetGenerationError as error:
+      raise pa.ArrowException(str(error.__cause__ or error)) from error
   kept = [name for name in table.column_names if not wanted or name in wanted]
   return table.column_names, list(enumerate(plain_rows(table.select_columns(kept)), 1))
 
@@ -256,6 +265,8 @@ def _read_json(path: Path) -> tuple[Columns, Rows]:
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[None]:
   """No progress bars, and no log lines about what `InputError` says in one."""
+  import datasets
+
   bars, verbosity = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
   datasets.disable_progress_bars()
   datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import datasets
-
 from rlpr_jax.data import sources
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import extraction, multiple_choice, numbers
@@ -140,6 +138,8 @@ def _rows(benchmark: Benchmark, path: str, split: str, subset: str) -> list[Row]
     if sources.SPLIT in columns:
       rows = [(number, row) for number, row in rows if row.get(sources.SPLIT) == (split or benchmark.split)]
     return [Row(values, path, number) for number, values in rows]
+  import datasets  # takes two seconds, pandas with it
+
   try:
     table = datasets.load_dataset(benchmark.hub, subset or benchmark.subset or None, split=split or benchmark.split)
   except Exception as error:  # the hub's client raises whatever its libraries do, and many kinds of its own

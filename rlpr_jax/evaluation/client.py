@@ -19,10 +19,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
-import openai
 import tenacity
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, needs_extra
 from rlpr_jax.storage import reason, write_atomically
 
 T = TypeVar("T")
@@ -96,13 +95,18 @@ class Client:
     for field in ("concurrency", "attempts", "time_limit"):
       if getattr(endpoint, field) <= 0:
         raise InputError(f"endpoint {endpoint.base_url}: {field} {getattr(endpoint, field)}, expected more than 0")
+    with needs_extra("evaluate"):
+      import openai  # noqa: F401
     self.endpoint = endpoint
     self.usage = Usage()
     self._key = read_key(endpoint.key_variable) if endpoint.key_variable else ""
-    self._backoff = tenacity.wait_exponential_jitter(endpoint.pause, max=_LONGEST_PAUSE, jitter=endpoint.pause)
+    pause = endpoint.pause
+    self._backoff = tenacity.wait_exponential_jitter(multiplier=pause, max=_LONGEST_PAUSE, jitter=pause)
 
   async def __aenter__(self) -> "Client":
     self._slots = asyncio.Semaphore(self.endpoint.concurrency)
+    import openai
+
     self._openai = openai.AsyncOpenAI(
       base_url=self.endpoint.base_url,
       api_key=self._key or "none",  # without one the package would send another service's, from the environment
@@ -123,6 +127,8 @@ class Client:
     Raises:
       ClientError: no answer could be had.
     """
+    import openai
+
     attempts = tenacity.AsyncRetrying(
       retry=tenacity.retry_if_exception(_may_pass),
       wait=self._pause,
@@ -191,6 +197,8 @@ class Client:
     self.usage.retries += 1
 
   def _in_one_line(self, error: Exception) -> str:
+    import openai
+
     if isinstance(error, TimeoutError | openai.APITimeoutError):
       said = f"no reply within {self.endpoint.time_limit:g}s"
     elif isinstance(error, openai.APIConnectionError):
@@ -239,6 +247,8 @@ def read_key(variable: str) -> str:
 
 def _may_pass(error: BaseException) -> bool:
   """Whether another attempt may succeed."""
+  import openai
+
   if isinstance(error, openai.APIStatusError):
     passing = error.status_code in (408, 409, 429) or error.status_code >= 500
     out_of_money = error.code == "insufficient_quota"  # OpenAI's, which comes as 429
@@ -248,6 +258,8 @@ def _may_pass(error: BaseException) -> bool:
 
 def _asked_to_wait(error: BaseException) -> float | None:
   """Seconds that a reply's Retry-After names, as a number or as a date (RFC 9110, section 10.2.3)."""
+  import openai
+
   if not isinstance(error, openai.APIStatusError):
     return None
   header = error.response.headers.get("retry-after", "")

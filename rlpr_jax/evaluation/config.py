@@ -85,6 +85,8 @@ def validate(config: ConfigDict) -> None:
   Raises:
     InputError: naming the field, its value and what was expected.
   """
+  if missing := [name for name in default() if name not in config]:
+    raise InputError(f"config.{missing[0]}: missing, expected the config of an evaluation, as configs/evaluate.py")
   if not config.models:
     raise InputError("config.models: empty, expected one or more")
   if not config.benchmarks:

@@ -388,7 +388,7 @@ class _Judge:
 
   def _start(self) -> subprocess.Popen:
     if importlib.util.find_spec("math_verify") is None:
-      raise InputError("verifier math: math-verify is not installed, expected `pip install math-verify==0.9.0`")
+      raise InputError("verifier math: math-verify is not installed, expected pip install 'rlpr_jax[evaluate]'")
     # Its source and no module: it imports neither JAX nor this package. A session of its own, so that an interrupt from
     # the keyboard leaves it alone; it ends when its input does.
     process = subprocess.Popen(

@@ -6,9 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib import pyplot as plt
 
 from rlpr_jax.evaluation import statistics
 from rlpr_jax.evaluation.benchmarks import Question
@@ -281,6 +279,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def draw(summary: Json, path: pathlib.Path) -> None:
   """Accuracy of each model on each benchmark, by both graders, with intervals. PNG."""
+  import matplotlib  # takes a second, and nothing else here needs it
+  from matplotlib import pyplot as plt
+
   models = summary["models"]
   benchmarks = list(dict.fromkeys(itertools.chain.from_iterable(models.values())))
   with matplotlib.rc_context({"font.size": 9}):

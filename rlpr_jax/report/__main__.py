@@ -1,27 +1,32 @@
-"""Writes WORKDIR/report.html, and a picture of the run if asked for.
-
-python -m rlpr_jax.report --workdir=DIR [--picture=PATH.png]
-"""
+"""Writes WORKDIR/report.html, and a picture of the run if asked for: `python -m rlpr_jax.report --workdir=DIR`."""
 
 import pathlib
+from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from rlpr_jax import errors, report
-
-WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.", required=True)
-PICTURE = flags.DEFINE_string("picture", None, "Also writes one PNG of the run here.")
+from rlpr_jax import command_line, report
+from rlpr_jax.errors import InputError, exit_on_input_error
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected argument: {argv[1]}")
-  with errors.exit_on_input_error():
-    workdir = pathlib.Path(WORKDIR.value)
+def main(argv: Sequence[str] | None = None) -> None:
+  """The program: `argv` is its name and its arguments, those of this process if None."""
+  with exit_on_input_error():
+    given = command_line.parse(define_flags(), argv, __doc__)
+    if not given.workdir:
+      raise InputError("--workdir: missing, expected the run's directory")
+    workdir = pathlib.Path(given.workdir)
     print(report.write_report(workdir))
-    if PICTURE.value:
-      print(report.save_picture(workdir, pathlib.Path(PICTURE.value)))
+    if given.picture:
+      print(report.save_picture(workdir, pathlib.Path(given.picture)))
+
+
+def define_flags() -> flags.FlagValues:
+  given = flags.FlagValues()
+  flags.DEFINE_string("workdir", None, "Directory of the run.", flag_values=given)
+  flags.DEFINE_string("picture", None, "Also writes one PNG of the run here.", flag_values=given)
+  return given
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from rlpr_jax import processes
 from rlpr_jax.storage import append, persist, write_atomically
@@ -46,6 +44,8 @@ class MetricsWriter:
     self._directory, self._events = workdir / "tensorboard", None
     self.rows = read(self._path, resume_after)  # all that is written, on every process
     if processes.is_first():
+      from tensorboardX.proto import event_pb2  # with it comes torch, where that is installed
+
       self._rollouts.mkdir(exist_ok=True)
       self._rewrite()
       for file in self._rollouts.glob("step_*.jsonl"):
@@ -73,6 +73,8 @@ class MetricsWriter:
     self._persist(self._path, lambda: write_atomically(self._path, text))
 
   def _scalars(self, step: int, values: dict[str, float]) -> None:
+    from tensorboardX.proto import summary_pb2
+
     scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
     summary = summary_pb2.Summary(value=scalars)
     self._persist(self._directory, lambda: self._to_tensorboard(step=step, summary=summary))
@@ -86,6 +88,9 @@ class MetricsWriter:
     persist(write, path, self._seconds)
 
   def _to_tensorboard(self, **fields: Any) -> None:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2
+
     try:
       if self._events is None:
         self._directory.mkdir(exist_ok=True)

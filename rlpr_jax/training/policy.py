@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import models, sharding
 from rlpr_jax.data import builtin
@@ -165,6 +165,13 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+  """The tokenizer of a Hugging Face directory.
+
+  Raises:
+    InputError: there is none.
+  """
+  from transformers import AutoTokenizer  # with it comes torch, where that is installed
+
   try:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
   except (OSError, ValueError) as error:

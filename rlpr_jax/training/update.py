@@ -172,7 +172,7 @@ def update(
     place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), settings.sharding),
   )
   sums, gradients = _each_micro_batch(accumulate, start, rows, settings)
-  tokens, grad_norm = jnp.maximum(sums["tokens"], 1), optax.global_norm(gradients)
+  tokens, grad_norm = jnp.maximum(sums["tokens"], 1), optax.tree.norm(gradients)
   steps, new_opt_state = optimizer.update(gradients, opt_state, params)
   sound = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"])
   params, opt_state = jax.tree.map(
