@@ -32,6 +32,7 @@ class Compiled(NamedTuple):
   peak: int  # arguments and results included
   temporary: int
   traffic: dict[str, hlo.Traffic]
+  kernels: list[str]  # as of `hlo.kernels`
   seconds: float  # that compiling took
 
 
@@ -149,7 +150,8 @@ def compile_program(
     cache: directory; None for none.
   """
   platform = place.chip.platform if place.chip else jax.default_backend()
-  lowered = program.trace().lower(lowering_platforms=(platform,))
+  with place.for_kernels():
+    lowered = program.trace().lower(lowering_platforms=(platform,))
   reader = pathlib.Path(hlo.__file__).read_text()  # other figures may be read from the same program
   variables = (os.environ.get(name) for name in ("TPU_LIBRARY_PATH", "LIBTPU_INIT_ARGS", "XLA_FLAGS"))
   depends = (importlib.metadata.version("jaxlib"), *variables)
@@ -166,7 +168,7 @@ def compile_program(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    found = Compiled(_why(str(error)), 0, 0, {}, time.perf_counter() - started)
+    found = Compiled(_why(str(error)), 0, 0, {}, hlo.kernels(lowered.as_text()), time.perf_counter() - started)
   else:
     memory = compiled.memory_analysis()
     # Elsewhere temporaries are one block, which is there from the beginning to the end, and no part of the peak.
@@ -176,6 +178,7 @@ def compile_program(
       memory.peak_memory_in_bytes if platform == "tpu" else sums + memory.temp_size_in_bytes,
       memory.temp_size_in_bytes,
       hlo.traffic(compiled.as_text(), program.trips, far),
+      hlo.kernels(compiled.as_text()),
       time.perf_counter() - started,
     )
   if file:

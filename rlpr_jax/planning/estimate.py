@@ -11,7 +11,7 @@ from rlpr_jax import config as configs
 from rlpr_jax.planning import flops
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
-from rlpr_jax.planning.programs import Layout, Program, copies_to_sample, device_bytes
+from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
 from rlpr_jax.training.setup import rollout_shapes
 
 
@@ -52,7 +52,7 @@ def count_flops(programs: dict[str, Program]) -> dict[str, int]:
   return {
     name: flops.of_jaxpr(program.trace().jaxpr.jaxpr, program.trips)
     for name, program in programs.items()
-    if name not in ("gather", "insert")  # which compute nothing
+    if name not in WITHOUT_ATTENTION
   }
 
 

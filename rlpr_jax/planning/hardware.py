@@ -4,6 +4,7 @@ v5e:16x16   v6e:8x8   v4:4x4x4   v5p:4x4x4   tpu7x:4x4x4   v5p:4x4x4*2   two sli
 h100:8      h200:8    h100:4x8   four hosts of eight, one process a GPU    local   what this machine has
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -97,6 +98,15 @@ class Slice:
     if self.chip.platform == "tpu":
       return _tpus(self.name.split(":")[0], tuple(map(int, self.chip.host.split("x"))), 1)
     return _gpus(self.name.split(":")[0], "1x1x1")
+
+  def for_kernels(self) -> contextlib.AbstractContextManager:
+    """As long as it lasts, kernels for GPUs are chosen, traced and lowered for these devices, and nothing can be run.
+
+    They ask JAX's default device what it can do, which else is the CPU of the machine that plans.
+    """
+    if self.chip is None or self.chip.platform != "cuda":
+      return contextlib.nullcontext()
+    return jax.default_device(self.describe()[0])
 
 
 def parse(text: str) -> Slice:

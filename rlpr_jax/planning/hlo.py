@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, read from its text.
+"""What devices send each other in a compiled program, and its hand-written kernels, read from its text.
 
 A loop's body counts as often as its condition, or the compiler, says that it runs; other loops as often as the caller
 says.
@@ -29,6 +29,9 @@ _CONSTANT = re.compile(r"\s*%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 # On TPUs a collective that goes on while others compute stands in what starts it, fusions meanwhile, and what ends it.
 _GOES_ON = re.compile(r"%async-collective-done|calls=%async_collective_fusion")
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
+
+# Targets of calls of hand-written kernels; the only ones that this package has are of attention.
+_KERNELS = {"tpu_custom_call": "splash", "mosaic_gpu": "mosaic_gpu", "__gpu$xla.gpu.triton": "triton"}
 
 
 class Traffic(NamedTuple):
@@ -66,6 +69,15 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
     return seen[name]
 
   return of(entry)
+
+
+def kernels(text: str) -> list[str]:
+  """Which of the hand-written kernels a program calls, lowered or compiled; none where XLA made all of it.
+
+  >>> kernels('%custom-call.1 = bf16[8,128] custom-call(%x), custom_call_target="tpu_custom_call"')
+  ['splash']
+  """
+  return [name for target, name in _KERNELS.items() if re.search(rf'(target="|@"?){re.escape(target)}', text)]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

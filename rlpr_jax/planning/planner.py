@@ -99,6 +99,13 @@ class Planner:
     return best, tried[best]
 
 
+def attention_of(name: str, compiled: Compiled) -> str:
+  """The attention that a program was compiled with: a kernel, or that of plain XLA; "" where there is none."""
+  if name in programs.WITHOUT_ATTENTION:
+    return ""
+  return ", ".join(compiled.kernels) or "xla"
+
+
 def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -> Layout:
   """The same on one device with plain attention: what its products are counted in."""
   flat = config.copy_and_resolve_references()
@@ -152,6 +159,7 @@ def plan(
         "temporary": compiled[name].temporary,
         "operations": operations.get(name, 0),
         "devices": estimate.count_devices(layout, name),
+        "attention": attention_of(name, compiled[name]),
         "collectives": {kind: one._asdict() for kind, one in compiled[name].traffic.items()},
       }
       for name, program in all_programs.items()

@@ -37,6 +37,7 @@ from rlpr_jax.training.setup import (
 )
 from rlpr_jax.training.update import update
 
+WITHOUT_ATTENTION = ("gather", "insert")  # and without any product: they move what others computed
 _EOS = 0  # which token ends a response changes no program
 
 

@@ -22,12 +22,17 @@ def of_one(plan: dict[str, Any], steps: int) -> str:
     peak = f"{program['peak'] / GIB:.2f}" if program["peak"] else "-"
     verdict = "fits" if program["fits"] else f"does not fit {program['refused']}".strip()
     lines.append(f"| {name} | {' | '.join(sizes)} | {program['temporary'] / GIB:.2f} | {peak} | {verdict} |")
-  lines += ["", "| of a call, on each device | TFLOP | GiB received from others (number) |", "|---|---|---|"]
+  lines += [
+    "",
+    "| of a call, on each device | attention | TFLOP | GiB received from others (number) |",
+    "|---|---|---|---|",
+  ]
   for name, program in plan["programs"].items():
     kinds = [
       f"{kind} {one['received'] / GIB:.3f} ({one['count']:.0f})" for kind, one in sorted(program["collectives"].items())
     ]
-    lines.append(f"| {name} | {program['operations'] / program['devices'] / 1e12:.2f} | {', '.join(kinds) or 'none'} |")
+    operations = program["operations"] / program["devices"] / 1e12
+    lines.append(f"| {name} | {program['attention'] or '-'} | {operations:.2f} | {', '.join(kinds) or 'none'} |")
   if plan["step"]:
     lines += ["", *_step(plan["step"], plan["lengths"], steps)]
   if "best" in plan:
