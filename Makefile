@@ -1,54 +1,86 @@
-# Every target does its own set-up in .venv and finds it again the next time.
+# Every target does its own set-up in $(VENV) and finds it again the next time. PYTHON=python3.13 takes another Python.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+NEWEST ?= $(shell tools/newest_python.sh)
 WORKDIR ?= runs/quickstart
+BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: quickstart seeds test test-slow assets smollm2 libtpu cuda-compiler lint clean
+# The Python of requirements.txt has that lock, every later one requirements-newest.txt. Their first lines name it.
+OLDEST := $(shell sed -n '1s/.*Python \([0-9]*\.[0-9]*\).*/\1/p' requirements.txt)
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+LOCK := $(if $(filter $(OLDEST),$(VERSION)),requirements.txt,requirements-newest.txt)
+# Python compiles what is imported, when it is: --no-compile leaves out the rest.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-quickstart: .venv/ready  ## a tiny policy learns to reason, in minutes
+.PHONY: quickstart seeds test test-newest test-newest-quick test-slow quick assets smollm2 libtpu cuda-compiler lint clean
+
+quickstart: $(VENV)/ready  ## a tiny policy learns to reason, in minutes
 	$(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 
-seeds: .venv/ready  ## the quickstart over three seeds, with the random-reward control beside it
+seeds: $(VENV)/ready  ## the quickstart over three seeds, with the random-reward control beside it
 	for seed in 0 1 2; do for kind in reference random; do \
 	  $(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=runs/$$kind-$$seed \
 	    --config.seed=$$seed --config.reward.kind=$$kind || exit; \
 	done; done
 
 test: assets  ## everything but the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(PYTEST)
+
+test-newest:  ## the same on the newest Python here, with the newest versions, in an environment of its own
+	$(MAKE) test VENV=.venv-newest PYTHON=$(NEWEST)
+
+test-newest-quick:  ## a part of it: imports, kernels, models, sampling, one run from end to end
+	$(MAKE) quick VENV=.venv-newest PYTHON=$(NEWEST)
+
+quick: $(VENV)/ready-dev
+	$(PYTEST) tests/test_command_line.py tests/test_versions.py tests/models/test_kernels.py \
+	  tests/models/test_transformer.py tests/sampling/test_decode.py tests/training/test_update.py tests/test_train.py
+	rm -rf runs/quick
+	$(BIN)/python -m rlpr_jax train --workdir=runs/quick --config.steps=2 --config.warm_start.steps=20 \
+	  --config.evaluation.prompts=40
 
 test-slow: assets  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
-assets: .venv/ready-dev  ## a real model and real tokenizers for the tests; what cannot be had is skipped there
+assets: $(VENV)/ready-dev  ## a real model and real tokenizers for the tests; what cannot be had is skipped there
 	$(BIN)/python tools/smollm2.py || echo "tests of the real model will be skipped"
 	$(BIN)/python tools/fetch_tokenizers.py
 
-smollm2: .venv/ready-dev  ## SmolLM2-135M-Instruct as a Hugging Face directory under .cache
+smollm2: $(VENV)/ready-dev  ## SmolLM2-135M-Instruct as a Hugging Face directory under .cache
 	$(BIN)/python tools/smollm2.py
 
-libtpu: .venv/ready  ## the TPU compiler under .cache, for rlpr_jax.plan: in .venv jax would take this for a TPU
-	test -d .cache/libtpu || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --target .cache/libtpu libtpu==0.0.42.1
+# Aside, not in $(VENV): there jax would take them for devices. Their versions follow the jax that is installed.
+libtpu: $(VENV)/ready  ## the TPU compiler under .cache, for rlpr_jax.plan
+	$(INSTALL) --no-deps --upgrade --target .cache/libtpu \
+	  "$$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("tpu"))')"
 
-cuda-compiler: .venv/ready  ## the GPU compiler under .cache, for rlpr_jax.plan
-	test -d .cache/cuda || $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	  --target .cache/cuda jax-cuda13-plugin==0.10.2 jax-cuda13-pjrt==0.10.2
+cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.plan
+	$(INSTALL) --no-deps --upgrade --target .cache/cuda \
+	  $$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("cuda"))')
 
-lint: .venv/ready-dev
+lint: $(VENV)/ready-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf .venv .cache runs
+	rm -rf .venv .venv-newest .cache runs
 
-# Python compiles what is imported, when it is: --no-compile leaves out the rest.
-.venv/ready: requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
+# Begun anew when it is another Python's. The stamp is named after its version.
+$(VENV)/python-$(VERSION):
+	@$(PYTHON) -c 'import sys; oldest = tuple(map(int, "$(OLDEST)".split("."))); sys.exit(sys.version_info < oldest)' || \
+	  { echo "$(PYTHON): expected Python $(OLDEST) or later, as in make PYTHON=python3.13" >&2; exit 2; }
+	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
-.venv/ready-dev: requirements-dev.txt .venv/ready
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/ready: $(LOCK) $(VENV)/python-$(VERSION)
+	$(INSTALL) -r $(LOCK)
+	touch $@
+
+# torch is the CPU build where pip knows an index that has it; the one of the package index has CUDA beside it, 3 GB.
+$(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
+	torch=$$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements-dev.txt); \
+	  test $(LOCK) != requirements.txt || $(INSTALL) "$$torch+cpu" 2>/dev/null || true
+	$(INSTALL) -r requirements-dev.txt
 	touch $@

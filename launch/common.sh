@@ -90,6 +90,10 @@ parse_arguments() {
 check_config() {
   local file=${OPTION[config]%%:*} # a recipe may take an argument, file.py:argument
   [[ -n $file ]] || fail "--config: missing, expected a recipe such as configs/quickstart.py"
+  if [[ ! -f $file && $file != */* && -f $ROOT/configs/$file.py ]]; then # by its name
+    OPTION[config]=$ROOT/configs/$file.py${OPTION[config]#"$file"}
+    return
+  fi
   [[ -f $file ]] || fail "--config: $file: no such file"
 }
 

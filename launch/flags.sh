@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiler flags that let collectives overlap with computing, each with its reason; sourced by the launch scripts.
 #
-# XLA and libtpu end a program that has a flag that they do not know: jaxlib 0.10.2 and libtpu 0.0.42.1 take all of these
+# XLA and libtpu end a program that has a flag that they do not know: those of the tested versions take all of these
 # (tests/launch/test_launch.py asks them). What they bring was not measured here. They are the flags that JAX's and
 # NVIDIA's guides to performance and MaxText name. What the environment sets already stands behind them, and so wins.
 

@@ -17,15 +17,16 @@ PATIENCE=${WORKER_PATIENCE:-300} # seconds to save in, before it is killed
 STOPPED=143                      # 128 + SIGTERM
 
 setup() {
+  local lock=$CODE/requirements.txt
   if [[ ! -x $VENV/bin/python ]]; then
-    # The image's own Python may be older than the 3.11 that the project needs; uv brings one.
+    # The image's own Python may be another than the one that the versions were tested with; uv brings that.
     python3 -m pip install --quiet --user uv
-    python3 -m uv venv --quiet --python 3.11 "$VENV"
+    python3 -m uv venv --quiet --python "$(sed -n '1s/.*Python \([0-9]*\.[0-9]*\).*/\1/p' "$lock")" "$VENV"
   fi
   # Installs nothing where the versions are there already.
-  if ! cmp --silent "$CODE/requirements.txt" "$VENV/requirements.txt"; then
-    python3 -m uv pip install --quiet --python "$VENV/bin/python" "${CODE}[tpu]"
-    cp "$CODE/requirements.txt" "$VENV/requirements.txt"
+  if ! cmp --silent "$lock" "$VENV/requirements.txt"; then
+    python3 -m uv pip install --quiet --python "$VENV/bin/python" --constraint "$lock" "${CODE}[tpu]"
+    cp "$lock" "$VENV/requirements.txt"
   fi
   if [[ -n ${1:-} ]]; then mount_bucket "$1"; fi
 }
