@@ -193,7 +193,7 @@ def _versions() -> str:
   try:
     return f"tokamax {importlib.metadata.version('tokamax')} with jax {jax.__version__}"
   except importlib.metadata.PackageNotFoundError:
-    return f"tokamax is not installed beside jax {jax.__version__}"
+    return f"tokamax, of the extra cuda13, is not installed beside jax {jax.__version__}"
 
 
 def _line(error: Exception) -> str:
