@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,6 +18,7 @@ from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.training.policy import load_policy
 from rlpr_jax.training.state import restore_params
+from tests.models import cases
 
 TOKENS = np.random.default_rng(1).integers(2, 60, (2, 20))
 
@@ -85,7 +85,14 @@ def our_logits(config: models.ModelConfig, params: models.Params) -> np.ndarray:
   return np.asarray(decoder.logits(decoder(TOKENS, positions, np.ones_like(TOKENS))))
 
 
-def their_logits(model: torch.nn.Module) -> np.ndarray:
+def load_torch(directory: pathlib.Path):
+  cases.import_torch()
+  return AutoModelForCausalLM.from_pretrained(directory)
+
+
+def their_logits(model) -> np.ndarray:
+  """Of a module of torch."""
+  torch = cases.import_torch()
   with torch.no_grad():
     return model.eval()(torch.tensor(TOKENS)).logits.float().numpy()
 
@@ -97,9 +104,9 @@ def policy_of(workdir: pathlib.Path, step: int) -> tuple[models.ModelConfig, mod
 
 def test_a_checkpoint_is_a_model_that_transformers_loads(full_run, base, tmp_path):
   export.export(full_run, tmp_path / "out", step=2, dtype="float32", adapter=False)
-  theirs = their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+  theirs = their_logits(load_torch(tmp_path / "out"))
   np.testing.assert_allclose(theirs, our_logits(*policy_of(full_run, 2)), atol=1e-5)
-  assert np.abs(theirs - their_logits(AutoModelForCausalLM.from_pretrained(base))).max() > 1e-2  # it has learned
+  assert np.abs(theirs - their_logits(load_torch(base))).max() > 1e-2  # it has learned
   assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("1+2") == builtin.tokenizer().encode("1+2")
 
 
@@ -136,14 +143,14 @@ def test_lora_trains_adapters_alone(lora_run, base):
 
 @pytest.mark.slow
 def test_merged_and_separate_adapters_are_the_policy(lora_run, base, tmp_path):
-  peft = pytest.importorskip("peft")
+  peft = pytest.importorskip("peft", reason="peft is not installed")
   ours = our_logits(*policy_of(lora_run, 2))
   export.export(lora_run, tmp_path / "merged", 2, "float32", adapter=False)
-  np.testing.assert_allclose(their_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), ours, atol=1e-5)
+  np.testing.assert_allclose(their_logits(load_torch(tmp_path / "merged")), ours, atol=1e-5)
   export.export(lora_run, tmp_path / "adapter", 2, "float32", adapter=True)
-  with_adapter = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+  with_adapter = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "adapter")
   np.testing.assert_allclose(their_logits(with_adapter), ours, atol=1e-5)
-  assert np.abs(ours - their_logits(AutoModelForCausalLM.from_pretrained(base))).max() > 1e-2
+  assert np.abs(ours - their_logits(load_torch(base))).max() > 1e-2
 
 
 @pytest.mark.slow

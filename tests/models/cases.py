@@ -11,6 +11,7 @@ import tempfile
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from rlpr_jax import models
@@ -100,16 +101,22 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
 # --- torch ---
 
 
+def import_torch():
+  """torch, a development requirement that is large: a test that needs it is skipped where it is not installed."""
+  return pytest.importorskip("torch", reason="torch is not installed")
+
+
 @functools.cache
 def torch_model(name: str):
   """A model of transformers in float32 in which nothing is left at one or zero, neither norms nor biases."""
+  import_torch()
   import transformers
 
   return randomise(transformers.AutoConfig.for_model(**CASES[name]))
 
 
 def randomise(their_config):
-  import torch
+  torch = import_torch()
   import transformers
 
   torch.set_num_threads(1)  # its threads spin while they wait, which is slow beside those of jax
@@ -136,16 +143,14 @@ def loaded(name: str) -> tuple[ModelConfig, Params]:
 
 
 def torch_logits(their_model, tokens: np.ndarray) -> np.ndarray:
-  import torch
-
+  torch = import_torch()
   with torch.no_grad():
     return their_model(torch.tensor(tokens)).logits.numpy()
 
 
 def torch_gradients(their_model, tokens: np.ndarray) -> Params:
   """Of the mean log-likelihood of each next token, in our layout: read like a model whose weights they are."""
-  import torch
-
+  torch = import_torch()
   their_model = copy.deepcopy(their_model)
   logits = their_model(torch.tensor(tokens)).logits[:, :-1]
   targets = torch.tensor(tokens[:, 1:]).long()

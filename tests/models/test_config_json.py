@@ -1,21 +1,18 @@
 """config.json of published models against what transformers makes of the same files, and what is refused in others."""
 
 import dataclasses
+import importlib
 import json
 import pathlib
 
 import numpy as np
 import pytest
 import transformers
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RotaryEmbedding
-from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from rlpr_jax import models
 from rlpr_jax.errors import InputError
 from rlpr_jax.models.families import from_huggingface, to_huggingface
+from tests.models import cases
 
 SMOLLM2 = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct" / "config.json"
 LLAMA3_ROPE = {
@@ -147,13 +144,7 @@ MORE = {
   },
 }  # fmt: skip
 ALL = OFFICIAL | MORE
-ROTARY = {
-  "llama": LlamaRotaryEmbedding,
-  "qwen2": Qwen2RotaryEmbedding,
-  "qwen3": Qwen3RotaryEmbedding,
-  "gemma2": Gemma2RotaryEmbedding,
-  "gemma3_text": Gemma3RotaryEmbedding,
-}
+ROTARY = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
 
 
 @pytest.fixture
@@ -194,7 +185,10 @@ def check_same(ours, theirs):
   assert ours.query_pre_attn_scalar == getattr(theirs, "query_pre_attn_scalar", None)
   assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
   assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
-  rotary = ROTARY[family](theirs)
+  cases.import_torch()
+  name = ROTARY[family]
+  module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
+  rotary = getattr(module, f"{name}RotaryEmbedding")(theirs)
   if family == "gemma3_text":
     pairs = [(ours.rope, rotary.full_attention_inv_freq), (ours.local_rope, rotary.sliding_attention_inv_freq)]
   else:

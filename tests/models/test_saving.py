@@ -13,10 +13,8 @@ import weakref
 import jax
 import jax.numpy as jnp
 import numpy as np
-import peft
 import pytest
 import safetensors.numpy
-import torch
 import transformers
 
 from rlpr_jax import models
@@ -29,6 +27,7 @@ TOKENS = cases.random_tokens(2, cases.LENGTH)
 
 
 def load_torch(directory):
+  torch = cases.import_torch()
   return transformers.AutoModelForCausalLM.from_pretrained(
     directory, attn_implementation="eager", dtype=torch.float32
   ).eval()
@@ -66,6 +65,7 @@ def small(lora=None):
 @pytest.mark.parametrize("name", cases.CASES)
 def test_tensors_are_those_that_transformers_wrote(name, dtype, tmp_path):
   """Loaded and written again, bit by bit, under the same names; and loaded once more."""
+  torch = cases.import_torch()
   theirs = cases.randomise(transformers.AutoConfig.for_model(**cases.CASES[name])).to(getattr(torch, dtype))
   theirs.save_pretrained(tmp_path / "theirs")
   config, params = models.load_pretrained(tmp_path / "theirs", dtype=jnp.dtype(dtype))
@@ -81,6 +81,7 @@ def test_tensors_are_those_that_transformers_wrote(name, dtype, tmp_path):
 @pytest.mark.parametrize("name", cases.CASES)
 def test_transformers_loads_it(name, tmp_path):
   """With every weight and no other, and the same logits."""
+  torch = cases.import_torch()
   config = cases.config(name)
   params = jax.tree.map(jnp.asarray, cases.random_params(config))
   models.save_pretrained(tmp_path, config, params)
@@ -100,6 +101,7 @@ def test_dtype_of_the_files(tmp_path):
   _, found = models.load_pretrained(tmp_path, dtype=jnp.bfloat16)
   check_equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
   assert {x.dtype for x in read_tensors(tmp_path).values()} == {jnp.dtype(jnp.bfloat16)}
+  torch = cases.import_torch()
   assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
   assert next(transformers.AutoModelForCausalLM.from_pretrained(tmp_path).parameters()).dtype == torch.bfloat16
 
@@ -351,6 +353,7 @@ def test_adapters_are_merged_in_float32(tmp_path):
 
 @pytest.mark.parametrize("name", LORAS)
 def test_peft_loads_the_adapters(name, tmp_path):
+  peft = pytest.importorskip("peft", reason="peft is not installed")
   config, params, logits = adapted(name)
   base = tmp_path / "base"
   models.save_pretrained(base, dataclasses.replace(config, lora=None), without_adapters(params))
@@ -367,6 +370,7 @@ def test_peft_loads_the_adapters(name, tmp_path):
 
 def test_peft_finds_the_base_itself(tmp_path):
   """And the tokenizer, if it was written along."""
+  peft = pytest.importorskip("peft", reason="peft is not installed")
   config, params, _ = adapted("qwen3")
   base = tmp_path / "base"
   models.save_pretrained(base, dataclasses.replace(config, lora=None), without_adapters(params))

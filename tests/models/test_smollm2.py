@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import nnx
 
@@ -22,7 +21,6 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.update import row_logprobs
 from tests.models import cases
 
-torch.set_num_threads(1)  # its threads spin while they wait, which is slow beside those of jax
 DIRECTORY = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct"
 pytestmark = pytest.mark.skipif(
   not (DIRECTORY / "model.safetensors").exists(), reason="no .cache/smollm2-135m-instruct: run tools/smollm2.py"
@@ -65,7 +63,14 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def torch():
+  found = cases.import_torch()
+  found.set_num_threads(1)  # its threads spin while they wait, which is slow beside those of jax
+  return found
+
+
+@pytest.fixture(scope="module")
+def theirs(torch):
   return transformers.AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32).eval()
 
 
@@ -102,7 +107,7 @@ def sample(model, params, prompts, samples, settings: DecodeSettings, choice: Ch
   return jax.device_get(slots)
 
 
-def test_logits_are_those_of_transformers(loaded, theirs, prompts):
+def test_logits_are_those_of_transformers(loaded, theirs, torch, prompts):
   _, model, params = loaded
   tokens, lengths = prompts
   found = np.asarray(compute_logits(model, params, tokens))
@@ -112,7 +117,7 @@ def test_logits_are_those_of_transformers(loaded, theirs, prompts):
     np.testing.assert_allclose(found[row, :length], expected, atol=1e-3)
 
 
-def test_logits_of_a_long_text_are_those_of_transformers(loaded, theirs, published):
+def test_logits_of_a_long_text_are_those_of_transformers(loaded, theirs, torch, published):
   """English prose: the beginning of the project's licence."""
   _, model, params = loaded
   text = (pathlib.Path(__file__).parents[2] / "LICENSE").read_text()
@@ -125,7 +130,7 @@ def test_logits_of_a_long_text_are_those_of_transformers(loaded, theirs, publish
 
 
 @pytest.mark.slow
-def test_generation_is_that_of_transformers(loaded, theirs, published):
+def test_generation_is_that_of_transformers(loaded, theirs, torch, published):
   """64 greedy tokens to each of twenty prompts: in eight slots in ours, one after the other in theirs.
 
   Two best logits within 1e-4 of each other may change places by rounding: a warning then, and nothing else may differ.
@@ -166,7 +171,7 @@ def test_generation_is_that_of_transformers(loaded, theirs, published):
 
 
 @pytest.mark.slow
-def test_greedy_tokens_are_those_of_transformers(loaded, theirs, prompts):
+def test_greedy_tokens_are_those_of_transformers(loaded, theirs, torch, prompts):
   """Four prompts of different lengths in one padded batch, against each of them alone and unpadded."""
   _, model, params = loaded
   tokens, lengths = prompts
