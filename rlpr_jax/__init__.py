@@ -10,6 +10,7 @@ Modules are imported when they are first asked for, `rlpr_jax.rewards` for insta
 """
 
 import importlib
+import logging
 from typing import Any
 
 __version__ = "0.2.0"
@@ -17,6 +18,9 @@ __all__ = [
   "config", "curate", "evaluate", "export", "filtering", "grpo", "models", "plan", "report", "rewards", "serve", "sft",
   "splicing", "train",
 ]  # fmt: skip
+
+# That there is no torch is no news here.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())
 
 
 def __getattr__(name: str) -> Any:
