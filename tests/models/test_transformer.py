@@ -442,9 +442,12 @@ def test_remat_policies_keep_less_and_give_the_same_gradients():
     gradients[remat], sizes[remat] = compiled(params, values), compiled.memory_analysis().temp_size_in_bytes
   largest = max(np.max(np.abs(x)) for x in jax.tree.leaves(gradients["none"]))
   assert largest > 1e-2
+  # A policy moves fusions, and with them the order of sums over the tokens. Such a sum in float32 is off by about the
+  # root of its length times eps / 2 (Higham and Mary, 2019), each of the two that are compared.
+  apart = np.sqrt(rows.tokens.size) * np.finfo(np.float32).eps
   for remat in ("dots", "full"):
     jax.tree.map(
-      functools.partial(np.testing.assert_allclose, atol=1e-6 * largest, rtol=0), gradients[remat], gradients["none"]
+      functools.partial(np.testing.assert_allclose, atol=apart * largest, rtol=0), gradients[remat], gradients["none"]
     )
   assert sizes["full"] < 0.8 * sizes["dots"]
   assert sizes["dots"] < 0.8 * sizes["none"]
