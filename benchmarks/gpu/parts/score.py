@@ -1,0 +1,61 @@
+"""Reference answers scored from the cache that the text left behind, beside a second pass over the whole text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.gpu import shapes
+from benchmarks.gpu.measure import seconds
+from benchmarks.gpu.report import Report
+from rlpr_jax import models
+from rlpr_jax.sampling import decode
+from rlpr_jax.sampling.decode import Suffixes
+
+BOUND = 0.25  # of the largest difference of a log-probability, in nats, between two ways to compute it in bfloat16
+
+
+def run(report: Report) -> None:
+  config, rows, texts, reference = shapes.QWEN2_5_1_5B, 16, (768, 3072), 16
+  if report.rehearse:
+    config, rows, texts, reference = shapes.TINY, 4, (96,), 8
+  model = models.definition(config, models.Runtime("bfloat16"))
+  params = shapes.random_params(config, "bfloat16")
+  for text in texts:
+    report.say(f"{rows} texts of {text} tokens")
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (rows, text + reference)), np.int32)
+    kept = np.full(rows, text, np.int32)
+    _, cache = decode.prefill(model, params, tokens[:, :text], kept)
+    places = np.broadcast_to(np.arange(reference, dtype=np.int32), (rows, reference))
+    targets = jnp.asarray(tokens[:, text:])
+    suffixes = Suffixes(tokens[:, text - 1 : -1], text - 1 + places, np.ones_like(places), places, targets)
+    suffixes, numbers = jax.tree.map(jnp.asarray, (suffixes, np.arange(rows, dtype=np.int32)))
+
+    @jax.jit
+    def whole(params, tokens, targets, text=text):
+      decoder = nnx.merge(model, params)
+      positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+      hidden = decoder(tokens, positions, jnp.ones_like(tokens))
+      return decoder.logprobs(hidden[:, text - 1 :], targets)[0]
+
+    def from_cache(cache=cache, numbers=numbers, suffixes=suffixes, text=text):
+      return decode.score(model, params, cache, numbers, suffixes, 1.0, text)
+
+    def again(whole=whole, tokens=tokens[:, :-1], targets=targets):
+      return whole(params, tokens, targets)
+
+    difference = float(jnp.max(jnp.abs(from_cache() - again())))  # and compiles
+    cached, second = seconds(from_cache), seconds(again)
+    report.row(
+      "score",
+      {
+        "texts": f"{rows} of {text}, {reference} scored",
+        "from the cache, ms": 1e3 * cached,
+        "whole text again, ms": 1e3 * second,
+        "times as fast": second / cached,
+        "largest difference, nats": difference,
+        "bound": BOUND,
+      },
+      ok=difference <= BOUND,
+    )
+  report.note("Qwen2.5-1.5B's shapes in bfloat16; a second pass has logits at the scored tokens alone, too")
