@@ -136,10 +136,10 @@ def tokamax_attention(
   except Exception as error:  # a package made for another JAX may raise anything
     if required:
       raise InputError(f"config.model.attention: 'tokamax', but {_versions()} ({_line(error)}); take 'xla'") from error
-    _warn(f"{_versions()} ({_line(error)}); plain XLA, which holds all scores, takes its place")
+    _warn(f"{_versions()} ({_line(error)}), going on with plain XLA, which holds all scores")
     return None
   failures = {}
-  for name, following in zip(names, [*names[1:], "nothing" if required else "plain XLA"], strict=True):
+  for name, following in zip(names, [*names[1:], "" if required else "plain XLA"], strict=True):
     attend = functools.partial(_attend_tokamax, implementations.get(name), mask, settings)
     try:
       # Backwards too: what fails there fails when a gradient is taken, where nothing else can be tried.
@@ -149,7 +149,8 @@ def tokamax_attention(
       failures[name] = _line(error)
     except Exception as error:
       failures[name] = _line(error)
-      _warn(f"{name} of {_versions()} cannot be traced ({failures[name]}); {following} takes its place")
+      if following:
+        _warn(f"{name} of {_versions()} cannot be traced ({failures[name]}), going on with {following}")
   if required:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
     raise InputError(f"config.model.attention: 'tokamax', but {_versions()} cannot be traced ({reasons}); take 'xla'")
