@@ -353,8 +353,8 @@ def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> nnx.GraphDe
 
 
 def default_attention(platform: str) -> str:
-  """Which attention "auto" is on a platform, as its devices name it."""
-  return {"tpu": "splash", "gpu": "tokamax"}.get(platform, "xla")
+  """Which attention "auto" is on a platform, as its devices name it; of a GPU plain XLA where tokamax cannot serve."""
+  return {"tpu": "splash", "gpu": "tokamax_or_xla"}.get(platform, "xla")
 
 
 def _platform(where: sharding.Sharding) -> str:
