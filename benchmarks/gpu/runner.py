@@ -36,13 +36,13 @@ PARTS = (
   Part("ceilings", 20),
   Part("kernels", 70),
   Part("update", 90),
-  Part("decode", 100),
+  Part("decode", 130),
   Part("memory", 50),
   Part("profile", 40),
   Part("score", 25),
   # Two programs share the card, torch's and this one: JAX would take most of its memory at once, and leave torch none.
   Part("parity", 55, (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)),
-  Part("quickstart", 150),
+  Part("quickstart", 120),
 )
 
 

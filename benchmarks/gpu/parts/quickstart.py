@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,7 @@ STARTS_ANOTHER = True  # process, which takes the device: this one leaves it alo
 ACCURACY = "held_out/accuracy"  # of rlpr_jax.train
 # Only to see that it runs.
 REHEARSAL = (
-  "--config.steps=2", "--config.warm_start.steps=20", "--config.prompts_per_step=8", "--config.rollout.slots=32",
+  "--config.steps=2", "--config.warm_start.steps=20", "--config.prompts_per_step=8", "--config.rollout.slots=8",
   "--config.rollout.prompts_per_draw=8", "--config.rollout.prefill_prompts=8", "--config.rollout.score_rows=8",
   "--config.evaluation.prompts=8", "--config.evaluation.every=1",
 )  # fmt: skip
@@ -42,7 +43,10 @@ def run(report: Report) -> None:
     lines = log.read_text().splitlines()
     sys.stderr.write("\n".join(lines[-100:]) + "\n")
     if process.returncode:
-      raise RuntimeError(f"rlpr_jax.train ended with status {process.returncode}: {lines[-1] if lines else ''}")
+      last = lines[-1] if lines else ""
+      if missing := re.match(r"ModuleNotFoundError: No module named '([^']+)'", last):
+        raise ModuleNotFoundError(last, name=missing[1])
+      raise RuntimeError(f"rlpr_jax.train ended with status {process.returncode}: {last}")
     seconds = [row["seconds/step"] for row in _rows(metrics) if "seconds/step" in row]
     report.note(f"the run took {time.perf_counter() - began:.0f} s, its start included")
     report.note("; ".join(line for line in lines if line.startswith(("devices:", "rlpr_jax "))))
