@@ -204,7 +204,7 @@ class _Progress:
     self.say, self.began, self.seconds, self.parts, self.part_began = say, began, seconds, parts, time.time()
 
   def __call__(self, part: Part, kind: str, what: Any) -> None:
-    if kind not in ("say", "note", "failed", "skipped"):
+    if kind != "say":  # the rest stands in the document
       return
     now = time.time()
     own = max(part.seconds - (now - self.part_began), 0)

@@ -344,6 +344,7 @@ def test_published_rates_are_of_the_same_card():
 def test_distance_is_the_worst():
   truth = (np.array([1.0, -4.0], np.float32), np.array([0.5], np.float32))
   assert kernels.distance((np.array([1.0, -3.0]), np.array([0.5])), truth) == 0.25
+  assert np.isnan(kernels.distance((np.array([1.0, -3.0]), np.array([np.nan])), truth))
 
 
 # --- scripts ------------------------------------------------------------------------------------------------------

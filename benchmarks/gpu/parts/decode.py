@@ -46,6 +46,14 @@ def sizes(rehearse: bool) -> Sizes:
 
 def run(report: Report) -> None:
   size, bandwidth = sizes(report.rehearse), ceiling(report, BANDWIDTH)
+  report.note(
+    f"slots have room for prompts of {size.prompt_limit} and responses of {size.response_limit} tokens; calls of"
+    f" {size.steps} tokens; weights and cache in bfloat16, attention over the cache is plain XLA"
+  )
+  report.note(
+    "bytes of a step: weights once, and keys and values: 'live' of the text that is there, 'read' of what the program"
+    f" reads, which is up to the next quarter of the longest text. Both over {bandwidth / 1e12:.3g} TB/s as measured"
+  )
   for i, (name, config) in enumerate(size.models.items()):
     deadline = time.perf_counter() + report.left() / (len(size.models) - i)  # each model has its share of the time
     report.say(f"{name}: making parameters")
@@ -70,14 +78,6 @@ def run(report: Report) -> None:
           _measure(report, name, config, params, size.shapes(slots), text, bandwidth)
         took[slots] = time.perf_counter() - began
       del params
-  report.note(
-    f"slots have room for prompts of {size.prompt_limit} and responses of {size.response_limit} tokens; calls of"
-    f" {size.steps} tokens; weights and cache in bfloat16, attention over the cache is plain XLA"
-  )
-  report.note(
-    "bytes of a step: weights once, and keys and values: 'live' of the text that is there, 'read' of what the program"
-    f" reads, which is up to the next quarter of the longest text. Both over {bandwidth / 1e12:.3g} TB/s as measured"
-  )
 
 
 def _measure(

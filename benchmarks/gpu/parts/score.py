@@ -16,9 +16,10 @@ BOUND = 0.25  # of the largest difference of a log-probability, in nats, between
 
 
 def run(report: Report) -> None:
-  config, rows, texts, reference = shapes.QWEN2_5_1_5B, 16, (768, 3072), 16
+  name, config, rows, texts, reference = "Qwen2.5-1.5B's shapes", shapes.QWEN2_5_1_5B, 16, (768, 3072), 16
   if report.rehearse:
-    config, rows, texts, reference = shapes.TINY, 4, (96,), 8
+    name, config, rows, texts, reference = "a tiny model", shapes.TINY, 4, (96,), 8
+  report.note(f"{name} in bfloat16; a second pass has logits at the scored tokens alone, too")
   model = models.definition(config, models.Runtime("bfloat16"))
   params = shapes.random_params(config, "bfloat16")
   for text in texts:
@@ -58,4 +59,3 @@ def run(report: Report) -> None:
       },
       ok=difference <= BOUND,
     )
-  report.note("Qwen2.5-1.5B's shapes in bfloat16; a second pass has logits at the scored tokens alone, too")

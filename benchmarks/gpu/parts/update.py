@@ -54,6 +54,11 @@ def run(report: Report) -> None:
   size = sizes(report.rehearse)
   chip = published(jax.devices()[0].device_kind)
   rate = ceiling(report, "bfloat16")
+  report.note(
+    "model operations: 3 x (2 x weights of products x tokens + 4 x layers x heads x head size x pairs of a token and"
+    " one that it sees), of the sequences alone; what is computed again backwards, and padding, do not count"
+  )
+  report.note("masters, moments and gradients in float32, products in bfloat16, remat 'dots'; medians of up to 3 steps")
   seen: list[str] = []
   for wanted in ("auto", "xla"):
     if wanted == "xla" and "xla" in seen:
@@ -84,11 +89,6 @@ def run(report: Report) -> None:
         },
       )
       del prepared
-  report.note(
-    "model operations: 3 x (2 x weights of products x tokens + 4 x layers x heads x head size x pairs of a token and"
-    " one that it sees), of the sequences alone; what is computed again backwards, and padding, do not count"
-  )
-  report.note("masters, moments and gradients in float32, products in bfloat16, remat 'dots'; medians of up to 3 steps")
 
 
 def prepare(size: Sizes, attention: str) -> Prepared:
