@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 from absl import flags
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlpr_jax.errors import InputError
@@ -52,6 +50,8 @@ def splash_attention(
     windowed: whether this layer has the window; None for no.
   """
 
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
   def attend(queries, keys, values, segment_ids, windowed):
     length = queries.shape[1]
     block = block_length(length)
@@ -83,10 +83,11 @@ def _pad(x: Shaped[Array, "B T ..."], block: int, value: int = 0) -> Shaped[Arra
   return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
 
-def _splash_kernel(
-  heads: int, length: int, block: int, window: int | None, softcap: float | None
-) -> splash.SplashAttentionKernel:
+def _splash_kernel(heads: int, length: int, block: int, window: int | None, softcap: float | None) -> Callable:
   """The kernel for one row: queries [heads, length, H], keys and values [K, length, H], segment ids [length]."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
   shape = (length, length)
   mask = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
   sizes = splash.BlockSizes(

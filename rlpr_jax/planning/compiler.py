@@ -39,8 +39,8 @@ class Compiled(NamedTuple):
 def requirements(platform: str) -> list[str]:
   """The packages that have the compiler for a platform, tpu or cuda, as pip takes them with --no-deps.
 
-  >>> requirements("tpu")  # doctest: +SKIP
-  ['libtpu==0.0.42.*']
+  >>> [requirement.split("==")[0] for requirement in requirements("cuda")]
+  ['jax-cuda13-plugin', 'jax-cuda13-pjrt']
 
   The versions are those that the installed jax names in its metadata.
   """

@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 from rlpr_jax.errors import InputError
+from rlpr_jax.machine import GIB, device_memory
 
-GIB = 2**30
 _SHARE = 0.9  # of a GPU's memory, where XLA_PYTHON_CLIENT_MEM_FRACTION says nothing: what launch/gpu.sh has JAX take
 
 
@@ -78,8 +78,7 @@ class Slice:
   def granted(self) -> float:
     """Bytes a device that a run may use."""
     if self.chip is None:
-      stats = jax.local_devices()[0].memory_stats() or {}
-      return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+      return device_memory()
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", _SHARE)) if self.chip.platform == "cuda" else 1
     return self.chip.memory * GIB * share
 

@@ -368,7 +368,7 @@ def test_the_hub(monkeypatch, tmp_path, name):
     asked.append((path, name, split))
     return datasets.Dataset.from_list([row])
 
-  monkeypatch.setattr(benchmarks.datasets, "load_dataset", load_dataset)
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
   assert load(name) == load(name, write(tmp_path / "rows.jsonl", [row]))
   load(name, split="other", subset="mine")
   assert asked == [HUB[name], (HUB[name][0], "mine", "other")]
@@ -379,7 +379,7 @@ def test_pictures_from_the_hub(monkeypatch):
     table = datasets.Dataset.from_list([{**GPQA, "Picture": {"bytes": b"no image", "path": None}}])
     return table.cast_column("Picture", datasets.Image())
 
-  monkeypatch.setattr(benchmarks.datasets, "load_dataset", load_dataset)
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
   (question,), _ = load("gpqa_diamond")
   assert question.id == "rec1"
 
@@ -388,7 +388,7 @@ def test_the_hub_out_of_reach(monkeypatch):
   def load_dataset(*_, **__):
     raise ConnectionError("no\nnetwork")
 
-  monkeypatch.setattr(benchmarks.datasets, "load_dataset", load_dataset)
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
   fails("dataset HuggingFaceH4/MATH-500: cannot be loaded from the hub", "math500")
   fails("a local file of its rows given as path: ConnectionError: no network", "math500")
 

@@ -416,7 +416,7 @@ def test_any_thread_may_ask():
 def test_math_verify_that_is_missing(monkeypatch):
   monkeypatch.setattr(graders, "_judge", graders._Judge())
   monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
-  with pytest.raises(InputError, match="pip install math-verify"):
+  with pytest.raises(InputError, match=r"math-verify is not installed, expected pip install 'rlpr_jax\[evaluate\]'"):
     graders.math("1/2", "0.5")
   assert graders.math("42", "42")  # needs none
 

@@ -14,10 +14,11 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jaxtyping import Array, Float, Int
 
 from rlpr_jax import sharding
-from rlpr_jax.models import attention, kernels
+from rlpr_jax.models import attention
 from rlpr_jax.models.attention import AttentionSettings
 
 
@@ -62,8 +63,8 @@ def distances(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str
 
 def interpreted() -> contextlib.AbstractContextManager:
   """Splash attention without a TPU, as long as the context lasts."""
-  make = functools.partial(kernels.splash.make_splash_mha, interpret=True)
-  return mock.patch.object(kernels.splash, "make_splash_mha", make)
+  make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+  return mock.patch.object(splash_attention_kernel, "make_splash_mha", make)
 
 
 def compare_on_mesh() -> dict:
