@@ -34,14 +34,14 @@ class Part(NamedTuple):
 PARTS = (
   Part("about", 20),
   Part("ceilings", 20),
-  Part("kernels", 70),
-  Part("update", 90),
+  Part("kernels", 80),
+  Part("update", 110),
   Part("decode", 130),
-  Part("memory", 50),
+  Part("memory", 60),
   Part("profile", 40),
-  Part("score", 25),
+  Part("score", 30),
   # Two programs share the card, torch's and this one: JAX would take most of its memory at once, and leave torch none.
-  Part("parity", 55, (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)),
+  Part("parity", 60, (("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),)),
   Part("quickstart", 120),
 )
 
