@@ -17,7 +17,7 @@ from flax import nnx
 
 from rlpr_jax import models
 from rlpr_jax.errors import InputError
-from rlpr_jax.models import attention, kernels
+from rlpr_jax.models import attention, kernels, transformer
 from rlpr_jax.models.attention import AttentionSettings
 from tests.models import attention_cases
 from tests.models.attention_cases import distances, random_inputs
@@ -235,16 +235,35 @@ def test_tokamax_that_cannot_be_imported(implementations, monkeypatch, capsys, e
     attend(TOKAMAX)
 
 
-def test_tokamax_missing(monkeypatch, capsys):
+@pytest.fixture
+def missing(monkeypatch):
+  """tokamax is not installed."""
   monkeypatch.setitem(sys.modules, "tokamax", None)
   for name in [name for name in sys.modules if name.startswith("tokamax.")]:
     monkeypatch.delitem(sys.modules, name)
   monkeypatch.setattr(kernels.importlib.metadata, "version", fails(PackageNotFoundError("tokamax")))
   kernels._warn.cache_clear()
-  np.testing.assert_array_equal(attend(EITHER), attend(PLAIN))
-  assert capsys.readouterr().err.count("tokamax, of the extra cuda13, is not installed beside jax") == 1
+
+
+def test_tokamax_asked_for_and_missing(missing):
   with pytest.raises(InputError, match=r"^config\.model\.attention: 'tokamax', but tokamax, .*not installed .*'xla'$"):
     attend(TOKAMAX)
+
+
+def test_auto_on_a_gpu_without_tokamax(missing, monkeypatch, capsys):
+  """A decoder runs with plain XLA, and says so once."""
+  config = models.ModelConfig(32, 16, 16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
+  params, tokens = models.init_params(config, 0), jnp.arange(16).reshape(1, 16)
+  monkeypatch.setattr(transformer, "_platform", lambda sharding: "gpu")
+
+  def hidden(backend):
+    model = models.definition(config, models.Runtime(attention=backend))
+    return nnx.merge(model, params).prefill(tokens)[0]
+
+  np.testing.assert_array_equal(hidden("auto"), hidden("xla"))
+  said = capsys.readouterr().err.splitlines()
+  assert len(said) == 1
+  assert re.match(r"warning: config\.model\.attention: tokamax, of the extra cuda13, is not installed .*XLA", said[0])
 
 
 @pytest.fixture(scope="module")

@@ -138,3 +138,18 @@ def test_the_text_of_a_gpu():
 @pytest.mark.parametrize("text", ["", "ENTRY %main (p: f32[]) -> f32[] {\n}\n"])
 def test_nothing_is_sent(text):
   assert hlo.traffic(text, 1, bool) == {}
+
+
+@pytest.mark.parametrize(
+  ("text", "kernels"),
+  [
+    ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2"', ["mosaic_gpu"]),
+    ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="__gpu$xla.gpu.triton"', ["triton"]),
+    ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"', ["splash"]),
+    ("%0 = stablehlo.custom_call @mosaic_gpu_v2(%arg0) : (tensor<8xf32>) -> tensor<8xf32>", ["mosaic_gpu"]),
+    ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="__cublas$gemm"', []),
+    (GPU, []),
+  ],
+)
+def test_kernels(text, kernels):
+  assert hlo.kernels(text) == kernels

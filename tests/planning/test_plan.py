@@ -204,12 +204,15 @@ def test_the_program(tmp_path):
   arguments = [f"--config={tmp_path / 'tiny.py'}", "--topology=local", f"--config.compilation_cache={tmp_path / 'c'}"]
   first = plan(*arguments, "--nosearch")
   assert "| update |" in first.stdout
+  assert "\n| insert | - | 0.00 |" in first.stdout
+  assert "\n| update | xla | " in first.stdout  # the attention of its programs
   assert "compiling update" in first.stderr
   second = plan(*arguments, "--nosearch", "--json")
   assert "compiling" not in second.stderr
   found = json.loads(second.stdout)
   assert found["fits"]
   assert found["programs"]["update"]["operations"] > 0
+  assert [found["programs"][name]["attention"] for name in ("insert", "decode", "update")] == ["", "xla", "xla"]
   assert not math.isnan(found["granted"])
 
 
