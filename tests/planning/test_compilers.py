@@ -111,10 +111,33 @@ def test_two_at_the_same_time(recipe):
   assert {finish(one)["topology"], finish(other)["topology"]} == {"v5e:2x2", "v5p:2x2x1"}
 
 
+def attention(found):
+  return {name: program["attention"] for name, program in found["programs"].items()}
+
+
+@tpu
+def test_attention_on_tpus(recipe):
+  found = attention(plan(recipe, "v5e:2x2", "--nosearch"))
+  assert found == {"gather": "", "insert": "", "prefill": "splash", "decode": "xla", "score": "xla", "update": "splash"}
+
+
 @gpu
 @pytest.mark.parametrize(("topology", "processes"), [("h100:2", 1), ("h200:2x2", 4)])
 def test_gpus(recipe, topology, processes):
+  """With the kernel of such a GPU, and not what the CPU that plans would take."""
+  pytest.importorskip("tokamax", reason="tokamax is not installed")
   found = plan(recipe, topology, "--nosearch")
   assert found["processes"] == processes
   assert found["fits"]
   assert found["programs"]["update"]["collectives"]["all-gather"]["received"] > 0
+  assert attention(found) == {
+    "gather": "", "insert": "", "prefill": "mosaic_gpu", "decode": "xla", "score": "xla", "update": "mosaic_gpu",
+  }  # fmt: skip
+
+
+@gpu
+def test_gpus_in_float32(recipe):
+  """Mosaic is for bfloat16."""
+  pytest.importorskip("tokamax", reason="tokamax is not installed")
+  found = plan(recipe, "h100:1", "--nosearch", "--config.model.compute_dtype=float32")
+  assert attention(found)["prefill"] == "triton"
