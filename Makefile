@@ -53,11 +53,13 @@ smollm2: $(VENV)/ready-dev  ## SmolLM2-135M-Instruct as a Hugging Face directory
 
 # Aside, not in $(VENV): there jax would take them for devices. Their versions follow the jax that is installed.
 libtpu: $(VENV)/ready  ## the TPU compiler under .cache, for rlpr_jax.plan
-	$(INSTALL) --no-deps --upgrade --target .cache/libtpu \
+	rm -rf .cache/libtpu
+	$(INSTALL) --no-deps --target .cache/libtpu \
 	  "$$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("tpu"))')"
 
 cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.plan
-	$(INSTALL) --no-deps --upgrade --target .cache/cuda \
+	rm -rf .cache/cuda
+	$(INSTALL) --no-deps --target .cache/cuda \
 	  $$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("cuda"))')
 
 lint: $(VENV)/ready-dev

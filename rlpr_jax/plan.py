@@ -63,6 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
   sys.exit(0 if any(result.get("fits") for result in results) else DOES_NOT_FIT)
 
 
+def _version(package: str) -> str:
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return ""
+
+
 def define_flags() -> flags.FlagValues:
   given = flags.FlagValues()
   command_line.define_config(given, None)
@@ -110,7 +117,7 @@ def ask(
     with (job / "log").open("w+") as log:
       child = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
       for line in child.stderr:
-        if line.startswith("["):
+        if line.startswith(("[", "warning: ")):
           print(line, end="", file=sys.stderr, flush=True)
         log.write(line)
       status = child.wait()
@@ -135,7 +142,7 @@ def fingerprint(config, wanted: dict[str, Any], environment: dict[str, str]) -> 
   if "model" in wanted:
     files.append(pathlib.Path(wanted["model"]) / "config.json")
   parts = [configs.to_json(config), json.dumps(wanted, sort_keys=True), json.dumps(environment, sort_keys=True)]
-  parts += [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")]
+  parts += [_version(name) for name in ("jax", "jaxlib", "flax", "optax", "tokamax")]
   parts += [os.environ.get(name, "") for name in ("XLA_FLAGS", "XLA_PYTHON_CLIENT_MEM_FRACTION")]
   parts += [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
   return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

@@ -22,7 +22,8 @@ from rlpr_jax.models import attention
 from rlpr_jax.models.attention import AttentionSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
-LIBRARY = ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so"  # where `make libtpu` puts it
+# Where `make libtpu` puts it, if none is named.
+LIBRARY = pathlib.Path(os.environ.get("TPU_LIBRARY_PATH") or ROOT / ".cache" / "libtpu" / "libtpu" / "libtpu.so")
 ROWS, LENGTH = 8, 2048
 CONFIGS = {
   # Two layers with the sizes of Qwen2.5-7B and of Gemma 2 2B, the vocabulary aside.
