@@ -27,12 +27,14 @@ def define_flags() -> flags.FlagValues:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-  """Raises:
-  InputError: an unknown flag, a wrong value, or something that is no flag.
+  """Reads a command line; prints help and exits where that is asked for.
+
+  Raises:
+    InputError: an unknown flag, a wrong value, or something that is no flag.
   """
   given = define_flags()
   if any(word.lstrip("-") in ("help", "h") for word in argv[1:]):
-    print(__doc__ + given.main_module_help() + given.get_help())
+    print(__doc__ + given.get_help())
     sys.exit(0)
   try:
     rest = given(argv)[1:]
