@@ -20,10 +20,10 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 
-from benchmarks import flops
 from benchmarks.common import MODEL, REPEATS, spread
 from rlpr_jax import models
 from rlpr_jax.models import Params
+from rlpr_jax.planning import flops
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import Suffixes
 from rlpr_jax.training.policy import load_tokenizer

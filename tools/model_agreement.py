@@ -17,6 +17,7 @@ import torch
 import transformers
 from absl import app, flags
 
+from benchmarks.gpu import shapes
 from rlpr_jax import models
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.update import UpdateSettings, adamw, update
@@ -71,7 +72,7 @@ def row(family: str, sizes: str, weights: str, differences: list[Differences]) -
 
 def lower_seconds(times: int) -> list[float]:
   """Seconds to trace and lower the update of Qwen2.5-7B, 8 rows of 1024 tokens, each time from the beginning."""
-  config, optimizer = cases.QWEN2_5_7B, adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
+  config, optimizer = shapes.QWEN2_5_7B, adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
   params = models.abstract_params(config)
   state = jax.eval_shape(optimizer.init, params)
   dtypes = (jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32, jnp.float32)

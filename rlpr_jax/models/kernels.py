@@ -133,7 +133,7 @@ def tokamax_attention(
   names = ["mosaic_gpu", "triton", "xla"] if required else ["mosaic_gpu", "triton"]
   operands = (queries, keys, values, first_visible)
   try:
-    implementations, mask = _import_tokamax()
+    implementations, mask = import_tokamax()
   except Exception as error:  # a package made for another JAX may raise anything
     if required:
       raise InputError(f"config.model.attention: 'tokamax', but {_versions()} ({_line(error)}); take 'xla'") from error
@@ -141,7 +141,7 @@ def tokamax_attention(
     return None
   failures = {}
   for name, following in zip(names, [*names[1:], "" if required else "plain XLA"], strict=True):
-    attend = functools.partial(_attend_tokamax, implementations.get(name), mask, settings)
+    attend = functools.partial(attend_tokamax, implementations.get(name), mask, settings)
     try:
       # Backwards too: what fails there fails when a gradient is taken, where nothing else can be tried.
       jax.eval_shape(functools.partial(_with_gradients, attend, settings), *operands)
@@ -158,7 +158,7 @@ def tokamax_attention(
   return None
 
 
-def _import_tokamax() -> tuple[Mapping[str, Callable], type]:
+def import_tokamax() -> tuple[Mapping[str, Callable], type]:
   """Tokamax's implementations by name, and its mask.
 
   Private, since its public function has no argument for the first key that a query sees, and would need a [T, T] mask.
@@ -170,7 +170,7 @@ def _import_tokamax() -> tuple[Mapping[str, Callable], type]:
   return api.IMPLEMENTATIONS, base.Mask
 
 
-def _attend_tokamax(implementation: Callable | None, mask: type, settings: AttentionSettings, *operands):
+def attend_tokamax(implementation: Callable | None, mask: type, settings: AttentionSettings, *operands):
   """One implementation, on one device; None for one that tokamax could not import."""
   if implementation is None:
     raise ImportError("tokamax has no such implementation here")

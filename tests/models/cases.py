@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import models
-from rlpr_jax.models import ModelConfig, Params, Part, Rope, families
+from rlpr_jax.models import ModelConfig, Params, Part, families
 
 VOCAB, LENGTH = 96, 40
 _SIZES = {
@@ -64,11 +64,6 @@ CASES = {
     },
   },
 }  # fmt: skip
-
-QWEN2_5_7B = ModelConfig(
-  vocab_size=152_064, embed_dim=3584, mlp_dim=18_944, num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128,
-  rope=Rope(1e6), biases=("query", "key", "value"), max_length=32_768,
-)  # fmt: skip
 
 
 def config(name: str) -> ModelConfig:

@@ -126,7 +126,7 @@ def test_tokamax(softcap):
 def test_tokamax_private_names():
   """All that is taken of its private modules: this fails when they move, where a run would go on with plain XLA."""
   pytest.importorskip("tokamax", reason="tokamax is not installed")
-  implementations, mask = kernels._import_tokamax()
+  implementations, mask = kernels.import_tokamax()
   assert {"mosaic_gpu", "triton", "xla"} <= set(implementations)
   made = mask(k_start=jnp.zeros((2, 1, 8), jnp.int32), is_causal=True)
   assert made.is_causal  # kept beside the range, or the future would be computed
@@ -173,7 +173,7 @@ def fails_backwards(error):
 def implementations(monkeypatch):
   """What stands for tokamax's implementations. Whatever was said before is said again."""
   found = {}
-  monkeypatch.setattr(kernels, "_import_tokamax", lambda: (found, Mask))
+  monkeypatch.setattr(kernels, "import_tokamax", lambda: (found, Mask))
   kernels._warn.cache_clear()
   yield found
   kernels._warn.cache_clear()
@@ -225,7 +225,7 @@ def test_tokamax_asked_for_of_which_nothing_serves(implementations, capsys):
 
 @pytest.mark.parametrize("error", [ImportError("moved"), AttributeError("moved"), TypeError("moved")])
 def test_tokamax_that_cannot_be_imported(implementations, monkeypatch, capsys, error):
-  monkeypatch.setattr(kernels, "_import_tokamax", fails(error))
+  monkeypatch.setattr(kernels, "import_tokamax", fails(error))
   for _ in range(2):
     np.testing.assert_array_equal(attend(EITHER), attend(PLAIN))
   assert re.fullmatch(

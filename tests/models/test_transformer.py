@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from benchmarks.gpu import shapes
 from rlpr_jax import models
 from rlpr_jax.models import UNSEEN, KVCache, Part, logprobs
 from rlpr_jax.training.packing import PackedRows
@@ -457,7 +458,7 @@ def test_program_of_a_7b_update_does_not_grow_with_its_layers():
   """Qwen2.5-7B's sizes, traced and lowered from shapes alone; docs/models.md has the seconds."""
   texts = []
   for layers in (28, 56):
-    config = dataclasses.replace(cases.QWEN2_5_7B, num_layers=layers)
+    config = dataclasses.replace(shapes.QWEN2_5_7B, num_layers=layers)
     lowered = lower_update(config, abstract_rows(8, 1024), "bfloat16")
     texts.append(lowered.as_text())
   assert "tensor<28x3584x28x128xf32>" in texts[0]

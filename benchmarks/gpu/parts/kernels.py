@@ -145,7 +145,7 @@ def _contenders(report: Report) -> Iterator[dict[str, Attend]]:
   """The kernels that are there, by name: tokamax's, and in a rehearsal the TPUs' splash, interpreted."""
   found: dict[str, Attend] = {}
   try:
-    implementations, mask = kernels._import_tokamax()
+    implementations, mask = kernels.import_tokamax()
   except Exception as error:  # it may be missing, or made for another JAX
     report.note(f"tokamax's kernels are not there: {_line(error)}")
   else:
@@ -161,4 +161,4 @@ def _contenders(report: Report) -> Iterator[dict[str, Attend]]:
 
 def _tokamax(implementation, mask, queries, keys, values, segment_ids, settings, windowed) -> jax.Array:
   first = attention.first_visible(segment_ids, settings.window, windowed)
-  return kernels._attend_tokamax(implementation, mask, settings, queries, keys, values, first)
+  return kernels.attend_tokamax(implementation, mask, settings, queries, keys, values, first)
