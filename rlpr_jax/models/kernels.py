@@ -6,6 +6,7 @@ Under a mesh each device runs the kernel on its own rows and heads: the compiler
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Callable, Mapping
 
@@ -167,7 +168,13 @@ def import_tokamax() -> tuple[Mapping[str, Callable], type]:
 
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # tokamax 0.0.12 would parse the command line, which may not be one of absl's
+  logging.getLogger("absl").addFilter(_is_news)
   return api.IMPLEMENTATIONS, base.Mask
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+  """Not what tokamax says, with all its arguments, of each kernel that was not tuned for its shapes."""
+  return "Autotuning cache miss" not in str(record.msg)
 
 
 def attend_tokamax(implementation: Callable | None, mask: type, settings: AttentionSettings, *operands):
