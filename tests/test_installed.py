@@ -23,6 +23,11 @@ def installed(tmp_path_factory) -> pathlib.Path:
   return directory
 
 
+def rlpr(installed: pathlib.Path, directory: pathlib.Path, *arguments: str, status: int = 0):
+  """The installed command, run in a directory."""
+  return run(installed, directory, str(installed / "bin/rlpr"), *arguments, status=status)
+
+
 def run(
   installed: pathlib.Path, directory: pathlib.Path, *command: str, status: int = 0
 ) -> subprocess.CompletedProcess:
