@@ -36,7 +36,7 @@ test-newest-quick:  ## a part of it: imports, kernels, models, sampling, one run
 
 quick: $(VENV)/ready-dev
 	$(PYTEST) tests/test_command_line.py tests/test_versions.py tests/models/test_kernels.py \
-	  tests/models/test_transformer.py tests/sampling/test_decode.py tests/training/test_update.py tests/test_train.py
+	  tests/models/test_transformer.py tests/test_train.py::test_whole_run_writes_finite_metrics_rollouts_and_report
 	rm -rf runs/quick
 	$(BIN)/python -m rlpr_jax train --workdir=runs/quick --config.steps=2 --config.warm_start.steps=20 \
 	  --config.evaluation.prompts=40
