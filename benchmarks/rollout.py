@@ -300,7 +300,7 @@ def compilations() -> int | None:
   """Programs that jax has compiled so far, if there is jax here."""
   if "jax" not in sys.modules:
     return None
-  from rlpr_jax.training import metrics
+  from rlpr_jax.runs import metrics
 
   return metrics.compilations()
 

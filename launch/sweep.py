@@ -26,11 +26,10 @@ from typing import NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlpr_jax import command_line
-from rlpr_jax import config as configs
+from rlpr_jax import command_line, validation
 from rlpr_jax.errors import InputError, exit_on_input_error
-from rlpr_jax.storage import write_atomically
-from rlpr_jax.training import metrics
+from rlpr_jax.runs import metrics
+from rlpr_jax.runs.storage import write_atomically
 
 _START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from
 
@@ -132,7 +131,7 @@ def make_jobs(
       variant = ConfigDict(config)
       try:
         variant.update_from_flattened_dict({**overrides, "seed": int(seed)})
-        configs.validate(variant)
+        validation.validate(variant)
       except (InputError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"--sweep: {name}, seed {seed}: {' '.join(str(error).split())}") from None
       if config.warm_start.steps and not any(field.startswith(_START) for field in overrides):

@@ -1,8 +1,9 @@
-"""Every setting of a run, with the paper's value where it has one, and the checks on them.
+"""Every setting of a run: its default, what it means, and what it may be.
 
 A recipe in configs/ calls `default()` and changes fields; the command line changes more
-(`--config.training.minibatches=2`).
-Unknown fields and values of another type are refused by `ml_collections`, impossible ones by `validate`.
+(`--config.training.minibatches=2`). Defaults are the paper's values where it has one (arXiv 2506.18254, section 4.1, on
+Qwen2.5), for data and a model that are to be named. Unknown fields and values of another type are refused by
+`ml_collections`, values that cannot be by `validation.validate`.
 """
 
 import json
@@ -11,267 +12,311 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from rlpr_jax import filtering, grpo, rewards, sharding
-from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import graders
-from rlpr_jax.models.config import ATTENTION_BACKENDS, REMAT_POLICIES
-from rlpr_jax.training import old_logprobs, reward, supervised, update
+
+
+class Field(NamedTuple):
+  """A setting."""
+
+  default: Any  # its type is that of every value
+  meaning: str  # with the unit
+  choices: tuple[str, ...] = ()  # none for any value
+  at_least: float | None = None
+  above: float | None = None  # more than that
+  at_most: float | None = None
+  may_change: bool = False  # whether a run that is resumed may have another value and still be the same run
+
+
+FIELDS = {
+  "seed": Field(0, "decides initial weights, data order and sampling", at_least=0),
+  "steps": Field(300, "training steps in all; a finished run goes on when this is raised", at_least=0, may_change=True),
+  "prompts_per_step": Field(768, "groups that an update trains on", at_least=1),
+  "samples_per_prompt": Field(8, "G, responses to each prompt", at_least=1),
+  "max_draws": Field(
+    4, "at most this many draws of prompts a step; then it trains on what it kept, and says so", at_least=1
+  ),
+  "compilation_cache": Field(
+    "~/.cache/rlpr_jax", 'compiled programs are kept here between runs; "" for nowhere', may_change=True
+  ),
+  # The policy.
+  "model.path": Field("", 'Hugging Face directory or hub name (org/name); "" for a new policy of the sizes below'),
+  "model.compute_dtype": Field(
+    "float32", "float32 | bfloat16; trained parameters are always float32", choices=("float32", "bfloat16")
+  ),
+  "model.attention": Field(
+    "auto",
+    "auto (by the devices) | xla | splash (TPU) | tokamax (GPU)",
+    choices=("auto", "xla", "splash", "tokamax"),
+    may_change=True,
+  ),
+  "model.remat": Field(
+    "dots",
+    "kept for the backward pass: none (all) | dots (products with weights) | full (layer inputs)",
+    choices=("none", "dots", "full"),
+    may_change=True,
+  ),
+  "model.embed_dim": Field(96, "of a new policy, here and below", at_least=1),
+  "model.mlp_dim": Field(256, "columns of its MLPs", at_least=1),
+  "model.num_layers": Field(3, "layers of it", at_least=1),
+  "model.num_heads": Field(3, "query heads of it, and as many of keys and values", at_least=1),
+  "model.head_dim": Field(32, "size of one of its heads", at_least=1),
+  # Adapters.
+  "lora.rank": Field(0, "of adapters beside a frozen base; 0 trains all parameters", at_least=0),
+  "lora.alpha": Field(32.0, "adapters are scaled by alpha / rank", above=0),
+  "lora.targets": Field("query,key,value,out,gate,up,down", "linear layers that get one"),
+  "lora.base_dtype": Field("bfloat16", "of the frozen base: bfloat16 | float32", choices=("float32", "bfloat16")),
+  # Devices along each axis; -1 for all that the others leave.
+  "mesh.data": Field(1, "copies of the parameters, each with its share of the rows", may_change=True),
+  "mesh.fsdp": Field(-1, "rows, parameters and optimiser state are split", may_change=True),
+  "mesh.tensor": Field(1, "heads, MLP columns and vocabulary are split", may_change=True),
+  # Axes of arrays, and the axes of the mesh over which they are split.
+  "sharding.batch": Field("data,fsdp", "rows", may_change=True),
+  "sharding.sequence": Field("", "tokens of a row", may_change=True),
+  "sharding.embed": Field("fsdp", "the width of the model", may_change=True),
+  "sharding.heads": Field("tensor", "query heads", may_change=True),
+  "sharding.kv_heads": Field("tensor", "heads of keys and values", may_change=True),
+  "sharding.mlp": Field("tensor", "columns of MLPs", may_change=True),
+  "sharding.vocab": Field("tensor", "the vocabulary", may_change=True),
+  "sharding.layers": Field("", "layers", may_change=True),
+  # Questions.
+  "data.path": Field("", '.parquet (verl or question/answer), .jsonl or .csv; "" for the built-in questions'),
+  "data.split": Field("", 'rows whose column "split" says so; "" for all'),
+  "data.count": Field(2048, "of the built-in questions", at_least=1),
+  "data.domains": Field(
+    "short",
+    "of those, the held-out ones and the warm start's demonstrations: short | sentences | all",
+    choices=("short", "sentences", "all"),
+  ),
+  "data.template": Field(
+    "think", "tags that a response must have: think (and answer) | answer_only", choices=("think", "answer_only")
+  ),
+  "data.instruction": Field("default", 'system message of rows without one: "default" is the template\'s, "" is none'),
+  "data.examples": Field((), "worked examples before each question: ((question, response), ...)"),
+  "data.prompt_limit": Field(
+    2048, "tokens, chat template included; longer prompts are dropped and counted", at_least=1
+  ),
+  "data.max_reference_length": Field(
+    256, "tokens of a spliced reference; longer ones are dropped and counted", at_least=1
+  ),
+  # Sampling.
+  "rollout.max_response_length": Field(3072, "tokens, EOS included", at_least=1),
+  "rollout.temperature": Field(1.0, "of sampling, and of the log-probabilities that are trained", above=0),
+  "rollout.prompts_per_draw": Field(768, "prompts sampled together; refilling draws as many again", at_least=1),
+  "rollout.slots": Field(
+    256, "responses that are decoded at once; one that ends makes room for the next", at_least=1, may_change=True
+  ),
+  "rollout.decode_steps": Field(
+    16, "tokens between two looks at which responses have ended", at_least=1, may_change=True
+  ),
+  "rollout.prefill_prompts": Field(8, "prompts read at once", at_least=1, may_change=True),
+  "rollout.score_rows": Field(16, "reference answers scored at once", at_least=1, may_change=True),
+  "rollout.int8_cache": Field(False, "keys and values of the rollout in eight bits; watch sampler_gap/mean"),
+  "rollout.gather_params": Field(
+    True, "over fsdp, once a step; without it, which takes less memory, once a token", may_change=True
+  ),
+  # What a response earns (docs/rewards.md).
+  "reward.kind": Field(
+    "reference",
+    "reference | rule (verifier) | mixture of both | random (control: uniform in [0, 1))",
+    choices=("reference", "rule", "mixture", "random"),
+  ),
+  "reward.verifier": Field(
+    "none",
+    "none | exact | multiple_choice | math | builtin; of rule, mixture, accuracy filter, AUC",
+    choices=("none", "exact", "multiple_choice", "math", "builtin"),
+  ),
+  "reward.rule_weight": Field(0.5, "of mixture: (1 - w) * reference + w * rule", at_least=0, at_most=1),
+  "reward.normalization": Field(
+    "joint",
+    "of mixture: joint (advantages of the sum) | separate (sum of each one's own)",
+    choices=("joint", "separate"),
+  ),
+  "reward.scorer": Field(
+    "policy",
+    "whose probability: policy | initial (frozen) | lagged (the policy some steps ago)",
+    choices=("policy", "initial", "lagged"),
+  ),
+  "reward.scorer_every": Field(10, "training steps between two copies of the policy for a lagged scorer", at_least=1),
+  "reward.aggregate": Field(
+    "mean_prob",
+    "mean_prob | geometric_mean | product | mean_logprob",
+    choices=("mean_prob", "geometric_mean", "product", "mean_logprob"),
+  ),
+  "reward.token_weights": Field(
+    "uniform",
+    "uniform | inverse (rare tokens) | base (unknown without reasoning) | spread",
+    choices=("uniform", "inverse", "base", "spread"),
+  ),
+  "reward.shaping": Field(
+    "clip", "clip | identity | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N | rank | zscore"
+  ),
+  "reward.baseline_policy": Field(
+    "initial", "initial | current | moving_average | none", choices=("initial", "current", "moving_average", "none")
+  ),
+  "reward.baseline_rate": Field(0.1, "of moving_average: weight of the newest probabilities", above=0, at_most=1),
+  "reward.baseline_prefix": Field(
+    "bare", "bare | tagged (with <answer> before the reference)", choices=("bare", "tagged")
+  ),
+  "reward.format_coefficient": Field(0.1, "share of the format term; -1: a wrong format scores -1"),
+  "reward.answer_length_coefficient": Field(
+    0.0, "most that is taken off for an answer longer than the reference", at_least=0
+  ),
+  "reward.repetition_window": Field(10, "words", at_least=1),
+  "reward.repetition_limit": Field(10, "occurrences of one window from which on the response gets -1", at_least=1),
+  "reward.score_temperature": Field(1.0, "of the distribution in which the reference is scored", above=0),
+  "reward.shadow": Field((), 'rewards that are logged and not trained on: ("product: aggregate=product", ...)'),
+  # Which prompts are kept.
+  "filter.kind": Field(
+    "ema", "ema | fixed | accuracy (drops all right and all wrong) | off", choices=("ema", "fixed", "accuracy", "off")
+  ),
+  "filter.scale": Field(0.5, "of the moving average; Qwen 0.5, Llama 0.9, Gemma 1.0", at_least=0),
+  "filter.source_scales": Field((), 'of some sources\' own: (("stem", 0.9), ...)'),
+  "filter.alpha": Field(0.01, "weight of the newest step in the average", above=0, at_most=1),
+  "filter.collect_from": Field(6, "first step (from 1) whose spread enters the average", at_least=1),
+  "filter.start": Field(11, "first step that filters"),
+  "filter.threshold": Field(0.0, 'of kind "fixed": smallest standard deviation kept', at_least=0),
+  # The update.
+  "training.minibatches": Field(4, "optimiser steps a pass over the step's rollouts", at_least=1),
+  "training.epochs_per_step": Field(1, "passes", at_least=1),
+  "training.row_length": Field(
+    0,
+    "tokens of a row, into which sequences are packed; 0 for the longest sequence there can be",
+    at_least=0,
+    may_change=True,
+  ),
+  "training.micro_batch_rows": Field(
+    0, "rows whose gradients are taken at once; 0 for one on each part of the mesh", at_least=0, may_change=True
+  ),
+  "training.advantages": Field(
+    "std", "std | none (Dr. GRPO) | leave_one_out (RLOO)", choices=("std", "none", "leave_one_out")
+  ),
+  "training.aggregate": Field(
+    "token_mean",
+    "token_mean | seq_mean_token_sum | seq_mean_token_mean",
+    choices=("token_mean", "seq_mean_token_sum", "seq_mean_token_mean"),
+  ),
+  "training.loss": Field(
+    "clip", "clip (PPO) | truncated (importance weights, REINFORCE)", choices=("clip", "truncated")
+  ),
+  "training.clip_low": Field(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0),
+  "training.clip_high": Field(0.27, "see clip_low", at_least=0),
+  "training.dual_clip": Field(0.0, "of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off"),
+  "training.ratio_cap": Field(2.0, "of truncated: largest importance weight", above=0),
+  "training.answer_gradient": Field(
+    "none",
+    "through the reference: none (RLPR) | verifree (reward-weighted) | jepo (bound)",
+    choices=("none", "verifree", "jepo"),
+  ),
+  "training.answer_coefficient": Field(1.0, "of that term", at_least=0),
+  "training.kl_coefficient": Field(
+    0.0, "of the k3 estimate against the initial policy, which is kept only above 0", at_least=0
+  ),
+  "training.entropy_coefficient": Field(0.001, "nats of mean token entropy", at_least=0),
+  "training.old_logprobs": Field(
+    "auto",
+    "ratios start from: sampler | trainer (another pass) | auto (by the gap of the two)",
+    choices=("auto", "sampler", "trainer"),
+  ),
+  "training.sampler_gap_limit": Field(
+    0.01, "of auto: largest mean of |ratio - 1| with which the sampler's are taken", at_least=0
+  ),
+  "training.learning_rate": Field(1e-6, "AdamW", at_least=0),
+  "training.schedule": Field(
+    "constant",
+    "constant | linear | cosine: to zero at the last of config.steps",
+    choices=("constant", "linear", "cosine"),
+  ),
+  "training.warmup_steps": Field(0, "training steps in which the rate rises from zero", at_least=0),
+  "training.weight_decay": Field(0.01, "of AdamW", at_least=0),
+  "training.max_grad_norm": Field(1.0, "gradients of a larger norm are scaled down to it", above=0),
+  # Supervised steps.
+  "warm_start.steps": Field(
+    0, "supervised steps on demonstrations before RLPR, or of rlpr_jax.sft; 0 for none", at_least=0
+  ),
+  "warm_start.path": Field(
+    "", 'demonstrations: prompt and response, .parquet, .jsonl or .csv; "" for the built-in ones'
+  ),
+  "warm_start.split": Field("", 'rows whose column "split" says so; "" for all'),
+  "warm_start.batch_size": Field(64, "sequences", at_least=1),
+  "warm_start.optimizer": Field(
+    "muon", "muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)", choices=("muon", "adam")
+  ),
+  "warm_start.learning_rate": Field(0.02, "of Muon; both rates follow a cosine to zero"),
+  "warm_start.adam_learning_rate": Field(0.003, "of Adam"),
+  # Held-out questions.
+  "evaluation.path": Field("", 'held-out questions, as data.path; "" for the built-in ones', may_change=True),
+  "evaluation.split": Field("", 'rows whose column "split" says so; "" for all', may_change=True),
+  "evaluation.prompts": Field(0, "first so many of them; 0 for no evaluation", at_least=0, may_change=True),
+  "evaluation.samples": Field(4, "k of Avg@k", at_least=1, may_change=True),
+  "evaluation.temperature": Field(1.0, "of sampling; 0 takes the most probable token", at_least=0, may_change=True),
+  "evaluation.top_p": Field(
+    1.0,
+    "only the most probable tokens that together reach it; training never truncates",
+    above=0,
+    at_most=1,
+    may_change=True,
+  ),
+  "evaluation.top_k": Field(0, "only so many of the most probable tokens; 0 for all", at_least=0, may_change=True),
+  "evaluation.min_p": Field(
+    0.0,
+    "only tokens at least so many times as probable as the most probable one",
+    at_least=0,
+    at_most=1,
+    may_change=True,
+  ),
+  "evaluation.stop": Field((), 'strings that end a response, beside EOS: ("Question:", ...)', may_change=True),
+  "evaluation.every": Field(
+    0,
+    "training steps between evaluations; 0 for before the first and after the last alone",
+    at_least=0,
+    may_change=True,
+  ),
+  # Signs of a run that goes wrong (docs/running.md).
+  "guards.max_skipped": Field(
+    5,
+    "updates in a row with a loss or gradient that is not finite, at which the run stops",
+    at_least=1,
+    may_change=True,
+  ),
+  "guards.patience": Field(
+    5, "steps in a row after which a sign of collapse, of those below, is an alarm", at_least=1, may_change=True
+  ),
+  "guards.stop": Field(False, "whether an alarm stops the run, beside being printed and saved", may_change=True),
+  "guards.min_length_share": Field(0.25, "of the first steps' mean response length", at_least=0, may_change=True),
+  "guards.min_entropy": Field(0.01, "nats a token", at_least=0, may_change=True),
+  "guards.min_format": Field(0.2, "share of well-formed responses", at_least=0, may_change=True),
+  "guards.min_gain": Field(
+    0.0, "of r over r': what reasoning adds to the reference answer's probability", may_change=True
+  ),
+  # What is written.
+  "log.rollouts": Field(16, "responses written to disk each step, whole groups first", at_least=0, may_change=True),
+  "log.checkpoint_every": Field(10, "training steps; the last one is always saved", at_least=1, may_change=True),
+  "log.keep_checkpoints": Field(2, "of the newest", at_least=1, may_change=True),
+  "log.keep_best": Field(
+    1, "and of those with the best held-out accuracy, which are saved when it is measured", at_least=0, may_change=True
+  ),
+  "log.retry_seconds": Field(
+    300.0, "how long a disk that is full or gone is tried again before the run stops", at_least=0, may_change=True
+  ),
+}
 
 
 def default() -> ConfigDict:
-  """The method as the paper runs it on Qwen2.5 (arXiv 2506.18254, section 4.1), on data and a model to be named."""
-  c = ConfigDict()
-  c.seed = 0  # decides initial weights, data order and sampling
-  c.steps = 300  # training steps in all; a finished run goes on when this is raised
-  c.prompts_per_step = 768  # groups that an update trains on
-  c.samples_per_prompt = 8  # G, responses to each prompt
-  c.max_draws = 4  # at most this many draws of prompts a step; then it trains on what it kept, and says so
-  c.compilation_cache = "~/.cache/rlpr_jax"  # compiled programs are kept here between runs; "" for nowhere
+  """The method as the paper runs it on Qwen2.5, on data and a model to be named.
 
-  c.model = ConfigDict()
-  c.model.path = ""  # Hugging Face directory or hub name (org/name); "" for a new policy of the sizes below
-  c.model.compute_dtype = "float32"  # float32 | bfloat16; trained parameters are always float32
-  c.model.attention = "auto"  # auto | xla | splash (TPU) | tokamax (GPU)
-  c.model.remat = "dots"  # kept for the backward pass: none (all) | dots (products with weights) | full (layer inputs)
-  c.model.embed_dim = 96  # of a new policy, here and below
-  c.model.mlp_dim = 256
-  c.model.num_layers = 3
-  c.model.num_heads = 3
-  c.model.head_dim = 32
-
-  c.lora = ConfigDict()
-  c.lora.rank = 0  # of adapters beside a frozen base; 0 trains all parameters
-  c.lora.alpha = 32.0  # adapters are scaled by alpha / rank
-  c.lora.targets = "query,key,value,out,gate,up,down"  # linear layers that get one
-  c.lora.base_dtype = "bfloat16"  # of the frozen base: bfloat16 | float32
-
-  c.mesh = ConfigDict()  # devices along each axis; -1 for all that the others leave
-  c.mesh.data = 1  # copies of the parameters, each with its share of the rows
-  c.mesh.fsdp = -1  # rows, parameters and optimiser state are split
-  c.mesh.tensor = 1  # heads, MLP columns and vocabulary are split
-
-  c.sharding = ConfigDict(  # axes of arrays -> axes of the mesh over which they are split
-    {axis: ",".join(on) for axis, on in sharding.RULES.items()}
-  )
-
-  c.data = ConfigDict()
-  c.data.path = ""  # .parquet (verl or question/answer), .jsonl or .csv; "" for the built-in questions
-  c.data.split = ""  # rows whose column "split" says so; "" for all
-  c.data.count = 2048  # of the built-in questions
-  c.data.domains = "short"  # of those, the held-out ones and the warm start's demonstrations: short | sentences | all
-  c.data.template = "think"  # think | answer_only
-  c.data.instruction = "default"  # system message of rows without one: "default" is the template's, "" is none
-  c.data.examples = ()  # worked examples before each question: ((question, response), ...)
-  c.data.prompt_limit = 2048  # tokens, chat template included; longer prompts are dropped and counted
-  c.data.max_reference_length = 256  # tokens of a spliced reference; longer ones are dropped and counted
-
-  c.rollout = ConfigDict()
-  c.rollout.max_response_length = 3072  # tokens, EOS included
-  c.rollout.temperature = 1.0
-  c.rollout.prompts_per_draw = 768  # prompts sampled together; refilling draws as many again
-  c.rollout.slots = 256  # responses that are decoded at once; one that ends makes room for the next
-  c.rollout.decode_steps = 16  # tokens between two looks at which responses have ended
-  c.rollout.prefill_prompts = 8  # prompts read at once
-  c.rollout.score_rows = 16  # reference answers scored at once
-  c.rollout.int8_cache = False  # keys and values of the rollout in eight bits; watch sampler_gap/mean
-  c.rollout.gather_params = True  # over fsdp, once a step; without it, which takes less memory, once a token
-
-  c.reward = ConfigDict()
-  c.reward.kind = "reference"  # reference | rule (verifier) | mixture of both | random (control: uniform in [0, 1))
-  c.reward.verifier = "none"  # none | exact | multiple_choice | math | builtin; of rule, mixture, accuracy filter, AUC
-  c.reward.rule_weight = 0.5  # of mixture: (1 - w) * reference + w * rule
-  c.reward.normalization = "joint"  # of mixture: joint (advantages of the sum) | separate (sum of each one's own)
-  c.reward.scorer = "policy"  # whose probability: policy | initial (frozen) | lagged (the policy some steps ago)
-  c.reward.scorer_every = 10  # training steps between two copies of the policy for a lagged scorer
-  c.reward.aggregate = "mean_prob"  # mean_prob | geometric_mean | product | mean_logprob
-  c.reward.token_weights = "uniform"  # uniform | inverse (rare tokens) | base (unknown without reasoning) | spread
-  c.reward.shaping = "clip"  # clip | identity | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N | rank | zscore
-  c.reward.baseline_policy = "initial"  # initial | current | moving_average | none
-  c.reward.baseline_rate = 0.1  # of moving_average: weight of the newest probabilities
-  c.reward.baseline_prefix = "bare"  # bare | tagged (with <answer> before the reference)
-  c.reward.format_coefficient = 0.1  # share of the format term; -1: a wrong format scores -1
-  c.reward.answer_length_coefficient = 0.0  # most that is taken off for an answer longer than the reference
-  c.reward.repetition_window = 10  # words
-  c.reward.repetition_limit = 10  # occurrences of one window from which on the response gets -1
-  c.reward.score_temperature = 1.0  # of the distribution in which the reference is scored
-  c.reward.shadow = ()  # rewards that are logged and not trained on: ("product: aggregate=product", ...)
-
-  c.filter = ConfigDict()
-  c.filter.kind = "ema"  # ema | fixed | accuracy (drops all right and all wrong) | off
-  c.filter.scale = 0.5  # of the moving average; Qwen 0.5, Llama 0.9, Gemma 1.0
-  c.filter.source_scales = ()  # of some sources' own: (("stem", 0.9), ...)
-  c.filter.alpha = 0.01  # weight of the newest step in the average
-  c.filter.collect_from = 6  # first step (from 1) whose spread enters the average
-  c.filter.start = 11  # first step that filters
-  c.filter.threshold = 0.0  # of kind "fixed": smallest standard deviation kept
-
-  c.training = ConfigDict()
-  c.training.minibatches = 4  # optimiser steps a pass over the step's rollouts
-  c.training.epochs_per_step = 1  # passes
-  c.training.row_length = 0  # tokens of a row, into which sequences are packed; 0 for the longest sequence there can be
-  c.training.micro_batch_rows = 0  # rows whose gradients are taken at once; 0 for one on each part of the mesh
-  c.training.advantages = "std"  # std | none (Dr. GRPO) | leave_one_out (RLOO)
-  c.training.aggregate = "token_mean"  # token_mean | seq_mean_token_sum | seq_mean_token_mean
-  c.training.loss = "clip"  # clip (PPO) | truncated (importance weights, REINFORCE)
-  c.training.clip_low = 0.2  # the ratio is clipped to [1 - clip_low, 1 + clip_high]
-  c.training.clip_high = 0.27
-  c.training.dual_clip = 0.0  # of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off
-  c.training.ratio_cap = 2.0  # of truncated: largest importance weight
-  c.training.answer_gradient = "none"  # through the reference: none (RLPR) | verifree (reward-weighted) | jepo (bound)
-  c.training.answer_coefficient = 1.0  # of that term
-  c.training.kl_coefficient = 0.0  # of the k3 estimate against the initial policy, which is kept only above 0
-  c.training.entropy_coefficient = 0.001  # nats of mean token entropy
-  c.training.old_logprobs = "auto"  # ratios start from: sampler | trainer (another pass) | auto (by the gap of the two)
-  c.training.sampler_gap_limit = 0.01  # of auto: largest mean of |ratio - 1| with which the sampler's are taken
-  c.training.learning_rate = 1e-6  # AdamW
-  c.training.schedule = "constant"  # constant | linear | cosine: to zero at the last of config.steps
-  c.training.warmup_steps = 0  # training steps in which the rate rises from zero
-  c.training.weight_decay = 0.01
-  c.training.max_grad_norm = 1.0
-
-  c.warm_start = ConfigDict()
-  c.warm_start.steps = 0  # supervised steps on demonstrations before RLPR, or of rlpr_jax.sft; 0 for none
-  c.warm_start.path = ""  # demonstrations: prompt and response, .parquet, .jsonl or .csv; "" for the built-in ones
-  c.warm_start.split = ""  # rows whose column "split" says so; "" for all
-  c.warm_start.batch_size = 64  # sequences
-  c.warm_start.optimizer = "muon"  # muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)
-  c.warm_start.learning_rate = 0.02  # of Muon; both rates follow a cosine to zero
-  c.warm_start.adam_learning_rate = 0.003
-
-  c.evaluation = ConfigDict()
-  c.evaluation.path = ""  # held-out questions, as data.path; "" for the built-in ones
-  c.evaluation.split = ""
-  c.evaluation.prompts = 0  # first so many of them; 0 for no evaluation
-  c.evaluation.samples = 4  # k of Avg@k
-  c.evaluation.temperature = 1.0
-  c.evaluation.top_p = 1.0  # only the most probable tokens that together reach it; training never truncates
-  c.evaluation.top_k = 0  # only so many of the most probable tokens; 0 for all
-  c.evaluation.min_p = 0.0  # only tokens at least so many times as probable as the most probable one
-  c.evaluation.stop = ()  # strings that end a response, beside EOS: ("Question:", ...)
-  c.evaluation.every = 0  # training steps between evaluations; 0 for before the first and after the last alone
-
-  c.guards = ConfigDict()
-  c.guards.max_skipped = 5  # updates in a row with a loss or gradient that is not finite, at which the run stops
-  c.guards.patience = 5  # steps in a row after which a sign of collapse, of those below, is an alarm
-  c.guards.stop = False  # whether an alarm stops the run, beside being printed and saved
-  c.guards.min_length_share = 0.25  # of the first steps' mean response length
-  c.guards.min_entropy = 0.01  # nats a token
-  c.guards.min_format = 0.2  # share of well-formed responses
-  c.guards.min_gain = 0.0  # of r over r': what reasoning adds to the reference answer's probability
-
-  c.log = ConfigDict()
-  c.log.rollouts = 16  # responses written to disk each step, whole groups first
-  c.log.checkpoint_every = 10  # training steps; the last one is always saved
-  c.log.keep_checkpoints = 2  # of the newest
-  c.log.keep_best = 1  # and of those with the best held-out accuracy, which are saved when it is measured
-  c.log.retry_seconds = 300.0  # how long a disk that is full or gone is tried again before the run stops
-  return c
-
-
-_CHOICES = {
-  "model.compute_dtype": ("float32", "bfloat16"),
-  "model.attention": ATTENTION_BACKENDS,
-  "model.remat": REMAT_POLICIES,
-  "lora.base_dtype": ("float32", "bfloat16"),
-  "data.domains": builtin.DOMAINS,
-  "data.template": tuple(rewards.TEMPLATE_TAGS),
-  "reward.kind": reward.KINDS,
-  "reward.verifier": ("none", *graders.VERIFIERS),
-  "reward.normalization": ("joint", "separate"),
-  "reward.scorer": ("policy", "initial", "lagged"),
-  "reward.aggregate": rewards.AGGREGATES,
-  "reward.token_weights": rewards.TOKEN_WEIGHTS,
-  "reward.baseline_policy": ("initial", "current", "moving_average", "none"),
-  "reward.baseline_prefix": ("bare", "tagged"),
-  "filter.kind": filtering.KINDS,
-  "warm_start.optimizer": supervised.OPTIMIZERS,
-  "training.advantages": grpo.NORMALIZATIONS,
-  "training.loss": ("clip", "truncated"),
-  "training.old_logprobs": old_logprobs.CHOICES,
-  "training.schedule": update.SCHEDULES,
-  "training.answer_gradient": ("none", "verifree", "jepo"),
-  "training.aggregate": grpo.AGGREGATES,
-}
-_AT_LEAST = {
-  0: (
-    "seed", "steps", "lora.rank", "training.row_length", "training.micro_batch_rows", "training.clip_low",
-    "training.clip_high",
-    "training.learning_rate", "training.kl_coefficient", "training.answer_coefficient", "evaluation.temperature",
-    "evaluation.top_k", "evaluation.min_p",
-    "reward.answer_length_coefficient", "training.weight_decay", "training.entropy_coefficient", "warm_start.steps",
-    "training.sampler_gap_limit", "training.warmup_steps", "guards.min_length_share", "guards.min_entropy",
-    "guards.min_format", "log.keep_best", "log.retry_seconds",
-    "evaluation.prompts", "evaluation.every", "log.rollouts", "filter.scale", "filter.threshold",
-  ),
-  1: (
-    "prompts_per_step", "max_draws", "samples_per_prompt", "model.embed_dim", "model.mlp_dim", "model.num_layers",
-    "model.num_heads", "model.head_dim", "data.count", "data.prompt_limit", "data.max_reference_length",
-    "rollout.max_response_length", "rollout.prompts_per_draw", "rollout.slots", "rollout.decode_steps",
-    "rollout.prefill_prompts", "rollout.score_rows", "reward.repetition_window", "reward.repetition_limit",
-    "reward.scorer_every", "training.minibatches", "training.epochs_per_step", "warm_start.batch_size",
-    "evaluation.samples", "filter.collect_from", "log.checkpoint_every", "log.keep_checkpoints",
-    "guards.max_skipped", "guards.patience",
-  ),
-}  # fmt: skip
-# A resumed run may change these and still be the same run.
-_MAY_CHANGE = (
-  "steps", "compilation_cache", "evaluation", "guards", "log", "mesh", "sharding", "model.attention", "model.remat",
-  "training.row_length", "training.micro_batch_rows", "rollout.slots", "rollout.prefill_prompts", "rollout.score_rows",
-  "rollout.decode_steps", "rollout.gather_params",
-)  # fmt: skip
-
-
-def validate(config: ConfigDict) -> None:
-  """Checks what types alone cannot say.
-
-  Raises:
-    InputError: naming the field, its value and what was expected.
+  >>> default().prompts_per_step
+  768
   """
-  if missing := [name for name in default() if name not in config]:
-    raise InputError(f"config.{missing[0]}: missing, expected the config of a run, made by rlpr_jax.config.default()")
-  for field, choices in _CHOICES.items():
-    _expect(config, field, lambda value, choices=choices: value in choices, f"one of {', '.join(choices)}")
-  for least, fields in _AT_LEAST.items():
-    for field in fields:
-      _expect(config, field, lambda value, least=least: value >= least, f"at least {least}")
-  for field in ("lora.alpha", "reward.score_temperature", "rollout.temperature", "training.max_grad_norm",
-                "training.ratio_cap", "evaluation.top_p"):  # fmt: skip
-    _expect(config, field, lambda value: value > 0, "more than 0")
-  for field in ("filter.alpha", "reward.baseline_rate", "evaluation.top_p"):
-    _expect(config, field, lambda value: 0 < value <= 1, "more than 0 and at most 1")
-  _expect(config, "evaluation.min_p", lambda value: value <= 1, "at most 1")
-  _expect(config, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
-  _expect(config, "reward.rule_weight", lambda value: 0 <= value <= 1, "between 0 and 1")
-  _expect(config, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
-  _expect(config, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
-  _expect(config, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
-  check_reward("config.reward", reward.RewardSettings.of(config.reward), config.reward.verifier)
-  names = set()
-  for text in config.reward.shadow:
-    name, settings = reward.parse_shadow(config, text)
-    check_reward(f"config.reward.shadow {name}", settings, config.reward.verifier)
-    if name in names:
-      raise InputError(f"config.reward.shadow: {name!r} twice, expected names of their own")
-    names.add(name)
-    if settings.baseline_policy not in ("none", config.reward.baseline_policy):
-      raise InputError(f"config.reward.shadow {name}: baselines of the run itself or none, there are no others")
-  if config.filter.kind == "accuracy" and config.reward.verifier == "none":
-    raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")
-  if not all(len(pair) == 2 and isinstance(pair[0], str) and pair[1] >= 0 for pair in config.filter.source_scales):
-    raise InputError("config.filter.source_scales: expected pairs of a source's name and its scale")
-  if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in config.data.examples):
-    raise InputError("config.data.examples: expected pairs of question and response texts")
-  minibatches, row_length = config.training.minibatches, config.training.row_length
-  if config.prompts_per_step % minibatches:
-    raise InputError(
-      f"config.training.minibatches: {minibatches} does not divide config.prompts_per_step {config.prompts_per_step}"
-    )
-  if 0 < row_length < longest_sequence(config):
-    raise InputError(
-      f"config.training.row_length: {row_length}, expected 0 or room for the longest sequence,"
-      f" {longest_sequence(config)} tokens"
-    )
+  config = ConfigDict()
+  for path, field in FIELDS.items():
+    *groups, name = path.split(".")
+    group = config
+    for part in groups:
+      if part not in group:
+        group[part] = ConfigDict()
+      group = group[part]
+    group[name] = field.default
+  return config
 
 
 class SliceSettings(NamedTuple):
@@ -301,22 +346,6 @@ def longest_sequence(config: ConfigDict) -> int:
   """Most tokens of a prompt and its response, the reference answer included where a gradient goes through it."""
   answer = config.data.max_reference_length if config.training.answer_gradient != "none" else 0
   return config.data.prompt_limit + config.rollout.max_response_length + answer
-
-
-def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> None:
-  """Checks what a reward and a shadow reward have in common; `where` begins the message."""
-  for field in ("kind", "aggregate", "token_weights", "baseline_policy"):
-    value, choices = getattr(settings, field), _CHOICES[f"reward.{field}"]
-    if value not in choices:
-      raise InputError(f"{where}.{field}: {value!r}, expected one of {', '.join(choices)}")
-  if settings.kind in ("rule", "mixture") and verifier == "none":
-    raise InputError(f"{where}.kind: {settings.kind} needs a verifier, expected config.reward.verifier")
-  if settings.format_coefficient != -1 and not 0 <= settings.format_coefficient <= 1:
-    raise InputError(f"{where}.format_coefficient: {settings.format_coefficient}, expected -1, or between 0 and 1")
-  try:
-    rewards.parse_shaping(settings.shaping)
-  except ValueError as error:
-    raise InputError(f"{where}.shaping: {error}") from None
 
 
 def to_json(config: ConfigDict) -> str:
@@ -353,15 +382,7 @@ def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
 
   before, after = flatten(saved), flatten(now)
   for field in sorted(before | after):
-    may_change = any(f"{field}.".startswith(f"{name}.") for name in _MAY_CHANGE)
+    may_change = field in FIELDS and FIELDS[field].may_change
     if not may_change and before.get(field) != after.get(field):
       return f"config.{field} is {before.get(field)!r} there, {after.get(field)!r} here"
   return None
-
-
-def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:
-  value = config
-  for name in field.split("."):
-    value = value[name]
-  if not holds(value):
-    raise InputError(f"config.{field}: {value!r}, expected {expected}")

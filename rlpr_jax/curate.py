@@ -23,13 +23,13 @@ import pyarrow.parquet as pq
 from absl import flags
 
 from rlpr_jax import command_line
-from rlpr_jax.data import curation
-from rlpr_jax.data.curation import Dropped, Protected, Rating, Score
+from rlpr_jax.curation import checks
+from rlpr_jax.curation.checks import Dropped, Protected, Rating, Score
 from rlpr_jax.data.sources import Example, load_examples, read_rows
 from rlpr_jax.errors import InputError, exit_on_input_error
-from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Unanswered, ask_all
+from rlpr_jax.judging.client import Cache, Client, Endpoint, Unanswered, ask_all
 from rlpr_jax.report import funnel
-from rlpr_jax.storage import reason, write_atomically
+from rlpr_jax.runs.storage import reason, write_atomically
 
 _QUESTIONS = ("question", "Question", "problem", "Problem", "prompt")  # columns of a benchmark
 _OPTIONS = ("options", "choices")
@@ -118,7 +118,7 @@ def curate(options: Options) -> None:
   if _open(options.out, settings):
     print(f"{options.out} is finished: the same questions were curated the same way")
     return
-  left, dropped = curation.sift(
+  left, dropped = checks.sift(
     examples,
     benchmarks,
     options.answer_words,
@@ -130,10 +130,10 @@ def curate(options: Options) -> None:
   ratings: dict[int, Rating | str] = {}
   if client:
     ratings = _rate(examples, left, client, options.out / "ratings")
-    dropped += curation.drop_by_rating(ratings, options.reasoning, options.keep_mathematics, options.unjudged == "keep")
+    dropped += checks.drop_by_rating(ratings, options.reasoning, options.keep_mathematics, options.unjudged == "keep")
     left = _without(left, dropped)
   if options.scores:
-    dropped += curation.drop_by_score(left, scores, options.keep)
+    dropped += checks.drop_by_score(left, scores, options.keep)
     left = _without(left, dropped)
   if not left:
     reasons = ", ".join(f"{count} {why}" for why, count in Counter(drop.reason for drop in dropped).items())
@@ -240,16 +240,16 @@ def _number(row: dict[str, Any], name: str, where: str) -> float:
 def _rate(
   examples: Sequence[Example], left: Sequence[int], client: Client, cache: pathlib.Path
 ) -> dict[int, Rating | str]:
-  from rlpr_jax.training.metrics import Progress  # with it come jax and TensorBoard, which nothing else here needs
+  from rlpr_jax.runs.metrics import Progress  # with it come jax and TensorBoard, which nothing else here needs
 
   conversations = [
-    curation.rating_conversation(curation.question_of(examples[index]), examples[index].reference) for index in left
+    checks.rating_conversation(checks.question_of(examples[index]), examples[index].reference) for index in left
   ]
 
   async def ask() -> list[Rating | Unanswered]:
     async with client:
       return await ask_all(
-        conversations, curation.parse_rating, curation.RATING_REMINDER, client, Cache(cache), Progress("rated")
+        conversations, checks.parse_rating, checks.RATING_REMINDER, client, Cache(cache), Progress("rated")
       )
 
   answers = asyncio.run(ask())
@@ -327,7 +327,7 @@ def _write(
   def shown(index: int) -> dict[str, Any]:
     return {
       "row": examples[index].row,
-      "question": curation.question_of(examples[index]),
+      "question": checks.question_of(examples[index]),
       "reference": examples[index].reference,
     }
 

@@ -8,11 +8,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlpr_jax import command_line, machine, models, processes
+from rlpr_jax import command_line, machine, models, processes, validation
 from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error
-from rlpr_jax.storage import write_atomically
+from rlpr_jax.runs.storage import write_atomically
 from rlpr_jax.training.policy import create_mesh
 
 
@@ -63,7 +63,7 @@ def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
   Raises:
     InputError: a config that cannot be, or a directory that cannot be written or holds another run.
   """
-  configs.validate(config)
+  validation.validate(config)
   mesh = create_mesh(config)
   attention = config.model.attention
   if attention == "auto":

@@ -15,16 +15,19 @@ from typing import NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from rlpr_jax import entry, storage
+from rlpr_jax import entry
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import benchmarks, config, graders, judge, summary
+from rlpr_jax.evaluation import benchmarks, config, summary
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question
-from rlpr_jax.evaluation.client import Cache, Client, Endpoint, Usage
-from rlpr_jax.evaluation.judge import JudgeItem
 from rlpr_jax.evaluation.responses import Store, Task, keys, open_model, respond
 from rlpr_jax.evaluation.summary import Graded, Sample
-from rlpr_jax.training.metrics import Progress
+from rlpr_jax.grading import graders
+from rlpr_jax.judging import judge
+from rlpr_jax.judging.client import Cache, Client, Endpoint, Usage
+from rlpr_jax.judging.judge import JudgeItem
+from rlpr_jax.runs import storage
+from rlpr_jax.runs.metrics import Progress
 
 
 class Loaded(NamedTuple):

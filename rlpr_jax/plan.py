@@ -21,12 +21,12 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlpr_jax import command_line, models
+from rlpr_jax import command_line, models, validation
 from rlpr_jax import config as configs
 from rlpr_jax.errors import USAGE, InputError, exit_on_input_error
 from rlpr_jax.planning import compiler, hardware, table
 from rlpr_jax.planning.estimate import Lengths
-from rlpr_jax.storage import write_atomically
+from rlpr_jax.runs.storage import write_atomically
 
 DOES_NOT_FIT = 3
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given, config = command_line.parse_config(define_flags(), argv, __doc__)
     if bool(given.topology) == bool(given.compare):
       raise InputError("--topology: missing, expected it or --compare")
-    configs.validate(config)
+    validation.validate(config)
     places = [hardware.parse(name.strip()) for name in given.compare or [given.topology]]
     environments = [compiler.environment(place) for place in places]
     lengths = Lengths(

@@ -14,10 +14,10 @@ from absl import flags
 from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra
-from rlpr_jax.evaluation.client import read_key
+from rlpr_jax.judging.client import read_key
+from rlpr_jax.runs.storage import reason
 from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.loop import Loop
-from rlpr_jax.storage import reason
 from rlpr_jax.training import trained
 
 SIZES = SizeNames("--slots", "", "", "--prompt_limit", "--response_limit")

@@ -19,11 +19,12 @@ from rlpr_jax import config as configs
 from rlpr_jax import entry, filtering, models, processes
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError
+from rlpr_jax.runs import metrics
+from rlpr_jax.runs.guards import Watch
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.training import metrics, packing
+from rlpr_jax.training import packing
 from rlpr_jax.training.collect import Harvest, collect
-from rlpr_jax.training.guards import Watch
-from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.old_logprobs import Trainer, settle
 from rlpr_jax.training.packing import PackedRows
 from rlpr_jax.training.reward import CustomReward

@@ -179,7 +179,7 @@ def test_a_missing_extra_is_one_line(monkeypatch, capsys):
   assert done.value.code == 2
   expected = "error: uvicorn: not installed, expected the extra: pip install 'rlpr_jax[serve]'\n"
   assert capsys.readouterr().err == expected
-  from rlpr_jax.evaluation.client import Client, Endpoint
+  from rlpr_jax.judging.client import Client, Endpoint
 
   with pytest.raises(InputError, match=r"openai: not installed, expected .*\[evaluate\]"):
     Client(Endpoint("http://localhost/v1", "model"))

@@ -11,7 +11,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
+from rlpr_jax import filtering, grpo, rewards, sharding, validation
+from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
+from rlpr_jax.grading import graders
 from rlpr_jax.planning import hardware
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -31,7 +34,11 @@ WHOLE = {"mesh": "**config.mesh", "sharding": "config.sharding.items()"}
 
 
 def code() -> dict[str, str]:
-  return {str(path): path.read_text() for path in (ROOT / "rlpr_jax").rglob("*.py") if path.name != "config.py"}
+  return {
+    str(path): path.read_text()
+    for path in (ROOT / "rlpr_jax").rglob("*.py")
+    if path.name not in ("config.py", "validation.py")
+  }
 
 
 def is_read(field: str, sources: dict[str, str]) -> bool:
@@ -82,17 +89,52 @@ def test_a_field_that_nothing_reads_is_found():
 
 
 def test_every_field_is_explained():
-  """By a comment on its line, on its group's, or on the line of the field before it that covers it."""
-  text = (ROOT / "rlpr_jax/config.py").read_text()
-  body = text[text.index("def default") : text.index("  return c\n")]
-  covered = {"model.mlp_dim", "model.num_layers", "model.num_heads", "model.head_dim", "evaluation.split"}
-  explained = {
-    name for name, comment in re.findall(r"^  c\.([\w.]+) = .*?(  # .+)?$", body, re.MULTILINE) if len(comment) > 8
+  assert [name for name, field in configs.FIELDS.items() if len(field.meaning) < 4] == []
+
+
+def test_choices_are_those_of_the_code_that_reads_them():
+  """config.py imports nothing of it."""
+  expected = {
+    "data.domains": builtin.DOMAINS,
+    "data.template": tuple(rewards.TEMPLATE_TAGS),
+    "reward.aggregate": rewards.AGGREGATES,
+    "reward.token_weights": rewards.TOKEN_WEIGHTS,
+    "reward.verifier": ("none", *graders.VERIFIERS),
+    "filter.kind": filtering.KINDS,
+    "training.advantages": grpo.NORMALIZATIONS,
+    "training.aggregate": grpo.AGGREGATES,
   }
-  by_name = {field for field in FIELDS if field.split(".")[0] == "sharding" or field in explained | covered}
-  plain = {"evaluation.temperature", "evaluation.top_p", "rollout.temperature", "warm_start.adam_learning_rate",
-           "training.weight_decay", "training.max_grad_norm", "log.keep_checkpoints", "training.clip_high"}  # fmt: skip
-  assert set(FIELDS) - by_name <= plain
+  assert {name: configs.FIELDS[name].choices for name in expected} == expected
+  assert configs.default().sharding.to_dict() == {axis: ",".join(on) for axis, on in sharding.RULES.items()}
+
+
+@pytest.mark.parametrize("name", [name for name, field in configs.FIELDS.items() if field.choices])
+def test_what_is_no_choice_is_refused(name):
+  config = configs.default()
+  config.update_from_flattened_dict({name: "nothing"})
+  with pytest.raises(InputError, match=rf"^config\.{name}: 'nothing', expected one of ") as error:
+    validation.validate(config)
+  assert all(choice in str(error.value) for choice in configs.FIELDS[name].choices)
+
+
+BOUNDED = [
+  (name, bound - step)
+  for name, field in configs.FIELDS.items()
+  for bound, step in ((field.at_least, 1), (field.above, 0), (field.at_most, -1))
+  if bound is not None
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BOUNDED)
+def test_what_is_out_of_bounds_is_refused(name, value):
+  config = configs.default()
+  config.update_from_flattened_dict({name: type(configs.FIELDS[name].default)(value)})
+  with pytest.raises(InputError, match=rf"^config\.{name}: [-\d.]+, expected (at|more)"):
+    validation.validate(config)
+
+
+def test_defaults_are_within_their_bounds():
+  validation.validate(configs.default())
 
 
 @pytest.mark.parametrize(
@@ -130,7 +172,7 @@ def test_unknown_and_mistyped_fields_are_refused_with_the_nearest_name(tmp_path,
 def test_recipes_hold_the_papers_settings(name, expected):
   """The table of section 9, and what all families have in common."""
   c = runpy.run_path(str(ROOT / f"configs/{name}.py"))["get_config"]()
-  configs.validate(c)
+  validation.validate(c)
   found = (
     c.prompts_per_step, c.prompts_per_step // c.training.minibatches, c.data.prompt_limit, c.rollout.temperature,
     c.data.template, c.filter.scale, c.evaluation.temperature, c.evaluation.top_p,
@@ -155,7 +197,7 @@ def test_what_recipes_set_for_slices_fits_their_chips(recipe):
   assert "v5p:2x4x4" in module["SLICES"]
   for name in module["SLICES"]:
     config = module["get_config"](name)
-    configs.validate(config)
+    validation.validate(config)
     parts, rest = divmod(hardware.parse(name).chips, config.mesh.tensor)
     rows = (config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows)
     assert rest == 0

@@ -16,10 +16,10 @@ import pytest
 from starlette.responses import JSONResponse
 
 from rlpr_jax.curate import Options, curate, read_benchmark, read_scores, score
-from rlpr_jax.data.curation import Score
+from rlpr_jax.curation.checks import Score
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation.client import Endpoint
+from rlpr_jax.judging.client import Endpoint
 from tests.chat_server import serving
 
 ROOT = pathlib.Path(__file__).parents[1]

@@ -13,9 +13,9 @@ import pytest
 
 from rlpr_jax import config, filtering
 from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import Rollouts
 from rlpr_jax.training.collect import collect
-from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Groups
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.state import TrainState

@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from absl import app, flags
 
 from rlpr_jax.errors import exit_on_input_error
-from rlpr_jax.evaluation import benchmarks, graders, multiple_choice, numbers
+from rlpr_jax.evaluation import benchmarks
 from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.texts import plain
+from rlpr_jax.grading import graders, multiple_choice, numbers
+from rlpr_jax.grading.texts import plain
 
 DATA = flags.DEFINE_string("data", None, "Directory of benchmark files.", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "Which other rows' answers are the wrong ones.")

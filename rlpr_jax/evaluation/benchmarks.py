@@ -16,25 +16,8 @@ from typing import Any, NamedTuple
 
 from rlpr_jax.data import sources
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import extraction, multiple_choice, numbers
-
-GRADERS = ("multiple_choice", "math", "number", "text")
-
-
-@dataclass(frozen=True)
-class Question:
-  """A question of a benchmark and what its answer is graded by."""
-
-  id: str  # unique in its benchmark and the same in every run
-  prompt: str  # what the user says; for multiple choice the question, then the options as lines "A. text"
-  reference: str  # gold answer; the letter for multiple choice
-  category: str
-  grader: str  # one of GRADERS
-  options: tuple[str, ...] = ()  # texts of options A, B, ...; () where there are none
-  row: int = 0  # 1-based data row
-  # How far a number may be from the reference: relative to it, and absolute.
-  rtol: float = 0.0
-  atol: float = 0.0
+from rlpr_jax.grading import extraction, multiple_choice, numbers
+from rlpr_jax.grading.question import Question
 
 
 class Row(NamedTuple):

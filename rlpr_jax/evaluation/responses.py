@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlpr_jax import storage
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
+from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
+from rlpr_jax.runs import storage
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.sampling.session import Session

@@ -10,9 +10,9 @@ import numpy as np
 
 from rlpr_jax.evaluation import statistics
 from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.graders import Grade
-from rlpr_jax.evaluation.judge import Verdict
 from rlpr_jax.evaluation.responses import Response
+from rlpr_jax.grading.graders import Grade
+from rlpr_jax.judging.judge import Verdict
 
 Json = dict[str, Any]
 MOST_UNJUDGED = 0.05  # share of the samples, beyond which there is no accuracy by judge

@@ -9,8 +9,6 @@ from rlpr_jax.sharding import Sharding
 
 # The linear layers of a decoder layer, and how many axes of each weight come in (the others go out).
 LINEAR = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
-ATTENTION_BACKENDS = ("auto", "xla", "splash", "tokamax")
-REMAT_POLICIES = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Runtime:
   """How a policy is run. Nothing here changes what it computes beyond rounding, which an int8 cache makes coarse."""
 
   compute_dtype: str = "float32"  # bfloat16 on accelerators; parameters keep their own dtype
-  attention: str = "auto"  # of ATTENTION_BACKENDS; auto is the best one for the devices
+  attention: str = "auto"  # auto (the best one for the devices) | xla | splash | tokamax
   remat: str = "dots"  # kept for the backward pass: none: all; dots: products with weights; full: layer inputs alone
   int8_cache: bool = False  # keys and values are kept in eight bits: half of bfloat16's memory, and not exact
   sharding: Sharding = Sharding()

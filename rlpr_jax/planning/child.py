@@ -17,7 +17,7 @@ from rlpr_jax.errors import exit_on_input_error
 from rlpr_jax.planning import hardware
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.planning.planner import plan
-from rlpr_jax.storage import write_atomically
+from rlpr_jax.runs.storage import write_atomically
 from rlpr_jax.training.policy import new_config
 
 

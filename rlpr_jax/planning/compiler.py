@@ -19,7 +19,7 @@ from rlpr_jax import resources
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import hlo
 from rlpr_jax.planning.hardware import Slice
-from rlpr_jax.storage import write_atomically
+from rlpr_jax.runs.storage import write_atomically
 
 if TYPE_CHECKING:
   from rlpr_jax.planning.programs import Program  # with it comes all that trains, which `requirements` can do without

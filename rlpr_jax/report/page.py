@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.markup import Markup, join, tag
 from rlpr_jax.report.records import ACCURACY, Json, Run, Series, read_run
-from rlpr_jax.storage import write_atomically
+from rlpr_jax.runs.storage import write_atomically
 
 # The policy forbids scripts and requests even if something hostile were to get past the escaping.
 HEAD = """<meta charset="utf-8">

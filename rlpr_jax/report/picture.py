@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.charts import Panel
 from rlpr_jax.report.records import ACCURACY, Json, Run, number, read_run
-from rlpr_jax.storage import write_atomically
+from rlpr_jax.runs.storage import write_atomically
 
 # All lengths are points, 1/72 inch; at 100 dots an inch the picture is 1,200 wide. Written at twice that.
 WIDTH, DPI = 864.0, 200

@@ -12,10 +12,10 @@ from rlpr_jax import filtering, grpo, processes, rewards
 from rlpr_jax.data.pipeline import Prompt, PromptStream
 from rlpr_jax.models import Params
 from rlpr_jax.rewards import Rewards
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.batches import pad_prompts
 from rlpr_jax.sampling.engine import Rollouts, StoppedError
 from rlpr_jax.training import packing
-from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.reward import Evidence, assess, auc, gather_evidence, group_auc, within_group_correlation
 from rlpr_jax.training.scorer import score_again

@@ -16,7 +16,6 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Groups, PackedRows
 from rlpr_jax.training.update import UpdateSettings, row_logprobs
 
-CHOICES = ("auto", "sampler", "trainer")
 EDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of |ratio - 1|, for the histogram
 
 

@@ -18,11 +18,9 @@ from ml_collections import ConfigDict
 from rlpr_jax import rewards, splicing
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import graders
+from rlpr_jax.grading import graders
 from rlpr_jax.rewards import Rewards
 from rlpr_jax.sampling.engine import Rollouts
-
-KINDS = ("reference", "rule", "mixture", "random")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,14 @@ from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import held_out
+from rlpr_jax.runs import metrics
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, StoppedError
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training import metrics, supervised
-from rlpr_jax.training.interrupt import StopRequest
+from rlpr_jax.training import held_out, supervised
 from rlpr_jax.training.packing import Answers, Groups
 from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
 from rlpr_jax.training.reward import CustomReward, RewardSettings, align, parse_shadow

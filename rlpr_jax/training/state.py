@@ -19,7 +19,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from rlpr_jax.errors import InputError
 from rlpr_jax.filtering import FilterState
 from rlpr_jax.models import Params
-from rlpr_jax.storage import persist, reason
+from rlpr_jax.runs.storage import persist, reason
 from rlpr_jax.training.packing import Groups
 
 State = TypeVar("State")

@@ -24,7 +24,6 @@ from rlpr_jax.training.packing import PackedRows, Segment
 from rlpr_jax.training.policy import Policy
 from rlpr_jax.training.update import UpdateSettings, update
 
-OPTIMIZERS = ("muon", "adam")
 # Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
 _MUON = {
   "query": MuonDimensionNumbers(1, (2, 3)),

@@ -17,7 +17,6 @@ from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackedRows
 
 Carry = TypeVar("Carry")
-SCHEDULES = ("constant", "linear", "cosine")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import benchmarks, graders
+from rlpr_jax.evaluation import benchmarks
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question, load
+from rlpr_jax.grading import graders
 
 OPTIONS = ["iron", "gold", "tin", "lead", "zinc", "neon", "argon", "helium", "xenon", "radon"]
 MATH = {"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra", "level": 1}

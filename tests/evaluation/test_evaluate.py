@@ -17,7 +17,7 @@ from rlpr_jax import train as training
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import benchmarks, responses
 from rlpr_jax.evaluation.config import benchmark, default, model, validate
-from rlpr_jax.evaluation.judge import JudgeItem, conversation
+from rlpr_jax.judging.judge import JudgeItem, conversation
 from tests.chat_server import completion, serving
 from tests.test_train import tiny
 

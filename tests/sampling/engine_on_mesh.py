@@ -11,10 +11,10 @@ import numpy as np
 from rlpr_jax import models, sharding
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.runs import metrics
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
-from rlpr_jax.training import metrics
 
 MESHES = ((1, 1, 1), (2, 2, 2), (4, 1, 2))
 SAMPLES = 16

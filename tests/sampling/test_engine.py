@@ -20,13 +20,14 @@ from rlpr_jax import splicing
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Runtime, definition
+from rlpr_jax.runs import metrics
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.batches import row_keys
 from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, SizeNames
 from rlpr_jax.sampling.shapes import Shapes, buckets
-from rlpr_jax.training import metrics, packing
+from rlpr_jax.training import packing
 from rlpr_jax.training.update import row_logprobs
 
 LIMIT, RESPONSE, SUFFIX = 70, 28, 64  # tokens of a prompt, of a response, of a spliced reference

@@ -9,12 +9,12 @@ import pytest
 
 from rlpr_jax import config, filtering
 from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.collect import collect, finite_mean
-from rlpr_jax.training.interrupt import StopRequest
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.state import TrainState
 

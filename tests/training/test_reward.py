@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config as configs
-from rlpr_jax import rewards
+from rlpr_jax import rewards, validation
 from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.engine import Rollouts
@@ -168,7 +168,7 @@ def test_settings_that_cannot_be_are_one_line(changes, line):
   with c.ignore_type():
     c.update_from_flattened_dict(changes)
   with pytest.raises(InputError) as error:
-    configs.validate(c)
+    validation.validate(c)
   assert line in str(error.value)
 
 
@@ -219,4 +219,4 @@ def test_the_module_is_given_what_rewards_says():
   for aggregate, shaping in itertools.product(rewards.AGGREGATES, ("clip", "rank", "zscore", "threshold_0.1")):
     c = configs.default()
     c.reward.shadow = (f"x: aggregate={aggregate}, shaping={shaping}",)
-    configs.validate(c)
+    validation.validate(c)

@@ -10,7 +10,7 @@ import pytest
 
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import graders
+from rlpr_jax.grading import graders
 
 # (answer, reference, right)
 EXACT = [
@@ -432,7 +432,7 @@ def test_sympy_stays_out_of_this_process():
   """It takes a second to import, and nothing but the process that judges needs it."""
   code = """
 import sys
-from rlpr_jax.evaluation import graders
+from rlpr_jax.grading import graders
 before = "sympy" in sys.modules
 assert graders.math("1/2", "0.5")
 assert before or "sympy" not in sys.modules

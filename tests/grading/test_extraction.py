@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from rlpr_jax.evaluation.extraction import boxed, extract
+from rlpr_jax.grading.extraction import boxed, extract
 
 # text, grader, answer, path
 CASES = [

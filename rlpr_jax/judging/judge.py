@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlpr_jax.evaluation.client import GIVE_UP_AFTER, Cache, Client, Message, Unanswered, ask_all
+from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, Message, Unanswered, ask_all
 
 QUESTION_LIMIT = 6000  # characters shown to the judge
 ANSWER_LIMIT = 2000  # of the answer, and of the reference

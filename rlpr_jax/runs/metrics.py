@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rlpr_jax import processes
-from rlpr_jax.storage import append, persist, write_atomically
+from rlpr_jax.runs.storage import append, persist, write_atomically
 
 _compilations = 0
 

@@ -2,7 +2,7 @@ r"""Which option of a question a text names: by its letter, by its text, or in a
 
 import re
 
-from rlpr_jax.evaluation.texts import plain
+from rlpr_jax.grading.texts import plain
 
 _MARK = re.compile(r"(?:(?<=\s)|^)\(?([A-Za-z])[.):](?=\s)", re.MULTILINE)
 _WRAPPED = re.compile(  # braces may nest once

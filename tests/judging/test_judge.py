@@ -1,4 +1,4 @@
-"""evaluation/judge.py against a server on this machine that judges, and misbehaves."""
+"""judging/judge.py against a server on this machine that judges, and misbehaves."""
 
 import asyncio
 import re
@@ -7,8 +7,8 @@ import time
 import pytest
 from starlette.responses import HTMLResponse, JSONResponse
 
-from rlpr_jax.evaluation.client import Cache, Client, Endpoint
-from rlpr_jax.evaluation.judge import ANSWER_LIMIT, JudgeItem, Verdict, conversation, judge_all, parse_judgement
+from rlpr_jax.judging.client import Cache, Client, Endpoint
+from rlpr_jax.judging.judge import ANSWER_LIMIT, JudgeItem, Verdict, conversation, judge_all, parse_judgement
 from tests.chat_server import completion, serving
 
 
@@ -209,7 +209,7 @@ def test_lone_surrogates_are_judged_like_any_text():
 
 
 def test_within_a_loop_of_the_callers_own():
-  from rlpr_jax.evaluation.judge import judge
+  from rlpr_jax.judging.judge import judge
 
   async def run(judge_client):
     async with judge_client:

@@ -4,13 +4,13 @@ import io
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from rlpr_jax import processes
-from rlpr_jax.storage import persist, write_atomically
-from rlpr_jax.training.packing import PackedRows
+from rlpr_jax.runs.storage import persist, write_atomically
 
 
 def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[str]:
@@ -54,14 +54,14 @@ class Watch:
     self,
     step: int,
     rows: Sequence[Mapping[str, float]],
-    minibatches: Sequence[PackedRows],
+    minibatches: Sequence[Any],
     losses: Sequence[Mapping[str, np.ndarray]],
   ) -> tuple[bool, str | None]:
     """Looks at a step.
 
     Args:
       rows: metrics of the run's steps so far.
-      minibatches: the step's, which were gone through as often as it takes for `losses`, in order.
+      minibatches: the step's packed rows, which were gone through as often as it takes for `losses`, in order.
       losses: metrics of each update.
 
     Returns:
@@ -86,8 +86,8 @@ class Watch:
     return trouble, f"alarm: {raised[0]}" if raised and self.settings.stop else None
 
 
-def dump(path: pathlib.Path, rows: PackedRows) -> None:
-  """Writes a minibatch as an .npz with the fields of `PackedRows`, those of the rows in use."""
+def dump(path: pathlib.Path, rows: Any) -> None:
+  """Writes a minibatch as an .npz with the fields of a named tuple of rows, those of the rows in use."""
   used = np.any(rows.segment_ids > 0, axis=1)
   content = io.BytesIO()
   np.savez_compressed(content, **{field: x[used] for field, x in rows._asdict().items() if isinstance(x, np.ndarray)})

@@ -6,9 +6,9 @@ import time
 import pytest
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import graders
 from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.graders import Grade, grade
+from rlpr_jax.grading import graders
+from rlpr_jax.grading.graders import Grade, grade
 
 CITIES = ("Rome", "Paris", "a dog", "A bigger, better dog", "$x^2$ metres", "None of these", "7.5", "1", "no", "Yes")
 

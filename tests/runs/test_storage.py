@@ -16,8 +16,8 @@ import pytest
 
 from rlpr_jax import config as configs
 from rlpr_jax.errors import InputError
-from rlpr_jax.storage import append, persist, write_atomically
-from rlpr_jax.training import metrics
+from rlpr_jax.runs import metrics
+from rlpr_jax.runs.storage import append, persist, write_atomically
 from rlpr_jax.training.state import Checkpoints, OnDisk, checksums
 
 

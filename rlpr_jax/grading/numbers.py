@@ -9,7 +9,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-from rlpr_jax.evaluation.texts import compatible
+from rlpr_jax.grading.texts import compatible
 
 LIMIT = 1000  # characters; a longer text is no number
 _DEPTH = 30  # of brackets

@@ -1,4 +1,4 @@
-"""evaluation/client.py against a server on this machine that misbehaves."""
+"""judging/client.py against a server on this machine that misbehaves."""
 
 import asyncio
 import email.utils
@@ -11,7 +11,7 @@ import pytest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation.client import Cache, Client, ClientError, Endpoint, Unanswered, ask_all
+from rlpr_jax.judging.client import Cache, Client, ClientError, Endpoint, Unanswered, ask_all
 from tests.chat_server import completion, serving
 
 HELLO = [{"role": "user", "content": "Hello?"}]

@@ -8,10 +8,10 @@ import pytest
 
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, prepare
-from rlpr_jax.evaluation.held_out import evaluate
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, Samples
 from rlpr_jax.sampling.shapes import Shapes
+from rlpr_jax.training.held_out import evaluate
 
 
 class Told:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rlpr_jax.data.sources import Example
-from rlpr_jax.evaluation.judge import fence_mark, for_prompt, without_thoughts
+from rlpr_jax.judging.judge import fence_mark, for_prompt, without_thoughts
 
 _BOILERPLATE = 8  # words; a run of so many that many rows share is no part of their questions
 _SHARED_BY = 0.02  # of the rows, and

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config as configs
-from rlpr_jax.training import guards, packing
+from rlpr_jax.runs import guards
+from rlpr_jax.training import packing
 
 SETTINGS = configs.default().guards
 WELL = {

@@ -1,4 +1,4 @@
-"""data/curation.py on small texts, and against brute force."""
+"""curation/checks.py on small texts, and against brute force."""
 
 import contextlib
 import random
@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from rlpr_jax.data.curation import (
+from rlpr_jax.curation.checks import (
   Dropped,
   Protected,
   Rating,

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import tenacity
 
 from rlpr_jax.errors import InputError, needs_extra
-from rlpr_jax.storage import reason, write_atomically
+from rlpr_jax.runs.storage import reason, write_atomically
 
 T = TypeVar("T")
 Message = dict[str, str]  # role, content

@@ -2,10 +2,10 @@
 
 import pytest
 
-from rlpr_jax.evaluation import graders
 from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.multiple_choice import letter
-from tests.evaluation import test_graders, test_grades
+from rlpr_jax.grading import graders
+from rlpr_jax.grading.multiple_choice import letter
+from tests.grading import test_graders, test_grades
 
 CITIES = ("Rome", "Paris", "a dog", "x^2", "The Hague")
 # (answer, reference, options, right)

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from rlpr_jax import splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import extraction, numbers
-from rlpr_jax.evaluation.benchmarks import Question
-from rlpr_jax.evaluation.multiple_choice import label_of, letter, options_of, split_label, unwrap
-from rlpr_jax.evaluation.texts import DASHES, compatible, hidden, plain, shown
+from rlpr_jax.grading import extraction, numbers
+from rlpr_jax.grading.multiple_choice import label_of, letter, options_of, split_label, unwrap
+from rlpr_jax.grading.question import Question
+from rlpr_jax.grading.texts import DASHES, compatible, hidden, plain, shown
 
 VERIFIERS = ("exact", "multiple_choice", "math", "builtin")
 MATH_LIMIT = 1000  # characters of an expression; a longer one is wrong
