@@ -7,8 +7,8 @@ import pathlib
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "rlpr_jax"
 
-# From the bottom to the top. A room is a folder, or a file beside the folders. It imports of rooms on lines above its own
-# alone.
+# From the bottom to the top. A room is a folder, or a file beside the folders; it imports of rooms that stand on lines
+# above its own.
 ORDER = (
   ("__init__", "errors", "resources", "compilation"),
   ("machine", "command_line", "config", "sharding", "processes", "rewards", "filtering", "grpo"),
