@@ -120,6 +120,7 @@ FIELDS = {
     "reference | rule (verifier) | mixture of both | random (control: uniform in [0, 1))",
     choices=("reference", "rule", "mixture", "random"),
   ),
+  "reward.custom": Field("", 'a reward of your own, FILE.py:FUNCTION, in the place of what follows; "" for none'),
   "reward.verifier": Field(
     "none",
     "none | exact | multiple_choice | math | builtin; of rule, mixture, accuracy filter, AUC",
@@ -373,6 +374,7 @@ def read(path: pathlib.Path) -> ConfigDict:
 def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
   """Where a saved config says another run: "field: saved value, not value"; None if a run may be resumed with it."""
   now = json.loads(to_json(config))
+  defaults = json.loads(to_json(default()))
 
   def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
@@ -380,7 +382,8 @@ def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
       flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
-  before, after = flatten(saved), flatten(now)
+  # A run of a version that had no such field was run with what is its default now.
+  before, after = flatten(defaults) | flatten(saved), flatten(now)
   for field in sorted(before | after):
     may_change = field in FIELDS and FIELDS[field].may_change
     if not may_change and before.get(field) != after.get(field):

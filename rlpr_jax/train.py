@@ -27,7 +27,7 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.collect import Harvest, collect
 from rlpr_jax.training.old_logprobs import Trainer, settle
 from rlpr_jax.training.packing import PackedRows
-from rlpr_jax.training.reward import CustomReward
+from rlpr_jax.training.reward import CustomReward, load_custom_reward
 from rlpr_jax.training.setup import Run, abstract_state, copy_params, evaluate, first_state, set_up
 from rlpr_jax.training.state import Checkpoints, TrainState, join, split
 from rlpr_jax.training.update import reference_logprobs, update
@@ -39,8 +39,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
   """Runs `config` in `workdir` from its last checkpoint, or from the beginning, until `config.steps` are done.
 
   Args:
-    custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence.
+    custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence; as
+      `config.reward.custom`, which then holds its name.
   """
+  if custom_reward is not None:
+    config = config.copy_and_resolve_references()
+    config.reward.custom = f"{custom_reward.__module__}.{custom_reward.__qualname__}"
+  elif config.reward.custom:
+    custom_reward = load_custom_reward(config.reward.custom)
   entry.begin(config, workdir)
   with StopRequest() as stop:
     run = set_up(config, custom_reward)

@@ -220,3 +220,12 @@ def test_what_another_slice_needs_may_change():
   assert configs.first_difference(saved, config) is None
   config.rollout.int8_cache = True
   assert configs.first_difference(saved, config) == "config.rollout.int8_cache is False there, True here"
+
+
+def test_a_run_of_a_version_without_a_field_goes_on_with_its_default():
+  config = configs.default()
+  saved = json.loads(configs.to_json(config))
+  del saved["reward"]["custom"]
+  assert configs.first_difference(saved, config) is None
+  config.reward.custom = "mine.py:reward"
+  assert configs.first_difference(saved, config) == "config.reward.custom is '' there, 'mine.py:reward' here"

@@ -1,5 +1,6 @@
 """The examples say what they promise."""
 
+import json
 import pathlib
 import re
 import runpy
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from rlpr_jax import train as training_program
+from rlpr_jax.errors import InputError
 from tests.test_train import rows, tiny
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
@@ -43,4 +45,22 @@ def test_a_custom_reward_is_what_is_trained_on(tmp_path):
     return seen[-1]
 
   training_program.train(config, tmp_path, recorded)
+  assert json.loads((tmp_path / "config.json").read_text())["reward"]["custom"].endswith("recorded")
+  with pytest.raises(InputError, match=r"another run: config\.reward\.custom is '.*recorded' there, '.*brevity'"):
+    training_program.train(config, tmp_path, brevity)
   np.testing.assert_allclose(rows(tmp_path)[-1]["reward/total"], np.mean(seen), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_custom_reward_on_the_command_line(tmp_path):
+  file = EXAMPLES / "custom_reward.py"
+  arguments = [
+    f"--workdir={tmp_path}", f"--config.reward.custom={file}:brevity", "--config.steps=1", "--config.warm_start.steps=2",
+    "--config.evaluation.prompts=0", "--config.data.count=64",
+  ]  # fmt: skip
+  training_program.main(["train", "--config=quickstart", *arguments])
+  assert json.loads((tmp_path / "config.json").read_text())["reward"]["custom"] == f"{file}:brevity"
+  written = [json.loads(line) for line in next((tmp_path / "rollouts").iterdir()).read_text().splitlines()]
+  for row in written:
+    mean = float(np.mean(row["reference_probs"])) if row["reference_probs"] else 0.0
+    assert row["reward_total"] == pytest.approx(mean - 0.001 * len(row["response"]), abs=1e-4)

@@ -17,7 +17,15 @@ from rlpr_jax.sampling.batches import pad_prompts
 from rlpr_jax.sampling.engine import Rollouts, StoppedError
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Answers, Groups
-from rlpr_jax.training.reward import Evidence, assess, auc, gather_evidence, group_auc, within_group_correlation
+from rlpr_jax.training.reward import (
+  Evidence,
+  assess,
+  auc,
+  custom_rewards,
+  gather_evidence,
+  group_auc,
+  within_group_correlation,
+)
 from rlpr_jax.training.scorer import score_again
 from rlpr_jax.training.setup import Run, baseline_logps, scorer_params
 from rlpr_jax.training.state import TrainState
@@ -104,9 +112,7 @@ def draw_once(
   evidence = gather_evidence(config, mine, rollouts, baselines[[prompt.row for prompt in my_prompts]])
   custom = None
   if run.custom_reward is not None:
-    custom = np.zeros(evidence.formats.shape, np.float32)
-    if mine:
-      custom[:] = run.custom_reward(evidence, rollouts.texts, my_prompts)
+    custom = custom_rewards(run.custom_reward, evidence, rollouts.texts, my_prompts)
   evidence, custom = processes.gather((evidence, custom), len(prompts))
   rollouts = gather_rollouts(rollouts, len(prompts), config.samples_per_prompt)
   parts = jax.device_get(assess(evidence, run.reward))

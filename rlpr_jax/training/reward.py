@@ -6,6 +6,8 @@ which one is better can be asked in one run.
 
 import dataclasses
 import functools
+import pathlib
+import runpy
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -58,6 +60,47 @@ class Evidence(NamedTuple):
 # A reward of the user's own: the evidence, the responses' texts [P * G] and the prompts -> rewards [P, G]. Of many
 # processes each asks it about its share of the prompts.
 CustomReward = Callable[[Evidence, Sequence[str], Sequence[Prompt]], np.ndarray]
+
+
+def load_custom_reward(text: str) -> CustomReward:
+  """The function that `config.reward.custom` names: FILE.py:FUNCTION.
+
+  Raises:
+    InputError: there is none.
+  """
+  where = f"config.reward.custom: {text}"
+  file, _, name = text.rpartition(":")
+  if not pathlib.Path(file).is_file():
+    raise InputError(f"{where}: {file or text}: no such file, expected FILE.py:FUNCTION")
+  try:
+    function = runpy.run_path(file).get(name)
+  except Exception as error:  # the user's own code
+    raise InputError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+  if not callable(function):
+    raise InputError(f"{where}: no function {name} in the file")
+  return function
+
+
+def custom_rewards(
+  function: CustomReward, evidence: Evidence, texts: Sequence[str], prompts: Sequence[Prompt]
+) -> Float[np.ndarray, "P G"]:
+  """The rewards that a function of the user's own gives.
+
+  Raises:
+    InputError: it gave anything but a number for each prompt and sample.
+  """
+  shape = evidence.formats.shape
+  if not prompts:  # of many processes this one has none
+    return np.zeros(shape, np.float32)
+  given = function(evidence, texts, prompts)
+  try:
+    rewards = np.asarray(given, np.float32)
+  except (TypeError, ValueError):
+    rewards = None
+  if given is None or rewards is None or rewards.shape != shape:
+    found = type(given).__name__ if rewards is None or rewards.ndim == 0 else f"an array of shape {rewards.shape}"
+    raise InputError(f"config.reward.custom: gave {found}, expected an array of shape {shape}, prompts by samples")
+  return rewards
 
 
 def gather_evidence(

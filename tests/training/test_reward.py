@@ -12,12 +12,15 @@ from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.engine import Rollouts
 from rlpr_jax.training.reward import (
+  Evidence,
   RewardSettings,
   align,
   assess,
   auc,
+  custom_rewards,
   gather_evidence,
   group_auc,
+  load_custom_reward,
   parse_shadow,
   within_group_correlation,
 )
@@ -220,3 +223,54 @@ def test_the_module_is_given_what_rewards_says():
     c = configs.default()
     c.reward.shadow = (f"x: aggregate={aggregate}, shaping={shaping}",)
     validation.validate(c)
+
+
+def evidence_of(prompts: int, samples: int) -> Evidence:
+  shape = (prompts, samples)
+  fields = {name: np.zeros(shape, np.float32) for name in Evidence._fields} | {"formats": np.ones(shape, np.float32)}
+  return Evidence(**fields)
+
+
+@pytest.mark.parametrize(
+  ("given", "found"),
+  [
+    (None, "gave NoneType"),
+    (1.0, "gave float"),
+    ("good", "gave str"),
+    ([0.1, 0.2, 0.3], r"gave an array of shape \(3,\)"),
+    (np.zeros((3, 2)), r"gave an array of shape \(3, 2\)"),
+    (np.zeros((2, 3, 1)), r"gave an array of shape \(2, 3, 1\)"),
+    ([[1], [2, 3]], "gave list"),
+  ],
+)
+def test_a_custom_reward_of_another_shape_is_refused(given, found):
+  with pytest.raises(InputError, match=rf"^config\.reward\.custom: {found}, expected an array of shape \(2, 3\)"):
+    custom_rewards(lambda *_: given, evidence_of(2, 3), [""] * 6, [None, None])
+
+
+def test_a_custom_reward_is_taken_as_it_is():
+  rewards = np.arange(6).reshape(2, 3)
+  found = custom_rewards(lambda *_: rewards.tolist(), evidence_of(2, 3), [""] * 6, [None, None])
+  np.testing.assert_array_equal(found, rewards)
+  assert found.dtype == np.float32
+  # A process without prompts asks nothing.
+  assert custom_rewards(None, evidence_of(0, 3), [], []).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+  ("text", "said"),
+  [
+    ("{}/none.py:reward", "no such file, expected FILE.py:FUNCTION"),
+    ("{}/mine.py", "no such file, expected FILE.py:FUNCTION"),
+    ("{}/mine.py:other", "no function other in the file"),
+    ("{}/mine.py:number", "no function number in the file"),
+    ("{}/wrong.py:reward", "ZeroDivisionError: division by zero"),
+  ],
+)
+def test_a_custom_reward_that_is_not_there(tmp_path, text, said):
+  (tmp_path / "mine.py").write_text("number = 1\n\ndef reward(evidence, texts, prompts):\n  return number\n")
+  (tmp_path / "wrong.py").write_text("1 / 0\n")
+  assert load_custom_reward(f"{tmp_path}/mine.py:reward")(None, None, None) == 1
+  with pytest.raises(InputError, match=r"^config\.reward\.custom: [^\n]+$") as error:
+    load_custom_reward(text.format(tmp_path))
+  assert str(error.value).endswith(said)
