@@ -55,8 +55,8 @@ def test_a_custom_reward_is_what_is_trained_on(tmp_path):
 def test_a_custom_reward_on_the_command_line(tmp_path):
   file = EXAMPLES / "custom_reward.py"
   arguments = [
-    f"--workdir={tmp_path}", f"--config.reward.custom={file}:brevity", "--config.steps=1", "--config.warm_start.steps=2",
-    "--config.evaluation.prompts=0", "--config.data.count=64",
+    f"--workdir={tmp_path}", f"--config.reward.custom={file}:brevity", "--config.steps=1",
+    "--config.warm_start.steps=2", "--config.evaluation.prompts=0", "--config.data.count=64",
   ]  # fmt: skip
   training_program.main(["train", "--config=quickstart", *arguments])
   assert json.loads((tmp_path / "config.json").read_text())["reward"]["custom"] == f"{file}:brevity"
