@@ -28,10 +28,12 @@ seeds: $(VENV)/ready  ## the quickstart over three seeds, with the random-reward
 test: assets  ## everything but the slow tests
 	$(PYTEST)
 
-test-newest:  ## the same on the newest Python here, with the newest versions, in an environment of its own
+test-newest:  ## the same with the versions of requirements-newest.txt, in an environment of its own
+	@test -n "$(NEWEST)" || exit 2
 	$(MAKE) test VENV=.venv-newest PYTHON=$(NEWEST)
 
 test-newest-quick:  ## a part of it: imports, kernels, models, sampling, one run from end to end
+	@test -n "$(NEWEST)" || exit 2
 	$(MAKE) quick VENV=.venv-newest PYTHON=$(NEWEST)
 
 quick: $(VENV)/ready-dev
@@ -76,8 +78,11 @@ $(VENV)/python-$(VERSION):
 	$(PYTHON) -m venv --clear $(VENV)
 	touch $@
 
+# What is imported as rlpr_jax there is this checkout.
 $(VENV)/ready: $(LOCK) $(VENV)/python-$(VERSION)
 	$(INSTALL) -r $(LOCK)
+	$(BIN)/python -c 'import pathlib, sysconfig; path = sysconfig.get_path("purelib"); \
+	  pathlib.Path(path, "rlpr_jax.pth").write_text("$(CURDIR)\n")'
 	touch $@
 
 # torch is the CPU build where pip knows an index that has it; the one of the package index has CUDA beside it, 3 GB.

@@ -7,7 +7,6 @@ Signals are passed on. Once a process ends with an error the others are stopped,
 `--dry-run` prints what would be run.
 """
 
-import pathlib
 import shlex
 import signal
 import socket
@@ -16,6 +15,9 @@ import sys
 import time
 
 from absl import app, flags
+
+from rlpr_jax import command_line
+from rlpr_jax.errors import InputError
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
 _MODULE = flags.DEFINE_string("module", "rlpr_jax.train", "What each of them runs.")
@@ -44,13 +46,14 @@ def main(argv: list[str]) -> None:
 
 def check(arguments: list[str]) -> None:
   """Says what no process could start with in one line, not in one a process."""
-  for argument in arguments:
-    name, _, path = argument.lstrip("-").partition("=")
-    # A recipe may take an argument, file.py:argument; a name without .py is one of the package's.
-    path = path.split(":")[0]
-    if argument.startswith("-") and name == "config" and path.endswith(".py") and not pathlib.Path(path).is_file():
-      print(f"launch/local.py: --config: {path}: no such file", file=sys.stderr)
-      sys.exit(2)
+  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    name, equals, recipe = argument.lstrip("-").partition("=")
+    if argument.startswith("-") and name == "config":
+      try:
+        command_line.find_recipe(recipe if equals else following)
+      except InputError as error:
+        print(f"launch/local.py: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -58,6 +58,8 @@ def main() -> None:
     for name, expected in (("sweep", "a file of variants"), ("workdir", "a directory")):
       if not given[name].value:
         raise InputError(f"--{name}: missing, expected {expected}")
+    if not given.seeds or len(set(given.seeds)) < len(given.seeds) or not all(map(str.isdigit, given.seeds)):
+      raise InputError(f"--seeds: {','.join(given.seeds)}, expected different numbers such as 0,1,2")
     workdir, sweep = pathlib.Path(given.workdir), load_sweep(given.sweep)
     _, overrides = command_line.split_overrides(sys.argv[1:])
     arguments = [f"--config={given.config}", *overrides]
@@ -101,6 +103,8 @@ def load_sweep(path: str) -> dict[str, dict[str, object]]:
     raise InputError(f"--sweep: {path} cannot be read ({error.strerror})") from None
   except KeyError:
     raise InputError(f"--sweep: {path} has no get_sweep()") from None
+  except Exception as error:  # the user's own code
+    raise InputError(f"--sweep: {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
   if not sweep or not all(re.fullmatch(r"[\w.-]+", name) for name in sweep):
     raise InputError(f"--sweep: {path}, expected names of letters, digits, '_', '-' and '.'")
   return sweep

@@ -4,7 +4,8 @@ rewards, filtering, grpo, splicing   the method, pure functions that another tra
 models                               decoder, token log-probabilities, Hugging Face directories
 config                               every setting of a run
 train, sft, evaluate, plan,          programs: `rlpr NAME` or `python -m rlpr_jax.NAME`; each has a main()
-serve, curate, export, report
+serve, curate, export
+report                               the page of a run, and a program too
 
 Modules are imported when they are first asked for, `rlpr_jax.rewards` for instance.
 """

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   """The command: `argv` is its name and its arguments, those of this process if None."""
   words = list(sys.argv if argv is None else argv)[1:]
   name, *arguments = words or ["--help"]
-  if name in ("--help", "-h"):
+  if name in ("--help", "-help", "-h", "help"):
     lines = [f"  {program:10}{what}" for program, what in PROGRAMS.items()]
     print(__doc__.strip(), "", "Programs:", *lines, sep="\n")
   elif name == "--version":

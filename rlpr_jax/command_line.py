@@ -15,13 +15,12 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rlpr_jax import resources
 from rlpr_jax.errors import InputError
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(=.*)?", re.DOTALL)
-_FLAG = re.compile(r"--?[A-Za-z]")
 
 
 def parse(given: flags.FlagValues, argv: Sequence[str] | None, doc: str) -> flags.FlagValues:
@@ -36,7 +35,6 @@ def parse(given: flags.FlagValues, argv: Sequence[str] | None, doc: str) -> flag
     InputError: an unknown flag, a value that one cannot have, or anything that is no flag.
   """
   program, *words = sys.argv if argv is None else argv
-  logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)  # orbax and jax narrate at INFO
   if any(word in ("--help", "-help", "-h", "--helpfull", "--helpshort") for word in words):
     print(help_text(given, doc))
@@ -44,7 +42,7 @@ def parse(given: flags.FlagValues, argv: Sequence[str] | None, doc: str) -> flag
   given.set_gnu_getopt(True)
   try:
     rest = given([program, *words])[1:]
-  except flags.Error as error:
+  except (flags.Error, ValueError) as error:
     raise InputError(_one_line(error)) from None
   if rest:
     raise InputError(f"{rest[0]}: unexpected argument, expected flags (--help lists them)")
@@ -104,20 +102,25 @@ def split_overrides(words: Iterable[str]) -> tuple[list[str], list[str]]:
       overrides.append(word)
       value_may_follow = found[2] is None
       continue
-    (overrides if value_may_follow and not _FLAG.match(word) else own).append(word)
+    (overrides if value_may_follow and not word.startswith("--") else own).append(word)
     value_may_follow = False
   return own, overrides
 
 
 def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-  """Sets fields of a config as --config.FIELD=VALUE says, each to a value of the field's own type.
+  """Sets fields of a config as --config.FIELD=VALUE says, each to a value of the field's own type; the last one counts.
 
   Raises:
     InputError: a field that the config does not have, or a value of another type.
   """
+  by_field: dict[str, list[str]] = {}
   for word in overrides:
     if found := _OVERRIDE.fullmatch(word):
-      _check_field(config, found[1])
+      field = found[1]
+      _check_field(config, field)
+      by_field.pop(field, None)
+    by_field.setdefault(field, []).append(word)
+  overrides = [word for words in by_field.values() for word in words]
   fields = flags.FlagValues()
   fields.set_gnu_getopt(True)
   try:
@@ -172,10 +175,10 @@ def find_recipe(text: str) -> tuple[pathlib.Path, list[str]]:
   """
   name, *argument = text.split(":", 1)
   path = pathlib.Path(name)
-  if path.is_file():
-    return path, argument
   if path.suffix == ".py" or len(path.parts) > 1:
-    raise InputError(f"--config: {name}: no such file")
+    if not path.is_file():
+      raise InputError(f"--config: {name}: no such file")
+    return path, argument
   packaged = resources.path("configs") / f"{name}.py"
   if name not in recipe_names():
     raise InputError(f"--config: no recipe {name!r}, expected a Python file or one of {', '.join(recipe_names())}")
@@ -189,17 +192,22 @@ def load_recipe(text: str) -> ConfigDict:
     InputError: no such recipe, or what went wrong in it, with the line.
   """
   path, argument = find_recipe(text)
+  sys.path.insert(0, str(path.parent.absolute()))  # a recipe may import one beside it
   try:
     config = runpy.run_path(str(path))["get_config"](*argument)
   except InputError:
     raise
-  except Exception as error:  # the recipe is the user's own code
+  except (Exception, SystemExit) as error:  # the recipe is the user's own code
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
     where = f"{path}, line {line}" if line else f"{path}"
     if isinstance(error, KeyError) and not lines:
       raise InputError(f"--config: {path} has no get_config()") from None
     raise InputError(f"--config: {where}: {type(error).__name__}: {_one_line(error)}") from None
+  finally:
+    sys.path.pop(0)
+  if isinstance(config, FrozenConfigDict):
+    config = ConfigDict(config)
   if not isinstance(config, ConfigDict):
     raise InputError(f"--config: {path}: get_config() gave {type(config).__name__}, expected a ConfigDict")
   return config.lock()

@@ -28,7 +28,7 @@ class Field(NamedTuple):
 
 
 FIELDS = {
-  "seed": Field(0, "decides initial weights, data order and sampling", at_least=0),
+  "seed": Field(0, "decides initial weights, data order and sampling", at_least=0, at_most=2**32 - 1),
   "steps": Field(300, "training steps in all; a finished run goes on when this is raised", at_least=0, may_change=True),
   "prompts_per_step": Field(768, "groups that an update trains on", at_least=1),
   "samples_per_prompt": Field(8, "G, responses to each prompt", at_least=1),
@@ -317,7 +317,7 @@ def default() -> ConfigDict:
         group[part] = ConfigDict()
       group = group[part]
     group[name] = field.default
-  return config
+  return config.lock()  # a recipe's misspelt field is an error, and not a field of its own
 
 
 class SliceSettings(NamedTuple):
@@ -360,7 +360,7 @@ def read(path: pathlib.Path) -> ConfigDict:
   Raises:
     InputError: missing, or not such a config.
   """
-  config = default().lock()
+  config = default()
   try:
     with config.ignore_type():  # JSON has no tuples
       config.update(json.loads(path.read_text()))

@@ -1,4 +1,4 @@
-"""From questions to those worth training on: `python -m rlpr_jax.curate --path=FILE --out=DIR [...]`.
+"""From questions to those worth training on: `rlpr curate --path=FILE --out=DIR [...]`.
 
 DIR gets train.parquet (the layout of the RLPR training set), dropped.jsonl (every dropped row and why), report.html and
 curation.json (the settings and counts). Cheap checks come first: answers, mathematics, duplicates, overlap with
@@ -401,9 +401,7 @@ def define_flags() -> flags.FlagValues:
     "out", None, "Directory to write; new, empty, or of a run of the same command that was stopped.", flag_values=given
   )
   flags.DEFINE_string("split", "", "Rows whose column 'split' says so; all if not given.", flag_values=given)
-  flags.DEFINE_multi_string(
-    "benchmark", [], "File of questions that may not be trained on; may be repeated.", flag_values=given
-  )
+  flags.DEFINE_multi_string("benchmark", [], "File of questions that may not be trained on.", flag_values=given)
   flags.DEFINE_integer(
     "ngram", 13, "Words in common with a benchmark's question that are a leak.", lower_bound=1, flag_values=given
   )

@@ -1,4 +1,4 @@
-"""Evaluation: `python -m rlpr_jax.evaluate --config=configs/X.py --workdir=DIR`.
+"""Evaluation: `rlpr evaluate --config=RECIPE --workdir=DIR`.
 
     benchmarks -> questions -> responses (our engine or an endpoint) -> rule -> judge -> figures, tables, a picture
 
@@ -50,6 +50,8 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
   if jax.process_count() > 1:
     raise InputError("evaluate: many processes, expected one; it uses all devices of its own host")
   loaded = [_load(name, of, settings.seed) for name, of in settings.benchmarks.items()]
+  if any(question.grader == "math" for benchmark in loaded for question in benchmark.questions):
+    graders.check_installed()
   judging = _open_judge(settings.judge) if settings.judge.url else None
   models = {name: open_model(model, f"config.models.{name}") for name, model in settings.models.items()}
   entry.open_workdir(workdir)

@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face directory: `python -m rlpr_jax.export --workdir=RUN --out=DIR [--step=N]`.
+"""A checkpoint as a Hugging Face directory: `rlpr export --workdir=RUN --out=DIR [--step=N]`.
 
 transformers, vLLM and the rest load the directory as they load any other. Under LoRA the adapters are merged into the
 base; with --adapter they are written alone, as peft loads them.

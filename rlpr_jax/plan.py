@@ -1,7 +1,7 @@
 """Says before a run whether it fits a slice of TPUs or GPUs, and about how long a step takes, with none of them there:
 
-    python -m rlpr_jax.plan --config=configs/X.py --topology=v5p:4x4x4 [--config.field=value ...]
-    python -m rlpr_jax.plan --config=configs/X.py --compare=v5e:16x16,v5p:4x4x4,h100:8
+    rlpr plan --config=RECIPE --topology=v5p:4x4x4 [--config.field=value ...]
+    rlpr plan --config=RECIPE --compare=v5e:16x16,v5p:4x4x4,h100:8
 
 The real compiler compiles the programs of a training step at the config's shapes. Memory is its figure; times are
 rooflines, estimates that nothing here has measured. Exit status 3 says that nothing that was asked for fits.

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server: `python -m rlpr_jax.serve --model=PATH_OR_REPO --port=8001`.
+"""An OpenAI-compatible server: `rlpr serve --model=PATH_OR_REPO --port=8001`.
 
 Chat and plain completions, streamed or not, from a Hugging Face directory, a name on the hub or the directory of a run.
 """

@@ -1,7 +1,7 @@
-"""Supervised steps alone: `python -m rlpr_jax.sft --config=configs/X.py --workdir=DIR [--config.field=value ...]`.
+"""Supervised steps alone: `rlpr sft --config=RECIPE --workdir=DIR [--config.field=value ...]`.
 
 A base model that never saw the tags learns them from prompts with responses (`config.warm_start`); RLPR then begins at
-what `python -m rlpr_jax.export` makes of the result. A run that was stopped or killed goes on from its last checkpoint
+what `rlpr export` makes of the result. A run that was stopped or killed goes on from its last checkpoint
 when the same command is given again.
 """
 

@@ -1,4 +1,4 @@
-"""Trains a policy with RLPR: `python -m rlpr_jax.train --config=configs/X.py --workdir=DIR [--config.field=value ...]`.
+"""Trains a policy with RLPR: `rlpr train --config=RECIPE --workdir=DIR [--config.field=value ...]`.
 
     questions -> prompts -> rollouts -> reference probabilities -> rewards -> kept groups -> advantages -> update
 
@@ -45,9 +45,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
   if custom_reward is not None:
     config = config.copy_and_resolve_references()
     config.reward.custom = f"{custom_reward.__module__}.{custom_reward.__qualname__}"
-  elif config.reward.custom:
-    custom_reward = load_custom_reward(config.reward.custom)
   entry.begin(config, workdir)
+  if custom_reward is None and config.reward.custom:
+    custom_reward = load_custom_reward(config.reward.custom)
   with StopRequest() as stop:
     run = set_up(config, custom_reward)
     entry.write_config(config, workdir)
@@ -55,14 +55,19 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
     checkpoints = Checkpoints(workdir, config.log, to_disk, join)
     state = checkpoints.restore(abstract_state(run))
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
-    if state is None:
-      state = first_state(run, writer, stop)
+    try:
+      if state is None:
+        state = first_state(run, writer, stop)
+        if state:
+          checkpoints.save(state, writer.rows[-1].get(ACCURACY) if writer.rows else None)
+      else:
+        resume(run, state, writer, stop)
       if state:
-        checkpoints.save(state, writer.rows[-1].get(ACCURACY) if writer.rows else None)
-    else:
-      resume(run, state, writer, stop)
-    if state:
-      state = train_steps(run, state, workdir, checkpoints, writer, stop)
+        state = train_steps(run, state, workdir, checkpoints, writer, stop)
+    except Exception:
+      if jax.process_count() == 1:  # of many the others may be gone, and to finish a checkpoint would wait for them
+        checkpoints.close()
+      raise
     checkpoints.close()
     writer.close()
   if processes.is_first():

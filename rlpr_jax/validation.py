@@ -1,11 +1,12 @@
 """What types alone cannot say of a config: choices and bounds of its fields, and how they fit each other."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards
-from rlpr_jax.config import FIELDS, Field, default, longest_sequence
+from rlpr_jax.config import FIELDS, Field, longest_sequence
 from rlpr_jax.errors import InputError
 from rlpr_jax.training import reward
 
@@ -16,8 +17,11 @@ def validate(config: ConfigDict) -> None:
   Raises:
     InputError: naming the field, its value and what was expected.
   """
-  if missing := [name for name in default() if name not in config]:
+  paths = list(field_paths(config))
+  if missing := [path for path in FIELDS if path not in paths]:
     raise InputError(f"config.{missing[0]}: missing, expected the config of a run, made by rlpr_jax.config.default()")
+  if unknown := [path for path in paths if path not in FIELDS]:
+    raise InputError(f"config.{unknown[0]}: there is no such field")
   for path, field in FIELDS.items():
     value = value_of(config, path)
     if field.choices and value not in field.choices:
@@ -31,6 +35,8 @@ def validate(config: ConfigDict) -> None:
   check_reward("config.reward", reward.RewardSettings.of(config.reward), config.reward.verifier)
   names = set()
   for text in config.reward.shadow:
+    if not isinstance(text, str):
+      raise InputError(f"config.reward.shadow: {text!r}, expected texts, 'name: field=value, ...'")
     name, settings = reward.parse_shadow(config, text)
     check_reward(f"config.reward.shadow {name}", settings, config.reward.verifier)
     if name in names:
@@ -40,9 +46,9 @@ def validate(config: ConfigDict) -> None:
       raise InputError(f"config.reward.shadow {name}: baselines of the run itself or none, there are no others")
   if config.filter.kind == "accuracy" and config.reward.verifier == "none":
     raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")
-  if not all(len(pair) == 2 and isinstance(pair[0], str) and pair[1] >= 0 for pair in config.filter.source_scales):
+  if not all(_is_pair(pair, str, int | float) and pair[1] >= 0 for pair in config.filter.source_scales):
     raise InputError("config.filter.source_scales: expected pairs of a source's name and its scale")
-  if not all(len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in config.data.examples):
+  if not all(_is_pair(pair, str, str) for pair in config.data.examples):
     raise InputError("config.data.examples: expected pairs of question and response texts")
   minibatches, row_length = config.training.minibatches, config.training.row_length
   if config.prompts_per_step % minibatches:
@@ -54,6 +60,15 @@ def validate(config: ConfigDict) -> None:
       f"config.training.row_length: {row_length}, expected 0 or room for the longest sequence,"
       f" {longest_sequence(config)} tokens"
     )
+
+
+def field_paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
+  """Paths of all fields of a config, its groups' included."""
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      yield from field_paths(value, f"{prefix}{name}.")
+    else:
+      yield prefix + name
 
 
 def is_within(field: Field, value: Any) -> bool:
@@ -96,6 +111,13 @@ def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> 
     rewards.parse_shaping(settings.shaping)
   except ValueError as error:
     raise InputError(f"{where}.shaping: {error}") from None
+
+
+def _is_pair(value: Any, first: Any, second: Any) -> bool:
+  """Whether a value is a pair of these types."""
+  if not isinstance(value, tuple | list) or len(value) != 2:
+    return False
+  return isinstance(value[0], first) and isinstance(value[1], second)
 
 
 def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:

@@ -31,6 +31,15 @@ def test_fields_are_set_however_they_are_written():
 
 def test_the_last_of_two_values_wins():
   assert parse_config("--config.steps=3", "--config.steps=4")[1].steps == 4
+  # Of a tuple too, or a sweep could not take away what its command line gives.
+  stops = ("--config.evaluation.stop=('a', 'b')", "--config.steps", "3", "--config.evaluation.stop=('c',)")
+  assert parse_config(*stops)[1].evaluation.stop == ("c",)
+  assert parse_config("--config.reward.shadow=('a: kind=random',)", "--config.reward.shadow=()")[1].reward.shadow == ()
+
+
+def test_a_value_may_begin_with_a_dash():
+  found = parse_config("--config.data.path", "-x", "--config.training.learning_rate", "-1e-3")[1]
+  assert (found.data.path, found.training.learning_rate) == ("-x", -1e-3)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +61,7 @@ def test_the_last_of_two_values_wins():
     (["--config=nowhere.py"], "--config: nowhere.py: no such file"),
     (["--config=no/where:argument"], "--config: no/where: no such file"),
     (["--config=quickstart:argument"], "quickstart.py: TypeError: get_config() takes 0 positional arguments but 1"),
+    (["--nodistributed=true"], "distributed"),
     (["--wrkdir=w"], "Unknown command line flag 'wrkdir'"),
     (["--processes=0"], "flag --processes=0: "),
     (["anything"], "anything: unexpected argument"),
@@ -72,6 +82,11 @@ def test_wrong_input_is_one_line(words, said):
     ("x = 1\n", " has no get_config()"),
     ("def get_config():\n  return {}['a']\n", ", line 2: KeyError: 'a'"),
     ("def get_config():\n  return {}\n", ": get_config() gave dict, expected a ConfigDict"),
+    ("import sys\n\ndef get_config():\n  sys.exit(0)\n", ", line 4: SystemExit: 0"),
+    (
+      "from rlpr_jax.config import default\n\ndef get_config():\n  c = default()\n  c.stepz = 3\n  return c\n",
+      ', line 5: AttributeError: \'Key "stepz" does not exist and cannot be added since the config is locked.',
+    ),
   ],
 )
 def test_a_recipe_with_a_mistake_is_named_with_its_line(tmp_path, text, said):
@@ -93,6 +108,23 @@ def test_a_recipe_by_path_by_name_and_with_an_argument(tmp_path, monkeypatch):
   assert parse_config("--config", "sentences")[1].data.domains == "sentences"
   assert parse_config("--config=rlpr_qwen2_5_7b:v5p:4x4x4")[1].rollout.slots == 1408
   assert config.to_json(parse_config()[1]) == config.to_json(parse_config("--config=quickstart")[1])
+
+
+def test_a_recipe_may_import_one_beside_it(tmp_path):
+  (tmp_path / "rlpr_jax_beside.py").write_text("from rlpr_jax.config import default\n")
+  (tmp_path / "mine.py").write_text(
+    "from ml_collections import FrozenConfigDict\nfrom rlpr_jax_beside import default\n\n"
+    "def get_config():\n  return FrozenConfigDict(default())\n"
+  )
+  before = list(sys.path)
+  assert parse_config(f"--config={tmp_path / 'mine.py'}", "--config.steps=3")[1].steps == 3
+  assert sys.path == before
+
+
+def test_a_file_named_as_a_recipe_is_not_taken_for_it(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "quickstart").write_text("a log\n")
+  assert parse_config("--config=quickstart")[1].steps == 40
 
 
 def test_every_program_parses_by_flags_of_its_own(capsys):

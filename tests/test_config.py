@@ -229,3 +229,33 @@ def test_a_run_of_a_version_without_a_field_goes_on_with_its_default():
   assert configs.first_difference(saved, config) is None
   config.reward.custom = "mine.py:reward"
   assert configs.first_difference(saved, config) == "config.reward.custom is '' there, 'mine.py:reward' here"
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("filter.source_scales", (1,)),
+    ("filter.source_scales", (("stem", "x"),)),
+    ("filter.source_scales", ("ab", "cd")),
+    ("data.examples", (1,)),
+    ("data.examples", ("ab", "cd")),
+    ("reward.shadow", (1,)),
+    ("seed", 10**23),
+  ],
+)
+def test_values_of_other_shapes_are_one_line(field, value):
+  config = configs.default()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(InputError, match=rf"^config\.{field}: [^\n]+$"):
+    validation.validate(config)
+
+
+def test_groups_that_were_replaced():
+  with configs.default().unlocked() as config:
+    config.training = ConfigDict({"learning_rate": 1.0})
+    with pytest.raises(InputError, match=r"^config\.training\.minibatches: missing, expected the config of a run"):
+      validation.validate(config)
+  with configs.default().unlocked() as config:
+    config.training.lr = 5.0
+    with pytest.raises(InputError, match=r"^config\.training\.lr: there is no such field$"):
+      validation.validate(config)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Prints the newest Python here that requirements-newest.txt is for: on PATH, else among pyenv's.
+# Prints a Python that requirements-newest.txt is for: the one that it was tested with, else the next or the one before;
+# on PATH, else among pyenv's.
 set -euo pipefail
 
 lock=$(dirname "${BASH_SOURCE[0]}")/../requirements-newest.txt

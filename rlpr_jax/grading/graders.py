@@ -363,6 +363,16 @@ _ENDLESS = re.compile(
 # --- mathematics ---
 
 
+def check_installed() -> None:
+  """Makes sure that mathematics can be graded.
+
+  Raises:
+    InputError: math-verify is not installed.
+  """
+  if importlib.util.find_spec("math_verify") is None:
+    raise InputError("verifier math: math-verify is not installed, expected pip install 'rlpr_jax[evaluate]'")
+
+
 class _Judge:
   """The process in which math-verify works, started when it is first needed and again after each time it was killed."""
 
@@ -387,8 +397,7 @@ class _Judge:
       return verdict == "true\n"
 
   def _start(self) -> subprocess.Popen:
-    if importlib.util.find_spec("math_verify") is None:
-      raise InputError("verifier math: math-verify is not installed, expected pip install 'rlpr_jax[evaluate]'")
+    check_installed()
     # Its source and no module: it imports neither JAX nor this package. A session of its own, so that an interrupt from
     # the keyboard leaves it alone; it ends when its input does.
     process = subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Writes WORKDIR/report.html, and a picture of the run if asked for: `python -m rlpr_jax.report --workdir=DIR`."""
+"""Writes WORKDIR/report.html, and a picture of the run if asked for: `rlpr report --workdir=DIR`."""
 
 import pathlib
 from collections.abc import Sequence

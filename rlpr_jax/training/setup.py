@@ -16,6 +16,7 @@ from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.errors import InputError
+from rlpr_jax.grading import graders
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.choose import Choice
@@ -54,6 +55,8 @@ class Run(NamedTuple):
 
 def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run:
   """Model, tokenizer and data, with everything checked before anything compiles."""
+  if config.reward.verifier == "math":
+    graders.check_installed()
   policy = load_policy(config)
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
