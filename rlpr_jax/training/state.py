@@ -145,10 +145,11 @@ class Checkpoints(Generic[State]):
   def _save_again(self, error: Exception) -> None:
     """Writes the state under way until that succeeds, each time as a new program would.
 
-    Of many processes only one may have failed, while the others wait for it: then the run ends.
+    Of many processes only one may have failed, or died, while the others wait for it: then the run ends, and is no
+    wrong input, so that a launcher starts it again.
     """
     if jax.process_count() > 1:
-      raise InputError(f"{self._directory}: cannot be written ({reason(error)})") from None
+      raise RuntimeError(f"{self._directory}: cannot be written ({reason(error)})") from error
     step = self._under_way[0].host["step"]
     print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)
 
