@@ -18,6 +18,7 @@ from rlpr_jax.errors import exit_on_input_error
 from rlpr_jax.evaluation import benchmarks
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.grading import graders, multiple_choice, numbers
+from rlpr_jax.grading.question import GRADERS
 from rlpr_jax.grading.texts import plain
 
 DATA = flags.DEFINE_string("data", None, "Directory of benchmark files.", required=True)
@@ -105,7 +106,7 @@ def measure(name: str, path: pathlib.Path) -> tuple[str, list[str]]:
   """A row of the table and lines about failures."""
   questions, dropped = benchmarks.load(name, str(path))
   rng = random.Random(SEED.value)
-  by_grader = {kind: [q for q in questions if q.grader == kind] for kind in benchmarks.GRADERS}
+  by_grader = {kind: [q for q in questions if q.grader == kind] for kind in GRADERS}
   kinds, right, gold, missed = set(), 0, 0, []
   accepted, wrong, taken = 0, 0, []
   for question in questions:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+GRADERS = ("multiple_choice", "math", "number", "text")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -11,7 +13,7 @@ class Question:
   prompt: str  # what the user says; for multiple choice the question, then the options as lines "A. text"
   reference: str  # gold answer; the letter for multiple choice
   category: str
-  grader: str  # multiple_choice, math, number or text
+  grader: str  # one of GRADERS
   options: tuple[str, ...] = ()  # texts of options A, B, ...; () where there are none
   row: int = 0  # 1-based data row
   # How far a number may be from the reference: relative to it, and absolute.

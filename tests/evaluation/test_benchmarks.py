@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.evaluation import benchmarks
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question, load
 from rlpr_jax.grading import graders
+from rlpr_jax.grading.question import GRADERS
 
 OPTIONS = ["iron", "gold", "tin", "lead", "zinc", "neon", "argon", "helium", "xenon", "radon"]
 MATH = {"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "answer": "2", "subject": "Algebra", "level": 1}
@@ -137,7 +137,7 @@ def test_rows(tmp_path, name, row, expected):
   (question,), dropped = load(name, write(tmp_path / "rows.jsonl", [row]))
   assert dropped == {}
   assert {field: getattr(question, field) for field in expected} == expected
-  assert question.grader in benchmarks.GRADERS
+  assert question.grader in GRADERS
   assert graders.grade(question, f"<answer> {question.reference} </answer>").right
 
 
