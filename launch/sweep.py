@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rlpr_jax import command_line, validation
-from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.errors import InputError, exit_on_input_error, user_code
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.storage import write_atomically
 
@@ -98,13 +98,14 @@ def load_sweep(path: str) -> dict[str, dict[str, object]]:
     InputError: no such file, or not such a function in it.
   """
   try:
-    sweep = runpy.run_path(path)["get_sweep"]()
+    pathlib.Path(path).read_bytes()
   except OSError as error:
     raise InputError(f"--sweep: {path} cannot be read ({error.strerror})") from None
-  except KeyError:
-    raise InputError(f"--sweep: {path} has no get_sweep()") from None
-  except Exception as error:  # the user's own code
-    raise InputError(f"--sweep: {path}: {type(error).__name__}: {' '.join(str(error).split())}") from None
+  with user_code(f"--sweep: {path}", path):
+    get_sweep = runpy.run_path(path).get("get_sweep")
+    if get_sweep is None:
+      raise InputError(f"--sweep: {path} has no get_sweep()")
+    sweep = get_sweep()
   if not sweep or not all(re.fullmatch(r"[\w.-]+", name) for name in sweep):
     raise InputError(f"--sweep: {path}, expected names of letters, digits, '_', '-' and '.'")
   return sweep

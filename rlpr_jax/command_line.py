@@ -11,14 +11,14 @@ import pathlib
 import re
 import runpy
 import sys
-import traceback
 from collections.abc import Iterable, Sequence
 
 from absl import flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rlpr_jax import resources
-from rlpr_jax.errors import InputError
+from rlpr_jax.config import flatten
+from rlpr_jax.errors import InputError, user_code
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(=.*)?", re.DOTALL)
 
@@ -140,7 +140,7 @@ def _check_field(config: ConfigDict, field: str) -> None:
     if not isinstance(group, ConfigDict) or name not in group:
       names = list(group.keys()) if isinstance(group, ConfigDict) else []
       near = [f"{where}.{other}" for other in difflib.get_close_matches(name, names, cutoff=0.75)]
-      paths = [f"config.{path}" for path in _fields(config)]
+      paths = [f"config.{path}" for path in flatten(config)]
       same = [path for path in paths if path.rpartition(".")[2] == name]
       alike = [path for path in paths if difflib.SequenceMatcher(None, path.rpartition(".")[2], name).ratio() > 0.8]
       near = near or same or alike
@@ -149,14 +149,6 @@ def _check_field(config: ConfigDict, field: str) -> None:
     group, where = group[name], f"{where}.{name}"
   if isinstance(group, ConfigDict):
     raise InputError(f"--config.{field}: a group, expected one of its fields: {', '.join(group.keys())}")
-
-
-def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
-  """Paths of all fields."""
-  paths = []
-  for name, value in config.items():
-    paths += _fields(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else [prefix + name]
-  return paths
 
 
 def recipe_names() -> list[str]:
@@ -194,16 +186,11 @@ def load_recipe(text: str) -> ConfigDict:
   path, argument = find_recipe(text)
   sys.path.insert(0, str(path.parent.absolute()))  # a recipe may import one beside it
   try:
-    config = runpy.run_path(str(path))["get_config"](*argument)
-  except InputError:
-    raise
-  except (Exception, SystemExit) as error:  # the recipe is the user's own code
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-    where = f"{path}, line {line}" if line else f"{path}"
-    if isinstance(error, KeyError) and not lines:
-      raise InputError(f"--config: {path} has no get_config()") from None
-    raise InputError(f"--config: {where}: {type(error).__name__}: {_one_line(error)}") from None
+    with user_code(f"--config: {path}", path):
+      get_config = runpy.run_path(str(path)).get("get_config")
+      if get_config is None:
+        raise InputError(f"--config: {path} has no get_config()")
+      config = get_config(*argument)
   finally:
     sys.path.pop(0)
   if isinstance(config, FrozenConfigDict):

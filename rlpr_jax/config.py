@@ -349,6 +349,18 @@ def longest_sequence(config: ConfigDict) -> int:
   return config.data.prompt_limit + config.rollout.max_response_length + answer
 
 
+def flatten(group: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Values by the paths of their fields, of a config or of what JSON makes of one.
+
+  >>> flatten({"seed": 0, "model": {"path": "m"}})
+  {'seed': 0, 'model.path': 'm'}
+  """
+  flat: dict[str, Any] = {}
+  for name, value in group.items():
+    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, ConfigDict | dict) else {prefix + name: value}
+  return flat
+
+
 def to_json(config: ConfigDict) -> str:
   """The whole config, sorted, as it stands in WORKDIR/config.json."""
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
@@ -373,19 +385,10 @@ def read(path: pathlib.Path) -> ConfigDict:
 
 def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
   """Where a saved config says another run: "field: saved value, not value"; None if a run may be resumed with it."""
-  now = json.loads(to_json(config))
-  defaults = json.loads(to_json(default()))
-
-  def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-      flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
-
-  # A run of a version that had no such field was run with what is its default now.
-  before, after = flatten(defaults) | flatten(saved), flatten(now)
-  for field in sorted(before | after):
+  defaults, now = (flatten(json.loads(to_json(one))) for one in (default(), config))
+  before = defaults | flatten(saved)  # a run of a version without a field was run with what is its default now
+  for field in sorted(before | now):
     may_change = field in FIELDS and FIELDS[field].may_change
-    if not may_change and before.get(field) != after.get(field):
-      return f"config.{field} is {before.get(field)!r} there, {after.get(field)!r} here"
+    if not may_change and before.get(field) != now.get(field):
+      return f"config.{field} is {before.get(field)!r} there, {now.get(field)!r} here"
   return None

@@ -1,7 +1,9 @@
 """Errors that are the user's to mend: one line that names the file, field or row and what was expected."""
 
 import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Iterator
 
 USAGE = 2  # exit status for wrong input
@@ -19,6 +21,28 @@ def exit_on_input_error() -> Iterator[None]:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(USAGE)
+
+
+@contextlib.contextmanager
+def user_code(where: str, path: str | os.PathLike) -> Iterator[None]:
+  """Around what a file of the user's own does: what goes wrong in it is said in one line, with that of the file.
+
+  Args:
+    where: begins the message.
+    path: of the file, as Python was told it.
+
+  Raises:
+    InputError: something did.
+  """
+  try:
+    yield
+  except InputError:
+    raise
+  except (Exception, SystemExit) as error:
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    at = f", line {line}" if line else ""
+    raise InputError(f"{where}{at}: {type(error).__name__}: {' '.join(str(error).split())}") from None
 
 
 @contextlib.contextmanager

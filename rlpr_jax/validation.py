@@ -1,12 +1,11 @@
 """What types alone cannot say of a config: choices and bounds of its fields, and how they fit each other."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards
-from rlpr_jax.config import FIELDS, Field, longest_sequence
+from rlpr_jax.config import FIELDS, Field, flatten, longest_sequence
 from rlpr_jax.errors import InputError
 from rlpr_jax.training import reward
 
@@ -17,21 +16,21 @@ def validate(config: ConfigDict) -> None:
   Raises:
     InputError: naming the field, its value and what was expected.
   """
-  paths = list(field_paths(config))
-  if missing := [path for path in FIELDS if path not in paths]:
+  values = flatten(config)
+  if missing := [path for path in FIELDS if path not in values]:
     raise InputError(f"config.{missing[0]}: missing, expected the config of a run, made by rlpr_jax.config.default()")
-  if unknown := [path for path in paths if path not in FIELDS]:
+  if unknown := [path for path in values if path not in FIELDS]:
     raise InputError(f"config.{unknown[0]}: there is no such field")
   for path, field in FIELDS.items():
-    value = value_of(config, path)
+    value = values[path]
     if field.choices and value not in field.choices:
       raise InputError(f"config.{path}: {value!r}, expected one of {', '.join(field.choices)}")
     if not is_within(field, value):
       raise InputError(f"config.{path}: {value!r}, expected {bounds(field)}")
-  _expect(config, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
-  _expect(config, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
-  _expect(config, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
-  _expect(config, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
+  _expect(values, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
+  _expect(values, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
+  _expect(values, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
+  _expect(values, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
   check_reward("config.reward", reward.RewardSettings.of(config.reward), config.reward.verifier)
   names = set()
   for text in config.reward.shadow:
@@ -62,15 +61,6 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def field_paths(config: ConfigDict, prefix: str = "") -> Iterator[str]:
-  """Paths of all fields of a config, its groups' included."""
-  for name, value in config.items():
-    if isinstance(value, ConfigDict):
-      yield from field_paths(value, f"{prefix}{name}.")
-    else:
-      yield prefix + name
-
-
 def is_within(field: Field, value: Any) -> bool:
   """Whether a value is within the bounds of a field; NaN is within none."""
   return (
@@ -88,13 +78,6 @@ def bounds(field: Field) -> str:
   """
   named = (("at least", field.at_least), ("more than", field.above), ("at most", field.at_most))
   return " and ".join(f"{words} {bound}" for words, bound in named if bound is not None)
-
-
-def value_of(config: ConfigDict, path: str) -> Any:
-  """The value of a field, by its path."""
-  for name in path.split("."):
-    config = config[name]
-  return config
 
 
 def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> None:
@@ -120,7 +103,6 @@ def _is_pair(value: Any, first: Any, second: Any) -> bool:
   return isinstance(value[0], first) and isinstance(value[1], second)
 
 
-def _expect(config: ConfigDict, field: str, holds, expected: str) -> None:
-  value = value_of(config, field)
-  if not holds(value):
-    raise InputError(f"config.{field}: {value!r}, expected {expected}")
+def _expect(values: dict[str, Any], field: str, holds, expected: str) -> None:
+  if not holds(values[field]):
+    raise InputError(f"config.{field}: {values[field]!r}, expected {expected}")

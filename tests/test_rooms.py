@@ -11,8 +11,8 @@ PACKAGE = ROOT / "rlpr_jax"
 # above its own.
 ORDER = (
   ("__init__", "errors", "resources", "compilation"),
-  ("machine", "command_line", "config", "sharding", "processes", "rewards", "filtering", "grpo"),
-  ("splicing", "models"),
+  ("machine", "config", "sharding", "processes", "rewards", "filtering", "grpo"),
+  ("splicing", "models", "command_line"),
   ("data",),
   ("sampling", "grading", "runs"),
   ("judging",),

@@ -87,10 +87,8 @@ def validate(config: ConfigDict) -> None:
   """
   if missing := [name for name in default() if name not in config]:
     raise InputError(f"config.{missing[0]}: missing, expected the config of an evaluation, as configs/evaluate.py")
-  unknown = [name for name in config if name not in default()]
-  unknown += [f"judge.{name}" for name in config.judge if name not in default().judge]
-  if unknown:
-    raise InputError(f"config.{unknown[0]}: there is no such field")
+  _check_fields("config", config, default())
+  _check_fields("config.judge", config.judge, default().judge)
   if not config.models:
     raise InputError("config.models: empty, expected one or more")
   if not config.benchmarks:

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import rewards, splicing
 from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, user_code
 from rlpr_jax.grading import graders
 from rlpr_jax.rewards import Rewards
 from rlpr_jax.sampling.engine import Rollouts
@@ -72,10 +72,8 @@ def load_custom_reward(text: str) -> CustomReward:
   file, _, name = text.rpartition(":")
   if not pathlib.Path(file).is_file():
     raise InputError(f"{where}: {file or text}: no such file, expected FILE.py:FUNCTION")
-  try:
+  with user_code(where, file):
     function = runpy.run_path(file).get(name)
-  except Exception as error:  # the user's own code
-    raise InputError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from None
   if not callable(function):
     raise InputError(f"{where}: no function {name} in the file")
   return function

@@ -355,6 +355,11 @@ def test_settings_that_nobody_reads(file):
   settings.models.policy.beams = 4
   with pytest.raises(InputError, match=r"config.models.policy.beams: unknown"):
     validate(settings)
+  for change, named in (({"judge": {"modle": "x"}}, "config.judge.modle"), ({"resampels": 10}, "config.resampels")):
+    misspelt = recipe(file, policy=ours("somewhere"))
+    misspelt.update(change)
+    with pytest.raises(InputError, match=f"{named}: unknown"):
+      validate(misspelt)
   for field in ("models", "benchmarks"):
     empty = recipe(file, policy=ours("somewhere"))
     empty[field] = {}
