@@ -20,10 +20,10 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.common import MODEL, REPEATS, spread
-from rlpr_jax import models
+from rlpr_jax import huggingface, models
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Groups, PackedRows
 from rlpr_jax.training.update import UpdateSettings, adamw, update
+from rlpr_jax.types import Groups, PackedRows
 
 PROMPT_LIMIT, RESPONSE_LIMIT = 2048, 3072  # tokens, RLPR section 4.1
 
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> None:
   print(f"waste: padded {waste([whole]):.1%}, longest of 8 {waste(cut(whole, 8, length // 8)):.1%},", end=" ")
   print(f"packed {waste([packed]):.2%} ({int(np.any(packed.segment_ids > 0, axis=1).sum())} rows)", flush=True)
 
-  config, params = models.load_pretrained(MODEL.value, dtype=jnp.float32)
+  config, params = huggingface.load_pretrained(MODEL.value, dtype=jnp.float32)
   model, optimizer = models.definition(config, models.Runtime(remat="dots")), adamw(1e-6, 0.01, 1.0)
   groups, length = make_groups(_TIMED.value, _SHRINK.value, seed=1), length // _SHRINK.value
   count = groups.lengths.size

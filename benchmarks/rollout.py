@@ -41,6 +41,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.common import MODEL, REPEATS, spread
+from rlpr_jax import huggingface
 
 PROMPT_LIMIT, REFERENCE_LIMIT = 256, 48  # tokens; the engine is compiled for them
 LABELS = {
@@ -133,13 +134,13 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
   import jax
 
   from rlpr_jax import models, splicing
-  from rlpr_jax.data.pipeline import Prompt
   from rlpr_jax.sampling.batches import empty_references
   from rlpr_jax.sampling.decode import DecodeSettings
   from rlpr_jax.sampling.engine import Engine
   from rlpr_jax.sampling.shapes import Shapes
+  from rlpr_jax.types import Prompt
 
-  config, params = models.load_pretrained(MODEL.value)
+  config, params = huggingface.load_pretrained(MODEL.value)
   tokenizer = load_tokenizer()
   together = work.slots // work.samples  # prompts
   shapes = Shapes(
@@ -155,7 +156,7 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
   settings = DecodeSettings(work.steps, eos_ids=())
   engine = Engine(models.definition(config), tokenizer, settings, shapes, "think", 1.0, "bare")
   draws = [
-    (i, Prompt(np.array(ids, np.int32), reference, "", "", i))
+    (i, Prompt(ids=np.array(ids, np.int32), reference=reference, row=i))
     for i, (ids, reference) in enumerate(zip(work.prompts, work.references, strict=True))
   ]
 
@@ -181,7 +182,7 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
     mock.patch.object(Shapes, "decode_rows", property(lambda shapes: (shapes.slots,))).start()
   # A response here is not worth scoring: it has no tags. The same number of tokens is scored behind it instead.
   mock.patch.object(splicing, "splice", splice_at_the_end).start()
-  engine.warm_up(params, scored)
+  engine.compile_programs(params, scored)
   sample(np.ones_like(work.limits), lambda *_: None)  # what the warm-up leaves out
   return lambda progress: sample(work.limits, progress)
 
@@ -237,9 +238,7 @@ def with_tunix(work: Work) -> Sample:
   from tunix.models.llama3 import model as llama
   from tunix.models.llama3.params import create_model_from_safe_tensors
 
-  from rlpr_jax import models
-
-  config = models.load_config(models.resolve(MODEL.value))
+  config = huggingface.load_config(huggingface.resolve(MODEL.value))
   theirs = llama.ModelConfig(
     num_layers=config.num_layers,
     vocab_size=config.vocab_size,

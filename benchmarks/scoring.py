@@ -21,12 +21,12 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.common import MODEL, REPEATS, spread
-from rlpr_jax import models
+from rlpr_jax import huggingface, models
 from rlpr_jax.models import Params
 from rlpr_jax.planning import flops
+from rlpr_jax.policy import load_tokenizer
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import Suffixes
-from rlpr_jax.training.policy import load_tokenizer
 
 TOLERANCE = 1e-4  # of log-probabilities in float32
 
@@ -91,7 +91,7 @@ def prefill_flops(model: nnx.GraphDef, params: Params, rows: int, length: int) -
 
 def main(argv: list[str]) -> None:
   del argv
-  config, params = models.load_pretrained(MODEL.value)
+  config, params = huggingface.load_pretrained(MODEL.value)
   model, tokenizer = models.definition(config), load_tokenizer(MODEL.value)
   texts = real_text(tokenizer, _ROWS.value, _PROMPT.value + _REASONING.value + _REFERENCE.value)
   ways = both_ways(model, params, texts, _REFERENCE.value)

@@ -20,12 +20,12 @@ import uvicorn
 from absl import app, flags
 
 from benchmarks.common import MODEL, REPEATS, spread
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.data.templates import render
+from rlpr_jax.runs import trained
 from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
-from rlpr_jax.training import trained
+from rlpr_jax.types import Prompt
 
 _STREAMS = flags.DEFINE_integer("streams", 32, "requests at once, and slots")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "of each response")
@@ -68,9 +68,12 @@ def main(_: list[str]) -> None:
   policy = trained.load(trained.find(MODEL.value), "float32")
   sizes = SizeNames("--streams", "", "", "", "--tokens")
   engine = trained.create_engine(policy._replace(eos_ids=()), _STREAMS.value, 64, _TOKENS.value, sizes)
-  engine.warm_up(policy.params, scoring=False)
+  engine.compile_programs(policy.params, scoring=False)
   draws = [
-    (seed, Prompt(np.array(render(engine.tokenizer, messages), np.int32), "", "", "", seed))
+    (
+      seed,
+      Prompt(ids=np.array(render(engine.tokenizer, messages), np.int32), row=seed),
+    )
     for seed, messages in enumerate(questions())
   ]
 

@@ -240,7 +240,7 @@ def _number(row: dict[str, Any], name: str, where: str) -> float:
 def _rate(
   examples: Sequence[Example], left: Sequence[int], client: Client, cache: pathlib.Path
 ) -> dict[int, Rating | str]:
-  from rlpr_jax.runs.metrics import Progress  # with it come jax and TensorBoard, which nothing else here needs
+  from rlpr_jax.runs.metrics import Progress
 
   conversations = [
     checks.rating_conversation(checks.question_of(examples[index]), examples[index].reference) for index in left

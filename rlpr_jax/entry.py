@@ -12,8 +12,8 @@ from rlpr_jax import command_line, machine, models, processes, validation
 from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.policy import create_mesh
 from rlpr_jax.runs.storage import write_atomically
-from rlpr_jax.training.policy import create_mesh
 
 
 def run(

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlpr_jax import command_line, models
+from rlpr_jax import command_line, huggingface
 from rlpr_jax import config as configs
 from rlpr_jax.errors import InputError, exit_on_input_error
-from rlpr_jax.training.policy import load_policy
-from rlpr_jax.training.state import restore_params
+from rlpr_jax.policy import load_policy
+from rlpr_jax.runs.checkpoints import restore_params
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,9 +40,9 @@ def export(workdir: pathlib.Path, out: pathlib.Path, step: int | None, dtype: st
     raise InputError(f"--adapter: the run in {workdir} trained all parameters, it has no adapters")
   step, params = restore_params(workdir, step, policy.trained)
   if adapter:
-    models.save_adapter(out, policy.config, params, base=config.model.path, tokenizer=policy.tokenizer)
+    huggingface.save_adapter(out, policy.config, params, base=config.model.path, tokenizer=policy.tokenizer)
   else:
-    models.save_pretrained(out, policy.config, policy.whole(params), policy.tokenizer, jnp.dtype(dtype))
+    huggingface.save_pretrained(out, policy.config, policy.merged_params(params), policy.tokenizer, jnp.dtype(dtype))
   print(f"wrote {'the adapters' if adapter else 'the policy'} of step {step} to {out}")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlpr_jax import command_line, models, validation
+from rlpr_jax import command_line, huggingface, validation
 from rlpr_jax import config as configs
 from rlpr_jax.errors import USAGE, InputError, exit_on_input_error
 from rlpr_jax.planning import compiler, hardware, table
@@ -106,8 +106,8 @@ def ask(
     cache = pathlib.Path(config.compilation_cache).expanduser() / "plans" if config.compilation_cache else None
     wanted = {"topology": place.name, "fast": fast, "search": search, "lengths": lengths._asdict()}
     if config.model.path:
-      model = models.resolve(config.model.path, ["config.json"])
-      models.load_config(model)  # what is wrong with it is said at once
+      model = huggingface.resolve(config.model.path, ["config.json"])
+      huggingface.load_config(model)  # what is wrong with it is said at once
       wanted["model"] = str(model.absolute())
     kept = cache / f"plan-{fingerprint(config, wanted, environment)}.json" if cache else None
     if kept and kept.exists():

@@ -8,11 +8,12 @@ sections 3.2 to 3.4, and of its appendix for the ablations.
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from rlpr_jax.types import Rewards
 
 AGGREGATES = ("mean_prob", "geometric_mean", "product", "mean_logprob")
 TOKEN_WEIGHTS = ("uniform", "inverse", "base", "spread")
@@ -25,18 +26,6 @@ TEMPLATE_TAGS = {
 LOWEST_LOGPROB = math.log(1e-9)
 STD_FLOOR = 1e-6  # what spreads less does not spread
 _RARE = 1e-3  # added to p before 1 / p
-
-
-class Rewards(NamedTuple):
-  """Every part of the reward, so that each can be logged and none is recomputed."""
-
-  reference: jax.Array  # [P, G] r: the reference answer's probability after the reasoning
-  baseline: jax.Array  # [P]    r': the same without reasoning
-  debiased: jax.Array  # [P, G] shaping(r - r')
-  format: jax.Array  # [P, G] 1 where the tags of the template are all there, in order
-  repetition: jax.Array  # [P, G] -1 where the response repeats itself, else 0
-  length: jax.Array  # [P, G] at most 0: penalty of an answer longer than the reference
-  total: jax.Array  # [P, G] what the policy is trained on
 
 
 def reference_probability(

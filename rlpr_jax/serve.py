@@ -15,10 +15,10 @@ from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra
 from rlpr_jax.judging.client import read_key
+from rlpr_jax.runs import trained
 from rlpr_jax.runs.storage import reason
 from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.loop import Loop
-from rlpr_jax.training import trained
 
 SIZES = SizeNames("--slots", "", "", "--prompt_limit", "--response_limit")
 
@@ -52,7 +52,7 @@ def serve(given: flags.FlagValues) -> None:
   policy = trained.load(trained.find(given.model, given.step), given.dtype)
   engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit, SIZES)
   print("compiling", flush=True)
-  engine.warm_up(policy.params, scoring=False)
+  engine.compile_programs(policy.params, scoring=False)
   loop = Loop(engine, policy.params, given.max_waiting)
   limits = Limits(given.max_body_kib * 1024, given.time_limit)
   name = given.name or given.model

@@ -110,8 +110,8 @@ class Sharding:
     """Tells the compiler how `x` is to lie."""
     return x if self.mesh is None else jax.lax.with_sharding_constraint(x, self.named(axes))
 
-  def ways(self, axis: str) -> int:
-    """Into how many parts an axis is split."""
+  def num_shards(self, axis: str) -> int:
+    """The number of parts into which an axis is split."""
     return 1 if self.mesh is None else math.prod(self.mesh.shape[name] for name in dict(self.rules).get(axis, ()))
 
   @property
@@ -178,15 +178,15 @@ def fit(sharding: Sharding, sizes: Mapping[str, int]) -> Sharding:
   Raises:
     InputError: an axis that cannot be split evenly, and into how many parts it could be.
   """
-  if sharding.ways("kv_heads") > 1 and sizes["kv_heads"] < sharding.ways("kv_heads"):
+  if sharding.num_shards("kv_heads") > 1 and sizes["kv_heads"] < sharding.num_shards("kv_heads"):
     sharding = sharding.replicate("kv_heads")
   for axis, size in sizes.items():
-    ways = sharding.ways(axis)
-    if size % ways:
+    num_shards = sharding.num_shards(axis)
+    if size % num_shards:
       # Parts that the heads allow; the key/value heads are replicated when there are fewer of them.
       fitting = [n for n in range(1, min(size, sharding.mesh.size) + 1) if size % n == 0]
       raise InputError(
-        f"the model's {size} {axis} cannot be split {ways} ways by the mesh, expected one of"
+        f"the model's {size} {axis} cannot be split {num_shards} ways by the mesh, expected one of"
         f" {', '.join(map(str, fitting))}"
       )
   return sharding

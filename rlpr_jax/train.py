@@ -20,17 +20,17 @@ from rlpr_jax import entry, filtering, models, processes
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError
 from rlpr_jax.runs import metrics
+from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.guards import Watch
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import packing
-from rlpr_jax.training.collect import Harvest, collect
-from rlpr_jax.training.old_logprobs import Trainer, settle
-from rlpr_jax.training.packing import PackedRows
+from rlpr_jax.training.collect import collect
+from rlpr_jax.training.old_logprobs import Trainer, resolve_old_logprobs
 from rlpr_jax.training.reward import CustomReward, load_custom_reward
-from rlpr_jax.training.setup import Run, abstract_state, copy_params, evaluate, first_state, set_up
-from rlpr_jax.training.state import Checkpoints, TrainState, join, split
+from rlpr_jax.training.run import Run, abstract_state, copy_params, evaluate, first_state, join, set_up, split
 from rlpr_jax.training.update import reference_logprobs, update
+from rlpr_jax.types import PackedRows, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
 
@@ -78,7 +78,7 @@ def resume(run: Run, state: TrainState, writer: metrics.MetricsWriter, stop: Sto
   """What a run that goes on begins with: programs, and the evaluation that a stop may have cut short."""
   print(f"resumed after step {state.step} of {run.config.steps}", flush=True)
   if state.step < run.config.steps:
-    run.engine.warm_up(run.policy.sampling_params(state.params), scoring=True)
+    run.engine.compile_programs(run.policy.sampling_params(state.params), scoring=True)
   if writer.rows and is_measured(run.config, state.step) and ACCURACY not in writer.rows[-1]:
     with contextlib.suppress(StoppedError):
       writer.amend(evaluate(run, state.params, state.step, stop))
@@ -113,7 +113,7 @@ def train_steps(
     except StoppedError:
       break
 
-    # Update on them. The checkpoint under way may still be reading the arrays that the update gives away.
+    # Update on them. The checkpoint under way may still be reading the arrays that the update donates.
     checkpoints.wait()
     state, minibatches, losses, values = update_policy(run, state, stream, harvest)
 
@@ -146,7 +146,7 @@ def train_steps(
 
 
 def update_policy(
-  run: Run, state: TrainState, stream: PromptStream, harvest: Harvest
+  run: Run, state: TrainState, stream: PromptStream, harvest: StepBatch
 ) -> tuple[TrainState, list[PackedRows], list[dict[str, np.ndarray]], dict[str, float]]:
   """The optimiser steps of one training step.
 
@@ -156,8 +156,8 @@ def update_policy(
   config, training, settings = run.config, run.config.training, run.update_settings
   row_length = training.row_length or configs.longest_sequence(config)
   started, params, opt_state, losses = time.perf_counter(), state.params, state.opt_state, []
-  trainer = Trainer(run.policy.model, run.policy.whole(params), settings, row_length)
-  harvest, gap = settle_old_logprobs(harvest, state.carried.count, trainer, training)
+  trainer = Trainer(run.policy.model, run.policy.merged_params(params), settings, row_length)
+  harvest, gap = settle_old_logprobs(harvest, state.carried.num_groups, trainer, training)
   minibatches = packing.minibatches(
     harvest.groups,
     config.prompts_per_step,
@@ -167,7 +167,7 @@ def update_policy(
     settings.micro_batch_rows,
   )
   if settings.kl_coefficient:
-    initial = run.policy.whole(state.initial)
+    initial = run.policy.merged_params(state.initial)
     minibatches = [
       rows._replace(reference_logprobs=reference_logprobs(run.policy.model, initial, rows, settings))
       for rows in minibatches
@@ -193,11 +193,13 @@ def update_policy(
 
 
 def settle_old_logprobs(
-  harvest: Harvest, carried_in: int, trainer: Trainer, training: ConfigDict
-) -> tuple[Harvest, dict[str, float]]:
+  harvest: StepBatch, carried_in: int, trainer: Trainer, training: ConfigDict
+) -> tuple[StepBatch, dict[str, float]]:
   """The harvest with the log-probabilities that ratios start from; what was carried in keeps those that it has."""
-  groups, size = packing.concatenate([harvest.groups, harvest.carried]), harvest.groups.count
-  fresh, gap = settle(groups.take(slice(carried_in, None)), trainer, training.old_logprobs, training.sampler_gap_limit)
+  groups, size = packing.concatenate([harvest.groups, harvest.carried]), harvest.groups.num_groups
+  fresh, gap = resolve_old_logprobs(
+    groups.take(slice(carried_in, None)), trainer, training.old_logprobs, training.sampler_gap_limit
+  )
   groups = packing.concatenate([groups.take(slice(carried_in)), fresh])
   harvest = harvest._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))
   return harvest, {f"sampler_gap/{name}": value for name, value in gap.items()}
@@ -210,7 +212,7 @@ def newest_lagged(run: Run, state: TrainState, params: models.Params) -> models.
   return copy_params(params) if due else state.lagged
 
 
-def update_metrics(harvest: Harvest, losses: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
+def update_metrics(harvest: StepBatch, losses: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
   """Means over the step's optimiser steps that were finite, and what the update cost."""
   groups = harvest.groups
   tokens = int(groups.prompt_lengths.sum() * groups.lengths.shape[1] + groups.lengths.sum())
@@ -231,7 +233,7 @@ def finish(config: ConfigDict, workdir: pathlib.Path, state: TrainState | None) 
   rows = metrics.read(workdir / "metrics.jsonl")
   if not rows:  # a warm start alone
     return
-  from rlpr_jax import report  # with it comes matplotlib, which no step needs
+  from rlpr_jax import report
 
   path = report.write_report(workdir)
   accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}

@@ -14,15 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rlpr_jax import models, sharding
+from rlpr_jax import huggingface, models, sharding, types
 from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.models import logprobs
+from rlpr_jax.policy import init_opt_state, initial_params, load_policy
 from rlpr_jax.sampling.batches import Scored, lay_out
-from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill, score
-from rlpr_jax.training import packing
-from rlpr_jax.training.policy import init_opt_state, initial_params, load_policy
+from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
 from tests.models import cases
 
@@ -35,7 +34,7 @@ ADAMW = adamw(1e-3, weight_decay=0.1, max_grad_norm=1.0)
 MOMENTUM = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
 
 
-def make_rows(seed=0) -> packing.PackedRows:
+def make_rows(seed=0) -> types.PackedRows:
   """Two sequences and padding in each row; ratios on both sides of the clip."""
   rng = np.random.default_rng(seed)
   first = rng.integers(3, 12, ROWS)
@@ -44,7 +43,7 @@ def make_rows(seed=0) -> packing.PackedRows:
   ]
   tokens, positions, segment_ids = (np.concatenate(field) for field in zip(*packed, strict=True))
   mask = (segment_ids > 0) & (positions > 1)
-  return packing.PackedRows(
+  return types.PackedRows(
     tokens=tokens,
     positions=positions,
     segment_ids=segment_ids,
@@ -89,19 +88,19 @@ def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
     target = np.full(SLOTS, SLOTS)  # nowhere
     target[: chosen.size] = PLACES[chosen]
     fill = np.resize(chosen, SLOTS)
-    limits, choices = np.full(SLOTS, NEW, np.int32), stack([Choice(temperature)] * SLOTS)
+    limits, choices = np.full(SLOTS, NEW, np.int32), stack([SamplingParams(temperature)] * SLOTS)
     slots = insert(
       model, params, slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits, choices
     )
     while slots.active.any():
-      slots = decode(model, params, slots, settings, SLOTS, reach=WIDTH + NEW)
+      slots = decode(model, params, slots, settings, SLOTS, kv_length=WIDTH + NEW)
     for name, values in out.items():
       values[chosen] = np.asarray(getattr(slots, name))[PLACES[chosen]]
   beyond = np.arange(NEW) >= out["counts"][:, None]
   return {name: x if x.ndim == 1 else np.where(beyond, 0, x) for name, x in out.items()}, slots
 
 
-def score_slots(model, params, slots, ways) -> np.ndarray:
+def score_slots(model, params, slots, num_shards) -> np.ndarray:
   """Log-probabilities of suffixes after parts of the slots' texts, laid out for a mesh that splits rows so.
 
   Twelve suffixes in two calls of eight rows: of some slots several, in one call or in both, and of one of them none.
@@ -111,11 +110,13 @@ def score_slots(model, params, slots, ways) -> np.ndarray:
     Scored(row=slot, out=out, prefix=prefix, last_kept=7 * out, ids=list(range(out, out + SUFFIX)), mask=[True] * 3)
     for out, (slot, prefix) in enumerate(prefixes)
   ]
-  each, waiting, scores = 8 // ways, items, np.zeros((len(items), SUFFIX))
+  each, waiting, scores = 8 // num_shards, items, np.zeros((len(items), SUFFIX))
   while waiting:
-    parts = [[item for item in waiting if item.row * ways // SLOTS == way][:each] for way in range(ways)]
-    rows, suffixes, placed = lay_out(parts, each, SLOTS // ways, SUFFIX)
-    logps = np.asarray(score(model, params, slots.cache, rows, suffixes, 0.7, reach=WIDTH + NEW))
+    parts = [
+      [item for item in waiting if item.row * num_shards // SLOTS == shard][:each] for shard in range(num_shards)
+    ]
+    rows, suffixes, placed = lay_out(parts, each, SLOTS // num_shards, SUFFIX)
+    logps = np.asarray(score(model, params, slots.cache, rows, suffixes, 0.7, kv_length=WIDTH + NEW))
     for item, row in placed:
       scores[item.out] = logps[row]
     waiting = [item for item in waiting if item not in [other for other, _ in placed]]
@@ -155,14 +156,14 @@ def compare(config, shape, rules=None, temperatures=(1.0,)) -> dict:
   }
   for temperature in temperatures:
     (expected, slots), (found, many_slots) = sample(one, params, temperature), sample(many, placed, temperature)
-    cache, ways = many_slots.cache, where.ways("batch")
+    cache, num_shards = many_slots.cache, where.num_shards("batch")
     result[f"temperature {temperature:g}"] = {
       "tokens": found["tokens"].tolist(),
       "expected": expected["tokens"].tolist(),
       "counts": [found["counts"].tolist(), expected["counts"].tolist()],
       "logprobs": distance(found["logprobs"], expected["logprobs"]),
-      "scores": distance(score_slots(many, placed, many_slots, ways), score_slots(one, params, slots, 1)),
-      "ways": ways,
+      "scores": distance(score_slots(many, placed, many_slots, num_shards), score_slots(one, params, slots, 1)),
+      "num_shards": num_shards,
       "cache": cache.values.shape,
       "cache_part": cache.values.sharding.shard_shape(cache.values.shape),
     }
@@ -196,7 +197,7 @@ def whole_update(config, shape, optimizer) -> dict:
       params, state, metrics = update(model, optimizer, {}, params, state, make_rows(seed=step), settings)
     stayed = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim), params, shardings)
     _, slots = sample(model, params, 1.0)
-    scores = score_slots(model, params, slots, split.ways("batch"))
+    scores = score_slots(model, params, slots, split.num_shards("batch"))
     metrics = {name: float(x) for name, x in metrics.items()}
     results.append((jax.device_get(params), jax.device_get(state), metrics, scores))
   (expected, expected_state, expected_metrics, expected_scores), (found, found_state, metrics, scores) = results
@@ -223,7 +224,7 @@ def few_heads() -> dict:
   model_config = models.ModelConfig(len(tokenizer), 16, 16, 2, num_heads=4, num_kv_heads=2, head_dim=4)
   result = {}
   with tempfile.TemporaryDirectory() as directory:
-    models.save_pretrained(directory, model_config, models.init_params(model_config, 0), tokenizer)
+    huggingface.save_pretrained(directory, model_config, models.init_params(model_config, 0), tokenizer)
     config.model.path = directory
     for rank in (0, 2):
       config.lora.rank = rank

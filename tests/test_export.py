@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlpr_jax import export, models
+from rlpr_jax import export, huggingface, models
 from rlpr_jax import train as training_program
 from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.training.policy import load_policy
-from rlpr_jax.training.state import restore_params
+from rlpr_jax.policy import load_policy
+from rlpr_jax.runs.checkpoints import restore_params
 from tests.models import cases
 
 TOKENS = np.random.default_rng(1).integers(2, 60, (2, 20))
@@ -55,7 +55,7 @@ def base(tmp_path_factory) -> pathlib.Path:
   directory = tmp_path_factory.mktemp("model") / "base"
   tokenizer = builtin.tokenizer()
   config = models.ModelConfig(len(tokenizer), 32, 48, 2, 4, 2, 8, qk_norm=True, max_length=64)
-  models.save_pretrained(directory, config, models.init_params(config, 0), tokenizer)
+  huggingface.save_pretrained(directory, config, models.init_params(config, 0), tokenizer)
   return directory
 
 
@@ -99,7 +99,7 @@ def their_logits(model) -> np.ndarray:
 
 def policy_of(workdir: pathlib.Path, step: int) -> tuple[models.ModelConfig, models.Params]:
   policy = load_policy(export.read_config(workdir))
-  return policy.config, policy.whole(restore_params(workdir, step, policy.trained)[1])
+  return policy.config, policy.merged_params(restore_params(workdir, step, policy.trained)[1])
 
 
 def test_a_checkpoint_is_a_model_that_transformers_loads(full_run, base, tmp_path):
@@ -113,7 +113,7 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(full_run, base, tmp_pat
 def test_steps_are_told_apart_and_bfloat16_is_a_choice(full_run, tmp_path):
   for name, step, dtype in (("first", 1, "float32"), ("newest", None, "float32"), ("half", None, "bfloat16")):
     export.export(full_run, tmp_path / name, step, dtype, adapter=False)
-  first, newest, half = (models.load_pretrained(str(tmp_path / name))[1] for name in ("first", "newest", "half"))
+  first, newest, half = (huggingface.load_pretrained(str(tmp_path / name))[1] for name in ("first", "newest", "half"))
   gap = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), first, newest)
   assert max(jax.tree.leaves(gap)) > 1e-3
   for full, rounded in zip(jax.tree.leaves(newest), jax.tree.leaves(half), strict=True):
@@ -123,7 +123,7 @@ def test_steps_are_told_apart_and_bfloat16_is_a_choice(full_run, tmp_path):
 @pytest.mark.slow
 def test_lora_trains_adapters_alone(lora_run, base):
   config, params = policy_of(lora_run, 2)
-  _, start = models.load_pretrained(str(base))
+  _, start = huggingface.load_pretrained(str(base))
   frozen = dataclasses.replace(config, lora=None)
   assert models.adapters(start) == {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):

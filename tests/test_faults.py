@@ -10,7 +10,7 @@ import pytest
 
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
-from rlpr_jax.training.policy import initial_params, load_policy
+from rlpr_jax.policy import initial_params, load_policy
 from tests.test_train import RECIPE, final_state, rows, start, timeless, tiny
 
 

@@ -15,8 +15,8 @@ import pytest
 
 from rlpr_jax import config as configs
 from rlpr_jax import processes
-from rlpr_jax.training.policy import load_policy
-from rlpr_jax.training.state import restore_params
+from rlpr_jax.policy import load_policy
+from rlpr_jax.runs.checkpoints import restore_params
 from tests.test_train import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[1]

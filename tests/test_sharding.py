@@ -61,7 +61,7 @@ def test_rules_of_ones_own():
   assert where.spec(("vocab", "embed")) == P(None, ("fsdp", "tensor"))
   assert where.spec(("embed", "mlp")) == P(("fsdp", "tensor"), None)
   assert where.spec(("heads",)) == P(("tensor",))
-  assert [where.ways(axis) for axis in ("batch", "embed", "vocab", "heads")] == [2, 4, 1, 2]
+  assert [where.num_shards(axis) for axis in ("batch", "embed", "vocab", "heads")] == [2, 4, 1, 2]
   assert hash(where) == hash(
     sharding.create(mesh(2, 2, 2), {"vocab": (), "batch": ["data"], "embed": ("fsdp", "tensor")})
   )
@@ -69,11 +69,11 @@ def test_rules_of_ones_own():
 
 def test_ways_multiply():
   where = sharding.create(mesh(2, 3, 5))
-  assert {axis: where.ways(axis) for axis in sharding.RULES} == {
+  assert {axis: where.num_shards(axis) for axis in sharding.RULES} == {
     "batch": 6, "sequence": 1, "embed": 3, "heads": 5, "kv_heads": 5, "mlp": 5, "vocab": 5, "layers": 1,
   }  # fmt: skip
-  assert where.replicate("kv_heads").ways("kv_heads") == 1
-  assert where.replicate("kv_heads").ways("heads") == 5
+  assert where.replicate("kv_heads").num_shards("kv_heads") == 1
+  assert where.replicate("kv_heads").num_shards("heads") == 5
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_one_device_is_no_mesh():
   where = sharding.create(sharding.create_mesh(devices=jax.devices()[:1]))
   assert where == sharding.Sharding()
   assert where.named(("batch",)) is None
-  assert where.ways("batch") == 1
+  assert where.num_shards("batch") == 1
   x = jnp.ones((3, 5))
   assert where.constrain(x, "batch", "embed") is x
   assert {leaf.sharding for leaf in jax.tree.leaves(models.abstract_params(LLAMA, where))} == {None}
@@ -266,7 +266,7 @@ def test_scores_are_those_of_one_device(eight, kind, name):
   for key, result in eight[kind][name].items():
     if key.startswith("temperature"):
       assert result["scores"] < 1e-5
-      assert result["ways"] == {"2 key/value heads on 8": 1, "3 key/value heads on 4": 2}.get(name, 4)
+      assert result["num_shards"] == {"2 key/value heads on 8": 1, "3 key/value heads on 4": 2}.get(name, 4)
 
 
 @pytest.mark.parametrize(("kind", "name"), named(*CASES))

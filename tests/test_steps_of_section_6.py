@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config, filtering
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.runs.interrupt import StopRequest
-from rlpr_jax.sampling.engine import Rollouts
 from rlpr_jax.training.collect import collect
-from rlpr_jax.training.packing import Groups
 from rlpr_jax.training.reward import RewardSettings
-from rlpr_jax.training.state import TrainState
+from rlpr_jax.types import Groups, Prompt, Rollouts, TrainState
 
 STEPS, SAMPLES = 30, 4
 
@@ -92,7 +89,8 @@ class Stream:
   def next_batch(self, count):
     first, self.drawn = self.drawn, self.drawn + count
     return [
-      (number, Prompt(np.array([number], np.int32), "7", "", "test", number)) for number in range(first, self.drawn)
+      (number, Prompt(ids=np.array([number], np.int32), reference="7", source="test", row=number))
+      for number in range(first, self.drawn)
     ]
 
 

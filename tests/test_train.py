@@ -16,10 +16,10 @@ import pytest
 from rlpr_jax import config as configs
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
+from rlpr_jax.policy import initial_params, load_policy
+from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.training.policy import initial_params, load_policy
-from rlpr_jax.training.setup import abstract_state, set_up
-from rlpr_jax.training.state import Checkpoints, join, split
+from rlpr_jax.training.run import abstract_state, join, set_up, split
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = """

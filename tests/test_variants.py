@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlpr_jax import train as training_program
-from rlpr_jax.training.setup import baseline_logps, set_up
+from rlpr_jax.training.run import baseline_logps, set_up
 from tests.test_train import final_state, rows, timeless, tiny
 
 VARIANTS = {

@@ -18,9 +18,9 @@ import transformers
 from absl import app, flags
 
 from benchmarks.gpu import shapes
-from rlpr_jax import models
-from rlpr_jax.training.packing import PackedRows
+from rlpr_jax import huggingface, models
 from rlpr_jax.training.update import UpdateSettings, adamw, update
+from rlpr_jax.types import PackedRows
 from tests.models import cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -56,7 +56,7 @@ def compare_smollm2() -> Differences:
   tokenizer = transformers.AutoTokenizer.from_pretrained(SMOLLM2)
   tokens = np.array([tokenizer((ROOT / "LICENSE").read_text())["input_ids"][:384]], np.int32)
   theirs = transformers.AutoModelForCausalLM.from_pretrained(SMOLLM2, dtype=torch.float32).eval()
-  config, params = models.load_pretrained(str(SMOLLM2))
+  config, params = huggingface.load_pretrained(str(SMOLLM2))
   model = models.definition(config)
   expected = cases.torch_logits(theirs, tokens)
   whole = cases.whole_logits(model, params, tokens)

@@ -1,7 +1,6 @@
 """Prompts in token ids, and the order in which a run draws them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import grain
@@ -12,17 +11,7 @@ from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.splicing import TAGS, baseline_suffix, splice
-
-
-@dataclass(frozen=True, eq=False)  # compared by identity: == on arrays has no single answer
-class Prompt:
-  """A question ready to be answered."""
-
-  ids: np.ndarray  # int32[length], ending where the assistant begins to write
-  reference: str  # the reference answer
-  question: str  # text of the last user message
-  source: str  # where the question comes from
-  row: int  # index into the list of prompts, by which per-prompt state such as r' is kept
+from rlpr_jax.types import Prompt
 
 
 def prepare(
@@ -63,7 +52,15 @@ def prepare(
       dropped["reference_too_long"] += 1
     else:
       question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
-      prompts.append(Prompt(np.array(ids, np.int32), example.reference, question, example.source, row=len(prompts)))
+      prompts.append(
+        Prompt(
+          ids=np.array(ids, np.int32),
+          reference=example.reference,
+          question=question,
+          source=example.source,
+          row=len(prompts),
+        )
+      )
   if not prompts:
     raise InputError(
       f"none of {len(examples)} prompts is left: {dropped['prompt_too_long']} have over {prompt_limit} tokens "

@@ -15,17 +15,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
-from rlpr_jax.runs import storage
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.runs import storage, trained
 from rlpr_jax.sampling.engine import SizeNames
-from rlpr_jax.sampling.session import Session
-from rlpr_jax.training import trained
+from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.sampling.scheduler import Scheduler
+from rlpr_jax.types import Prompt
 
 _RETRY_SECONDS = 60.0  # how long a disk that is full or gone is tried again
 
@@ -172,18 +171,24 @@ def _ask_engine(
   engine = trained.create_engine(
     policy, settings.slots, settings.prompt_limit, settings.max_tokens, names, settings.decode_steps
   )
-  engine.warm_up(policy.params, scoring=False)
-  session = Session(engine, policy.params, jax.random.key(seed))
-  sampled = Choice(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+  engine.compile_programs(policy.params, scoring=False)
+  session = Scheduler(engine, policy.params, jax.random.key(seed))
+  sampled = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
   left, done, of = {}, 0, {}
   for key, task in missing.items():
     ids = render(policy.policy.tokenizer, asked.messages(task.question))
-    prompt = Prompt(np.array(ids, np.int32), task.question.reference, task.question.prompt, task.benchmark, 0)
+    prompt = Prompt(
+      ids=np.array(ids, np.int32),
+      reference=task.question.reference,
+      question=task.question.prompt,
+      source=task.benchmark,
+      row=0,
+    )
     if not engine.shapes.takes(prompt):
       store.add(key, [_REFUSED] * task.samples)
       progress(done := done + 1, len(missing))
       continue
-    choice = Choice(0.0) if task.mode == "greedy" else sampled
+    choice = SamplingParams(0.0) if task.mode == "greedy" else sampled
     requests = session.add(prompt, task.seed, [settings.max_tokens] * task.samples, choice, settings.stop)
     left[key] = len(requests)
     of |= {request: (key, requests) for request in requests}

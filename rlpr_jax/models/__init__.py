@@ -1,16 +1,15 @@
-"""The policy network: configuration, decoder, token log-probabilities, Hugging Face directories."""
+"""The policy network: configuration, decoder, token log-probabilities, adapters."""
+
+from typing import Any
 
 from rlpr_jax.models.attention import UNSEEN
 from rlpr_jax.models.config import LINEAR, LoRA, ModelConfig, Rope, Runtime
-from rlpr_jax.models.loading import load_config, load_pretrained, resolve
 from rlpr_jax.models.logprobs import token_logprobs
 from rlpr_jax.models.lora import adapters, combine, init_adapters
-from rlpr_jax.models.saving import save_adapter, save_pretrained
 from rlpr_jax.models.transformer import (
+  CacheView,
   Decoder,
   KVCache,
-  Params,
-  Part,
   abstract_params,
   axis_sizes,
   cast,
@@ -20,16 +19,17 @@ from rlpr_jax.models.transformer import (
   param_axes,
   place,
 )
+from rlpr_jax.types import Params
 
 __all__ = [
   "LINEAR",
   "UNSEEN",
+  "CacheView",
   "Decoder",
   "KVCache",
   "LoRA",
   "ModelConfig",
   "Params",
-  "Part",
   "Rope",
   "Runtime",
   "abstract_params",
@@ -41,12 +41,16 @@ __all__ = [
   "definition",
   "init_adapters",
   "init_params",
-  "load_config",
-  "load_pretrained",
   "param_axes",
   "place",
-  "resolve",
-  "save_adapter",
-  "save_pretrained",
   "token_logprobs",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  """Other programs import `load_pretrained` and `save_pretrained` from here; they stand in `rlpr_jax.huggingface`."""
+  if name in ("load_pretrained", "save_pretrained"):
+    from rlpr_jax import huggingface
+
+    return getattr(huggingface, name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -133,10 +133,10 @@ def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
 
 def _spread(x: Float[Array, "..."], sharding: Sharding, axis: int) -> Float[Array, "..."]:
   """Key/value heads that every device holds, repeated so that each device reads its own queries' alone."""
-  ways = sharding.ways("heads")
-  if ways == sharding.ways("kv_heads"):
+  num_shards = sharding.num_shards("heads")
+  if num_shards == sharding.num_shards("kv_heads"):
     return x
-  times = math.lcm(x.shape[axis], ways) // x.shape[axis]
+  times = math.lcm(x.shape[axis], num_shards) // x.shape[axis]
   names: list[str | None] = ["batch", None, None, None]
   names[axis] = "heads"
   return sharding.constrain(jnp.repeat(x, times, axis=axis), *names)

@@ -27,7 +27,7 @@ def token_logprobs(
     cap: soft cap of the logits (Gemma 2).
   """
   rows, length = targets.shape
-  chunk = min(length, max(1, CHUNK * sharding.ways("batch") // rows))
+  chunk = min(length, max(1, CHUNK * sharding.num_shards("batch") // rows))
   chunks = -(-length // chunk)
   padding = chunks * chunk - length
   # Chunks of places, not of rows: rows are spread over devices, and every device is to work on every chunk.

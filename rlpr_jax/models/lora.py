@@ -3,8 +3,9 @@
 import jax
 
 from rlpr_jax.models.config import ModelConfig
-from rlpr_jax.models.transformer import Params, abstract_params, init_params
+from rlpr_jax.models.transformer import abstract_params, init_params
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.types import Params
 
 
 def adapters(params: Params) -> Params:

@@ -23,8 +23,7 @@ from rlpr_jax import sharding
 from rlpr_jax.models.attention import AttentionSettings, Cached, attend, rotate, softcap
 from rlpr_jax.models.config import LINEAR, ModelConfig, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
-
-Params = dict  # nested dictionary of arrays, as `nnx.split` and `nnx.to_pure_dict` give it
+from rlpr_jax.types import Params
 
 # The axes of each weight, by the names of `sharding.RULES`; "head_dim" and a LoRA's "rank" are never split.
 WEIGHTS = {
@@ -83,31 +82,33 @@ class KVCache(NamedTuple):
     return jax.tree.leaves(self)[0].shape[1]
 
 
-class Part(NamedTuple):
+class CacheView(NamedTuple):
   """Some tokens of a cache, as `Decoder.extend` reads them."""
 
   cache: KVCache
   positions: Int[Array, "B S"]  # of the tokens in the first S slots of a row; UNSEEN where there is none
   rows: Int[Array, "B"] | None = None  # of the cache that are read; None for the first B, on a mesh of each part
 
-  def layer(self, number: Int[Array, ""], ways: int, dtype: str) -> Cached:
-    """The tokens' keys and values in one layer. `ways`: into how many parts the cache's rows and `rows` are split."""
+  def layer(self, number: Int[Array, ""], num_shards: int, dtype: str) -> Cached:
+    """Takes the tokens' keys and values of one layer; the cache's rows, and `rows`, are split `num_shards` ways."""
     keys, values = (
       (part.numbers * part.scales).astype(dtype) if isinstance(part, Quantized) else part
-      for part in self.cache.map(functools.partial(self._take, number, ways))
+      for part in self.cache.map(functools.partial(self._take, number, num_shards))
     )
     return Cached(keys, values, self.positions)
 
   def _take(
-    self, number: Int[Array, ""], ways: int, axis: int, x: Shaped[Array, "L R K *T"]
+    self, number: Int[Array, ""], num_shards: int, axis: int, x: Shaped[Array, "L R K *T"]
   ) -> Shaped[Array, "B K *S"]:
     layers, all_rows, *rest = x.shape
     rows, slots = self.positions.shape
     rest[axis - 2] = slots
-    split = x.reshape(layers, ways, all_rows // ways, *x.shape[2:])  # each device takes from its own rows
+    split = x.reshape(layers, num_shards, all_rows // num_shards, *x.shape[2:])  # each device takes from its own rows
     if self.rows is None:
-      return jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, ways, rows // ways, *rest)).reshape(rows, *rest)
-    local = self.rows.reshape(ways, -1) - jnp.arange(ways)[:, None] * (all_rows // ways)
+      return jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, num_shards, rows // num_shards, *rest)).reshape(
+        rows, *rest
+      )
+    local = self.rows.reshape(num_shards, -1) - jnp.arange(num_shards)[:, None] * (all_rows // num_shards)
     taken = jax.vmap(lambda part, rows: part[number, rows], in_axes=(1, 0))(split, local)
     return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
 
@@ -256,7 +257,7 @@ class Decoder(nnx.Module):
     self,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    parts: Sequence[Part],
+    views: Sequence[CacheView],
     segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states of tokens that follow what parts of a cache hold, and their own keys and values.
@@ -267,7 +268,7 @@ class Decoder(nnx.Module):
       positions: of the tokens in the text; consecutive within a segment.
       segment_ids: texts that go on from the same row do not see each other; None for one text a row.
     """
-    return self._read(tokens, positions, jnp.ones_like(tokens) if segment_ids is None else segment_ids, parts)
+    return self._read(tokens, positions, jnp.ones_like(tokens) if segment_ids is None else segment_ids, views)
 
   def empty_cache(self, rows: int, length: int) -> KVCache:
     """A cache of zeros, `rows` of `length` tokens, in the compute dtype, on the devices where it is to lie."""
@@ -283,7 +284,7 @@ class Decoder(nnx.Module):
       KVCache(Quantized.of(keys, -2), Quantized.of(values, -1)) if self.runtime.int8_cache else KVCache(keys, values)
     )
 
-  def _read(self, tokens, positions, segment_ids, parts: Sequence[Part]):
+  def _read(self, tokens, positions, segment_ids, views: Sequence[CacheView]):
     """Hidden states, and the tokens' keys and values.
 
     The cache is indexed by layer inside the scan, so that of each layer only what is read is touched.
@@ -294,7 +295,8 @@ class Decoder(nnx.Module):
       weights, windowed, number = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, windowed)
-      cached = [part.layer(number, self.runtime.sharding.ways("batch"), self.runtime.compute_dtype) for part in parts]
+      num_shards = self.runtime.sharding.num_shards("batch")
+      cached = [view.layer(number, num_shards, self.runtime.compute_dtype) for view in views]
       attended = attend(queries, keys, values, segment_ids, self.attention, windowed, positions, cached)
       return layer.mix(x, attended), self._store(keys, values)
 

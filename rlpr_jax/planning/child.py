@@ -11,14 +11,14 @@ import time
 import jax
 
 from rlpr_jax import config as configs
-from rlpr_jax import models
+from rlpr_jax import huggingface
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import exit_on_input_error
 from rlpr_jax.planning import hardware
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.planning.planner import plan
+from rlpr_jax.policy import new_config
 from rlpr_jax.runs.storage import write_atomically
-from rlpr_jax.training.policy import new_config
 
 
 def main(job: pathlib.Path) -> None:
@@ -30,7 +30,7 @@ def main(job: pathlib.Path) -> None:
     print(f"[{time.monotonic() - started:4.0f} s] {wanted['topology']}: {what}", file=sys.stderr, flush=True)
 
   if "model" in wanted:
-    model_config = models.load_config(pathlib.Path(wanted["model"]))
+    model_config = huggingface.load_config(pathlib.Path(wanted["model"]))
   else:
     model_config = new_config(config, len(builtin.tokenizer(config.data.domains)))
   if wanted["fast"]:

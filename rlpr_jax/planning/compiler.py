@@ -22,7 +22,7 @@ from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.runs.storage import write_atomically
 
 if TYPE_CHECKING:
-  from rlpr_jax.planning.programs import Program  # with it comes all that trains, which `requirements` can do without
+  from rlpr_jax.planning.programs import Program
 
 
 class Compiled(NamedTuple):

@@ -12,7 +12,7 @@ from rlpr_jax.planning import flops
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
-from rlpr_jax.training.setup import rollout_shapes
+from rlpr_jax.training.run import rollout_shapes
 
 
 class Lengths(NamedTuple):
@@ -89,7 +89,7 @@ def rooflines(
     operations: as of `count_flops`, with these slots and rows, for texts of these lengths.
   """
   config, own = layout.config, layout.sampler.sampling.sharding
-  shapes = rollout_shapes(config, layout.processes, own.ways("batch"))
+  shapes = rollout_shapes(config, layout.processes, own.num_shards("batch"))
   prompts = config.rollout.prompts_per_draw * lengths.draws / layout.processes
   responses = prompts * config.samples_per_prompt
   weights = device_bytes(layout.sampled)

@@ -15,7 +15,7 @@ from rlpr_jax.planning.compiler import Compiled, compile_program
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.planning.programs import Layout, Program
-from rlpr_jax.training.setup import create_update_settings
+from rlpr_jax.training.run import create_update_settings
 
 _STEP = 8  # slots of a part of the mesh are proposed in such steps
 Say = Callable[[str], None]
@@ -131,7 +131,10 @@ def plan(
   started = time.perf_counter()
   planner = Planner(config, model_config, place, cache, say)
   layout = planner.layout
-  ways, own_ways = layout.policy.sharding.ways("batch"), layout.sampler.sampling.sharding.ways("batch")
+  num_shards, own_shards = (
+    layout.policy.sharding.num_shards("batch"),
+    layout.sampler.sampling.sharding.num_shards("batch"),
+  )
   slots = config.rollout.slots // layout.processes
   micro = create_update_settings(config, layout.policy.sharding).micro_batch_rows
   all_programs = programs.rollout_programs(layout, slots) | programs.update_programs(layout, micro)
@@ -170,10 +173,10 @@ def plan(
   if search:
     wanted_slots, wanted_rows = fastest(planner, lengths, slots, micro, compiled)
     best_rows, update = planner.most(
-      lambda rows: programs.update_programs(layout, rows * ways)["update"],
+      lambda rows: programs.update_programs(layout, rows * num_shards)["update"],
       "update",
-      {max(micro // ways, 1): compiled["update"]},
-      wanted_rows // ways,
+      {max(micro // num_shards, 1): compiled["update"]},
+      wanted_rows // num_shards,
       lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
     )
     # Of the programs of a rollout, what decoding leaves room for may be too much for another one.
@@ -181,17 +184,17 @@ def plan(
     spare = max(needed.values()) - needed["decode"] if all(needed.values()) else 0
 
     def decoding(count: int) -> Program:
-      program = programs.rollout_programs(layout, count * own_ways)["decode"]
+      program = programs.rollout_programs(layout, count * own_shards)["decode"]
       return program._replace(beside=program.beside + spare)
 
     best_slots, decode = planner.most(
       decoding,
       "decode",
-      {max(slots // own_ways, 1): compiled["decode"]},
-      wanted_slots // own_ways,
+      {max(slots // own_shards, 1): compiled["decode"]},
+      wanted_slots // own_shards,
       lambda count: count - count % _STEP if count > _STEP else count,
     )
-    used = best_slots * own_ways, best_rows * ways
+    used = best_slots * own_shards, best_rows * num_shards
     result["best"] = {"slots": used[0] * layout.processes, "micro_batch_rows": used[1]}
     if update and decode:
       result["best"]["step"] = step_of(planner, lengths, *used, compiled | {"update": update, "decode": decode})
@@ -209,12 +212,15 @@ def fastest(
     slots, micro_batch_rows: which `compiled` has.
   """
   layout, config, chip = planner.layout, planner.config, planner.place.chip
-  ways, own_ways = layout.policy.sharding.ways("batch"), layout.sampler.sampling.sharding.ways("batch")
+  num_shards, own_shards = (
+    layout.policy.sharding.num_shards("batch"),
+    layout.sampler.sampling.sharding.num_shards("batch"),
+  )
   responses = config.rollout.prompts_per_draw * config.samples_per_prompt // layout.processes
-  most_slots = max(responses // own_ways, 1)
-  most_rows = max(config.prompts_per_step // config.training.minibatches * config.samples_per_prompt // ways, 1)
+  most_slots = max(responses // own_shards, 1)
+  most_rows = max(config.prompts_per_step // config.training.minibatches * config.samples_per_prompt // num_shards, 1)
   if chip is None:
-    return most_slots * own_ways, most_rows * ways
+    return most_slots * own_shards, most_rows * num_shards
   operations, slot_bytes = count(planner, lengths, slots, micro_batch_rows)
 
   def seconds(slots_then: int, rows_then: int) -> float:
@@ -228,8 +234,8 @@ def fastest(
   each = range(_STEP, most_slots + 1, _STEP) if most_slots > _STEP else range(1, most_slots + 1)
   powers = [2**i for i in range(most_rows.bit_length())]
   return (
-    min((own_ways * n for n in each), key=lambda n: seconds(n, micro_batch_rows)),
-    min((ways * n for n in powers), key=lambda n: seconds(slots, n)),
+    min((own_shards * n for n in each), key=lambda n: seconds(n, micro_batch_rows)),
+    min((num_shards * n for n in powers), key=lambda n: seconds(slots, n)),
   )
 
 

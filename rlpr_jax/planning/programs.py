@@ -17,17 +17,15 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
-from rlpr_jax import models, sharding
+from rlpr_jax import models, sharding, types
 from rlpr_jax.models import ModelConfig, Params
 from rlpr_jax.planning.hardware import Slice
+from rlpr_jax.policy import Policy, abstract_opt_state, create_mesh, create_sharding, lay_out
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.choose import Choice, stack
+from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training import packing
-from rlpr_jax.training.packing import PackedRows
-from rlpr_jax.training.policy import Policy, abstract_opt_state, create_mesh, create_sharding, lay_out
-from rlpr_jax.training.setup import (
+from rlpr_jax.training.run import (
   check_lengths,
   check_rows,
   create_optimizer,
@@ -36,6 +34,7 @@ from rlpr_jax.training.setup import (
   rollout_shapes,
 )
 from rlpr_jax.training.update import update
+from rlpr_jax.types import PackedRows
 
 WITHOUT_ATTENTION = ("gather", "insert")  # and without any product: they move what others computed
 _EOS = 0  # which token ends a response changes no program
@@ -91,7 +90,7 @@ def lay_on(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own: Mesh)
   check_lengths(config, policy.config.max_length)
   on_own = dataclasses.replace(policy.gathered, mesh=own)
   sampling = dataclasses.replace(policy.sampling, sharding=sharding.Sharding(on_own.mesh, on_own.rules))
-  whole = policy.whole(policy.trained)
+  whole = policy.merged_params(policy.trained)
   sampled = _like(_sampling_dtypes(policy, whole), models.abstract_params(policy.config, sampling.sharding))
   sampled = _on_device(sampled, own)
   optimizer = create_optimizer(config)
@@ -122,7 +121,7 @@ class Extent(NamedTuple):
 
 def extent_of(layout: Layout, prompt: int, reference: int) -> Extent:
   """For prompts and references of so many tokens: what they are rounded up to."""
-  shapes = rollout_shapes(layout.config, layout.processes, layout.sampler.sampling.sharding.ways("batch"))
+  shapes = rollout_shapes(layout.config, layout.processes, layout.sampler.sampling.sharding.num_shards("batch"))
   return Extent(
     bucket(shapes.prompt_buckets, min(prompt, shapes.prompt_limit)),
     bucket(shapes.suffix_buckets, min(reference, shapes.suffix_length)),
@@ -133,8 +132,8 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   """What a process runs to sample and score, with so many slots of its own; `extent`: None for the longest texts."""
   config, policy = layout.config, layout.sampler
   where, model, params = policy.sampling.sharding, policy.sampler, layout.sampled
-  ways = where.ways("batch")
-  shapes = dataclasses.replace(rollout_shapes(config, layout.processes, ways), slots=slots)
+  num_shards = where.num_shards("batch")
+  shapes = dataclasses.replace(rollout_shapes(config, layout.processes, num_shards), slots=slots)
   extent = extent or Extent(shapes.prompt_limit, shapes.suffix_length)
   abstract = functools.partial(_lay_rows, where)
   empty = functools.partial(
@@ -147,7 +146,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   many = shapes.insert_rows
   entries = (
     _ids(many), _ids(many), jax.ShapeDtypeStruct((many, 2), jnp.uint32), _ids(many),
-    jax.eval_shape(lambda: jax.tree.map(jnp.asarray, stack([Choice()] * many))),
+    jax.eval_shape(lambda: jax.tree.map(jnp.asarray, stack([SamplingParams()] * many))),
   )  # fmt: skip
   suffixes = decode.Suffixes(*(_ids(shapes.score_rows, extent.suffix) for _ in decode.Suffixes._fields))
   weights, cache, waiting = device_bytes(params), device_bytes(rows), device_bytes(read)
@@ -174,7 +173,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   }  # fmt: skip
   if copies_to_sample(layout):
     source, gathered = policy.sharding, policy.gathered.by_process()
-    whole, dtype = policy.whole(policy.trained), policy.sampling.compute_dtype
+    whole, dtype = policy.merged_params(policy.trained), policy.sampling.compute_dtype
     trace = functools.partial(models.cast.trace, whole, dtype, source, gathered)
     beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(whole)
     gather = Program(trace, 1, layout.state | {"sampling copy": weights}, beside + layout.state["optimiser"])
@@ -200,7 +199,7 @@ def abstract_rows(config: ConfigDict, micro_batch_rows: int) -> PackedRows:
   sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
   count = -(-sequences // micro_batch_rows) * micro_batch_rows
   length = config.training.row_length or configs.longest_sequence(config)
-  rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing.empty_rows(count, length)))
+  rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, types.PackedRows.empty(count, length)))
   if config.training.answer_gradient != "none":
     rows = rows._replace(answer_weights=rows.weights)
   if config.training.kl_coefficient:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.models import KVCache
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import Suffixes
+from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.types import Prompt
 
 
 class Prefilled(NamedTuple):
@@ -28,7 +28,7 @@ class Entry(NamedTuple):
   draw: int  # its prompt's number
   sample: int  # its own, among the prompt's
   limit: int  # most tokens
-  choice: Choice
+  choice: SamplingParams
 
 
 class References(NamedTuple):
@@ -74,8 +74,8 @@ def lay_out(
   rows = np.repeat(np.arange(len(batch)) * rows_each, size).astype(np.int32)
   suffixes = Suffixes(*(np.zeros((rows.size, width), np.int32) for _ in Suffixes._fields))
   placed = []
-  for way, items in enumerate(batch):
-    for i, item in enumerate(items, way * size):
+  for shard, items in enumerate(batch):
+    for i, item in enumerate(items, shard * size):
       length, scored = len(item.ids), np.flatnonzero(item.mask)
       rows[i] = item.row
       suffixes.tokens[i, :length] = [item.last_kept, *item.ids[:-1]]

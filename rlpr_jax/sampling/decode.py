@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from rlpr_jax.models import UNSEEN, Decoder, KVCache, Params, Part
-from rlpr_jax.sampling.choose import Choice, Choices, choose, stack
+from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, Params
+from rlpr_jax.sampling.params import RowParams, SamplingParams, sample_token, stack
 from rlpr_jax.sharding import Sharding
 
 
@@ -38,7 +38,7 @@ class Slots(NamedTuple):
   hidden: Float[Array, "S D"]  # at the last of them: what predicts the next
   keys: UInt32[Array, "S 2"]  # of each row's random numbers
   limits: Int[Array, "S"]  # most response tokens
-  choices: Choices  # how each row's tokens are drawn
+  choices: RowParams  # how each row's tokens are drawn
   tokens: Int[Array, "S T"]  # response, EOS included where it was sampled
   logprobs: Float[Array, "S T"]  # of the response's tokens, at the sampling temperature
   counts: Int[Array, "S"]  # response tokens so far
@@ -57,7 +57,7 @@ def empty_slots(model: nnx.GraphDef, params: Params, slots: int, capacity: int, 
     hidden=jnp.zeros((slots, config.embed_dim), dtype),
     keys=jnp.zeros((slots, 2), jnp.uint32),
     limits=jnp.zeros(slots, jnp.int32),
-    choices=jax.tree.map(jnp.asarray, stack([Choice()] * slots)),
+    choices=jax.tree.map(jnp.asarray, stack([SamplingParams()] * slots)),
     tokens=jnp.zeros((slots, limit), jnp.int32),
     logprobs=jnp.zeros((slots, limit), jnp.float32),
     counts=jnp.zeros(slots, jnp.int32),
@@ -97,7 +97,7 @@ def insert(
   target: Int[Array, "I"],
   keys: UInt32[Array, "I 2"],
   limits: Int[Array, "I"],
-  choices: Choices,
+  choices: RowParams,
 ) -> Slots:
   """Puts prefilled prompts into slots: prompt `source[i]` into slot `target[i]`, or nowhere if that is S."""
   decoder: Decoder = nnx.merge(model, params)
@@ -144,8 +144,10 @@ def move(model: nnx.GraphDef, params: Params, slots: Slots, source: Int[Array, "
   return _lay(decoder, rows._replace(cache=cache))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings", "rows", "reach"), donate_argnames=("slots",))
-def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSettings, rows: int, reach: int) -> Slots:
+@functools.partial(jax.jit, static_argnames=("model", "settings", "rows", "kv_length"), donate_argnames=("slots",))
+def decode(
+  model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSettings, rows: int, kv_length: int
+) -> Slots:
   """Up to `settings.steps` more tokens of every active row; ends early when none is active any more.
 
   Each token's key is its row's key folded with its place, so a row does not depend on its neighbours or its slot.
@@ -154,24 +156,24 @@ def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSe
 
   Args:
     rows: R, how many slots are decoded; the first of them, or on a mesh the first of each part. The others are left.
-    reach: how much of each slot is read; at least the longest text of an active row.
+    kv_length: how much of each slot is read; at least the longest text of an active row.
   """
   decoder: Decoder = nnx.merge(model, params)
-  ways, steps = decoder.runtime.sharding.ways("batch"), settings.steps
+  num_shards, steps = decoder.runtime.sharding.num_shards("batch"), settings.steps
   cache, whole = slots.cache, slots._replace(cache=None)
-  state = jax.tree.map(lambda x: _first(x, rows, ways), whole)
+  state = jax.tree.map(lambda x: _first(x, rows, num_shards), whole)
   begin, numbers, eos_ids = state.lengths, jnp.arange(rows), jnp.array(settings.eos_ids)
-  filled, offsets = jnp.arange(reach), jnp.arange(steps)
-  text = Part(cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
+  filled, offsets = jnp.arange(kv_length), jnp.arange(steps)
+  text = CacheView(cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
 
   def step(carry):
     j, recent, state = carry
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
-    tokens, logps = choose(decoder.logits(state.hidden[:, None])[:, 0], keys, state.choices)
+    tokens, logps = sample_token(decoder.logits(state.hidden[:, None])[:, 0], keys, state.choices)
     places = jnp.where(state.active, state.counts, state.tokens.shape[1])  # beyond the end: not written
     counts = state.counts + state.active
     finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))
-    newest = Part(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
+    newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (text, newest))
     recent = recent.map(lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis), added)
     state = state._replace(
@@ -193,21 +195,21 @@ def decode(model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSe
   new = new._replace(lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
   cache = cache.map(functools.partial(_append, begin, decoder.runtime.sharding), recent)
-  whole = jax.tree.map(lambda old, new: _with_first(old, new, ways), whole, new)
+  whole = jax.tree.map(lambda old, new: _with_first(old, new, num_shards), whole, new)
   return _lay(decoder, whole._replace(cache=cache))
 
 
-def _first(x: Shaped[Array, "S *B"], rows: int, ways: int) -> Shaped[Array, "R *B"]:
+def _first(x: Shaped[Array, "S *B"], rows: int, num_shards: int) -> Shaped[Array, "R *B"]:
   """The first of the rows, of each part as many."""
-  return x.reshape(ways, -1, *x.shape[1:])[:, : rows // ways].reshape(rows, *x.shape[1:])
+  return x.reshape(num_shards, -1, *x.shape[1:])[:, : rows // num_shards].reshape(rows, *x.shape[1:])
 
 
-def _with_first(x: Shaped[Array, "S *B"], new: Shaped[Array, "R *B"], ways: int) -> Shaped[Array, "S *B"]:
+def _with_first(x: Shaped[Array, "S *B"], new: Shaped[Array, "R *B"], num_shards: int) -> Shaped[Array, "S *B"]:
   """The same with other first rows."""
   if x.shape == new.shape:
     return new
-  split = x.reshape(ways, -1, *x.shape[1:])
-  return split.at[:, : new.shape[0] // ways].set(new.reshape(ways, -1, *x.shape[1:])).reshape(x.shape)
+  split = x.reshape(num_shards, -1, *x.shape[1:])
+  return split.at[:, : new.shape[0] // num_shards].set(new.reshape(num_shards, -1, *x.shape[1:])).reshape(x.shape)
 
 
 # Rows of a cache are written one by one, unrolled, for each such write happens in place. A scatter would have the whole
@@ -286,7 +288,7 @@ class Suffixes(NamedTuple):
   targets: Int[Array, "R A"]  # the tokens that are scored
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "reach"))
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "kv_length"))
 def score(
   model: nnx.GraphDef,
   params: Params,
@@ -294,7 +296,7 @@ def score(
   rows: Int[Array, "R"],
   suffixes: Suffixes,
   temperature: float,
-  reach: int,
+  kv_length: int,
 ) -> Float[Array, "R A"]:
   """Log-probabilities of suffixes after texts whose keys and values are in the cache.
 
@@ -303,10 +305,10 @@ def score(
 
   Args:
     rows: of the cache.
-    reach: how much of each row is read; at least the longest text that a suffix follows.
+    kv_length: how much of each row is read; at least the longest text that a suffix follows.
   """
   decoder: Decoder = nnx.merge(model, params)
-  text = Part(cache, jnp.broadcast_to(jnp.arange(reach), (rows.size, reach)), rows)
+  text = CacheView(cache, jnp.broadcast_to(jnp.arange(kv_length), (rows.size, kv_length)), rows)
   hidden, _ = decoder.extend(suffixes.tokens, suffixes.positions, (text,), suffixes.segment_ids)
   hidden = jnp.take_along_axis(hidden, suffixes.index[..., None], axis=1)
   return decoder.logprobs(hidden, suffixes.targets, temperature)[0]

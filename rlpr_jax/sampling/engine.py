@@ -19,7 +19,6 @@ from flax import nnx
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import splicing
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import KVCache, Params
 from rlpr_jax.sampling import decode
@@ -33,43 +32,15 @@ from rlpr_jax.sampling.batches import (
   pad_prompts,
   row_keys,
 )
-from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, Slots
-from rlpr_jax.sampling.session import Session
+from rlpr_jax.sampling.params import SamplingParams, stack
+from rlpr_jax.sampling.scheduler import Scheduler
 from rlpr_jax.sampling.shapes import Shapes, bucket
+from rlpr_jax.types import Prompt, Rollouts, Samples
 
 
 class StoppedError(Exception):
   """The caller asked to stop; what was sampled so far is lost."""
-
-
-class Samples(NamedTuple):
-  """Sampled responses. numpy. Only lengths say what is a token and what is padding (padding may equal EOS)."""
-
-  tokens: np.ndarray  # int32[B, T] EOS included where it was sampled
-  lengths: np.ndarray  # int32[B]
-  logprobs: np.ndarray  # float32[B, T] of the sampled tokens, at the sampling temperature; 0 beyond the length
-  finished: np.ndarray  # bool[B] True: ended by EOS; False: cut at its limit
-  texts: list[str]  # [B] decoded, without the EOS
-  refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
-
-
-class Rollouts(NamedTuple):
-  """Responses of a batch of prompts, with what the reward needs. numpy; B = P * G, a prompt's samples together."""
-
-  tokens: np.ndarray  # int32[B, T]
-  lengths: np.ndarray  # int32[B]
-  logprobs: np.ndarray  # float32[B, T] of the sampled tokens
-  finished: np.ndarray  # bool[B] True: ended by EOS
-  texts: list[str]  # [B] decoded, without the EOS
-  refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
-  scorable: np.ndarray  # bool[B] the reference answer could be spliced in
-  overlong: np.ndarray  # bool[B] it could have been, but did not fit
-  reference_starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
-  reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
-  reference_logps: np.ndarray  # float32[B, E] log-probabilities of the reference answer's own tokens, else 0
-  reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
-  seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
 
 
 class SizeNames(NamedTuple):
@@ -96,7 +67,7 @@ class Engine:
   template: str  # think | answer_only
   score_temperature: float
   baseline_prefix: str  # bare | tagged
-  choice: Choice = Choice()  # how tokens are drawn
+  choice: SamplingParams = SamplingParams()  # how tokens are drawn
   names: SizeNames = OF_TRAINING
 
   def sample(
@@ -157,7 +128,7 @@ class Engine:
     interrupted: Callable[[], bool] = lambda: False,
   ) -> tuple[Samples, dict[str, float]]:
     """Runs a session until all of a batch has ended; request b is sample b % G of prompt b // G."""
-    session, total = Session(self, params, key, references), len(draws) * samples
+    session, total = Scheduler(self, params, key, references), len(draws) * samples
     limits = np.full(total, self.shapes.max_response_length) if limits is None else limits
     out = Samples(
       np.zeros((total, self.shapes.max_response_length), np.int32),
@@ -230,7 +201,7 @@ class Engine:
     cache: KVCache,
     todo: Sequence[Scored],
     most: int,
-    reach: int,
+    kv_length: int,
     out: References,
   ) -> None:
     """Scores suffixes after rows of a cache, `most` at a time, and writes them into `out`.
@@ -238,19 +209,19 @@ class Engine:
     Rows of a call are of one suffix bucket, and lie as the mesh splits them: a part of the call's rows for each part
     of the cache's.
     """
-    ways, all_rows, sizes = self.shapes.ways, cache.rows, self.shapes.score_sizes(most)
+    num_shards, all_rows, sizes = self.shapes.num_shards, cache.rows, self.shapes.score_sizes(most)
     by_bucket = collections.defaultdict(list)
     for item in todo:
       by_bucket[bucket(self.shapes.suffix_buckets, len(item.ids))].append(item)
     for width, items in sorted(by_bucket.items()):
-      waiting = [[item for item in items if item.row * ways // all_rows == way] for way in range(ways)]
+      waiting = [[item for item in items if item.row * num_shards // all_rows == shard] for shard in range(num_shards)]
       while any(waiting):
-        left = max(map(len, waiting)) * ways
+        left = max(map(len, waiting)) * num_shards
         size = max((size for size in sizes if size <= left), default=sizes[0])
-        batch = [way[: size // ways] for way in waiting]
-        waiting = [way[size // ways :] for way in waiting]
-        rows, suffixes, placed = lay_out(batch, size // ways, all_rows // ways, width)
-        logps = decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach)
+        batch = [shard[: size // num_shards] for shard in waiting]
+        waiting = [shard[size // num_shards :] for shard in waiting]
+        rows, suffixes, placed = lay_out(batch, size // num_shards, all_rows // num_shards, width)
+        logps = decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, kv_length)
         for (item, _), row in zip(placed, np.asarray(logps)[[place for _, place in placed]], strict=True):
           mask = np.array(item.mask)
           out.tokens[item.out, : len(mask)], out.mask[item.out, : len(mask)] = item.ids, mask
@@ -258,7 +229,7 @@ class Engine:
 
   def insert(self, params: Params, slots: Slots, batch: Prefilled, key: jax.Array, entries: Sequence[Entry]) -> Slots:
     """Puts prompts into slots, `insert_rows` at most."""
-    filling = [Entry(0, slots.counts.size, 0, 0, 0, Choice())] * (self.shapes.insert_rows - len(entries))
+    filling = [Entry(0, slots.counts.size, 0, 0, 0, SamplingParams())] * (self.shapes.insert_rows - len(entries))
     *numbers, choices = zip(*entries, *filling, strict=True)
     source, target, draws, samples, limits = np.array(numbers, np.uint32)
     keys = row_keys(key, draws, samples)
@@ -278,16 +249,16 @@ class Engine:
 
   def move(self, params: Params, slots: Slots, pairs: Sequence[tuple[int, int]], rows: int) -> Slots:
     """Copies slots: `pairs` of a slot and a place among the first of its part, `rows` in all."""
-    ways = self.shapes.ways
-    each, filled = self.shapes.slots // ways, [0] * ways
-    source, target = np.zeros((2, ways, rows // ways), np.int32)  # slot 0 to slot 0: nothing
+    num_shards = self.shapes.num_shards
+    each, filled = self.shapes.slots // num_shards, [0] * num_shards
+    source, target = np.zeros((2, num_shards, rows // num_shards), np.int32)  # slot 0 to slot 0: nothing
     for old, new in pairs:
-      way = old // each
-      source[way, filled[way]], target[way, filled[way]] = old % each, new % each
-      filled[way] += 1
+      shard = old // each
+      source[shard, filled[shard]], target[shard, filled[shard]] = old % each, new % each
+      filled[shard] += 1
     return decode.move(self.model, params, slots, source.reshape(-1), target.reshape(-1))
 
-  def warm_up(self, params: Params, scoring: bool) -> None:
+  def compile_programs(self, params: Params, scoring: bool) -> None:
     """Compiles every program that any lengths may ask for, by running each once on next to nothing.
 
     Raises:
@@ -305,8 +276,8 @@ class Engine:
     with self._memory(params, "slots"):
       decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
       slots = decode.halt(slots, np.zeros(shapes.slots, bool))
-      for rows, reach in itertools.product(shapes.decode_rows, shapes.reaches):
-        slots = jax.block_until_ready(decode.decode(self.model, params, slots, self.settings, rows, reach))
+      for rows, kv_length in itertools.product(shapes.decode_rows, shapes.kv_lengths):
+        slots = jax.block_until_ready(decode.decode(self.model, params, slots, self.settings, rows, kv_length))
       for rows in shapes.decode_rows[:-1]:
         slots = self.move(params, slots, [], rows)
     with self._memory(params, "score_rows"):
@@ -318,11 +289,11 @@ class Engine:
           for size in shapes.score_sizes(shapes.prefill_rows):
             self.score_padding(params, cache, size, length, width)
 
-  def score_padding(self, params: Params, cache: KVCache, size: int, reach: int, width: int) -> None:
+  def score_padding(self, params: Params, cache: KVCache, size: int, kv_length: int, width: int) -> None:
     """Runs a scoring program on nothing."""
-    ways, all_rows = self.shapes.ways, cache.rows
-    rows, suffixes, _ = lay_out([[] for _ in range(ways)], size // ways, all_rows // ways, width)
-    jax.block_until_ready(decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, reach))
+    num_shards, all_rows = self.shapes.num_shards, cache.rows
+    rows, suffixes, _ = lay_out([[] for _ in range(num_shards)], size // num_shards, all_rows // num_shards, width)
+    jax.block_until_ready(decode.score(self.model, params, cache, rows, suffixes, self.score_temperature, kv_length))
 
   @contextlib.contextmanager
   def _memory(self, params: Params, size: str) -> Iterator[None]:
@@ -337,11 +308,11 @@ class Engine:
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      ways, shapes = self.shapes.ways, self.shapes
+      num_shards, shapes = self.shapes.num_shards, self.shapes
       one = functools.partial(
-        decode.empty_slots, self.model, slots=ways, capacity=shapes.capacity, limit=shapes.max_response_length
+        decode.empty_slots, self.model, slots=num_shards, capacity=shapes.capacity, limit=shapes.max_response_length
       )
-      slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(one, params).cache)) // ways
+      slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(one, params).cache)) // num_shards
       fits = f", room for at most {free // slot} slots" if jax.device_count() == 1 else ""
       # Who cannot change how many prompts are read at once can shorten them.
       size = next(name for name in (size, "prompt_limit", "slots") if getattr(self.names, name))

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax.types import Prompt
 
 _LANES = 128  # numbers that lie side by side in a TPU's registers
 
@@ -20,7 +20,7 @@ class Shapes:
   prefill_rows: int  # P, prompts read at once
   score_rows: int  # R, rows scored at once
   insert_rows: int  # rows that go into slots at once
-  ways: int = 1  # parts into which the mesh splits rows; divides S, P and R
+  num_shards: int = 1  # parts into which the mesh splits rows; divides S, P and R
 
   @property
   def capacity(self) -> int:
@@ -48,13 +48,13 @@ class Shapes:
   def decode_rows(self) -> tuple[int, ...]:
     """How many slots are decoded: all, or a quarter, or a quarter of that, once fewer rows are left. Ascending."""
     counts = [self.slots]
-    while counts[-1] >= 16 * self.ways:
-      counts.append(-(-counts[-1] // (4 * self.ways)) * self.ways)
+    while counts[-1] >= 16 * self.num_shards:
+      counts.append(-(-counts[-1] // (4 * self.num_shards)) * self.num_shards)
     return tuple(reversed(counts))
 
   def score_sizes(self, rows: int) -> tuple[int, ...]:
     """How many of at most `rows` suffixes a call scores: all, or a quarter. Ascending."""
-    return tuple(sorted({max(rows // 4 // self.ways, 1) * self.ways, rows}))
+    return tuple(sorted({max(rows // 4 // self.num_shards, 1) * self.num_shards, rows}))
 
   @property
   def longest(self) -> int:
@@ -62,7 +62,7 @@ class Shapes:
     return self.prompt_limit + self.max_response_length
 
   @property
-  def reaches(self) -> tuple[int, ...]:
+  def kv_lengths(self) -> tuple[int, ...]:
     """How much of a slot is read: quarters, for attention to skip what no row has filled."""
     longest = self.longest
     if longest < 256:

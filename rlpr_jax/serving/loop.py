@@ -9,11 +9,11 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.models import Params
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.engine import Engine
-from rlpr_jax.sampling.session import Request, Session
+from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.sampling.scheduler import Request, Scheduler
+from rlpr_jax.types import Prompt
 
 
 class Written(NamedTuple):
@@ -32,7 +32,7 @@ class Job:
 
   prompt: Prompt
   limits: Sequence[int]  # most tokens of each sample
-  choice: Choice
+  choice: SamplingParams
   stop: Sequence[str]
   seed: int  # uint32
   stream: bool  # whether `tell` is called before a sample has ended
@@ -59,7 +59,7 @@ class Loop:
     self.error: BaseException | None = None
     self.waiting, self.running = 0, 0  # samples without and with a slot
     self.most = engine.shapes.slots + most_waiting  # samples
-    self._session = Session(engine, params, jax.random.key(0))
+    self._session = Scheduler(engine, params, jax.random.key(0))
     self._changed = threading.Condition()
     self._new: collections.deque[Job] = collections.deque()
     self._taken: list[Job] = []  # the last that were handed to the session

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.data.templates import render
 from rlpr_jax.errors import InputError
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes
+from rlpr_jax.types import Prompt
 
 Json = dict[str, Any]
 
@@ -76,7 +76,7 @@ class Call:
   prompts: tuple[Prompt, ...]  # one, or several of a plain completion
   n: int  # samples of each
   limit: int  # tokens of a response
-  choice: Choice
+  choice: SamplingParams
   stop: tuple[str, ...]
   seed: int  # uint32
   stream: bool
@@ -120,7 +120,7 @@ def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBas
   limit = _take(request, "max_tokens", int, shapes.max_response_length if chat else _COMPLETION_TOKENS)
   limit = _take(request, "max_completion_tokens", int, limit)  # the name of it in chats; else it is refused above
   limit = _within(limit, "max_tokens", 1, shapes.max_response_length)
-  choice = Choice(
+  choice = SamplingParams(
     temperature=_within(_take(request, "temperature", float, 1.0), "temperature", 0, 2),
     top_k=_within(_take(request, "top_k", int, 0), "top_k", -1, 2**31 - 1),
     top_p=_within(_take(request, "top_p", float, 1.0), "top_p", 0, 1),
@@ -133,7 +133,7 @@ def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBas
     raise RequestError(400, f"logprobs: expected {'true or false' if chat else '0: those of the sampled tokens'}")
   return Call(
     chat,
-    tuple(Prompt(np.array(ids, np.int32), "", "", "", row) for row, ids in enumerate(prompts)),
+    tuple(Prompt(ids=np.array(ids, np.int32), row=row) for row, ids in enumerate(prompts)),
     n,
     limit,
     dataclasses.replace(choice, top_k=max(choice.top_k, 0)),

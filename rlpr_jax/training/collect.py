@@ -3,64 +3,29 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 
 from rlpr_jax import filtering, grpo, processes, rewards
-from rlpr_jax.data.pipeline import Prompt, PromptStream
+from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
-from rlpr_jax.rewards import Rewards
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.batches import pad_prompts
-from rlpr_jax.sampling.engine import Rollouts, StoppedError
+from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Answers, Groups
-from rlpr_jax.training.reward import (
-  Evidence,
-  assess,
-  auc,
-  custom_rewards,
-  gather_evidence,
-  group_auc,
-  within_group_correlation,
-)
+from rlpr_jax.training.reward import assess, auc, custom_rewards, gather_evidence, group_auc, within_group_correlation
+from rlpr_jax.training.run import Run, baseline_logps, scorer_params
 from rlpr_jax.training.scorer import score_again
-from rlpr_jax.training.setup import Run, baseline_logps, scorer_params
-from rlpr_jax.training.state import TrainState
+from rlpr_jax.types import Answers, Evidence, Groups, Prompt, Rewards, RolloutBatch, Rollouts, StepBatch, TrainState
 
 _group_advantages = jax.jit(grpo.group_advantages, static_argnames=("normalize",))
 _separate_advantages = jax.jit(grpo.separate_advantages, static_argnames=("normalize",))
 _group_bound = jax.jit(grpo.group_bound)
 
 
-class Draw(NamedTuple):
-  """Prompts drawn together, and what became of them."""
-
-  prompts: list[Prompt]  # [P]
-  rollouts: Rollouts  # [P * G]; of texts, this process's share
-  evidence: Evidence
-  rewards: Rewards  # [P, G]
-  shadows: dict[str, Rewards]  # by name
-  advantages: np.ndarray  # float32[P, G]
-  answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
-  stds: np.ndarray  # float32[P]
-  keep: np.ndarray  # bool[P]
-
-
-class Harvest(NamedTuple):
-  """What a step trains on, what it leaves to the next, and what it saw."""
-
-  groups: Groups  # kept, at most prompts_per_step
-  carried: Groups  # kept beyond that
-  stds: np.ndarray  # float32[max_draws * P] spread of every prompt drawn; NaN where nothing was drawn
-  baselines: np.ndarray  # float32[N, A] as in TrainState, with what was learned of them
-  values: dict[str, float]  # metrics
-  rows: list[dict[str, Any]]  # rollouts for the disk
-
-
-def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest) -> Harvest:
+def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest) -> StepBatch:
   """Draws until `prompts_per_step` groups are kept, those carried over included, or `max_draws` draws were made.
 
   Raises:
@@ -69,7 +34,7 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
   config = run.config
   params = run.policy.sampling_params(state.params)
   kept, draws = [state.carried], []
-  while sum(groups.count for groups in kept) < config.prompts_per_step and len(draws) < config.max_draws:
+  while sum(groups.num_groups for groups in kept) < config.prompts_per_step and len(draws) < config.max_draws:
     draw, baselines = draw_once(run, state, params, stream, stop)
     state = state._replace(baselines=baselines)
     kept.append(to_groups(run, draw))
@@ -80,7 +45,7 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
   stds = np.full(config.max_draws * config.rollout.prompts_per_draw, np.nan, np.float32)
   for i, draw in enumerate(draws):
     stds[i * len(draw.stds) : (i + 1) * len(draw.stds)] = draw.stds
-  return Harvest(
+  return StepBatch(
     groups=groups.take(slice(size)),
     carried=groups.take(slice(size, None)),
     stds=stds,
@@ -92,7 +57,7 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
 
 def draw_once(
   run: Run, state: TrainState, params: Params, stream: PromptStream, stop: StopRequest
-) -> tuple[Draw, np.ndarray]:
+) -> tuple[RolloutBatch, np.ndarray]:
   """The next prompts of the stream, sampled, scored, rewarded and judged by the filter; and the baselines after it.
 
   Each process samples its share of the prompts. From `gather` on all know of all, and decide alike.
@@ -124,7 +89,7 @@ def draw_once(
   stds = np.where(rollouts.refused.reshape(stds.size, -1).any(axis=1), np.nan, stds)
   scales = [dict(config.filter.source_scales).get(prompt.source, run.filter.scale) for prompt in prompts]
   keep = filtering.keep(state.filter, stds, run.filter, correct=evidence.verified, scales=np.array(scales, np.float32))
-  return Draw(
+  return RolloutBatch(
     prompts, rollouts, evidence, parts, shadows, advantages, answer_weights, stds, np.asarray(keep)
   ), baselines
 
@@ -177,7 +142,7 @@ def judge(run: Run, evidence: Evidence, parts: Rewards) -> tuple[np.ndarray, np.
   return jax.device_get((advantages, stds, answer_weights.astype(np.float32)))
 
 
-def to_groups(run: Run, draw: Draw) -> Groups:
+def to_groups(run: Run, draw: RolloutBatch) -> Groups:
   """The groups of a draw that are kept."""
   kept, shape, rollouts = np.flatnonzero(draw.keep), draw.advantages.shape, draw.rollouts
   tokens, lengths = pad_prompts([draw.prompts[p] for p in kept], run.config.data.prompt_limit)
@@ -204,14 +169,14 @@ def to_groups(run: Run, draw: Draw) -> Groups:
   )
 
 
-def summarize(run: Run, state: TrainState, draws: list[Draw], groups: Groups) -> dict[str, float]:
+def summarize(run: Run, state: TrainState, draws: list[RolloutBatch], groups: Groups) -> dict[str, float]:
   """Metrics of everything that a step sampled, dropped groups included."""
   values = {
     "filter/threshold": max(float(filtering.threshold(state.filter, run.filter)), 0.0),
     "filter/drawn": sum(len(draw.prompts) for draw in draws),
     "filter/kept": int(sum(draw.keep.sum() for draw in draws)),
-    "filter/carried_in": state.carried.count,
-    "filter/trained": min(groups.count, run.config.prompts_per_step),
+    "filter/carried_in": state.carried.num_groups,
+    "filter/trained": min(groups.num_groups, run.config.prompts_per_step),
   }
   if not draws:  # what was carried over was enough
     return values
@@ -252,10 +217,10 @@ def aucs(name: str, scores: np.ndarray, right: np.ndarray) -> dict[str, float | 
   return {f"{name}/auc": auc(scores, right), f"{name}/group_auc": group_auc(scores, right)}
 
 
-def compare(draws: list[Draw], verifies: bool) -> dict[str, float]:
+def compare(draws: list[RolloutBatch], verifies: bool) -> dict[str, float]:
   """Each shadow reward beside the one that is trained on, and both against the verifier, if there is one."""
 
-  def everywhere(pick: Callable[[Draw], np.ndarray]) -> np.ndarray:
+  def everywhere(pick: Callable[[RolloutBatch], np.ndarray]) -> np.ndarray:
     return np.concatenate([pick(draw) for draw in draws])
 
   total, right = everywhere(lambda draw: draw.rewards.total), everywhere(lambda draw: draw.evidence.verified)
@@ -272,7 +237,7 @@ def compare(draws: list[Draw], verifies: bool) -> dict[str, float]:
   return {name: value for name, value in values.items() if value is not None}
 
 
-def rollout_rows(run: Run, step: int, draw: Draw) -> list[dict[str, Any]]:
+def rollout_rows(run: Run, step: int, draw: RolloutBatch) -> list[dict[str, Any]]:
   """The first `log.rollouts` responses of a draw with every part of their reward, as they go to disk."""
   rows = []
   for i in range(min(run.config.log.rollouts, len(draw.rollouts.lengths))):

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from rlpr_jax import processes, rewards
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.grading import graders
 from rlpr_jax.models import Params
 from rlpr_jax.sampling.engine import Engine, StoppedError
+from rlpr_jax.types import Prompt
 
 
 def evaluate(

@@ -13,8 +13,8 @@ from flax import nnx
 
 from rlpr_jax.models import Params
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Groups, PackedRows
 from rlpr_jax.training.update import UpdateSettings, row_logprobs
+from rlpr_jax.types import Groups, PackedRows
 
 EDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of |ratio - 1|, for the histogram
 
@@ -28,7 +28,9 @@ class Trainer(NamedTuple):
   row_length: int
 
 
-def settle(groups: Groups, trainer: Trainer, choice: str, limit: float) -> tuple[Groups, dict[str, float]]:
+def resolve_old_logprobs(
+  groups: Groups, trainer: Trainer, choice: str, limit: float
+) -> tuple[Groups, dict[str, float]]:
   """Groups that the trainer's policy has just sampled, with the log-probabilities that an update is to start from.
 
   Args:
@@ -39,7 +41,7 @@ def settle(groups: Groups, trainer: Trainer, choice: str, limit: float) -> tuple
     the groups, and metrics: `mean` and `worst` of |ratio - 1|, `over_X` for the share of tokens where it is above X,
     and `recomputed`, 1 if the trainer's are taken.
   """
-  if not groups.count:
+  if not groups.num_groups:
     return groups, {}
   found = trainer_logprobs(groups, trainer, everything=choice == "trainer")
   metrics = gap(groups.logprobs, found)

@@ -7,63 +7,7 @@ import jax
 import numpy as np
 
 from rlpr_jax import grpo
-
-
-class Answers(NamedTuple):
-  """Reference answers in the place of the responses' own, for a gradient through them. numpy."""
-
-  weights: np.ndarray  # float32[K, G] of -log p(answer)
-  starts: np.ndarray  # int32[K, G] tokens of the response that stand before the suffix
-  tokens: np.ndarray  # int32[K, G, E] the suffix
-  mask: np.ndarray  # bool[K, G, E] True on the answer's own tokens; nowhere if the response has no place for it
-
-
-class Groups(NamedTuple):
-  """Kept prompts and their G responses each, with all that an update needs to know of them. numpy."""
-
-  prompt_tokens: np.ndarray  # int32[K, S]
-  prompt_lengths: np.ndarray  # int32[K]
-  tokens: np.ndarray  # int32[K, G, T]
-  lengths: np.ndarray  # int32[K, G]
-  logprobs: np.ndarray  # float32[K, G, T] under the policy that sampled
-  advantages: np.ndarray  # float32[K, G]
-  answers: Answers | None = None  # None where no gradient goes through them
-
-  @property
-  def count(self) -> int:
-    return len(self.prompt_lengths)
-
-  def take(self, which: slice | np.ndarray) -> "Groups":
-    """The groups that an index, a slice or a mask over K selects."""
-    return jax.tree.map(lambda field: field[which], self)
-
-
-class PackedRows(NamedTuple):
-  """Token rows for the update. Segment ids count the sequences of a row from 1; 0 is padding."""
-
-  tokens: np.ndarray  # int32[R, L]
-  positions: np.ndarray  # int32[R, L] within the segment
-  segment_ids: np.ndarray  # int32[R, L]
-  mask: np.ndarray  # bool[R, L] True on sampled tokens, EOS included
-  old_logprobs: np.ndarray  # float32[R, L] of the token at the same place
-  advantages: np.ndarray  # float32[R, L]
-  weights: np.ndarray  # float32[R, L] loss = sum(weights * token loss), over the whole minibatch
-  answer_weights: np.ndarray | None = None  # float32[R, L] loss -= sum(answer_weights * log p); None for no such term
-  reference_logprobs: np.ndarray | None = None  # float32[R, L] under the initial policy; None without a KL term
-
-
-def empty_rows(rows: int, length: int) -> PackedRows:
-  """Rows of padding."""
-  shape = (rows, length)
-  return PackedRows(
-    tokens=np.zeros(shape, np.int32),
-    positions=np.zeros(shape, np.int32),
-    segment_ids=np.zeros(shape, np.int32),
-    mask=np.zeros(shape, bool),
-    old_logprobs=np.zeros(shape, np.float32),
-    advantages=np.zeros(shape, np.float32),
-    weights=np.zeros(shape, np.float32),
-  )
+from rlpr_jax.types import Groups, PackedRows
 
 
 def concatenate(groups: Sequence[Groups]) -> Groups:
@@ -81,7 +25,7 @@ def minibatches(
   sequences = prompts_per_step // count * groups.lengths.shape[1]
   rows = -(-sequences // micro_batch_rows) * micro_batch_rows
   dealt = [groups.take(slice(first, None, count)) for first in range(count)]
-  return [pack(part, aggregate, rows, row_length) for part in dealt if part.count]
+  return [pack(part, aggregate, rows, row_length) for part in dealt if part.num_groups]
 
 
 def pack(groups: Groups, aggregate: str, rows: int, row_length: int) -> PackedRows:
@@ -163,7 +107,7 @@ def first_fit(lengths: Iterable[int], row_length: int) -> np.ndarray:
 
 def lay(segments: Sequence[Segment], places: np.ndarray, rows: int, row_length: int) -> PackedRows:
   """Rows with each segment at its place; those of a row are numbered as they stand in it."""
-  out, count = empty_rows(rows, row_length), np.zeros(rows, np.int32)
+  out, count = PackedRows.empty(rows, row_length), np.zeros(rows, np.int32)
   if segments[0].answer_weights is not None:
     out = out._replace(answer_weights=np.zeros_like(out.weights))
   for i in np.lexsort(places.T[::-1]):

@@ -9,20 +9,17 @@ import functools
 import pathlib
 import runpy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards, splicing
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError, user_code
 from rlpr_jax.grading import graders
-from rlpr_jax.rewards import Rewards
-from rlpr_jax.sampling.engine import Rollouts
+from rlpr_jax.types import Evidence, Prompt, Rewards, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +38,6 @@ class RewardSettings:
   @classmethod
   def of(cls, config: ConfigDict) -> "RewardSettings":
     return cls(**{field.name: config[field.name] for field in dataclasses.fields(cls)})
-
-
-class Evidence(NamedTuple):
-  """What a reward can be made of, of P groups of G responses. Column k is the answer's k-th token."""
-
-  logps: Float[Array, "P G A"]  # of the reference after the reasoning
-  mask: Bool[Array, "P G A"]  # True on the answer's tokens
-  scorable: Bool[Array, "P G"]
-  baseline_logps: Float[Array, "P A"]  # of the reference without reasoning; NaN where there is no token
-  formats: Float[Array, "P G"]  # 1 where the tags are right
-  repetition: Float[Array, "P G"]  # -1 where the response repeats itself
-  excess: Float[Array, "P G"]  # how much longer than the reference the answer is: 0 to -1
-  verified: Float[Array, "P G"]  # 1 where the verifier finds the answer right; 0 without a verifier
-  noise: Float[Array, "P G"]  # uniform in [0, 1)
 
 
 # A reward of the user's own: the evidence, the responses' texts [P * G] and the prompts -> rewards [P, G]. Of many

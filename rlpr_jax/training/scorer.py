@@ -10,12 +10,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.models import Params
-from rlpr_jax.sampling.engine import Rollouts
-from rlpr_jax.training.packing import PackedRows, empty_rows
-from rlpr_jax.training.setup import Run
+from rlpr_jax.training.run import Run
 from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.types import PackedRows, Prompt, Rollouts
 
 
 def score_again(run: Run, params: Params, prompts: Sequence[Prompt], rollouts: Rollouts) -> Rollouts:
@@ -27,7 +25,7 @@ def score_again(run: Run, params: Params, prompts: Sequence[Prompt], rollouts: R
   logps = np.zeros_like(rollouts.reference_logps)
   todo = np.flatnonzero(rollouts.scorable)
   for first in range(0, len(todo), size):
-    part, rows, places = todo[first : first + size], empty_rows(size, length), []
+    part, rows, places = todo[first : first + size], PackedRows.empty(size, length), []
     for i, row in enumerate(part):
       mask = rollouts.reference_mask[row]
       needed = np.flatnonzero(mask)[-1] + 1

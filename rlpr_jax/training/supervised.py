@@ -19,10 +19,11 @@ from rlpr_jax.data.sources import load_demonstrations
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
+from rlpr_jax.policy import Policy
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import PackedRows, Segment
-from rlpr_jax.training.policy import Policy
+from rlpr_jax.training.packing import Segment
 from rlpr_jax.training.update import UpdateSettings, update
+from rlpr_jax.types import PackedRows
 
 # Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
 _MUON = {
@@ -137,14 +138,14 @@ def steps(
   """The steps of `config.warm_start` that are left.
 
   Yields:
-    the state, which the next step gives away, and the metrics of `update`; `answer_loss` is the mean of -log p, nats a
+    the state, which the next step donates, and the metrics of `update`; `answer_loss` is the mean of -log p, nats a
     token.
 
   Raises:
     InputError: so many updates in a row were not finite as `config.guards` bears.
   """
   settings = config.warm_start
-  micro_batch_rows = config.training.micro_batch_rows or policy.sharding.ways("batch")
+  micro_batch_rows = config.training.micro_batch_rows or policy.sharding.num_shards("batch")
   row_length = config.training.row_length or config.data.prompt_limit + config.rollout.max_response_length
   rows = -(-settings.batch_size // micro_batch_rows) * micro_batch_rows
   compiled = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows, sharding=policy.sharding)

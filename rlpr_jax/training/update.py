@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from rlpr_jax import grpo
 from rlpr_jax.models import Decoder, Params, combine, place
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training.packing import PackedRows
+from rlpr_jax.types import PackedRows
 
 Carry = TypeVar("Carry")
 

@@ -6,10 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare, reference_length
+from rlpr_jax.data.pipeline import PromptStream, prepare, reference_length
 from rlpr_jax.data.sources import Example
 from rlpr_jax.errors import InputError
 from rlpr_jax.splicing import baseline_suffix, splice
+from rlpr_jax.types import Prompt
 
 TEMPLATE = (
   "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[go]{% endif %}"
@@ -94,7 +95,10 @@ def test_reference_length_holds_what_is_scored(tokenizer, template):
 
 
 def some_prompts(count):
-  return [Prompt(np.arange(3, dtype=np.int32), "42", f"question {i}", "test", i) for i in range(count)]
+  return [
+    Prompt(ids=np.arange(3, dtype=np.int32), reference="42", question=f"question {i}", source="test", row=i)
+    for i in range(count)
+  ]
 
 
 def rows(batch):

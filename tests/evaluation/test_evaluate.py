@@ -12,7 +12,7 @@ import pytest
 from starlette.responses import JSONResponse
 
 from rlpr_jax import evaluate as program
-from rlpr_jax import models
+from rlpr_jax import huggingface
 from rlpr_jax import train as training
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import benchmarks, responses
@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def directory(policy, tmp_path_factory):
   path = tmp_path_factory.mktemp("model")
-  models.save_pretrained(path, policy.config, policy.params, policy.tokenizer)
+  huggingface.save_pretrained(path, policy.config, policy.params, policy.tokenizer)
   return path
 
 

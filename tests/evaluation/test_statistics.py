@@ -5,13 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rlpr_jax.evaluation.statistics import (
-  bootstrap_interval,
-  majority_at_k,
-  mean_at_k,
-  paired_difference,
-  pass_at_k,
-)
+from rlpr_jax.evaluation.statistics import bootstrap_interval, majority_at_k, mean_at_k, paired_difference, pass_at_k
 
 NAN = np.nan
 

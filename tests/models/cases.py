@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlpr_jax import models
-from rlpr_jax.models import ModelConfig, Params, Part, families
+from rlpr_jax import huggingface, models
+from rlpr_jax.huggingface import families
+from rlpr_jax.models import CacheView, ModelConfig, Params
 
 VOCAB, LENGTH = 96, 40
 _SIZES = {
@@ -129,7 +130,7 @@ def load(their_model) -> tuple[ModelConfig, Params]:
   """Saves a model as transformers does and reads it as we do."""
   with tempfile.TemporaryDirectory() as directory:
     their_model.save_pretrained(directory)
-    return models.load_pretrained(directory)
+    return huggingface.load_pretrained(directory)
 
 
 @functools.cache
@@ -196,7 +197,7 @@ def extend(model, params, tokens, starts, cache):
   positions = starts[:, None] + jnp.arange(tokens.shape[1])
   capacity = cache.values.shape[3]
   slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
-  hidden, new = decoder.extend(tokens, positions, (Part(cache, slots),))
+  hidden, new = decoder.extend(tokens, positions, (CacheView(cache, slots),))
   return decoder.logits(hidden), _write(cache, new, starts)
 
 

@@ -11,7 +11,7 @@ import transformers
 
 from rlpr_jax import models
 from rlpr_jax.errors import InputError
-from rlpr_jax.models.families import from_huggingface, to_huggingface
+from rlpr_jax.huggingface.families import from_huggingface, to_huggingface
 from tests.models import cases
 
 SMOLLM2 = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct" / "config.json"

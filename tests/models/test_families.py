@@ -12,7 +12,8 @@ import pytest
 import transformers
 
 from rlpr_jax import models
-from rlpr_jax.models import Rope, families
+from rlpr_jax.huggingface import families
+from rlpr_jax.models import Rope
 from tests.models import cases
 
 TOKENS = cases.random_tokens(2, cases.LENGTH)

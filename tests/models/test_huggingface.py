@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rlpr_jax import models
+from rlpr_jax import huggingface, models
 from rlpr_jax.errors import InputError
 
 CONFIG = {
@@ -77,7 +77,7 @@ def shard(directory, tensors):
 def error(directory):
   """The one line that is said about a directory."""
   with pytest.raises(InputError) as caught:
-    models.load_pretrained(str(directory))
+    huggingface.load_pretrained(str(directory))
   message = str(caught.value)
   assert "\n" not in message
   return message
@@ -87,7 +87,7 @@ def error(directory):
 
 
 def test_config(directory):
-  config, _ = models.load_pretrained(str(directory))
+  config, _ = huggingface.load_pretrained(str(directory))
   assert config == models.ModelConfig(
     vocab_size=11, embed_dim=8, mlp_dim=12, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6,
     rope=models.Rope(theta=5000.0), norm_eps=1e-5,
@@ -101,7 +101,7 @@ def test_heads_by_default(tmp_path, tensors):
     if "_proj.weight" in name and "self_attn" in name:
       tensors[name] = np.ones((8, 8), np.float32)
   save_file(tensors, tmp_path / "model.safetensors")
-  config, params = models.load_pretrained(str(tmp_path))
+  config, params = huggingface.load_pretrained(str(tmp_path))
   assert (config.num_kv_heads, config.head_dim) == (4, 2)
   assert params["layers"]["key"]["weight"].shape == (2, 8, 4, 2)
 
@@ -126,7 +126,7 @@ def check_layout(params, tensors):
 
 
 def test_layout_of_every_tensor(directory, tensors):
-  check_layout(models.load_pretrained(str(directory))[1], tensors)
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
 
 
 def test_layout_of_biases(directory, tensors):
@@ -139,7 +139,7 @@ def test_layout_of_biases(directory, tensors):
     for name, size in sizes.items():
       tensors[f"model.layers.{layer}.{name}.bias"] = rng.normal(size=size).astype(np.float32)
   save_file(tensors, directory / "model.safetensors")
-  _, params = models.load_pretrained(str(directory))
+  _, params = huggingface.load_pretrained(str(directory))
   check_layout(params, tensors)
   shapes = {"query": (4, 6), "key": (2, 6), "value": (2, 6), "out": (8,), "gate": (12,), "up": (12,), "down": (8,)}
   for (ours, shape), theirs in zip(shapes.items(), sizes, strict=True):
@@ -150,22 +150,22 @@ def test_layout_of_biases(directory, tensors):
 
 
 def test_shards(directory, tensors):
-  _, expected = models.load_pretrained(str(directory))
+  _, expected = huggingface.load_pretrained(str(directory))
   shard(directory, tensors)
-  jax.tree.map(np.testing.assert_array_equal, models.load_pretrained(str(directory))[1], expected)
+  jax.tree.map(np.testing.assert_array_equal, huggingface.load_pretrained(str(directory))[1], expected)
 
 
 def test_tied_head_is_not_read(directory, tensors):
   del tensors["lm_head.weight"]
   save_file(tensors, directory / "model.safetensors")
   change_config(directory, tie_word_embeddings=True)
-  assert "head" not in models.load_pretrained(str(directory))[1]
+  assert "head" not in huggingface.load_pretrained(str(directory))[1]
 
 
 def test_bfloat16_files_load_as_float32(directory, tensors):
   half = {name: tensor.astype(jnp.bfloat16) for name, tensor in tensors.items()}
   save_file(half, directory / "model.safetensors")
-  _, params = models.load_pretrained(str(directory))
+  _, params = huggingface.load_pretrained(str(directory))
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
   check_layout(params, {name: tensor.astype(np.float32) for name, tensor in half.items()})
 
@@ -174,7 +174,7 @@ def test_bfloat16_files_load_as_float32(directory, tensors):
 def test_files_load_as_bfloat16(directory, tensors, stored):
   stored = {name: tensor.astype(stored) for name, tensor in tensors.items()}
   save_file(stored, directory / "model.safetensors")
-  _, params = models.load_pretrained(str(directory), dtype=jnp.bfloat16)
+  _, params = huggingface.load_pretrained(str(directory), dtype=jnp.bfloat16)
   assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
   check_layout(params, {name: tensor.astype(jnp.bfloat16) for name, tensor in stored.items()})
 
@@ -182,20 +182,20 @@ def test_files_load_as_bfloat16(directory, tensors, stored):
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
 def test_frequencies_in_the_file_are_not_read(directory, tensors, name):
   save_file(tensors | {name: np.ones(3, np.float32)}, directory / "model.safetensors")
-  check_layout(models.load_pretrained(str(directory))[1], tensors)
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
 
 
 def test_tied_head_in_the_file_is_not_read(directory, tensors):
   change_config(directory, tie_word_embeddings=True)
   tensors["lm_head.weight"] = np.full((11, 8), np.nan, np.float32)
   save_file(tensors, directory / "model.safetensors")
-  assert "head" not in models.load_pretrained(str(directory))[1]
+  assert "head" not in huggingface.load_pretrained(str(directory))[1]
 
 
 def test_one_file_goes_before_an_index(directory, tensors):
   """As in transformers."""
   (directory / "model.safetensors.index.json").write_text("{}")
-  check_layout(models.load_pretrained(str(directory))[1], tensors)
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
 
 
 # --- the hub ---
@@ -223,11 +223,11 @@ def test_hub_id(cache, tensors):
   for snapshot, factor in ((main, 1), (old, 2)):
     (snapshot / "config.json").write_text(json.dumps(CONFIG))
     save_file({name: factor * tensor for name, tensor in tensors.items()}, snapshot / "model.safetensors")
-  assert models.resolve("some-org/tiny_model.1") == main
-  assert models.resolve("some-org/tiny_model.1@v0") == old
-  assert models.resolve("some-org/tiny_model.1@" + "b" * 40) == old
-  check_layout(models.load_pretrained("some-org/tiny_model.1")[1], tensors)
-  _, params = models.load_pretrained("some-org/tiny_model.1@v0")
+  assert huggingface.resolve("some-org/tiny_model.1") == main
+  assert huggingface.resolve("some-org/tiny_model.1@v0") == old
+  assert huggingface.resolve("some-org/tiny_model.1@" + "b" * 40) == old
+  check_layout(huggingface.load_pretrained("some-org/tiny_model.1")[1], tensors)
+  _, params = huggingface.load_pretrained("some-org/tiny_model.1@v0")
   check_layout(params, {name: 2 * tensor for name, tensor in tensors.items()})
 
 
@@ -235,8 +235,8 @@ def test_directory_goes_before_the_hub(cache, directory, monkeypatch):
   cache("org/name", "a" * 40, "main")
   (directory / "org" / "name").mkdir(parents=True)
   monkeypatch.chdir(directory)
-  assert models.resolve("org/name") == pathlib.Path("org/name")
-  assert models.resolve(directory) == directory
+  assert huggingface.resolve("org/name") == pathlib.Path("org/name")
+  assert huggingface.resolve(directory) == directory
 
 
 def test_what_is_fetched(monkeypatch, tmp_path):
@@ -245,7 +245,7 @@ def test_what_is_fetched(monkeypatch, tmp_path):
   monkeypatch.setattr(
     huggingface_hub, "snapshot_download", lambda name, **settings: asked.update(settings) or str(tmp_path)
   )
-  models.resolve("org/name")
+  huggingface.resolve("org/name")
   files = [
     "config.json", "generation_config.json", "model.safetensors", "model-00001-of-00002.safetensors",
     "model.safetensors.index.json", "tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt",

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from rlpr_jax import huggingface
+
 MIB = 2**20
 ONE, FSDP = {"data": 1, "fsdp": 1, "tensor": 1}, {"data": 1, "fsdp": 4, "tensor": 1}
 # Far more in a stacked parameter than in any tensor of the files: a host copy of one would be seen.
@@ -184,9 +186,9 @@ def test_processes_read_the_slices_of_their_devices(tmp_path):
 
 
 def load(directory, mesh, dtype):
-  from rlpr_jax import models, sharding
+  from rlpr_jax import sharding
 
-  return models.load_pretrained(directory, sharding.create_mesh(**mesh), dtype)
+  return huggingface.load_pretrained(directory, sharding.create_mesh(**mesh), dtype)
 
 
 def measure(directory, mesh, dtype):
@@ -207,7 +209,7 @@ def count(directory, mesh, dtype, *process):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{process[1]}", num_processes=2, process_id=int(process[0]))
   from rlpr_jax import models, sharding
-  from rlpr_jax.models import loading
+  from rlpr_jax.huggingface import loading
 
   reads, read = [], loading._read
 
@@ -223,7 +225,7 @@ def count(directory, mesh, dtype, *process):
     assert leaf.sharding.is_equivalent_to(other.sharding, leaf.ndim)
   if not process:
     loading._read = read
-    _, alone = models.load_pretrained(directory)
+    _, alone = huggingface.load_pretrained(directory)
     jax.tree.map(np.testing.assert_array_equal, params, alone)
   print(json.dumps(reads), flush=True)
 

@@ -17,10 +17,10 @@ import pytest
 import safetensors.numpy
 import transformers
 
-from rlpr_jax import models
+from rlpr_jax import huggingface, models
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.models import saving
+from rlpr_jax.huggingface import saving
 from tests.models import cases
 
 TOKENS = cases.random_tokens(2, cases.LENGTH)
@@ -68,12 +68,12 @@ def test_tensors_are_those_that_transformers_wrote(name, dtype, tmp_path):
   torch = cases.import_torch()
   theirs = cases.randomise(transformers.AutoConfig.for_model(**cases.CASES[name])).to(getattr(torch, dtype))
   theirs.save_pretrained(tmp_path / "theirs")
-  config, params = models.load_pretrained(tmp_path / "theirs", dtype=jnp.dtype(dtype))
-  models.save_pretrained(tmp_path / "ours", config, params)
+  config, params = huggingface.load_pretrained(tmp_path / "theirs", dtype=jnp.dtype(dtype))
+  huggingface.save_pretrained(tmp_path / "ours", config, params)
   found, expected = read_tensors(tmp_path / "ours"), read_tensors(tmp_path / "theirs")
   assert {x.dtype for x in found.values()} == {jnp.dtype(dtype)}
   check_equal(found, expected)
-  again_config, again = models.load_pretrained(tmp_path / "ours", dtype=jnp.dtype(dtype))
+  again_config, again = huggingface.load_pretrained(tmp_path / "ours", dtype=jnp.dtype(dtype))
   assert again_config == config
   check_equal(again, params)
 
@@ -84,7 +84,7 @@ def test_transformers_loads_it(name, tmp_path):
   torch = cases.import_torch()
   config = cases.config(name)
   params = jax.tree.map(jnp.asarray, cases.random_params(config))
-  models.save_pretrained(tmp_path, config, params)
+  huggingface.save_pretrained(tmp_path, config, params)
   theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
   )
@@ -97,8 +97,8 @@ def test_transformers_loads_it(name, tmp_path):
 def test_dtype_of_the_files(tmp_path):
   """Rounded once from what the parameters are."""
   config, params = small()
-  models.save_pretrained(tmp_path, config, params, dtype=jnp.bfloat16)
-  _, found = models.load_pretrained(tmp_path, dtype=jnp.bfloat16)
+  huggingface.save_pretrained(tmp_path, config, params, dtype=jnp.bfloat16)
+  _, found = huggingface.load_pretrained(tmp_path, dtype=jnp.bfloat16)
   check_equal(found, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
   assert {x.dtype for x in read_tensors(tmp_path).values()} == {jnp.dtype(jnp.bfloat16)}
   torch = cases.import_torch()
@@ -107,7 +107,7 @@ def test_dtype_of_the_files(tmp_path):
 
 
 def test_files(tmp_path):
-  models.save_pretrained(tmp_path, *small())
+  huggingface.save_pretrained(tmp_path, *small())
   assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
   with safetensors.safe_open(tmp_path / "model.safetensors", framework="numpy") as file:
     assert file.metadata() == {"format": "pt"}
@@ -117,11 +117,11 @@ def test_files(tmp_path):
 def test_tokenizer(tmp_path):
   config, params = small()
   tokenizer = builtin.tokenizer()
-  models.save_pretrained(tmp_path, config, params, tokenizer)
+  huggingface.save_pretrained(tmp_path, config, params, tokenizer)
   fields = json.loads((tmp_path / "config.json").read_text())
   for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
     assert fields[name] == getattr(tokenizer, name)
-  assert models.load_pretrained(tmp_path)[0] == config
+  assert huggingface.load_pretrained(tmp_path)[0] == config
   found = transformers.AutoTokenizer.from_pretrained(tmp_path)
   chat = [{"role": "user", "content": "3*4+5 coins"}, {"role": "assistant", "content": "<think>x</think>"}]
   assert found.apply_chat_template(chat, tokenize=False) == tokenizer.apply_chat_template(chat, tokenize=False)
@@ -137,8 +137,8 @@ def test_tokenizer(tmp_path):
 def test_shards(tmp_path):
   """As transformers writes them: names, index, sizes; and nothing is lost."""
   config, params = small()
-  models.save_pretrained(tmp_path / "one", config, params)
-  models.save_pretrained(tmp_path / "many", config, params, max_shard_bytes=40_000)
+  huggingface.save_pretrained(tmp_path / "one", config, params)
+  huggingface.save_pretrained(tmp_path / "many", config, params, max_shard_bytes=40_000)
   load_torch(tmp_path / "one").save_pretrained(tmp_path / "theirs", max_shard_size=40_000)
   files = sorted(file.name for file in (tmp_path / "many").glob("*.safetensors"))
   count = len(files)
@@ -154,7 +154,7 @@ def test_shards(tmp_path):
     assert {found["weight_map"][name] for name in tensors} == {file}
     assert sum(tensor.nbytes for tensor in tensors.values()) <= 40_000
   check_equal(read_tensors(tmp_path / "many"), read_tensors(tmp_path / "one"))
-  check_equal(models.load_pretrained(tmp_path / "many")[1], params)
+  check_equal(huggingface.load_pretrained(tmp_path / "many")[1], params)
   np.testing.assert_array_equal(
     cases.torch_logits(load_torch(tmp_path / "many"), TOKENS), cases.torch_logits(load_torch(tmp_path / "one"), TOKENS)
   )
@@ -174,7 +174,7 @@ def test_one_file_at_a_time(tmp_path, monkeypatch):
     safetensors.numpy.save_file(tensors, *args)
 
   monkeypatch.setattr(saving, "save_file", save_file)
-  models.save_pretrained(tmp_path, config, params, max_shard_bytes=40_000)
+  huggingface.save_pretrained(tmp_path, config, params, max_shard_bytes=40_000)
   assert len(sizes) > 3
   assert max(sizes) <= 40_000
   assert len(before) == len(read_tensors(tmp_path))
@@ -191,8 +191,8 @@ placed = models.abstract_params(config, sharding.create(sharding.create_mesh(fsd
 params = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), cases.random_params(config), placed)
 assert len(params["layers"]["up"]["weight"].sharding.device_set) == 4
 assert params["layers"]["up"]["weight"].addressable_shards[0].data.size * 4 == params["layers"]["up"]["weight"].size
-models.save_pretrained(sys.argv[1] + "/merged", config, params, max_shard_bytes=40_000)
-models.save_adapter(sys.argv[1] + "/adapter", config, params, "base")
+huggingface.save_pretrained(sys.argv[1] + "/merged", config, params, max_shard_bytes=40_000)
+huggingface.save_adapter(sys.argv[1] + "/adapter", config, params, "base")
 """
 
 
@@ -205,8 +205,8 @@ def test_parameters_split_over_a_mesh(tmp_path):
   subprocess.run([sys.executable, "-c", SAVE_FROM_A_MESH, tmp_path], env=environment, check=True, timeout=240)
   config = dataclasses.replace(cases.config("qwen3"), lora=models.LoRA(4, 6.0, ("query", "out", "up", "down")))
   params = jax.tree.map(jnp.asarray, cases.random_params(config))
-  models.save_pretrained(tmp_path / "alone", config, params)
-  models.save_adapter(tmp_path / "adapter_alone", config, params, "base")
+  huggingface.save_pretrained(tmp_path / "alone", config, params)
+  huggingface.save_adapter(tmp_path / "adapter_alone", config, params, "base")
   check_equal(read_tensors(tmp_path / "adapter"), read_tensors(tmp_path / "adapter_alone"))
   found, expected = read_tensors(tmp_path / "merged"), read_tensors(tmp_path / "alone")
   merged = ("q_proj", "o_proj", "up_proj", "down_proj")
@@ -223,7 +223,7 @@ def test_parameters_split_over_a_mesh(tmp_path):
 
 def message(*args, **settings):
   with pytest.raises(InputError) as caught:
-    models.save_pretrained(*args, **settings)
+    huggingface.save_pretrained(*args, **settings)
   assert "\n" not in str(caught.value)
   return str(caught.value)
 
@@ -236,7 +236,7 @@ def test_directory_that_is_not_empty(tmp_path):
   assert message(file, *small()) == f"{file}: is there and not an empty directory, expected a new one"
   assert file.read_text() == "mine"
   with pytest.raises(InputError, match="is there and not an empty directory"):
-    models.save_adapter(tmp_path, *small(models.LoRA(2, 4.0, ("query",))), base="base")
+    huggingface.save_adapter(tmp_path, *small(models.LoRA(2, 4.0, ("query",))), base="base")
 
 
 def test_directory_that_is_refused_before_anything_is_computed(tmp_path):
@@ -248,8 +248,8 @@ def test_directory_that_is_refused_before_anything_is_computed(tmp_path):
 
 def test_directories_above_are_made(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  models.save_pretrained("a/b/c", *small())
-  models.load_pretrained("a/b/c")
+  huggingface.save_pretrained("a/b/c", *small())
+  huggingface.load_pretrained("a/b/c")
   assert [file.name for file in tmp_path.iterdir()] == ["a"]
   assert [file.name for file in (tmp_path / "a/b").iterdir()] == ["c"]
   (tmp_path / "plain").mkdir()
@@ -277,7 +277,7 @@ def test_nothing_is_left_after_an_interrupt(tmp_path, monkeypatch):
 
   monkeypatch.setattr(saving, "save_file", save_file)
   with pytest.raises(KeyboardInterrupt):
-    models.save_pretrained(tmp_path / "out", *small())
+    huggingface.save_pretrained(tmp_path / "out", *small())
   assert list(tmp_path.iterdir()) == []
 
 
@@ -327,17 +327,17 @@ def without_adapters(params):
 @pytest.mark.parametrize("name", LORAS)
 def test_merged_adapters(name, tmp_path):
   config, params, logits = adapted(name)
-  models.save_pretrained(tmp_path, config, params)
+  huggingface.save_pretrained(tmp_path, config, params)
   assert not any("lora" in tensor for tensor in read_tensors(tmp_path))
   np.testing.assert_allclose(cases.torch_logits(load_torch(tmp_path), TOKENS), logits, atol=2e-5)
-  assert models.load_pretrained(tmp_path)[0] == dataclasses.replace(config, lora=None)
+  assert huggingface.load_pretrained(tmp_path)[0] == dataclasses.replace(config, lora=None)
 
 
 def test_adapters_are_merged_in_float32(tmp_path):
   """Base in bfloat16: what is written is the sum rounded once, not a sum of rounded terms."""
   config, params, _ = adapted("llama")
   params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-  models.save_pretrained(tmp_path, config, params)
+  huggingface.save_pretrained(tmp_path, config, params)
   found = read_tensors(tmp_path)
   wide = jax.tree.map(lambda x: np.asarray(x, np.float64), params)["layers"]
   for layer in range(config.num_layers):
@@ -356,15 +356,15 @@ def test_peft_loads_the_adapters(name, tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
   config, params, logits = adapted(name)
   base = tmp_path / "base"
-  models.save_pretrained(base, dataclasses.replace(config, lora=None), without_adapters(params))
-  models.save_adapter(tmp_path / "adapter", config, params, base=str(base))
+  huggingface.save_pretrained(base, dataclasses.replace(config, lora=None), without_adapters(params))
+  huggingface.save_adapter(tmp_path / "adapter", config, params, base=str(base))
   theirs = peft.PeftModel.from_pretrained(load_torch(base), tmp_path / "adapter").eval()
   assert theirs.peft_config["default"].base_model_name_or_path == str(base)
   np.testing.assert_allclose(cases.torch_logits(theirs, TOKENS), logits, atol=2e-5)
   expected = {key.replace(".default", "") for key in theirs.state_dict() if "lora_" in key}
   assert read_tensors(tmp_path / "adapter").keys() == expected
   merged = cases.torch_logits(theirs.merge_and_unload(), TOKENS)
-  models.save_pretrained(tmp_path / "merged", config, params)
+  huggingface.save_pretrained(tmp_path / "merged", config, params)
   np.testing.assert_allclose(cases.torch_logits(load_torch(tmp_path / "merged"), TOKENS), merged, atol=2e-5)
 
 
@@ -373,8 +373,8 @@ def test_peft_finds_the_base_itself(tmp_path):
   peft = pytest.importorskip("peft", reason="peft is not installed")
   config, params, _ = adapted("qwen3")
   base = tmp_path / "base"
-  models.save_pretrained(base, dataclasses.replace(config, lora=None), without_adapters(params))
-  models.save_adapter(tmp_path / "adapter", config, params, str(base), builtin.tokenizer())
+  huggingface.save_pretrained(base, dataclasses.replace(config, lora=None), without_adapters(params))
+  huggingface.save_adapter(tmp_path / "adapter", config, params, str(base), builtin.tokenizer())
   # PEFT makes room for as many tokens as the tokenizer has; here the model has more.
   theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", attn_implementation="eager")
   vocabulary = len(builtin.tokenizer())
@@ -388,8 +388,8 @@ def test_peft_finds_the_base_itself(tmp_path):
 def test_adapters_alone_are_enough(tmp_path):
   """The base need not be there."""
   config, params, _ = adapted("gemma3")
-  models.save_adapter(tmp_path / "all", config, params, "base")
-  models.save_adapter(tmp_path / "alone", config, models.adapters(params), "base")
+  huggingface.save_adapter(tmp_path / "all", config, params, "base")
+  huggingface.save_adapter(tmp_path / "alone", config, models.adapters(params), "base")
   check_equal(read_tensors(tmp_path / "alone"), read_tensors(tmp_path / "all"))
   assert sorted(file.name for file in (tmp_path / "alone").iterdir()) == [
     "adapter_config.json",
@@ -399,7 +399,7 @@ def test_adapters_alone_are_enough(tmp_path):
 
 def test_no_adapters_to_write(tmp_path):
   with pytest.raises(InputError, match="has no adapters to be written"):
-    models.save_adapter(tmp_path / "out", *small(), base="base")
+    huggingface.save_adapter(tmp_path / "out", *small(), base="base")
   assert list(tmp_path.iterdir()) == []
 
 
@@ -410,5 +410,5 @@ def test_nothing_is_left_when_writing_adapters_fails(tmp_path, monkeypatch):
   monkeypatch.setattr(saving, "save_file", save_file)
   config, params, _ = adapted("qwen2")
   with pytest.raises(InputError, match="cannot be written"):
-    models.save_adapter(tmp_path / "out", config, params, "base")
+    huggingface.save_adapter(tmp_path / "out", config, params, "base")
   assert list(tmp_path.iterdir()) == []

@@ -11,14 +11,14 @@ import pytest
 import transformers
 from flax import nnx
 
-from rlpr_jax import models
-from rlpr_jax.data.pipeline import Prompt
-from rlpr_jax.sampling.choose import Choice, stack
+from rlpr_jax import huggingface, models, types
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill
 from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training import packing
 from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.types import Prompt
 from tests.models import cases
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct"
@@ -58,7 +58,7 @@ WIDTH, NEW = 56, 16  # tokens of a padded prompt, and of a response
 
 @pytest.fixture(scope="module")
 def loaded():
-  config, params = models.load_pretrained(str(DIRECTORY))
+  config, params = huggingface.load_pretrained(str(DIRECTORY))
   return config, models.definition(config), params
 
 
@@ -94,7 +94,7 @@ def compute_logits(model, params, tokens):
   return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
 
-def sample(model, params, prompts, samples, settings: DecodeSettings, choice: Choice, key) -> Slots:
+def sample(model, params, prompts, samples, settings: DecodeSettings, choice: SamplingParams, key) -> Slots:
   """Slots with responses of NEW tokens at most to each prompt, in order."""
   tokens, lengths = prompts
   rows = len(tokens) * samples
@@ -148,9 +148,10 @@ def test_generation_is_that_of_transformers(loaded, theirs, torch, published):
     slots=8, prompt_limit=96, max_response_length=new, suffix_length=4, steps=16, prefill_rows=4, score_rows=4,
     insert_rows=4,
   )  # fmt: skip
-  engine = Engine(model, tokenizer, settings, shapes, "think", 1.0, "bare", Choice(0.0))
+  engine = Engine(model, tokenizer, settings, shapes, "think", 1.0, "bare", SamplingParams(0.0))
   draws = [
-    (i, Prompt(np.array(chat), "", text, "", i)) for i, (chat, text) in enumerate(zip(chats, TOPICS, strict=True))
+    (i, Prompt(ids=np.array(chat), question=text, row=i))
+    for i, (chat, text) in enumerate(zip(chats, TOPICS, strict=True))
   ]
   samples = engine.sample(params, draws, jax.random.key(0), 1)
   for chat, tokens, length in zip(chats, samples.tokens, samples.lengths, strict=True):
@@ -177,7 +178,7 @@ def test_greedy_tokens_are_those_of_transformers(loaded, theirs, torch, prompts)
   tokens, lengths = prompts
   eos = theirs.config.eos_token_id
   settings = DecodeSettings(steps=6, eos_ids=(eos,))
-  samples = sample(model, params, prompts, 1, settings, Choice(0.0), jax.random.key(0))
+  samples = sample(model, params, prompts, 1, settings, SamplingParams(0.0), jax.random.key(0))
   for row, (length, new) in enumerate(zip(lengths, samples.counts, strict=True)):
     assert new == NEW or (samples.finished[row] and samples.tokens[row, new - 1] == eos)
     text = np.concatenate([tokens[row, :length], samples.tokens[row, :new]])
@@ -208,10 +209,10 @@ def test_log_probabilities_of_the_sampler_are_those_of_the_trainer(loaded, promp
   _, model, params = loaded
   tokens, lengths = prompts
   settings = DecodeSettings(steps=6, eos_ids=(2,))
-  samples = sample(model, params, prompts, 2, settings, Choice(0.6), jax.random.key(1))
+  samples = sample(model, params, prompts, 2, settings, SamplingParams(0.6), jax.random.key(1))
   fields = (samples.tokens, samples.counts, samples.logprobs)
   by_prompt = [field.reshape(4, 2, *field.shape[1:]) for field in fields]
-  groups = packing.Groups(tokens, lengths, *by_prompt, advantages=np.zeros((4, 2), np.float32))
+  groups = types.Groups(tokens, lengths, *by_prompt, advantages=np.zeros((4, 2), np.float32))
   rows = packing.pack(groups, "token_mean", rows=8, row_length=tokens.shape[1] + samples.tokens.shape[1])
   assert rows.mask.sum() == samples.counts.sum() > 64
   found, _ = jax.jit(row_logprobs, static_argnums=(0, 3))(model, params, rows, 0.6)

@@ -13,10 +13,10 @@ import pytest
 from flax import nnx
 
 from benchmarks.gpu import shapes
-from rlpr_jax import models
-from rlpr_jax.models import UNSEEN, KVCache, Part, logprobs
-from rlpr_jax.training.packing import PackedRows
+from rlpr_jax import huggingface, models
+from rlpr_jax.models import UNSEEN, CacheView, KVCache, logprobs
 from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
+from rlpr_jax.types import PackedRows
 from tests.models import cases
 from tests.models.cases import by_token, extend, pack, prefill, whole_logits
 
@@ -37,7 +37,7 @@ def empty_cache(config, rows, capacity, dtype=jnp.float32):
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
 def test_shards_hold_the_same_parameters_as_one_file(tmp_path, name):
   cases.torch_model(name).save_pretrained(tmp_path, max_shard_size="20KB")
-  config, params = models.load_pretrained(str(tmp_path))
+  config, params = huggingface.load_pretrained(str(tmp_path))
   assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
   assert not (tmp_path / "model.safetensors").exists()
   single_config, single_params = cases.loaded(name)
@@ -60,7 +60,7 @@ def test_parameters_have_the_form_of_new_ones():
 
 def test_load_in_bfloat16(tmp_path):
   cases.torch_model("qwen2").save_pretrained(tmp_path)
-  _, half = models.load_pretrained(str(tmp_path), dtype=jnp.bfloat16)
+  _, half = huggingface.load_pretrained(str(tmp_path), dtype=jnp.bfloat16)
   params = cases.loaded("qwen2")[1]
   jax.tree.map(lambda x, y: np.testing.assert_array_equal(x.astype(jnp.bfloat16), y), params, half)
   assert {x.dtype for x in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
@@ -202,7 +202,7 @@ def test_suffixes_of_one_row_are_as_if_alone(name):
   for row, segments in enumerate(places):
     for start, place in zip(starts[row], segments, strict=True):
       positions[row, place] = start + np.arange(place.size)
-  found, new = read_on(model, params, suffixes, positions, (Part(cache, filled(5, 20)),), segment_ids)
+  found, new = read_on(model, params, suffixes, positions, (CacheView(cache, filled(5, 20)),), segment_ids)
   assert np.all(np.isfinite(found))  # on padding too
   shape = new.values.shape
   assert shape == (*cache.values.shape[:3], 6, cache.values.shape[-1])
@@ -225,22 +225,27 @@ def test_rows_of_a_larger_cache(name):
   rows, starts = np.array([4, 0, 4, 2], np.int32), np.array([13, 5, 9, 12])
   suffixes = random_tokens(4, 3, seed=9)
   found, _ = read_on(
-    model, params, suffixes, starts[:, None] + np.arange(3), (Part(cache, filled(4, 13), rows),), np.ones((4, 3), int)
+    model,
+    params,
+    suffixes,
+    starts[:, None] + np.arange(3),
+    (CacheView(cache, filled(4, 13), rows),),
+    np.ones((4, 3), int),
   )
   for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
     text = np.concatenate([tokens[row, :start], suffixes[i], np.zeros(10, np.int32)])[None, :16]
     np.testing.assert_allclose(found[i], whole_logits(model, params, text)[0, start : start + 3], atol=1e-4)
 
 
-@pytest.mark.parametrize("ways", [1, 2, 3])
-def test_rows_are_taken_from_each_part_of_the_cache(ways):
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_rows_are_taken_from_each_part_of_the_cache(num_shards):
   """Whether they are asked for as one list or part by part. What a mesh makes of it is in test_sharding.py."""
   rng = np.random.default_rng(0)  # six rows, in parts of six, three or two
   cache = KVCache(*(rng.normal(size=(3, 6, 2, *shape)).astype(np.float32) for shape in ((4, 5), (5, 4))))
-  rows = {1: [5, 0, 0, 3, 2, 4], 2: [2, 0, 2, 5, 3, 3], 3: [1, 1, 2, 3, 5, 4]}[ways]
-  part = Part(cache, filled(6, 4), np.array(rows, np.int32))
+  rows = {1: [5, 0, 0, 3, 2, 4], 2: [2, 0, 2, 5, 3, 3], 3: [1, 1, 2, 3, 5, 4]}[num_shards]
+  part = CacheView(cache, filled(6, 4), np.array(rows, np.int32))
   for layer in range(3):
-    found = jax.jit(Part.layer, static_argnums=(2, 3))(part, layer, ways, "float32")
+    found = jax.jit(CacheView.layer, static_argnums=(2, 3))(part, layer, num_shards, "float32")
     np.testing.assert_array_equal(found.keys, cache.keys[layer][rows][..., :4])
     np.testing.assert_array_equal(found.values, cache.values[layer][rows][:, :, :4])
     np.testing.assert_array_equal(found.positions, part.positions)
@@ -256,18 +261,18 @@ def test_two_parts_are_as_one(name):
   lengths, recent = np.array([9, 14, 4, 1, 13]), 5  # of the text; slots of what came after it, the last one empty
   suffixes, starts = random_tokens(5, 2, seed=9), lengths + recent - 1
   places = np.arange(14)
-  text = Part(cache, np.where(places < lengths[:, None], places, UNSEEN).astype(np.int32))
+  text = CacheView(cache, np.where(places < lengths[:, None], places, UNSEEN).astype(np.int32))
   order = np.array([3, 0, 4, 1, 2])  # of the later slots
-  reach = lengths[:, None] + order
-  index = np.minimum(reach, 19)[None, :, :, None, None]  # the same place in the cache of the whole text
+  kv_length = lengths[:, None] + order
+  index = np.minimum(kv_length, 19)[None, :, :, None, None]  # the same place in the cache of the whole text
   newer = [np.take_along_axis(x, index, axis=2) for x in by_token(cache)]
   keys, values = (np.where((order < recent - 1)[:, None, None], x, 1e3) for x in newer)  # were it seen, it would show
   newer = KVCache(np.moveaxis(keys, 2, 4), np.moveaxis(values, 2, 3))
-  after = Part(newer, np.where(order < recent - 1, reach, UNSEEN).astype(np.int32))
+  after = CacheView(newer, np.where(order < recent - 1, kv_length, UNSEEN).astype(np.int32))
   positions = starts[:, None] + np.arange(2)
   two, _ = read_on(model, params, suffixes, positions, (text, after))
   swapped, _ = read_on(model, params, suffixes, positions, (after, text))
-  one, _ = read_on(model, params, suffixes, positions, (Part(cache, filled(5, 20)),))
+  one, _ = read_on(model, params, suffixes, positions, (CacheView(cache, filled(5, 20)),))
   np.testing.assert_allclose(two, one, atol=1e-4)
   np.testing.assert_allclose(swapped, one, atol=1e-4)
   for row, start in enumerate(starts):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from rlpr_jax.models import UNSEEN, Part
+from rlpr_jax.models import UNSEEN, CacheView
 from rlpr_jax.planning import flops
 
 B, T, S = 2, 5, 7  # rows, tokens read, tokens in the cache
@@ -75,7 +75,7 @@ def test_a_decoder(policy):
 
   def extend(params, tokens):
     decoder = nnx.merge(policy.model, params)
-    text = Part(decoder.empty_cache(B, S + 4), jnp.full((B, S), UNSEEN))
+    text = CacheView(decoder.empty_cache(B, S + 4), jnp.full((B, S), UNSEEN))
     return decoder.extend(tokens, jnp.broadcast_to(jnp.arange(T), tokens.shape), (text,))
 
   assert flops.count(prefill, policy.params, ids(B, T)) == of_layers(config, B * T, T)

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from rlpr_jax import config as configs
-from rlpr_jax import models
+from rlpr_jax import huggingface, models
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import compiler, estimate, hardware, planner, programs, table
 from rlpr_jax.planning.estimate import Lengths
@@ -31,7 +31,7 @@ LENGTHS = Lengths(256, 768, 16, 1.0)
 @pytest.fixture
 def qwen(tmp_path) -> models.ModelConfig:
   (tmp_path / "config.json").write_text(json.dumps(QWEN))
-  return models.load_config(tmp_path)
+  return huggingface.load_config(tmp_path)
 
 
 @pytest.fixture

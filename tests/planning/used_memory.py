@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rlpr_jax import config as configs
 from rlpr_jax.planning import compiler, estimate, hardware, programs
-from rlpr_jax.training.policy import new_config
+from rlpr_jax.policy import new_config
 
 
 def memory(field: str) -> int:

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config as configs
+from rlpr_jax import types
 from rlpr_jax.runs import guards
-from rlpr_jax.training import packing
 
 SETTINGS = configs.default().guards
 WELL = {
@@ -43,7 +43,7 @@ def test_each_sign_of_collapse_after_five_steps_of_it(name, bad, fine, said):
 
 
 def minibatch(tokens):
-  rows = packing.empty_rows(3, 8)
+  rows = types.PackedRows.empty(3, 8)
   rows.tokens[0, :2], rows.segment_ids[0, :2] = tokens, 1
   return rows
 

@@ -17,8 +17,8 @@ import pytest
 from rlpr_jax import config as configs
 from rlpr_jax.errors import InputError
 from rlpr_jax.runs import metrics
+from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk, checksums
 from rlpr_jax.runs.storage import append, persist, write_atomically
-from rlpr_jax.training.state import Checkpoints, OnDisk, checksums
 
 
 def failing(times, code=errno.ENOSPC):

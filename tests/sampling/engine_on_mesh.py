@@ -10,11 +10,11 @@ import numpy as np
 
 from rlpr_jax import models, sharding
 from rlpr_jax.data import builtin
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.runs import metrics
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
+from rlpr_jax.types import Prompt
 
 MESHES = ((1, 1, 1), (2, 2, 2), (4, 1, 2))
 SAMPLES = 16
@@ -29,13 +29,13 @@ def roll_out(mesh, config, params, prompts, tokenizer):
     models.definition(config, models.Runtime(sharding=where)),
     tokenizer,
     DecodeSettings(5, (tokenizer.eos_token_id,)),
-    Shapes(16, 42, 28, 32, 5, 4, 8, 8, ways=where.ways("batch")),
+    Shapes(16, 42, 28, 32, 5, 4, 8, 8, num_shards=where.num_shards("batch")),
     "answer_only",
     score_temperature=1.0,
     baseline_prefix="bare",
   )
   draws, key = list(enumerate(prompts)), jax.random.key(0)
-  engine.warm_up(placed, scoring=True)
+  engine.compile_programs(placed, scoring=True)
   before = metrics.compilations()
   rollouts = engine.rollout(placed, draws, key, SAMPLES)
   compiled = metrics.compilations() - before
@@ -50,7 +50,7 @@ def main():
   rng = np.random.default_rng(0)
   params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.18, models.abstract_params(config))
   prompts = [
-    Prompt(rng.integers(8, 64, length).astype(np.int32), "ab1" * (1 + row), "", "", row)
+    Prompt(ids=rng.integers(8, 64, length).astype(np.int32), reference="ab1" * (1 + row), row=row)
     for row, length in enumerate(LENGTHS)
   ]
   (expected, (logps, mask), _), *others = (roll_out(mesh, config, params, prompts, tokenizer) for mesh in MESHES)

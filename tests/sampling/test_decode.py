@@ -11,10 +11,10 @@ from flax import nnx
 from rlpr_jax.models import KVCache
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.batches import row_keys
-from rlpr_jax.sampling.choose import Choice, stack
 from rlpr_jax.sampling.decode import DecodeSettings, Suffixes
-from rlpr_jax.training.packing import PackedRows
+from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.types import PackedRows
 from tests.models.cases import by_token
 
 VOCAB, LIMIT, SLOTS = 64, 12, 10
@@ -27,7 +27,7 @@ TEXT = WIDTH + LIMIT
 # One token in eight ends a response, so that most end early; 0, which pads, is one of them.
 ENDS = tuple(range(0, VOCAB, 8))
 ENDLESS = (VOCAB,)
-WHOLE = Choice()
+WHOLE = SamplingParams()
 
 
 def make_prompts(width=WIDTH, filler=0):
@@ -58,12 +58,12 @@ def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16
   )  # fmt: skip
 
 
-def run(policy, slots, eos_ids=ENDS, steps=16, reach=TEXT):
+def run(policy, slots, eos_ids=ENDS, steps=16, kv_length=TEXT):
   """Chunks until no row is active."""
   settings = DecodeSettings(steps, eos_ids)
   chunks = 0
   while np.any(slots.active):
-    slots = decode.decode(policy.model, policy.params, slots, settings, slots.counts.size, reach)
+    slots = decode.decode(policy.model, policy.params, slots, settings, slots.counts.size, kv_length)
     chunks += 1
     assert chunks <= LIMIT
   return slots
@@ -154,7 +154,7 @@ def test_chunks_are_one_token_after_another(policy, keys, expected, steps):
   assert_same(read(run(policy, fill(policy, keys, steps=steps), steps=steps)), expected)
 
 
-@pytest.mark.parametrize("choice", [Choice(0.5), Choice(0.0)])
+@pytest.mark.parametrize("choice", [SamplingParams(0.5), SamplingParams(0.0)])
 @pytest.mark.parametrize("eos_ids", [ENDLESS, ENDS])
 def test_other_temperatures_and_greedy(policy, keys, choice, eos_ids):
   found = read(run(policy, fill(policy, keys, steps=5, choice=choice), eos_ids, steps=5))
@@ -165,7 +165,7 @@ def test_other_temperatures_and_greedy(policy, keys, choice, eos_ids):
 
 
 def test_truncation_reaches_the_tokens_and_not_their_log_probabilities(policy, keys):
-  choice = Choice(1.0, top_k=3)
+  choice = SamplingParams(1.0, top_k=3)
   found = read(run(policy, fill(policy, keys, steps=5, choice=choice), ENDLESS, steps=5))
   texts = np.zeros((SLOTS, TEXT), np.int32)
   for row in range(SLOTS):
@@ -202,14 +202,14 @@ def test_prompt_padding_changes_nothing(policy, keys, expected):
   assert_same(read(run(policy, wide)), expected)
 
 
-@pytest.mark.parametrize("reach", [16, TEXT, 36])
-def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, reach):
+@pytest.mark.parametrize("kv_length", [16, TEXT, 36])
+def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, kv_length):
   """16 is less than the longest text comes to; when the last chunk begins, no active row may be longer."""
   found = fill(policy, keys, steps=16)
-  if reach < TEXT:
+  if kv_length < TEXT:
     found = decode.decode(policy.model, policy.params, found, DecodeSettings(8, ENDS), SLOTS, WIDTH)
-    assert WIDTH < np.asarray(found.lengths)[np.asarray(found.active)].max() <= reach
-  assert_same(read(run(policy, found, reach=reach)), expected)
+    assert WIDTH < np.asarray(found.lengths)[np.asarray(found.active)].max() <= kv_length
+  assert_same(read(run(policy, found, kv_length=kv_length)), expected)
 
 
 def test_ended_rows_stay_as_they_are(policy, ended):

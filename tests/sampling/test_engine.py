@@ -16,19 +16,19 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlpr_jax import splicing
-from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax import splicing, types
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Runtime, definition
 from rlpr_jax.runs import metrics
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.batches import row_keys
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, SizeNames
+from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes, buckets
 from rlpr_jax.training import packing
 from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.types import Prompt
 
 LIMIT, RESPONSE, SUFFIX = 70, 28, 64  # tokens of a prompt, of a response, of a spliced reference
 SAMPLES = 8
@@ -56,7 +56,7 @@ def ids_of(tokenizer, *tokens):
 
 def make_prompt(tokenizer, question, reference, row=0):
   ids = ids_of(tokenizer, "<q>", *question, "<a>")
-  return Prompt(np.array(ids, np.int32), reference, question, "test", row)
+  return Prompt(ids=np.array(ids, np.int32), reference=reference, question=question, source="test", row=row)
 
 
 def letters(count, seed):
@@ -67,7 +67,7 @@ def letters(count, seed):
 def make(policy):
   """Engines of `answer_only`, where a random policy often happens to write `<answer>` exactly once."""
 
-  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", choice=Choice(), **changes):
+  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", choice=SamplingParams(), **changes):
     shapes = dataclasses.replace(SHAPES, **changes)
     settings = DecodeSettings(shapes.steps, (policy.tokenizer.eos_token_id,))
     return Engine(policy.model, policy.tokenizer, settings, shapes, template, score_temperature, prefix, choice)
@@ -184,9 +184,9 @@ def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypa
   """The last rows move to the front, whether ended ones still wait there to be scored or not."""
   engine, real, calls = make(slots=slots, steps=3), decode.decode, []
 
-  def counted(model, params, state, settings, rows, reach):
+  def counted(model, params, state, settings, rows, kv_length):
     calls.append((rows, int(np.sum(state.active))))
-    return real(model, params, state, settings, rows, reach)
+    return real(model, params, state, settings, rows, kv_length)
 
   monkeypatch.setattr(decode, "decode", counted)
   if scored:
@@ -265,7 +265,7 @@ def test_every_response_ends_at_its_own_limit(make, policy, draws, rollouts):
 def test_slots_that_do_not_fit_are_one_line(make, policy):
   line = r"^config\.rollout\.slots: 1000000 is too much for .*, room for at most \d+ slots; each .* MiB$"
   with pytest.raises(InputError, match=line) as error:
-    make(slots=10**6, max_response_length=10**6).warm_up(policy.params, scoring=True)
+    make(slots=10**6, max_response_length=10**6).compile_programs(policy.params, scoring=True)
   assert int(re.search(r"at most (\d+)", str(error.value))[1]) < 1000
 
 
@@ -284,7 +284,7 @@ def test_prompts_that_do_not_fit_are_called_as_the_program_calls_them(make, poli
   monkeypatch.setattr(decode, "prefill", full)
   slots = re.escape(names.slots)
   with pytest.raises(InputError, match=rf"^{re.escape(says)} is too much .*; each of {slots} takes [\d.]+ MiB$"):
-    dataclasses.replace(make(), names=names).warm_up(policy.params, scoring=True)
+    dataclasses.replace(make(), names=names).compile_programs(policy.params, scoring=True)
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -328,13 +328,13 @@ def trainer_logprobs(model, params, rows, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probabilities_are_those_of_the_trainer(make, policy, draws, temperature):
   few = draws[:4]
-  out = make(choice=Choice(temperature)).sample(policy.params, few, KEY, SAMPLES)
+  out = make(choice=SamplingParams(temperature)).sample(policy.params, few, KEY, SAMPLES)
   tokens = np.zeros((4, LIMIT), np.int32)
   for row, (_, prompt) in enumerate(few):
     tokens[row, : len(prompt.ids)] = prompt.ids
   fields = [x.reshape(4, SAMPLES, *x.shape[1:]) for x in (out.tokens, out.lengths, out.logprobs)]
   lengths = np.array([len(prompt.ids) for _, prompt in few])
-  groups = packing.Groups(tokens, lengths, *fields, advantages=np.zeros((4, SAMPLES), np.float32))
+  groups = types.Groups(tokens, lengths, *fields, advantages=np.zeros((4, SAMPLES), np.float32))
   rows = packing.pack(groups, "token_mean", rows=4 * SAMPLES, row_length=LIMIT + out.tokens.shape[1])
   found = np.asarray(trainer_logprobs(policy.model, policy.params, rows, temperature))
   assert rows.mask.sum() == out.lengths.sum()
@@ -344,7 +344,7 @@ def test_log_probabilities_are_those_of_the_trainer(make, policy, draws, tempera
 def test_long_prompts_are_read_whole_where_short_ones_were(make, policy):
   """Slots are read no further than the longest text; a long prompt comes into a slot in which a short text stood."""
   engine = make(prompt_limit=256, slots=4)
-  assert engine.shapes.reaches == (128, 192, 256, 284)
+  assert engine.shapes.kv_lengths == (128, 192, 256, 284)
   lengths = [20, 30, 10, 5, 250, 15, 140, 200]
   draws = [
     (row, make_prompt(policy.tokenizer, letters(length - 2, row), "x", row)) for row, length in enumerate(lengths)
@@ -580,23 +580,27 @@ def test_every_prompt_is_read_once_for_all_its_samples(make, policy, draws, monk
   assert {tokens.shape[0] for tokens, _ in calls} == {SHAPES.prefill_rows}
 
 
-def test_nothing_compiles_after_the_warm_up(make, policy):
+def test_nothing_compiles_after_the_first_compilation(make, policy):
   """Prompts and references of all lengths, responses that end by EOS and ones that are cut, long and short."""
   limit, response = 64, 200
   # 270 tokens of text: four lengths to which slots are read.
   engine = make(prompt_limit=limit, max_response_length=response, slots=12, steps=6, prefill_rows=3, score_rows=5)
-  assert len(engine.shapes.reaches) == 4
+  assert len(engine.shapes.kv_lengths) == 4
   assert (len(engine.shapes.prompt_buckets), len(engine.shapes.suffix_buckets)) == (2, 3)
   pairs = [(length, 1 + 37 * length % SUFFIX) for length in range(1, limit + 1)]
   prompts = [
     Prompt(
-      np.array(ids_of(policy.tokenizer, *letters(length, length)), np.int32), letters(reference, 1), "", "test", row
+      ids=np.array(ids_of(policy.tokenizer, *letters(length, length)), np.int32),
+      reference=letters(reference, 1),
+      question="",
+      source="test",
+      row=row,
     )
     for row, (length, reference) in enumerate(pairs)
   ]
   assert {len(prompt.reference) for prompt in prompts} == set(range(1, SUFFIX + 1))
   draws, keys = list(enumerate(prompts)), list(jax.random.split(KEY, 2))
-  engine.warm_up(policy.params, scoring=True)
+  engine.compile_programs(policy.params, scoring=True)
   before = metrics.compilations()
   out = [engine.rollout(policy.params, draws[first:] + draws[:first], key, 1) for first, key in enumerate(keys)]
   engine.sample(policy.params, draws[:7], KEY, 2, stop=(out[0].texts[0][:2],))
@@ -644,8 +648,8 @@ def test_a_mesh_changes_nothing_and_compiles_nothing_twice():
 @pytest.mark.parametrize(("limit", "response", "steps"), [(8, 12, 3), (64, 200, 1), (100, 157, 4), (1024, 3072, 16)])
 def test_slots_are_never_read_beyond_their_room(limit, response, steps):
   shapes = dataclasses.replace(SHAPES, prompt_limit=limit, max_response_length=response, steps=steps)
-  assert sorted(shapes.reaches) == list(shapes.reaches)
-  assert limit + response <= shapes.reaches[-1] <= shapes.capacity
+  assert sorted(shapes.kv_lengths) == list(shapes.kv_lengths)
+  assert limit + response <= shapes.kv_lengths[-1] <= shapes.capacity
 
 
 @pytest.mark.parametrize(

@@ -18,17 +18,17 @@ import openai
 import pytest
 import uvicorn
 
-from rlpr_jax import models
-from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax import huggingface
 from rlpr_jax.data.templates import render
 from rlpr_jax.errors import InputError
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.serve import listen
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
+from rlpr_jax.types import Prompt
 
 KEY, LIMIT = "sk-of-the-tests", 120
 SHAPES = Shapes(
@@ -108,10 +108,10 @@ def chat(text="1+2"):
   return {"model": "tiny", "messages": [{"role": "user", "content": text}]}
 
 
-def expected(engine, policy, text, seed, samples=1, limit=LIMIT, choice=Choice(), stop=()):
+def expected(engine, policy, text, seed, samples=1, limit=LIMIT, choice=SamplingParams(), stop=()):
   """What the engine alone samples."""
   ids = render(policy.tokenizer, [{"role": "user", "content": text}])
-  prompt = Prompt(np.array(ids, np.int32), "", "", "", 0)
+  prompt = Prompt(ids=np.array(ids, np.int32))
   alone = Engine(engine.model, engine.tokenizer, engine.settings, engine.shapes, "think", 1.0, "bare", choice)
   return alone.sample(policy.params, [(seed, prompt)], jax.random.key(0), samples, limits=[limit] * samples, stop=stop)
 
@@ -136,7 +136,7 @@ def test_32_streams_at_once_are_what_the_engine_alone_samples(engine, policy, se
 
   most = 0
   for (text, seed, limit, temperature), found in zip(asked, asyncio.run(everything()), strict=True):
-    alone = expected(engine, policy, text, seed, limit=limit, choice=Choice(temperature))
+    alone = expected(engine, policy, text, seed, limit=limit, choice=SamplingParams(temperature))
     assert found[0] == alone.texts[0]
     assert found[1] == ("stop" if alone.finished[0] else "length")
     assert found[2].completion_tokens == alone.lengths[0]
@@ -157,7 +157,7 @@ def test_whole_responses_samples_stops_and_log_probabilities(engine, policy, ser
       return whole, again, stopped, plain, await client.models.list()
 
   whole, again, stopped, plain, listed = asyncio.run(ask())
-  alone = expected(engine, policy, "1+2", 5, 3, 30, Choice(top_p=0.9))
+  alone = expected(engine, policy, "1+2", 5, 3, 30, SamplingParams(top_p=0.9))
   for i, choice in enumerate(whole.choices):
     assert (choice.index, choice.message.content) == (i, alone.texts[i])
     length = alone.lengths[i] - alone.finished[i]
@@ -165,7 +165,7 @@ def test_whole_responses_samples_stops_and_log_probabilities(engine, policy, ser
     assert "".join(x.token for x in choice.logprobs.content) == alone.texts[i]
   assert whole.usage.completion_tokens == alone.lengths.sum()
   assert [x.message.content for x in again.choices] == alone.texts
-  halted = expected(engine, policy, "1+2", 5, 3, 30, Choice(top_p=0.9), ["1", "b"])
+  halted = expected(engine, policy, "1+2", 5, 3, 30, SamplingParams(top_p=0.9), ["1", "b"])
   assert [x.message.content for x in stopped.choices] == halted.texts != alone.texts
   assert "stop" in {x.finish_reason for x in stopped.choices}
   assert [x.index for x in plain.choices] == [0, 1, 2, 3]
@@ -294,7 +294,7 @@ def start(directory, *arguments, **environment):
 
 def test_the_program_serves_and_finishes_what_runs_when_told_to_stop(policy, tmp_path):
   directory = tmp_path / "model"
-  models.save_pretrained(directory, policy.config, policy.params, policy.tokenizer)
+  huggingface.save_pretrained(directory, policy.config, policy.params, policy.tokenizer)
   process = start(
     directory, "--name=tiny", "--prompt_limit=24", "--response_limit=120", "--slots=4", "--key_variable=TEST_KEY",
     "--compilation_cache=", TEST_KEY=KEY,
@@ -322,7 +322,7 @@ def test_the_program_serves_and_finishes_what_runs_when_told_to_stop(policy, tmp
 
 
 def test_slots_that_do_not_fit_are_called_as_the_flag(policy, tmp_path):
-  models.save_pretrained(tmp_path, policy.config, policy.params, policy.tokenizer)
+  huggingface.save_pretrained(tmp_path, policy.config, policy.params, policy.tokenizer)
   process = start(tmp_path, "--slots=1000000", "--response_limit=1000000", "--compilation_cache=")
   _, errors = process.communicate(timeout=120)
   assert process.returncode == 2

@@ -7,16 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from rlpr_jax import config, filtering
-from rlpr_jax.data.pipeline import Prompt
+from rlpr_jax import config, filtering, types
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
-from rlpr_jax.training import packing
 from rlpr_jax.training.collect import collect, finite_mean
 from rlpr_jax.training.reward import RewardSettings
-from rlpr_jax.training.state import TrainState
+from rlpr_jax.types import Prompt, TrainState
 
 LIMIT, RESPONSE, SAMPLES = 8, 6, 4
 
@@ -43,7 +41,7 @@ def harvest(policy):
   engine = Engine(
     policy.model, policy.tokenizer, settings, Shapes(8, LIMIT, RESPONSE, 8, 4, 2, 4, 4), "think", 1, "bare"
   )
-  good = Prompt(np.arange(10, 15, dtype=np.int32), "7", "", "test", 0)
+  good = Prompt(ids=np.arange(10, 15, dtype=np.int32), reference="7", source="test")
   prompts = [
     dataclasses.replace(good, ids=ids, row=row)
     for row, ids in enumerate([good.ids, good.ids[:0], good.ids[:3], np.ones(LIMIT + 1, np.int32)])
@@ -58,7 +56,7 @@ def harvest(policy):
     shadows={},
     custom_reward=None,
   )
-  nothing = packing.Groups(
+  nothing = types.Groups(
     np.zeros((0, LIMIT), np.int32),
     np.zeros(0, np.int32),
     *(np.zeros((0, SAMPLES, *more), kind) for more, kind in (((RESPONSE,), np.int32), ((), np.int32))),
@@ -83,7 +81,7 @@ def test_refused_prompts_are_counted_and_never_trained_on(harvest):
   prompts, found = harvest
   assert found.values["rollout/refused_prompts"] == 4
   assert found.values["filter/drawn"] == 8
-  assert found.values["filter/kept"] == found.values["filter/trained"] == found.groups.count == 4
+  assert found.values["filter/kept"] == found.values["filter/trained"] == found.groups.num_groups == 4
   for group, prompt in enumerate([prompts[0], prompts[2]] * 2):
     assert found.groups.prompt_lengths[group] == len(prompt.ids)
     assert found.groups.prompt_tokens[group, : len(prompt.ids)].tolist() == prompt.ids.tolist()

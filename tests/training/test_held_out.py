@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from rlpr_jax.data import builtin
-from rlpr_jax.data.pipeline import Prompt, prepare
+from rlpr_jax.data.pipeline import prepare
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, Samples
+from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.held_out import evaluate
+from rlpr_jax.types import Prompt, Samples
 
 
 class Told:
@@ -32,7 +33,7 @@ class Told:
 
 
 def prompt(reference, source):
-  return Prompt(np.array([1], np.int32), reference, "", source, 0)
+  return Prompt(ids=np.array([1], np.int32), reference=reference, source=source)
 
 
 RIGHT, LOOSE, WRONG = "<think></think><answer> 1 </answer>", "so <answer> 1 </answer>", "<think></think><answer>2"

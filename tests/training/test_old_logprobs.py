@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from rlpr_jax.training.old_logprobs import Trainer, gap, settle, trainer_logprobs
+from rlpr_jax.training.old_logprobs import Trainer, gap, resolve_old_logprobs, trainer_logprobs
 from rlpr_jax.training.update import UpdateSettings
 from tests.training.test_update import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
 from tests.training.test_update import trainer_logprobs as of_rows
@@ -69,7 +69,7 @@ def test_gap_against_float64():
 def test_who_the_ratios_start_from(exact, trainer, choice, shift, recomputed):
   """A sampler that finds every token too probable by exp(shift)."""
   shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + np.float32(shift)))
-  groups, metrics = settle(shifted, trainer, choice, limit=0.01)
+  groups, metrics = resolve_old_logprobs(shifted, trainer, choice, limit=0.01)
   assert metrics["recomputed"] == recomputed
   assert metrics["mean"] == pytest.approx(1 - np.exp(-shift), abs=1e-5)
   expected = exact.logprobs if recomputed else shifted.logprobs
@@ -81,13 +81,13 @@ def test_who_the_ratios_start_from(exact, trainer, choice, shift, recomputed):
 
 def test_log_probabilities_that_are_not_finite_are_computed_anew(exact, trainer):
   broken = exact._replace(logprobs=np.where(beyond(exact), 0, np.nan).astype(np.float32))
-  groups, metrics = settle(broken, trainer, "auto", limit=0.01)
+  groups, metrics = resolve_old_logprobs(broken, trainer, "auto", limit=0.01)
   assert metrics["recomputed"]
   np.testing.assert_allclose(groups.logprobs, exact.logprobs, atol=1e-5)
 
 
 def test_nothing_was_sampled(exact, trainer):
-  groups, metrics = settle(exact.take(slice(0)), trainer, "auto", 0.01)
-  assert groups.count == 0
+  groups, metrics = resolve_old_logprobs(exact.take(slice(0)), trainer, "auto", 0.01)
+  assert groups.num_groups == 0
   assert metrics == {}
   assert jax.tree.structure(groups) == jax.tree.structure(exact)

@@ -8,11 +8,8 @@ import pytest
 
 from rlpr_jax import config as configs
 from rlpr_jax import rewards, validation
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.errors import InputError
-from rlpr_jax.sampling.engine import Rollouts
 from rlpr_jax.training.reward import (
-  Evidence,
   RewardSettings,
   align,
   assess,
@@ -24,6 +21,7 @@ from rlpr_jax.training.reward import (
   parse_shadow,
   within_group_correlation,
 )
+from rlpr_jax.types import Evidence, Prompt, Rollouts
 
 P, G, E = 3, 4, 7
 TEXTS = (
@@ -52,7 +50,10 @@ def evidence():
     logps[row, begin : begin + count] = -rng.exponential(1, count)
   scorable = np.resize([True, True, True, False], P * G)
   mask &= scorable[:, None]
-  numbered = [(7 + p, Prompt(np.arange(3, dtype=np.int32), "4", "2+2", "test", p)) for p in range(P)]
+  numbered = [
+    (7 + p, Prompt(ids=np.arange(3, dtype=np.int32), reference="4", question="2+2", source="test", row=p))
+    for p in range(P)
+  ]
   fields = dict.fromkeys(Rollouts._fields)
   rollouts = Rollouts(
     **fields | {"texts": list(TEXTS) * P, "scorable": scorable, "reference_logps": logps * mask, "reference_mask": mask}

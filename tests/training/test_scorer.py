@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.scorer import score_again
+from rlpr_jax.types import Prompt
 
 SAMPLES, LIMIT, RESPONSE, SUFFIX = 12, 8, 24, 12
 
@@ -34,7 +34,7 @@ def case(policy):
   )
   rng = np.random.default_rng(0)
   prompts = [
-    Prompt(rng.integers(10, 60, length).astype(np.int32), reference, "", "test", row)
+    Prompt(ids=rng.integers(10, 60, length).astype(np.int32), reference=reference, source="test", row=row)
     for row, (length, reference) in enumerate([(3, "7"), (8, "ab1"), (5, "mon"), (6, "x y")])
   ]
   run = SimpleNamespace(

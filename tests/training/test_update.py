@@ -12,11 +12,10 @@ import optax
 import pytest
 from flax import nnx
 
-from rlpr_jax import grpo
-from rlpr_jax.sampling.choose import Choice, stack
+from rlpr_jax import grpo, types
 from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Groups, PackedRows
 from rlpr_jax.training.update import (
   UpdateSettings,
   adamw,
@@ -26,6 +25,7 @@ from rlpr_jax.training.update import (
   row_logprobs,
   update,
 )
+from rlpr_jax.types import Groups, PackedRows
 
 PROMPT, RESPONSE, SAMPLES = 6, 7, 2  # tokens of a padded prompt, of a response; responses to a prompt
 TEMPERATURE = 0.8
@@ -72,7 +72,7 @@ def trainer_logprobs(model, params, rows):
 
 def near_policy(policy, groups, noise=0.3):
   """The groups with old log-probabilities so near the policy's that some tokens are clipped and some are not."""
-  rows = padded(groups, groups.count, "token_mean")
+  rows = padded(groups, groups.num_groups, "token_mean")
   logps = np.asarray(trainer_logprobs(policy.model, policy.params, rows)[0])
   old = np.zeros_like(groups.logprobs)
   for row, (k, g) in enumerate(np.ndindex(groups.lengths.shape)):
@@ -144,7 +144,7 @@ def one_at_a_time(policy, groups):
 def test_update_is_the_sum_over_single_sequences(policy, groups):
   """Response tokens alone, EOS among them and prompts not, in a mean over all tokens of the minibatch."""
   expected_loss, expected = one_at_a_time(policy, groups)
-  found, metrics = gradients(policy, padded(groups, groups.count, "token_mean"))
+  found, metrics = gradients(policy, padded(groups, groups.num_groups, "token_mean"))
   assert metrics["loss"] == pytest.approx(expected_loss, abs=1e-6)
   assert 0 < metrics["clip_fraction"] < 1
   assert_close(found, expected)
@@ -203,7 +203,7 @@ def test_an_update_of_a_millionth_is_not_lost(policy, groups):
 def test_two_sequences_in_one_row_are_two_rows(policy, groups):
   rows = padded(groups, 3, "token_mean")
   length = 2 * rows.tokens.shape[1]
-  packed = packing.empty_rows(3, length)
+  packed = types.PackedRows.empty(3, length)
   for row in range(3):
     start = 0
     for segment, source in enumerate((row, row + 3), start=1):
@@ -258,7 +258,7 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   slots = empty_slots(policy.model, policy.params, 6, PROMPT + RESPONSE + settings.steps, RESPONSE)
   hidden, cache = prefill(policy.model, policy.params, prompts, lengths)
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), 6))
-  limits, choices = np.full(6, RESPONSE, np.int32), stack([Choice(TEMPERATURE)] * 6)
+  limits, choices = np.full(6, RESPONSE, np.int32), stack([SamplingParams(TEMPERATURE)] * 6)
   source = np.repeat(np.arange(3), 2)
   slots = insert(
     policy.model, policy.params, slots, hidden, cache, lengths, source, np.arange(6), keys, limits, choices
@@ -451,7 +451,7 @@ def test_minibatches_are_dealt_evenly(kept, sizes, aggregate):
 
 def test_groups_select_and_join():
   groups = make_groups(count=4)
-  assert groups.count == 4
+  assert groups.num_groups == 4
   kept = groups.take(np.array([True, False, True, True]))
   np.testing.assert_array_equal(kept.advantages, groups.advantages[[0, 2, 3]])
   joined = packing.concatenate([groups.take(slice(0)), groups.take(slice(1)), groups.take(slice(1, None))])
@@ -470,7 +470,7 @@ def with_answers(groups, seed=3):
   for k, g in np.ndindex(shape):
     first = rng.integers(1, 3)
     mask[k, g, first : first + rng.integers(1, 4)] = (k, g) not in ((0, 1), (1, 0))
-  answers = packing.Answers(
+  answers = types.Answers(
     weights=np.where(mask.any(axis=2), rng.random(shape), 0).astype(np.float32),
     starts=rng.integers(0, groups.lengths + 1).astype(np.int32),
     tokens=rng.integers(0, 64, (*shape, width)).astype(np.int32),

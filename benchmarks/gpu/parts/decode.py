@@ -83,18 +83,18 @@ def run(report: Report) -> None:
 def _measure(
   report: Report, name: str, config: ModelConfig, params: Params, sizes: Shapes, text: int, bandwidth: float
 ) -> None:
-  call, reach = prepare(config, params, sizes, text)
+  call, kv_length = prepare(config, params, sizes, text)
   _, first = timed(call)
   took = seconds(call, CALLS - 1) / sizes.steps
   live = shapes.decode_bytes(config, sizes.slots, text + CALLS // 2 * sizes.steps, ITEM)
-  read = shapes.decode_bytes(config, sizes.slots, reach + sizes.steps, ITEM)
+  read = shapes.decode_bytes(config, sizes.slots, kv_length + sizes.steps, ITEM)
   report.row(
     "decode",
     {
       "model": name,
       "slots": sizes.slots,
       "text": text,
-      "read": reach,
+      "read": kv_length,
       "first call s": first,
       "ms a step": 1e3 * took,
       "tokens/s": sizes.slots / took,
@@ -109,14 +109,14 @@ def _measure(
 def prepare(config: ModelConfig, params: Params, sizes: Shapes, text: int):
   """A call that decodes `steps` tokens more in every slot, and how many tokens of each slot it reads."""
   model = definition(config)
-  settings, reach = DecodeSettings(sizes.steps, ()), bucket(sizes.reaches, text + CALLS * sizes.steps)
+  settings, kv_length = DecodeSettings(sizes.steps, ()), bucket(sizes.kv_lengths, text + CALLS * sizes.steps)
   state = [filled_slots(model, params, sizes.slots, sizes.capacity, sizes.max_response_length, jnp.int32(text))]
 
   def call() -> jax.Array:
-    state.append(decode.decode(model, params, state.pop(), settings, sizes.slots, reach))
+    state.append(decode.decode(model, params, state.pop(), settings, sizes.slots, kv_length))
     return state[0].counts + 0  # the slots themselves are donated to the next call
 
-  return call, reach
+  return call, kv_length
 
 
 def definition(config: ModelConfig) -> nnx.GraphDef:

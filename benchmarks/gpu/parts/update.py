@@ -16,8 +16,8 @@ from rlpr_jax import machine, models
 from rlpr_jax.models import ModelConfig
 from rlpr_jax.planning import hlo
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Groups, PackedRows
 from rlpr_jax.training.update import UpdateSettings, adamw, update
+from rlpr_jax.types import Groups, PackedRows
 
 MASTERS = 26  # bytes a parameter of masters, moments, gradients, their sum, the step and a copy in bfloat16, about
 ROW = 6 * GIB  # that a row of 4096 tokens keeps for its backward pass, about: products with weights, scores of a layer

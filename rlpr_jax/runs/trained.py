@@ -10,14 +10,14 @@ from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import config as configs
-from rlpr_jax import models
+from rlpr_jax import huggingface
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
+from rlpr_jax.policy import Policy, load_policy
+from rlpr_jax.runs.checkpoints import restore_params
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, SizeNames
 from rlpr_jax.sampling.shapes import Shapes
-from rlpr_jax.training.policy import Policy, load_policy
-from rlpr_jax.training.state import restore_params
 
 
 class Trained(NamedTuple):
@@ -78,7 +78,7 @@ def fingerprint(source: Source) -> str:
     parts += [source.step, checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0, source.config.data.domains]
     parts += [source.config.model.to_dict(), source.config.lora.to_dict()]
   if source.config.model.path:
-    files = sorted(models.resolve(source.config.model.path).iterdir())
+    files = sorted(huggingface.resolve(source.config.model.path).iterdir())
   for file in files:
     if file.suffix == ".safetensors":
       parts.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
@@ -103,7 +103,7 @@ def load(source: Source, dtype: str) -> Trained:
     _, params = restore_params(source.run, source.step, policy.trained)
   else:
     rules = dict(policy.sharding.rules)
-    params = models.load_pretrained(config.model.path, policy.sharding.mesh, jnp.dtype(dtype), rules)[1]
+    params = huggingface.load_pretrained(config.model.path, policy.sharding.mesh, jnp.dtype(dtype), rules)[1]
   return Trained(
     policy, policy.sampling_params(params), eos_ids(config.model.path, policy.tokenizer), config.data.template
   )
@@ -112,7 +112,7 @@ def load(source: Source, dtype: str) -> Trained:
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
   """The tokenizer's EOS, and those of generation_config.json: a chat model may end a turn with another token."""
   ids = {tokenizer.eos_token_id}
-  file = models.resolve(path) / "generation_config.json" if path else None
+  file = huggingface.resolve(path) / "generation_config.json" if path else None
   if file and file.exists():
     try:
       more = json.loads(file.read_text()).get("eos_token_id")
@@ -139,9 +139,9 @@ def create_engine(
     InputError: a size that the model or the mesh does not take.
   """
   policy = trained.policy
-  ways = policy.sampling.sharding.ways("batch")
-  if slots < 1 or slots % ways:
-    raise InputError(f"{names.slots}: {slots}, expected a multiple of the {ways} devices that share them")
+  num_shards = policy.sampling.sharding.num_shards("batch")
+  if slots < 1 or slots % num_shards:
+    raise InputError(f"{names.slots}: {slots}, expected a multiple of the {num_shards} devices that share them")
   longest = policy.config.max_length
   if longest is not None and prompt_limit + response_limit > longest:
     raise InputError(
@@ -154,10 +154,10 @@ def create_engine(
     max_response_length=response_limit,
     suffix_length=1,  # nothing is scored
     steps=decode_steps,
-    prefill_rows=max(4 // ways, 1) * ways,
-    score_rows=max(min(16, slots) // ways, 1) * ways,
+    prefill_rows=max(4 // num_shards, 1) * num_shards,
+    score_rows=max(min(16, slots) // num_shards, 1) * num_shards,
     insert_rows=min(8, slots),
-    ways=ways,
+    num_shards=num_shards,
   )
   settings = DecodeSettings(decode_steps, trained.eos_ids)
   return Engine(policy.sampler, policy.tokenizer, settings, shapes, trained.template, 1.0, "bare", names=names)

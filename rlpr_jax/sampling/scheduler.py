@@ -1,4 +1,4 @@
-"""Requests on their way through the slots of an engine; they may come and go at any time. A round of `Session.round`:
+"""Requests on their way through the slots of an engine; they may come and go at any time. A round of `Scheduler.round`:
 
 score the rows that ended two rounds ago -> their slots are free -> refill -> decode a chunk
                                             meanwhile: text and splicing of the rows that ended one round ago
@@ -15,12 +15,12 @@ import jax
 import numpy as np
 
 from rlpr_jax import splicing
-from rlpr_jax.data.pipeline import Prompt
 from rlpr_jax.models import Params
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.batches import Entry, Prefilled, References, Scored
-from rlpr_jax.sampling.choose import Choice
+from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import bucket
+from rlpr_jax.types import Prompt
 
 if TYPE_CHECKING:
   from rlpr_jax.sampling.engine import Engine
@@ -32,7 +32,7 @@ class Group:
 
   prompt: Prompt
   draw: int  # its number
-  choice: Choice
+  choice: SamplingParams
   stop: tuple[str, ...]  # strings that end a response
   waiting: int  # samples that are in no slot yet
   place: tuple[Prefilled, int] | None = None  # where it was read to, as long as samples are waiting
@@ -52,7 +52,7 @@ class Request:
   text: str = ""  # without EOS or stop string
 
 
-class Session:
+class Scheduler:
   """Samples in slots what is asked for, and scores the reference answers if it is given a place for them."""
 
   def __init__(self, engine: "Engine", params: Params, key: jax.Array, references: References | None = None):
@@ -65,7 +65,7 @@ class Session:
     shapes = self.shapes = engine.shapes
     self.pending: collections.deque[Request] = collections.deque()
     self.slots = decode.empty_slots(engine.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
-    each = shapes.slots // shapes.ways
+    each = shapes.slots // shapes.num_shards
     self.free = sorted(range(shapes.slots), key=lambda slot: slot % each)  # the parts of a mesh by turns
     self.under_way: dict[int, Request] = {}  # by slot
     self.ended: list[tuple[int, Request]] = []  # slot and request; its text is to be read
@@ -80,7 +80,13 @@ class Session:
     return bool(self.pending or self.under_way or self.ended or self.ready)
 
   def add(
-    self, prompt: Prompt, draw: int, limits: Sequence[int], choice: Choice, stop: Sequence[str] = (), row: int = 0
+    self,
+    prompt: Prompt,
+    draw: int,
+    limits: Sequence[int],
+    choice: SamplingParams,
+    stop: Sequence[str] = (),
+    row: int = 0,
   ) -> list[Request]:
     """Asks for a response to the prompt for each of the limits, which are of tokens, 1 or more.
 
@@ -118,9 +124,9 @@ class Session:
       self.refill()
       jax.block_until_ready(self.slots)
     with self.timed("decode"):
-      reach = bucket(self.shapes.reaches, max((self.longest[slot] for slot in self.under_way), default=1))
+      kv_length = bucket(self.shapes.kv_lengths, max((self.longest[slot] for slot in self.under_way), default=1))
       rows = self.compact()
-      self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, rows, reach)
+      self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, rows, kv_length)
       done = self.read_ended()  # while the device decodes
       self.gather()
     return done
@@ -150,13 +156,13 @@ class Session:
   def compact(self) -> int:
     """Moves rows to the front once so few are left that a smaller program decodes them; returns how many it decodes."""
     shapes = self.shapes
-    each = shapes.slots // shapes.ways
+    each = shapes.slots // shapes.num_shards
     taken = collections.Counter(slot // each for slot in range(shapes.slots) if slot not in self.free)
-    rows = bucket(shapes.decode_rows, max(taken.values(), default=0) * shapes.ways)
-    front, pairs = rows // shapes.ways, []
-    for way in range(shapes.ways):
-      behind = [slot for slot in self.under_way if slot // each == way and slot % each >= front]
-      places = sorted(slot for slot in self.free if slot // each == way and slot % each < front)
+    rows = bucket(shapes.decode_rows, max(taken.values(), default=0) * shapes.num_shards)
+    front, pairs = rows // shapes.num_shards, []
+    for shard in range(shapes.num_shards):
+      behind = [slot for slot in self.under_way if slot // each == shard and slot % each >= front]
+      places = sorted(slot for slot in self.free if slot // each == shard and slot % each < front)
       pairs += zip(behind, places, strict=False)
     if pairs:
       self.slots = self.engine.move(self.params, self.slots, pairs, rows)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,23 +13,23 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import filtering, models, processes, splicing
 from rlpr_jax.data import builtin
-from rlpr_jax.data.pipeline import Prompt, PromptStream, prepare
+from rlpr_jax.data.pipeline import PromptStream, prepare
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
+from rlpr_jax.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
 from rlpr_jax.runs import metrics
+from rlpr_jax.runs.checkpoints import OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
-from rlpr_jax.sampling.choose import Choice
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine, StoppedError
+from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import held_out, supervised
-from rlpr_jax.training.packing import Answers, Groups
-from rlpr_jax.training.policy import Policy, abstract_opt_state, init_opt_state, initial_params, load_policy
 from rlpr_jax.training.reward import CustomReward, RewardSettings, align, parse_shadow
-from rlpr_jax.training.state import TrainState
 from rlpr_jax.training.update import UpdateSettings, adamw, learning_rate
+from rlpr_jax.types import Answers, Groups, Params, Prompt, TrainState
 
 # Folded into the run's key before the step, the draw and the sample; training folds the draw and the sample alone, so
 # no key is used twice.
@@ -71,11 +71,11 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     policy.sampler,
     tokenizer,
     DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
-    rollout_shapes(config, jax.process_count(), policy.sampling.sharding.ways("batch")),
+    rollout_shapes(config, jax.process_count(), policy.sampling.sharding.num_shards("batch")),
     config.data.template,
     config.reward.score_temperature,
     config.reward.baseline_prefix,
-    Choice(config.rollout.temperature),
+    SamplingParams(config.rollout.temperature),
   )
   settings = config.filter.to_dict()
   del settings["source_scales"]
@@ -95,8 +95,8 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   )
 
 
-def rollout_shapes(config: ConfigDict, shares: int, ways: int) -> Shapes:
-  """Sizes of the programs with which each of `shares` processes samples, its rows split `ways` ways by its devices."""
+def rollout_shapes(config: ConfigDict, shares: int, num_shards: int) -> Shapes:
+  """Sizes of the programs with which each of `shares` processes samples; its devices split rows `num_shards` ways."""
   slots = config.rollout.slots // shares
   return Shapes(
     slots=slots,
@@ -107,7 +107,7 @@ def rollout_shapes(config: ConfigDict, shares: int, ways: int) -> Shapes:
     prefill_rows=config.rollout.prefill_prompts // shares,
     score_rows=config.rollout.score_rows // shares,
     insert_rows=min(config.samples_per_prompt, slots),
-    ways=ways,
+    num_shards=num_shards,
   )
 
 
@@ -132,7 +132,7 @@ def create_update_settings(config: ConfigDict, where: Sharding) -> UpdateSetting
     ratio_cap=training.ratio_cap,
     entropy_coefficient=training.entropy_coefficient,
     kl_coefficient=training.kl_coefficient,
-    micro_batch_rows=training.micro_batch_rows or where.ways("batch"),
+    micro_batch_rows=training.micro_batch_rows or where.num_shards("batch"),
     sharding=where,
   )
 
@@ -140,9 +140,9 @@ def create_update_settings(config: ConfigDict, where: Sharding) -> UpdateSetting
 def check_rows(config: ConfigDict, where: Sharding) -> None:
   """Rows must divide evenly among the parts into which the mesh splits them, of all devices and of each process."""
   rows = {name: config.rollout[name] for name in ("slots", "prefill_prompts", "score_rows")}
-  ways = where.own().ways("batch") * where.processes
-  rows = {f"rollout.{name}": (count, ways) for name, count in rows.items()}
-  rows["training.micro_batch_rows"] = (config.training.micro_batch_rows, where.ways("batch"))
+  num_shards = where.own().num_shards("batch") * where.processes
+  rows = {f"rollout.{name}": (count, num_shards) for name, count in rows.items()}
+  rows["training.micro_batch_rows"] = (config.training.micro_batch_rows, where.num_shards("batch"))
   for field, (count, parts) in rows.items():
     if count % parts:
       raise InputError(f"config.{field}: {count} rows, expected a multiple of the {parts} parts of config.mesh")
@@ -191,9 +191,11 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   """The state before step 1: warm start, the baselines of the initial policy, the first evaluation."""
   params = initial_params(run.config, run.policy)
   demonstrations = supervised.load(run.config, run.engine.tokenizer) if run.config.warm_start.steps else None
-  run.engine.warm_up(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here, before anything
+  run.engine.compile_programs(
+    run.policy.sampling_params(params), scoring=True
+  )  # a lack of memory shows here, before anything
   if demonstrations:
-    params = warm_up(run, params, demonstrations, stop)
+    params = warm_start_policy(run, params, demonstrations, stop)
   baselines = unknown_baselines(run)
   if run.config.reward.baseline_policy == "initial":
     baselines = initial_baselines(run, params, stop)
@@ -220,7 +222,7 @@ def keeps_initial(config: ConfigDict) -> bool:
 
 
 def copy_params(params: models.Params) -> models.Params:
-  """A copy that outlives the parameters, which an update gives away."""
+  """A copy that outlives the parameters, which an update donates."""
   return jax.tree.map(jnp.copy, params)
 
 
@@ -264,7 +266,7 @@ def abstract_state(run: Run) -> TrainState:
   )
 
 
-def warm_up(
+def warm_start_policy(
   run: Run, params: models.Params, demonstrations: Sequence[supervised.Demonstration], stop: StopRequest
 ) -> models.Params:
   """Supervised steps on demonstrations."""
@@ -310,7 +312,7 @@ def evaluate(run: Run, params: models.Params, step: int, stop: StopRequest) -> d
   if not run.held_out:
     return {}
   settings = run.config.evaluation
-  choice = Choice(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+  choice = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
   evaluator = dataclasses.replace(run.engine, choice=choice)
   key = jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step)
   progress = metrics.Progress("held-out, response")
@@ -319,3 +321,19 @@ def evaluate(run: Run, params: models.Params, step: int, stop: StopRequest) -> d
     evaluator, ready, run.held_out, settings.samples, key, progress, settings.stop, stop.__bool__
   )
   return {f"held_out/{name}": value for name, value in values.items()}
+
+
+def split(state: TrainState, carried_limit: int) -> OnDisk:
+  """A state as its checkpoint holds it; carried groups are padded to `carried_limit`, so that all have one shape."""
+  arrays = state._asdict()
+  params, host = arrays.pop("params"), {name: arrays.pop(name) for name in ("step", "stream")}
+  missing = carried_limit - state.carried.num_groups
+  carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
+  arrays = {name: value for name, value in (arrays | {"carried": carried}).items() if jax.tree.leaves(value)}
+  return OnDisk(params, arrays, host | {"carried": state.carried.num_groups})
+
+
+def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> TrainState:
+  """The state that `split` took apart."""
+  carried = arrays["carried"].take(slice(host["carried"]))
+  return TrainState(params=params, **{"initial": {}, "lagged": {}} | arrays | host | {"carried": carried})

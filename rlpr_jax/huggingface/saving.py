@@ -19,10 +19,10 @@ from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.errors import InputError
+from rlpr_jax.huggingface.families import to_huggingface
+from rlpr_jax.huggingface.tensors import INDEX, LINEAR_NAMES, Layout, key_path, layout, tensor_name
 from rlpr_jax.models.config import ModelConfig
-from rlpr_jax.models.families import to_huggingface
-from rlpr_jax.models.huggingface import INDEX, LINEAR_NAMES, Layout, key_path, layout, tensor_name
-from rlpr_jax.models.transformer import Params
+from rlpr_jax.types import Params
 
 _METADATA = {"format": "pt"}  # transformers asks for it
 

@@ -10,17 +10,14 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import tenacity
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.filtering import FilterState
 from rlpr_jax.models import Params
 from rlpr_jax.runs.storage import persist, reason
-from rlpr_jax.training.packing import Groups
 
 State = TypeVar("State")
 # Orbax warns of each checkpoint without an accuracy, and of each directory that is read only, as is meant here.
@@ -29,36 +26,6 @@ logging.getLogger("absl").addFilter(
 )
 # What orbax and tensorstore make of a disk that is full, gone or damaged.
 _STORAGE_ERRORS = (OSError, ValueError, KeyError)
-
-
-class TrainState(NamedTuple):
-  """The state between two training steps. Random keys are not here: they follow from the seed and the draw's number."""
-
-  step: int  # training steps finished
-  params: Params  # float32 masters of what is trained
-  opt_state: optax.OptState
-  filter: FilterState
-  baselines: np.ndarray  # float32[N, A] log-probabilities of each reference without reasoning; NaN: no token, unknown
-  initial: Params  # the initial policy, for a KL term or as frozen scorer; else nothing
-  lagged: Params  # the policy some steps ago, as scorer; else nothing
-  carried: Groups  # kept groups that the step before had no room for
-  stream: dict[str, Any]  # position of the data stream
-
-
-def split(state: TrainState, carried_limit: int) -> "OnDisk":
-  """A state as its checkpoint holds it; carried groups are padded to `carried_limit`, so that all have one shape."""
-  arrays = state._asdict()
-  params, host = arrays.pop("params"), {name: arrays.pop(name) for name in ("step", "stream")}
-  missing = carried_limit - state.carried.count
-  carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
-  arrays = {name: value for name, value in (arrays | {"carried": carried}).items() if jax.tree.leaves(value)}
-  return OnDisk(params, arrays, host | {"carried": state.carried.count})
-
-
-def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> TrainState:
-  """The state that `split` took apart."""
-  carried = arrays["carried"].take(slice(host["carried"]))
-  return TrainState(params=params, **{"initial": {}, "lagged": {}} | arrays | host | {"carried": carried})
 
 
 class OnDisk(NamedTuple):

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
-from rlpr_jax import models, sharding
+from rlpr_jax import huggingface, models, sharding
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import ModelConfig, Params, Runtime
@@ -32,7 +32,7 @@ class Policy(NamedTuple):
   trained: Params  # shapes, dtypes and shardings of the parameters that are trained
   frozen: Params  # parameters that are not: the base under LoRA, else nothing
 
-  def whole(self, params: Params) -> Params:
+  def merged_params(self, params: Params) -> Params:
     """All parameters, given those that are trained."""
     return models.combine(self.frozen, params)
 
@@ -42,7 +42,7 @@ class Policy(NamedTuple):
     They are cast to the compute dtype, and gathered over the axes of the mesh that `sampler` does not split; each
     process has them all.
     """
-    whole, dtype = self.whole(params), self.sampling.compute_dtype
+    whole, dtype = self.merged_params(params), self.sampling.compute_dtype
     if self.gathered.mesh is None and dtype == "float32":
       return whole  # no copy of what is right as it is
     return sharding.own_part(models.cast(whole, dtype, self.sharding, self.gathered.by_process()), self.gathered)
@@ -56,8 +56,8 @@ def load_policy(config: ConfigDict) -> Policy:
   """
   mesh = create_mesh(config)
   if config.model.path:
-    directory = models.resolve(config.model.path)
-    tokenizer, model_config = load_tokenizer(str(directory)), models.load_config(directory)
+    directory = huggingface.resolve(config.model.path)
+    tokenizer, model_config = load_tokenizer(str(directory)), huggingface.load_config(directory)
   else:
     tokenizer = builtin.tokenizer(config.data.domains)
     model_config = new_config(config, len(tokenizer))
@@ -68,7 +68,7 @@ def load_policy(config: ConfigDict) -> Policy:
     if not config.model.path:
       raise InputError("config.lora.rank: adapters need a pretrained model, expected config.model.path")
     rules = dict(create_sharding(config, mesh).rules)
-    frozen = models.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
+    frozen = huggingface.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
   return lay_out(config, model_config, mesh, frozen, tokenizer)
 
 
@@ -132,7 +132,7 @@ def initial_params(config: ConfigDict, policy: Policy) -> Params:
     return models.init_adapters(policy.config, config.seed, policy.sharding)
   if config.model.path:
     rules = dict(policy.sharding.rules)
-    return models.load_pretrained(config.model.path, policy.sharding.mesh, jnp.float32, rules)[1]
+    return huggingface.load_pretrained(config.model.path, policy.sharding.mesh, jnp.float32, rules)[1]
   return models.init_params(policy.config, config.seed, policy.sharding)
 
 

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlpr_jax.sampling.choose import Choice, choose, stack, truncate
+from rlpr_jax.sampling.params import SamplingParams, sample_token, stack, truncate
 
 DRAWS = 20_000
 LOGITS = np.random.default_rng(0).normal(size=24).astype(np.float32) * 1.5
 
-_choose = jax.jit(choose)
+_choose = jax.jit(sample_token)
 
 
 def choose_jit(logits, keys, choice):
@@ -75,7 +75,7 @@ def chi_square(tokens, probabilities):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_frequencies_are_the_softmax(temperature, seed):
   """The keys are fixed, so this passes always or never; of a thousand sets of fair draws one would fail."""
-  tokens, _ = draw(LOGITS, Choice(temperature), seed=seed)
+  tokens, _ = draw(LOGITS, SamplingParams(temperature), seed=seed)
   assert chi_square(tokens, softmax(LOGITS, temperature)) > 1e-3
   # The test can tell: other temperatures, or tokens in another order, are out of the question.
   assert chi_square(tokens, softmax(LOGITS, 1.1 * temperature)) < 1e-6
@@ -84,7 +84,13 @@ def test_frequencies_are_the_softmax(temperature, seed):
 
 
 @pytest.mark.parametrize(
-  "choice", [Choice(0.8, top_k=5), Choice(1.0, top_p=0.7), Choice(1.3, min_p=0.2), Choice(0.9, 9, 0.9, 0.1)]
+  "choice",
+  [
+    SamplingParams(0.8, top_k=5),
+    SamplingParams(1.0, top_p=0.7),
+    SamplingParams(1.3, min_p=0.2),
+    SamplingParams(0.9, 9, 0.9, 0.1),
+  ],
 )
 def test_frequencies_of_what_is_left_are_in_proportion(choice):
   probabilities = np.where(allowed(LOGITS, choice), softmax(LOGITS, choice.temperature), 0)
@@ -94,7 +100,10 @@ def test_frequencies_of_what_is_left_are_in_proportion(choice):
   assert chi_square(tokens, probabilities / probabilities.sum()) > 1e-3
 
 
-@pytest.mark.parametrize("choice", [Choice(1.0), Choice(0.6), Choice(1.4, top_k=3, top_p=0.8, min_p=0.05), Choice(0)])
+@pytest.mark.parametrize(
+  "choice",
+  [SamplingParams(1.0), SamplingParams(0.6), SamplingParams(1.4, top_k=3, top_p=0.8, min_p=0.05), SamplingParams(0)],
+)
 def test_log_probabilities_are_of_the_whole_distribution_at_the_temperature(choice):
   """What a trainer computes: not of the truncated distribution; greedy tokens at temperature 1."""
   logits = np.random.default_rng(1).normal(size=(200, 50)).astype(np.float32) * 4
@@ -109,7 +118,7 @@ def test_log_probabilities_are_of_the_whole_distribution_at_the_temperature(choi
 def test_greedy_takes_the_first_of_the_best_whatever_the_key_and_the_truncation():
   logits = np.random.default_rng(2).normal(size=(100, 50)).astype(np.float32)
   logits[:50, 7] = logits[:50, 9] = 9.0
-  for choice in (Choice(0), Choice(0.0, top_k=4, top_p=0.5, min_p=0.3)):
+  for choice in (SamplingParams(0), SamplingParams(0.0, top_k=4, top_p=0.5, min_p=0.3)):
     for seed in (0, 1):
       tokens, _ = choose_jit(logits, keys(100, seed), choice)
       np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
@@ -118,11 +127,11 @@ def test_greedy_takes_the_first_of_the_best_whatever_the_key_and_the_truncation(
 
 def test_a_rows_token_depends_on_its_logits_and_its_key_alone():
   logits = np.random.default_rng(3).normal(size=(40, 30)).astype(np.float32)
-  expected, _ = choose_jit(logits, keys(40), Choice(1.0, top_p=0.9))
+  expected, _ = choose_jit(logits, keys(40), SamplingParams(1.0, top_p=0.9))
   order = np.random.default_rng(4).permutation(40)[:17]
-  found, _ = choose_jit(logits[order], keys(40)[order], Choice(1.0, top_p=0.9))
+  found, _ = choose_jit(logits[order], keys(40)[order], SamplingParams(1.0, top_p=0.9))
   np.testing.assert_array_equal(found, expected[order])
-  others, _ = choose_jit(logits, keys(40, seed=1), Choice(1.0, top_p=0.9))
+  others, _ = choose_jit(logits, keys(40, seed=1), SamplingParams(1.0, top_p=0.9))
   assert np.mean(np.asarray(others) == expected) < 0.7
 
 
@@ -134,30 +143,30 @@ def log(*probabilities):
   ("logits", "choice", "expected"),
   [
     # The cases of the definitions, by hand.
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_k=1), [1]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_k=2), [1, 3]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_k=4), [0, 1, 2, 3]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_k=1000), [0, 1, 2, 3]),  # more than there are
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=0.35), [1]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=0.45), [1, 3]),  # the one that goes beyond p is in
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=0.95), [0, 1, 2, 3]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(min_p=0.6), [1, 3]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(min_p=1.0), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_k=1), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_k=2), [1, 3]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_k=4), [0, 1, 2, 3]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_k=1000), [0, 1, 2, 3]),  # more than there are
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=0.35), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=0.45), [1, 3]),  # the one that goes beyond p is in
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=0.95), [0, 1, 2, 3]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(min_p=0.6), [1, 3]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(min_p=1.0), [1]),
     # Ties stay together.
-    (log(0.3, 0.1, 0.3, 0.3), Choice(top_k=1), [0, 2, 3]),
-    (log(0.2, 0.4, 0.2, 0.2), Choice(top_k=2), [0, 1, 2, 3]),
-    (log(0.2, 0.4, 0.2, 0.2), Choice(top_p=0.5), [0, 1, 2, 3]),
-    (log(0.4, 0.1, 0.4, 0.1), Choice(top_p=0.1), [0, 2]),
-    (log(0.4, 0.1, 0.4, 0.1), Choice(min_p=1.0), [0, 2]),
+    (log(0.3, 0.1, 0.3, 0.3), SamplingParams(top_k=1), [0, 2, 3]),
+    (log(0.2, 0.4, 0.2, 0.2), SamplingParams(top_k=2), [0, 1, 2, 3]),
+    (log(0.2, 0.4, 0.2, 0.2), SamplingParams(top_p=0.5), [0, 1, 2, 3]),
+    (log(0.4, 0.1, 0.4, 0.1), SamplingParams(top_p=0.1), [0, 2]),
+    (log(0.4, 0.1, 0.4, 0.1), SamplingParams(min_p=1.0), [0, 2]),
     # The best always stays.
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=1e-9), [1]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=0.0), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=1e-9), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=0.0), [1]),
     # top-p is of what top-k left: 0.57 and 0.43. min-p comes last: before top-p it would have left it 0.57 and 0.43.
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_k=2, top_p=0.5), [1]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=0.5, min_p=0.7), [1, 3]),
-    (log(0.1, 0.4, 0.2, 0.3), Choice(top_p=0.5, min_p=0.8), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_k=2, top_p=0.5), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=0.5, min_p=0.7), [1, 3]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_p=0.5, min_p=0.8), [1]),
     # The temperature comes first: it makes 0.53 of 0.4.
-    (log(0.1, 0.4, 0.2, 0.3), Choice(temperature=0.5, top_p=0.5), [1]),
+    (log(0.1, 0.4, 0.2, 0.3), SamplingParams(temperature=0.5, top_p=0.5), [1]),
   ],
 )
 def test_what_is_left_by_hand(logits, choice, expected):
@@ -172,7 +181,7 @@ def test_what_is_left_is_what_the_definitions_say(size):
   rng = np.random.default_rng(size)
   seen = set()
   for top_k, top_p, min_p in itertools.product((0, 1, 5, 2000), (1.0, 0.9, 0.5, 1e-7), (0.0, 0.03, 0.5)):
-    choice = Choice(0.7, top_k, top_p, min_p)
+    choice = SamplingParams(0.7, top_k, top_p, min_p)
     # In quarters: sums of float32 are far from the edges, and values coincide.
     for logits in (rng.normal(size=size) * 2, np.round(rng.normal(size=size) * 8) / 4):
       logits = logits.astype(np.float32)
@@ -183,7 +192,9 @@ def test_what_is_left_is_what_the_definitions_say(size):
   assert len(seen) > 2
 
 
-@pytest.mark.parametrize("choice", [Choice(0.7, top_p=1e-3), Choice(0.7, top_k=1), Choice(0.7, min_p=1.0)])
+@pytest.mark.parametrize(
+  "choice", [SamplingParams(0.7, top_p=1e-3), SamplingParams(0.7, top_k=1), SamplingParams(0.7, min_p=1.0)]
+)
 def test_where_only_the_best_is_left_it_is_drawn(choice):
   """Over many rows compiled as one program, where the same sum may be rounded differently in two places."""
   logits = np.random.default_rng(5).normal(size=(4096, 64)).astype(np.float32) * 3

@@ -13,7 +13,7 @@ _COLDEST = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class Choice:
+class SamplingParams:
   """How tokens are drawn. Training wants the defaults beyond the temperature: truncation biases its ratios."""
 
   temperature: float = 1.0  # 0, or so little that logits would overflow, is greedy
@@ -22,8 +22,8 @@ class Choice:
   min_p: float = 0.0  # only tokens at least min_p times as probable as the most probable one
 
 
-class Choices(NamedTuple):
-  """A `Choice` of each row. numpy or jax."""
+class RowParams(NamedTuple):
+  """A `SamplingParams` of each row. numpy or jax."""
 
   temperature: Float[Array, "B"]
   top_k: Int[Array, "B"]
@@ -31,33 +31,33 @@ class Choices(NamedTuple):
   min_p: Float[Array, "B"]
 
 
-def stack(choices: Sequence[Choice]) -> Choices:
-  """The choices of rows, side by side. numpy."""
-  columns = zip(*map(dataclasses.astuple, choices), strict=True)
+def stack(params: Sequence[SamplingParams]) -> RowParams:
+  """The params of rows, side by side. numpy."""
+  columns = zip(*map(dataclasses.astuple, params), strict=True)
   dtypes = np.float32, np.int32, np.float32, np.float32
-  return Choices(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+  return RowParams(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
-def choose(
-  logits: Float[Array, "B V"], keys: Key[Array, "B"], choices: Choices
+def sample_token(
+  logits: Float[Array, "B V"], keys: Key[Array, "B"], params: RowParams
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
   """A token a row and its log-probability, in nats.
 
   The log-probability is that of softmax(logits / temperature), whole: not of the truncated distribution, and not of the
   greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
   """
-  greedy = choices.temperature < _COLDEST
-  logits = logits / jnp.where(greedy, 1, choices.temperature)[:, None]
-  truncates = (choices.top_k > 0) | (choices.top_p < 1) | (choices.min_p > 0)
+  greedy = params.temperature < _COLDEST
+  logits = logits / jnp.where(greedy, 1, params.temperature)[:, None]
+  truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
   # To sort the vocabulary is dear beside the rest: only where a row asks for it.
-  left = jax.lax.cond(jnp.any(truncates & ~greedy), truncate, lambda logits, _: logits, logits, choices)
+  left = jax.lax.cond(jnp.any(truncates & ~greedy), truncate, lambda logits, _: logits, logits, params)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # as in jax.random.categorical
   tokens = _argmax(jnp.where(greedy[:, None], logits, left + noise))
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncate(logits: Float[Array, "B V"], choices: Choices) -> Float[Array, "B V"]:
+def truncate(logits: Float[Array, "B V"], params: RowParams) -> Float[Array, "B V"]:
   """-inf for tokens that top-k, then top-p of what it left, then min-p shut out; the most probable one always stays.
 
   top-p keeps a token if the more probable ones together are under p (Holtzman et al. 2020); ties stay together.
@@ -65,7 +65,7 @@ def truncate(logits: Float[Array, "B V"], choices: Choices) -> Float[Array, "B V
   # Computed once: rounded otherwise in another place, the smallest that is to stay, even the best, would not be found.
   logits = jax.lax.optimization_barrier(logits)
   size = logits.shape[-1]
-  top_k, top_p, min_p = choices.top_k[:, None], choices.top_p[:, None], choices.min_p[:, None]
+  top_k, top_p, min_p = params.top_k[:, None], params.top_p[:, None], params.min_p[:, None]
   descending = -jnp.sort(-logits, axis=-1)
   last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
   kth = jnp.take_along_axis(descending, last, axis=-1)

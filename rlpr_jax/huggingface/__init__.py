@@ -1,0 +1,6 @@
+"""Hugging Face directories: config.json of each family, tensors by their names there, loading and saving."""
+
+from rlpr_jax.huggingface.loading import load_config, load_pretrained, resolve
+from rlpr_jax.huggingface.saving import save_adapter, save_pretrained
+
+__all__ = ["load_config", "load_pretrained", "resolve", "save_adapter", "save_pretrained"]

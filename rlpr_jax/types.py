@@ -1,0 +1,250 @@
+"""What travels through a training step, in the order in which it comes up.
+
+    Prompt -> Rollouts -> Evidence -> Rewards -> RolloutBatch -> Groups -> StepBatch -> PackedRows -> TrainState
+
+Shapes: P prompts of a draw, G responses a prompt, B = P * G of them with a prompt's together, K groups that were kept,
+T tokens of a response, E of the text in which a reference answer is scored, A of a reference answer, R rows of L tokens
+in an update, N prompts of the data set. Only lengths and masks say what is a token and what is padding.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float
+
+from rlpr_jax.filtering import FilterState
+
+Params = dict[str, Any]  # nested dictionary of arrays, as `nnx.to_pure_dict` gives it
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity: == on arrays has no single answer
+class Prompt:
+  """A question in token ids, ready to be answered.
+
+  >>> Prompt(ids=np.array([5, 6, 7], np.int32), reference="8", question="3+5?", source="sums", row=0).reference
+  '8'
+  """
+
+  ids: np.ndarray  # int32[length], ending where the assistant begins to write
+  reference: str = ""  # the reference answer
+  question: str = ""  # text of the last user message
+  source: str = ""  # where the question comes from
+  row: int = 0  # index into the data set's prompts, by which per-prompt state such as r' is kept
+
+
+class Rollouts(NamedTuple):
+  """Responses of a batch of prompts and, where they were scored, their reference answers. numpy.
+
+  A response `<think> 3+5 </think> <answer> 9 </answer>` to a prompt with the reference 8 is scored as
+  `<think> 3+5 </think> <answer> 8 </answer>`: the first `reference_starts` tokens of the response, then
+  `reference_tokens`, of which `reference_mask` is true on 8 alone.
+  """
+
+  tokens: np.ndarray  # int32[B, T] EOS included where it was sampled
+  lengths: np.ndarray  # int32[B]
+  logprobs: np.ndarray  # float32[B, T] of the sampled tokens, at the sampling temperature; 0 beyond the length
+  finished: np.ndarray  # bool[B] True: ended by EOS or a stop string; False: cut at its limit
+  texts: list[str]  # [B] decoded, without the EOS or stop string
+  refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
+  scorable: np.ndarray  # bool[B] the reference answer could be spliced in
+  overlong: np.ndarray  # bool[B] it could have been, but did not fit
+  reference_starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
+  reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
+  reference_logps: np.ndarray  # float32[B, E] log-probabilities of the reference answer's own tokens, else 0
+  reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
+  seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
+
+
+class Samples(NamedTuple):
+  """Sampled responses. numpy. Fields as in `Rollouts`."""
+
+  tokens: np.ndarray
+  lengths: np.ndarray
+  logprobs: np.ndarray
+  finished: np.ndarray
+  texts: list[str]
+  refused: np.ndarray
+
+
+class Evidence(NamedTuple):
+  """All that a reward can be made of, of P groups of G responses. Column k is the answer's k-th token. numpy or jax.
+
+  Two responses to one question whose reference has two tokens, the second response without an answer:
+
+      logps     [[[-0.1, -0.3], [0, 0]]]        scorable  [[True, False]]
+      mask      [[[True, True], [False, False]]]  formats   [[1, 0]]
+  """
+
+  logps: Float[Array, "P G A"]  # of the reference after the reasoning
+  mask: Bool[Array, "P G A"]  # True on the answer's tokens
+  scorable: Bool[Array, "P G"]
+  baseline_logps: Float[Array, "P A"]  # of the reference without reasoning; NaN where there is no token
+  formats: Float[Array, "P G"]  # 1 where the tags are right
+  repetition: Float[Array, "P G"]  # -1 where the response repeats itself
+  excess: Float[Array, "P G"]  # how much longer than the reference the answer is: 0 to -1
+  verified: Float[Array, "P G"]  # 1 where the verifier finds the answer right; 0 without a verifier
+  noise: Float[Array, "P G"]  # uniform in [0, 1)
+
+
+class Rewards(NamedTuple):
+  """Every part of the reward, so that each can be logged and none is computed twice. numpy or jax.
+
+  With r = 0.8 and 0.3, r' = 0.2, both well-formed, and the format's share 0.1: `debiased` is [[0.6, 0.1]] and `total`
+  [[0.64, 0.19]].
+  """
+
+  reference: Array  # [P, G] r: the reference answer's probability after the reasoning
+  baseline: Array  # [P]    r': the same without reasoning
+  debiased: Array  # [P, G] shaping(r - r')
+  format: Array  # [P, G] 1 where the tags of the template are all there, in order
+  repetition: Array  # [P, G] -1 where the response repeats itself, else 0
+  length: Array  # [P, G] at most 0: penalty of an answer longer than the reference
+  total: Array  # [P, G] what the policy is trained on
+
+
+class Advantages(NamedTuple):
+  """How a group's responses compare. numpy.
+
+  Totals [[0.64, 0.19]] have the advantages [[0.71, -0.71]] and the spread [0.32].
+  """
+
+  advantages: np.ndarray  # float32[P, G] of each sampled token
+  stds: np.ndarray  # float32[P] spread of the rewards, by which the filter decides; NaN for a prompt that was refused
+  answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
+
+
+class RolloutBatch(NamedTuple):
+  """What one draw of prompts gave. `keep` says which of its groups are trained on."""
+
+  prompts: list[Prompt]  # [P]
+  rollouts: Rollouts  # [P * G]; of texts, this process's share
+  evidence: Evidence
+  rewards: Rewards  # [P, G]
+  shadows: dict[str, Rewards]  # by name
+  advantages: np.ndarray  # float32[P, G]
+  answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
+  stds: np.ndarray  # float32[P]
+  keep: np.ndarray  # bool[P]
+
+
+class Answers(NamedTuple):
+  """Reference answers in the place of the responses' own, for a gradient through them. numpy."""
+
+  weights: np.ndarray  # float32[K, G] of -log p(answer)
+  starts: np.ndarray  # int32[K, G] tokens of the response that stand before the suffix
+  tokens: np.ndarray  # int32[K, G, E] the suffix
+  mask: np.ndarray  # bool[K, G, E] True on the answer's own tokens; nowhere if the response has no place for it
+
+
+class Groups(NamedTuple):
+  """Kept prompts and their G responses each, with all that an update needs to know of them. numpy.
+
+  >>> Groups.empty(prompt_limit=4, samples=2, response_limit=3).num_groups
+  0
+  """
+
+  prompt_tokens: np.ndarray  # int32[K, S]
+  prompt_lengths: np.ndarray  # int32[K]
+  tokens: np.ndarray  # int32[K, G, T]
+  lengths: np.ndarray  # int32[K, G]
+  logprobs: np.ndarray  # float32[K, G, T] under the policy that sampled
+  advantages: np.ndarray  # float32[K, G]
+  answers: Answers | None = None  # None where no gradient goes through them
+
+  @classmethod
+  def empty(cls, prompt_limit: int, samples: int, response_limit: int, answer_limit: int | None = None) -> "Groups":
+    """No groups; with the shapes of answers if `answer_limit` says how long they may be."""
+    answers = None
+    if answer_limit is not None:
+      answers = Answers(
+        weights=np.zeros((0, samples), np.float32),
+        starts=np.zeros((0, samples), np.int32),
+        tokens=np.zeros((0, samples, answer_limit), np.int32),
+        mask=np.zeros((0, samples, answer_limit), bool),
+      )
+    return cls(
+      prompt_tokens=np.zeros((0, prompt_limit), np.int32),
+      prompt_lengths=np.zeros(0, np.int32),
+      tokens=np.zeros((0, samples, response_limit), np.int32),
+      lengths=np.zeros((0, samples), np.int32),
+      logprobs=np.zeros((0, samples, response_limit), np.float32),
+      advantages=np.zeros((0, samples), np.float32),
+      answers=answers,
+    )
+
+  @property
+  def num_groups(self) -> int:
+    """K."""
+    return len(self.prompt_lengths)
+
+  def take(self, which: slice | np.ndarray) -> "Groups":
+    """The groups that an index, a slice or a mask over K selects."""
+    return jax.tree.map(lambda field: field[which], self)
+
+
+class StepBatch(NamedTuple):
+  """What a step trains on, what it leaves to the next, and what it saw."""
+
+  groups: Groups  # kept, at most prompts_per_step
+  carried: Groups  # kept beyond that
+  stds: np.ndarray  # float32[max_draws * P] spread of every prompt drawn; NaN where nothing was drawn
+  baselines: np.ndarray  # float32[N, A] as in TrainState, with what was learned of them
+  values: dict[str, float]  # metrics
+  rows: list[dict[str, Any]]  # rollouts for the disk
+
+
+class PackedRows(NamedTuple):
+  """Token rows for the update. numpy or jax.
+
+  Two sequences, of prompts 5 6 and 8 with the responses 7 2 and 9 2, in a row of eight places:
+
+      tokens       5 6 7 2  8 9 2  0
+      positions    0 1 2 3  0 1 2  0
+      segment_ids  1 1 1 1  2 2 2  0      0 is padding
+      mask         . . T T  . T T  .
+  """
+
+  tokens: np.ndarray  # int32[R, L]
+  positions: np.ndarray  # int32[R, L] within the segment
+  segment_ids: np.ndarray  # int32[R, L] counts the sequences of a row from 1; 0 is padding
+  mask: np.ndarray  # bool[R, L] True on sampled tokens, EOS included
+  old_logprobs: np.ndarray  # float32[R, L] of the token at the same place
+  advantages: np.ndarray  # float32[R, L]
+  weights: np.ndarray  # float32[R, L] loss = sum(weights * token loss), over the whole minibatch
+  answer_weights: np.ndarray | None = None  # float32[R, L] loss -= sum(answer_weights * log p); None for no such term
+  reference_logprobs: np.ndarray | None = None  # float32[R, L] under the initial policy; None without a KL term
+
+  @classmethod
+  def empty(cls, rows: int, length: int) -> "PackedRows":
+    """Rows of padding.
+
+    >>> PackedRows.empty(2, 8).tokens.shape
+    (2, 8)
+    """
+    shape = (rows, length)
+    return cls(
+      tokens=np.zeros(shape, np.int32),
+      positions=np.zeros(shape, np.int32),
+      segment_ids=np.zeros(shape, np.int32),
+      mask=np.zeros(shape, bool),
+      old_logprobs=np.zeros(shape, np.float32),
+      advantages=np.zeros(shape, np.float32),
+      weights=np.zeros(shape, np.float32),
+    )
+
+
+class TrainState(NamedTuple):
+  """The state between two training steps. Random keys are not here: they follow from the seed and the draw's number."""
+
+  step: int  # training steps finished
+  params: Params  # float32 masters of what is trained
+  opt_state: optax.OptState
+  filter: FilterState
+  baselines: np.ndarray  # float32[N, A] log-probabilities of each reference without reasoning; NaN: no token, unknown
+  initial: Params  # the initial policy, for a KL term or as frozen scorer; else nothing
+  lagged: Params  # the policy some steps ago, as scorer; else nothing
+  carried: Groups  # kept groups that the step before had no room for
+  stream: dict[str, Any]  # position of the data stream
