@@ -56,7 +56,7 @@ def padded(groups: Groups, rows: int, row_length: int) -> PackedRows:
   """One sequence a row."""
   segments = packing.to_segments(groups, packing.sequence_weights(groups, "token_mean", rows))
   places = np.stack([np.arange(len(segments)), np.zeros(len(segments), int)], axis=1)
-  return packing.lay(segments, places, rows, row_length)
+  return packing.pack_rows(segments, places, rows, row_length)
 
 
 def cut(rows: PackedRows, size: int, step: int) -> list[PackedRows]:

@@ -222,29 +222,53 @@ def policy_loss(
   clip_high: float = 0.27,
   aggregate: str = "token_mean",
   dual_clip: float | None = None,
+  *,
+  ratio_cap: float | None = None,
+  weights: ArrayLike | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The clipped loss of one minibatch of padded sequences.
+  """The policy loss of a minibatch, or of a part of one: sum(weights * token loss).
 
   Args:
-    logps, old_logps: [B, T]; what stands outside the mask never matters.
-    advantages: [B], one for each sequence.
+    logps, old_logps: [B, T] under the policy and under the one that sampled; what is outside the mask never matters.
+    advantages: [B] one for each sequence, or [B, T] one for each token.
     mask: [B, T] True on response tokens up to and including EOS, built from lengths.
     clip_low, clip_high, dual_clip: as for `clipped_loss`.
-    aggregate: as for `token_weights`.
+    aggregate: as for `loss_weights`.
+    ratio_cap: takes `truncated_loss` with this cap in the place of `clipped_loss`; None does not.
+    weights: [B, T] in the place of what `aggregate` makes of the mask: of a whole minibatch, for its parts to add up.
 
   Returns:
-    (loss, {"ratio_mean", "ratio_worst", "clip_fraction"}), scalars; `ratio_worst` is the largest |ratio - 1|.
+    (loss, metrics), scalars: `ratio_mean`, `ratio_worst` (the largest |ratio - 1|) and `clip_fraction`; or, with
+    `weights`, numbers that add up over the parts of a minibatch in the place of means: `tokens`, `ratio_sum`,
+    `clipped_tokens`, and `ratio_worst`.
+
+  One response of two tokens whose second has become twice as likely, where 1.27 times is all that counts:
+
+  >>> loss, metrics = policy_loss(jnp.log(jnp.array([[0.5, 0.8]])), jnp.log(jnp.array([[0.5, 0.4]])), [1.0], [[1, 1]])
+  >>> print(f"{loss:.3f} {metrics['clip_fraction']:.2f}")
+  -1.135 0.50
   """
   mask = jnp.asarray(mask, bool)
   # Both are replaced before the exponential: a gradient through an unused inf would be NaN.
   logps, old_logps = jnp.where(mask, logps, 0.0), jnp.where(mask, old_logps, 0.0)
-  advantages = jnp.asarray(advantages)[:, None]
-  loss, ratio, clipped = clipped_loss(logps, old_logps, advantages, clip_low, clip_high, dual_clip)
-  weights = token_weights(mask, aggregate)
-  tokens = jnp.maximum(jnp.sum(mask), 1)
-  metrics = {
-    "ratio_mean": jnp.sum(ratio * mask) / tokens,
+  advantages = jnp.asarray(advantages)
+  advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+  if ratio_cap is None:
+    loss, ratio, clipped = clipped_loss(logps, old_logps, advantages, clip_low, clip_high, dual_clip)
+  else:
+    loss, ratio, clipped = truncated_loss(logps, old_logps, advantages, ratio_cap)
+  sums = {
+    "tokens": jnp.sum(mask),
+    "ratio_sum": jnp.sum(ratio * mask),
     "ratio_worst": jnp.max(jnp.abs(ratio - 1) * mask),
-    "clip_fraction": jnp.sum(clipped & mask) / tokens,
+    "clipped_tokens": jnp.sum(clipped & mask),
   }
-  return jnp.sum(jnp.where(mask, weights * loss, 0.0)), metrics
+  if weights is not None:
+    return jnp.sum(jnp.where(mask, weights * loss, 0.0)), sums
+  tokens = jnp.maximum(sums["tokens"], 1)
+  metrics = {
+    "ratio_mean": sums["ratio_sum"] / tokens,
+    "ratio_worst": sums["ratio_worst"],
+    "clip_fraction": sums["clipped_tokens"] / tokens,
+  }
+  return jnp.sum(jnp.where(mask, token_weights(mask, aggregate) * loss, 0.0)), metrics

@@ -18,7 +18,7 @@ from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.training import supervised
-from rlpr_jax.training.run import check_lengths, check_rows
+from rlpr_jax.training.settings import check_lengths, check_rows
 from rlpr_jax.training.supervised import SupervisedState
 
 

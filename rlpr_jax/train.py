@@ -10,13 +10,15 @@ import functools
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlpr_jax import config as configs
-from rlpr_jax import entry, filtering, models, processes
+from rlpr_jax import custom_reward as custom_rewards
+from rlpr_jax import entry, processes
+from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError
 from rlpr_jax.runs import metrics
@@ -26,11 +28,12 @@ from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import packing
 from rlpr_jax.training.collect import collect
-from rlpr_jax.training.old_logprobs import Trainer, resolve_old_logprobs
-from rlpr_jax.training.reward import CustomReward, load_custom_reward
-from rlpr_jax.training.run import Run, abstract_state, copy_params, evaluate, first_state, join, set_up, split
-from rlpr_jax.training.update import reference_logprobs, update
-from rlpr_jax.types import PackedRows, StepBatch, TrainState
+from rlpr_jax.training.held_out import evaluate_run
+from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
+from rlpr_jax.training.old_logprobs import resolve_old_logprobs
+from rlpr_jax.training.run import Run, set_up
+from rlpr_jax.training.state import abstract_state, finish_step, first_state, join, split
+from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
 
@@ -47,7 +50,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
     config.reward.custom = f"{custom_reward.__module__}.{custom_reward.__qualname__}"
   entry.begin(config, workdir)
   if custom_reward is None and config.reward.custom:
-    custom_reward = load_custom_reward(config.reward.custom)
+    custom_reward = custom_rewards.load(config.reward.custom)
   with StopRequest() as stop:
     run = set_up(config, custom_reward)
     entry.write_config(config, workdir)
@@ -81,7 +84,7 @@ def resume(run: Run, state: TrainState, writer: metrics.MetricsWriter, stop: Sto
     run.engine.compile_programs(run.policy.sampling_params(state.params), scoring=True)
   if writer.rows and is_measured(run.config, state.step) and ACCURACY not in writer.rows[-1]:
     with contextlib.suppress(StoppedError):
-      writer.amend(evaluate(run, state.params, state.step, stop))
+      writer.amend(evaluate_run(run, state.params, state.step, stop))
 
 
 def is_measured(config: ConfigDict, step: int) -> bool:
@@ -107,30 +110,31 @@ def train_steps(
   while state.step < config.steps:
     started, compiled = time.perf_counter(), metrics.compilations()
 
-    # Sample, score, reward and filter, until enough groups are kept.
+    # 1. Sample, score, reward and filter, until enough groups are kept.
     try:
-      harvest = collect(run, state, stream, stop)
+      batch = collect(run, state, stream, stop)
     except StoppedError:
       break
 
-    # Update on them. The checkpoint under way may still be reading the arrays that the update donates.
+    # 2. Update on them. The checkpoint being written may still be reading the arrays that the update donates.
     checkpoints.wait()
-    state, minibatches, losses, values = update_policy(run, state, stream, harvest)
+    updated = update_policy(run, state, batch, stream)
+    state = updated.state
 
-    # Look at it and write it down.
-    values = harvest.values | values
+    # 3. Measure it and write it down.
+    values = batch.metrics | updated.metrics
     if is_measured(config, state.step):
       with contextlib.suppress(StoppedError):
-        values |= evaluate(run, state.params, state.step, stop)
+        values |= evaluate_run(run, state.params, state.step, stop)
     values["seconds/step"] = time.perf_counter() - started
     values["compilations"] = metrics.compilations() - compiled
-    writer.write_rollouts(state.step, harvest.rows)
+    writer.write_rollouts(state.step, batch.rollouts)
     writer.write(state.step, values)
     left = (time.perf_counter() - progress_start) / (state.step - first) * (config.steps - state.step)
     print(progress_line(state.step, config.steps, values, left), flush=True)
 
-    # Save it, and go on if all is well.
-    trouble, why_stop = watch.look(state.step, writer.rows, minibatches, losses)
+    # 4. Save it, and go on if all is well.
+    trouble, why_stop = watch.look(state.step, writer.rows, updated.minibatches, updated.losses)
     stopping, accuracy = processes.any_of(stop), values.get(ACCURACY)
     measured = accuracy is not None and config.log.keep_best > 0
     if state.step == config.steps or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
@@ -145,76 +149,67 @@ def train_steps(
   return state
 
 
-def update_policy(
-  run: Run, state: TrainState, stream: PromptStream, harvest: StepBatch
-) -> tuple[TrainState, list[PackedRows], list[dict[str, np.ndarray]], dict[str, float]]:
-  """The optimiser steps of one training step.
+class Updated(NamedTuple):
+  """What the updates of a step gave."""
 
-  Returns:
-    the state after them, the minibatches, the metrics of each optimiser step, and their means for the step's.
-  """
-  config, training, settings = run.config, run.config.training, run.update_settings
-  row_length = training.row_length or configs.longest_sequence(config)
-  started, params, opt_state, losses = time.perf_counter(), state.params, state.opt_state, []
-  trainer = Trainer(run.policy.model, run.policy.merged_params(params), settings, row_length)
-  harvest, gap = settle_old_logprobs(harvest, state.carried.num_groups, trainer, training)
-  minibatches = packing.minibatches(
-    harvest.groups,
-    config.prompts_per_step,
-    training.minibatches,
-    training.aggregate,
-    row_length,
-    settings.micro_batch_rows,
-  )
-  if settings.kl_coefficient:
-    initial = run.policy.merged_params(state.initial)
+  state: TrainState
+  minibatches: list[PackedRows]
+  losses: list[dict[str, np.ndarray]]  # metrics of each optimiser step
+  metrics: dict[str, float]  # of the step
+
+
+def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptStream) -> Updated:
+  """Takes the optimiser steps of one training step."""
+  training, started = run.config.training, time.perf_counter()
+  batch, gap = resolve_ratios(run, state, batch)
+  minibatches = packing.pack_minibatches(batch.groups, run.packing)
+  if training.kl_coefficient:
+    initial = text_scorer(run, state.initial)
     minibatches = [
-      rows._replace(reference_logprobs=reference_logprobs(run.policy.model, initial, rows, settings))
-      for rows in minibatches
+      rows._replace(reference_logprobs=compute_logprobs(initial.program, initial.params, rows)) for rows in minibatches
     ]
+  losses = []
   for rows in minibatches * training.epochs_per_step:
-    params, opt_state, loss = update(
-      run.policy.model, run.optimizer, run.policy.frozen, params, opt_state, rows, settings
-    )
+    state, loss = run.update(state, rows)
     losses.append(loss)
   losses = jax.device_get(losses)
-  state = TrainState(
-    step=state.step + 1,
-    params=params,
-    opt_state=opt_state,
-    filter=jax.device_get(filtering.update(state.filter, harvest.stds, run.filter)),
-    baselines=harvest.baselines,
-    initial=state.initial,
-    lagged=newest_lagged(run, state, params),
-    carried=harvest.carried,
-    stream=stream.state(),
+  return Updated(
+    state=finish_step(run, state, batch, stream),
+    minibatches=minibatches,
+    losses=losses,
+    metrics=gap | update_metrics(batch, losses, time.perf_counter() - started),
   )
-  return state, minibatches, losses, gap | update_metrics(harvest, losses, time.perf_counter() - started)
 
 
-def settle_old_logprobs(
-  harvest: StepBatch, carried_in: int, trainer: Trainer, training: ConfigDict
-) -> tuple[StepBatch, dict[str, float]]:
-  """The harvest with the log-probabilities that ratios start from; what was carried in keeps those that it has."""
-  groups, size = packing.concatenate([harvest.groups, harvest.carried]), harvest.groups.num_groups
+def resolve_ratios(run: Run, state: TrainState, batch: StepBatch) -> tuple[StepBatch, dict[str, float]]:
+  """Gives the batch the log-probabilities that ratios start from; what was carried in keeps those that it has."""
+  groups, training = packing.concatenate([batch.groups, batch.carried]), run.config.training
   fresh, gap = resolve_old_logprobs(
-    groups.take(slice(carried_in, None)), trainer, training.old_logprobs, training.sampler_gap_limit
+    groups.take(slice(batch.carried_in, None)),
+    text_scorer(run, state.params),
+    training.old_logprobs,
+    training.sampler_gap_limit,
   )
-  groups = packing.concatenate([groups.take(slice(carried_in)), fresh])
-  harvest = harvest._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))
-  return harvest, {f"sampler_gap/{name}": value for name, value in gap.items()}
+  groups, size = packing.concatenate([groups.take(slice(batch.carried_in)), fresh]), batch.groups.num_groups
+  batch = batch._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))
+  return batch, {f"sampler_gap/{name}": value for name, value in gap.items()}
 
 
-def newest_lagged(run: Run, state: TrainState, params: models.Params) -> models.Params:
-  """The copy of the policy that a lagged scorer uses from the next step on."""
-  settings = run.config.reward
-  due = settings.scorer == "lagged" and (state.step + 1) % settings.scorer_every == 0
-  return copy_params(params) if due else state.lagged
+def text_scorer(run: Run, params: Params) -> TextScorer:
+  """A policy of the run, by its trained parameters, as what says how probable texts are in training."""
+  settings = run.update.program.settings
+  program = LogprobProgram(
+    model=run.policy.model,
+    temperature=settings.temperature,
+    micro_batch_rows=settings.micro_batch_rows,
+    sharding=settings.sharding,
+  )
+  return TextScorer(program, run.policy.merged_params(params), run.packing.row_length)
 
 
-def update_metrics(harvest: StepBatch, losses: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
+def update_metrics(batch: StepBatch, losses: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
   """Means over the step's optimiser steps that were finite, and what the update cost."""
-  groups = harvest.groups
+  groups = batch.groups
   tokens = int(groups.prompt_lengths.sum() * groups.lengths.shape[1] + groups.lengths.sum())
   values = {"seconds/update": seconds, "tokens_per_second/update": tokens / seconds}
   values["update/skipped"] = sum(bool(loss["skipped"]) for loss in losses)

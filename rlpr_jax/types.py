@@ -124,10 +124,9 @@ class RolloutBatch(NamedTuple):
   evidence: Evidence
   rewards: Rewards  # [P, G]
   shadows: dict[str, Rewards]  # by name
-  advantages: np.ndarray  # float32[P, G]
-  answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
-  stds: np.ndarray  # float32[P]
+  advantages: Advantages
   keep: np.ndarray  # bool[P]
+  baselines: np.ndarray  # float32[N, A] as in TrainState, with what this draw measured
 
 
 class Answers(NamedTuple):
@@ -190,10 +189,11 @@ class StepBatch(NamedTuple):
 
   groups: Groups  # kept, at most prompts_per_step
   carried: Groups  # kept beyond that
+  carried_in: int  # how many of both are of the step before
   stds: np.ndarray  # float32[max_draws * P] spread of every prompt drawn; NaN where nothing was drawn
   baselines: np.ndarray  # float32[N, A] as in TrainState, with what was learned of them
-  values: dict[str, float]  # metrics
-  rows: list[dict[str, Any]]  # rollouts for the disk
+  metrics: dict[str, float]
+  rollouts: list[dict[str, Any]]  # some of them, for the disk
 
 
 class PackedRows(NamedTuple):

@@ -13,7 +13,7 @@ ORDER = (
   ("__init__", "errors", "resources", "compilation"),
   ("machine", "config", "sharding", "processes", "filtering", "grpo"),
   ("types",),
-  ("rewards", "command_line"),
+  ("rewards", "command_line", "custom_reward"),
   ("splicing", "models"),
   ("huggingface",),
   ("data",),

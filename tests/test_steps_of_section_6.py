@@ -125,14 +125,7 @@ def train(rewards, case):
     shadows={},
     custom_reward=lambda evidence, texts, prompts: rewards[[prompt.row for prompt in prompts]],
   )
-  nothing = Groups(
-    prompt_tokens=np.zeros((0, 1), np.int32),
-    prompt_lengths=np.zeros(0, np.int32),
-    tokens=np.zeros((0, SAMPLES, 1), np.int32),
-    lengths=np.zeros((0, SAMPLES), np.int32),
-    logprobs=np.zeros((0, SAMPLES, 1), np.float32),
-    advantages=np.zeros((0, SAMPLES), np.float32),
-  )
+  nothing = Groups.empty(prompt_limit=1, samples=SAMPLES, response_limit=1)
   state = TrainState(**dict.fromkeys(TrainState._fields))._replace(
     step=0, filter=filtering.init(run.filter), baselines=np.full((len(rewards), 1), np.nan, np.float32), carried=nothing
   )
@@ -144,7 +137,7 @@ def train(rewards, case):
       step=t, filter=filtering.update(state.filter, harvest.stds, run.filter), carried=harvest.carried
     )
     trained, carried = (groups.prompt_tokens[:, 0].tolist() for groups in (harvest.groups, harvest.carried))
-    drawn, limit = stream.drawn - before, harvest.values["filter/threshold"]
+    drawn, limit = stream.drawn - before, harvest.metrics["filter/threshold"]
     steps.append(Step(trained, carried, drawn, limit, float(state.filter.average)))
   return steps
 

@@ -19,7 +19,8 @@ from rlpr_jax.errors import InputError
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.training.run import abstract_state, join, set_up, split
+from rlpr_jax.training.run import set_up
+from rlpr_jax.training.state import abstract_state, join, split
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = """

@@ -12,7 +12,7 @@ from rlpr_jax.planning import flops
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
-from rlpr_jax.training.run import rollout_shapes
+from rlpr_jax.training.settings import rollout_shapes
 
 
 class Lengths(NamedTuple):

@@ -15,7 +15,7 @@ from rlpr_jax.planning.compiler import Compiled, compile_program
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.planning.programs import Layout, Program
-from rlpr_jax.training.run import create_update_settings
+from rlpr_jax.training.settings import update_settings
 
 _STEP = 8  # slots of a part of the mesh are proposed in such steps
 Say = Callable[[str], None]
@@ -136,7 +136,7 @@ def plan(
     layout.sampler.sampling.sharding.num_shards("batch"),
   )
   slots = config.rollout.slots // layout.processes
-  micro = create_update_settings(config, layout.policy.sharding).micro_batch_rows
+  micro = update_settings(config, layout.policy.sharding).micro_batch_rows
   all_programs = programs.rollout_programs(layout, slots) | programs.update_programs(layout, micro)
   compiled = {name: planner.compile(name, program) for name, program in all_programs.items()}
   fits = {name: planner.fits(program, compiled[name]) for name, program in all_programs.items()}

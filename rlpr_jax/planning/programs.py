@@ -25,15 +25,10 @@ from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training.run import (
-  check_lengths,
-  check_rows,
-  create_optimizer,
-  create_update_settings,
-  keeps_initial,
-  rollout_shapes,
-)
-from rlpr_jax.training.update import update
+from rlpr_jax.training.run import create_optimizer
+from rlpr_jax.training.settings import check_lengths, check_rows, rollout_shapes, update_settings
+from rlpr_jax.training.state import keeps_initial
+from rlpr_jax.training.update import Trainable, UpdateProgram, optimizer_step
 from rlpr_jax.types import PackedRows
 
 WITHOUT_ATTENTION = ("gather", "insert")  # and without any product: they move what others computed
@@ -184,11 +179,12 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
 def update_programs(layout: Layout, micro_batch_rows: int) -> dict[str, Program]:
   """The optimiser step on one minibatch, so many rows at a time."""
   config, policy = layout.config, layout.policy
-  settings = create_update_settings(config, policy.sharding)
+  settings = update_settings(config, policy.sharding)
   settings = dataclasses.replace(settings, micro_batch_rows=micro_batch_rows)
   rows = abstract_rows(config, micro_batch_rows)
+  program = UpdateProgram(policy.model, layout.optimizer, settings)
   trace = functools.partial(
-    update.trace, policy.model, layout.optimizer, policy.frozen, policy.trained, layout.opt_state, rows, settings
+    optimizer_step.trace, program, policy.frozen, Trainable(policy.trained, layout.opt_state), rows
   )
   beside = layout.state["parameters"] - device_bytes(policy.trained)
   return {"update": Program(trace, 1, layout.state | {"rows": device_bytes(rows)}, beside)}

@@ -1,6 +1,7 @@
 """Accuracy on held-out questions: Avg@k, the mean over k samples of each. It measures, and trains nothing."""
 
 import contextlib
+import dataclasses
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
@@ -10,8 +11,39 @@ import numpy as np
 from rlpr_jax import processes, rewards
 from rlpr_jax.grading import graders
 from rlpr_jax.models import Params
+from rlpr_jax.runs import metrics
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import Engine, StoppedError
+from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.training.run import Run
 from rlpr_jax.types import Prompt
+
+# Folded into the run's key before the step, the draw and the sample; training folds the draw and the sample alone, so
+# no key is used twice.
+_EVALUATION_STREAM = 1
+
+
+def evaluate_run(run: Run, params: Params, step: int, stop: StopRequest) -> dict[str, float]:
+  """Measures Avg@k of a run's policy on its held-out prompts; {} if there are none.
+
+  Raises:
+    StoppedError: `stop` was asked for.
+  """
+  if not run.held_out:
+    return {}
+  settings = run.config.evaluation
+  sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
+  accuracies = evaluate(
+    dataclasses.replace(run.engine, choice=sampling),
+    run.policy.sampling_params(params),
+    run.held_out,
+    settings.samples,
+    jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step),
+    metrics.Progress("held-out, response"),
+    settings.stop,
+    stop.__bool__,
+  )
+  return {f"held_out/{name}": value for name, value in accuracies.items()}
 
 
 def evaluate(
@@ -24,7 +56,7 @@ def evaluate(
   stop: Sequence[str] = (),
   interrupted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-  """Avg@samples over the prompts: exact match, but for built-in sentence questions, where what an answer says counts.
+  """Measures Avg@samples: exact match, but for built-in sentence questions, where what an answer says counts.
 
   Each process samples and grades its share.
 

@@ -1,5 +1,6 @@
 """From groups of responses to the rows an update trains on."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -11,31 +12,42 @@ from rlpr_jax.types import Groups, PackedRows
 
 
 def concatenate(groups: Sequence[Groups]) -> Groups:
+  """Joins groups in their order."""
   return jax.tree.map(lambda *fields: np.concatenate(fields), *groups)
 
 
-def minibatches(
-  groups: Groups, prompts_per_step: int, count: int, aggregate: str, row_length: int, micro_batch_rows: int
-) -> list[PackedRows]:
-  """Splits the groups of a step into `count` minibatches of prompts_per_step / count groups.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackingSettings:
+  """How a step's groups become minibatches of packed rows."""
+
+  prompts_per_step: int  # most groups of a step
+  minibatches: int  # into which they are split
+  aggregate: str  # of token losses, as in `grpo.sequence_weights`
+  row_length: int  # tokens of a row; the longest sequence fits
+  micro_batch_rows: int  # the number of rows is a multiple of it
+
+
+def pack_minibatches(groups: Groups, settings: PackingSettings) -> list[PackedRows]:
+  """Splits the groups of a step into minibatches of prompts_per_step / minibatches groups, each packed into rows.
 
   Groups are dealt in turn, so that when fewer were kept than a step wants every minibatch is short by the same; rows
   are padded to one number for all. A minibatch without any group is left out.
   """
-  sequences = prompts_per_step // count * groups.lengths.shape[1]
-  rows = -(-sequences // micro_batch_rows) * micro_batch_rows
+  count = settings.minibatches
+  sequences = settings.prompts_per_step // count * groups.lengths.shape[1]
+  rows = -(-sequences // settings.micro_batch_rows) * settings.micro_batch_rows
   dealt = [groups.take(slice(first, None, count)) for first in range(count)]
-  return [pack(part, aggregate, rows, row_length) for part in dealt if part.num_groups]
+  return [pack(part, settings.aggregate, rows, settings.row_length) for part in dealt if part.num_groups]
 
 
 def pack(groups: Groups, aggregate: str, rows: int, row_length: int) -> PackedRows:
-  """The responses of one minibatch, each behind its prompt, first-fit into rows; what is left of them is padding.
+  """Packs the responses of one minibatch, each behind its prompt, into rows.
 
   With a gradient through the reference answer, the answer stands in the place of what the response wrote from
   `<answer>` on, and the advantage reaches the tokens before it.
   """
   segments = to_segments(groups, sequence_weights(groups, aggregate, rows))
-  return lay(segments, first_fit([segment.tokens.size for segment in segments], row_length), rows, row_length)
+  return pack_segments(segments, rows, row_length)
 
 
 class Segment(NamedTuple):
@@ -47,6 +59,23 @@ class Segment(NamedTuple):
   advantage: float  # of each sampled token, as is
   weight: float
   answer_weights: np.ndarray | None = None  # float32[N]
+
+  @classmethod
+  def of_tokens(cls, tokens: np.ndarray, answer_weights: np.ndarray | None = None) -> "Segment":
+    """A text of which no token was sampled.
+
+    >>> Segment.of_tokens(np.array([5, 6])).mask.tolist()
+    [False, False]
+    """
+    zeros = np.zeros(tokens.size, np.float32)
+    return cls(
+      tokens=tokens.astype(np.int32),
+      mask=np.zeros(tokens.size, bool),
+      old_logprobs=zeros,
+      advantage=0.0,
+      weight=0.0,
+      answer_weights=answer_weights,
+    )
 
 
 def sampled_lengths(groups: Groups) -> np.ndarray:
@@ -67,9 +96,9 @@ def sequence_weights(groups: Groups, aggregate: str, most: int) -> np.ndarray:
 
 
 def to_segments(groups: Groups, weights: np.ndarray) -> list[Segment]:
-  """The K * G sequences, group after group, with their weights [K * G]."""
+  """Splits groups into their K * G sequences, group after group, with the weights [K * G]."""
   answers, sampled = groups.answers, sampled_lengths(groups)
-  out = []
+  segments = []
   for (k, g), weight in zip(np.ndindex(sampled.shape), weights, strict=True):
     start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + sampled[k, g]
     parts = [groups.prompt_tokens[k, :start], groups.tokens[k, g, : end - start]]
@@ -79,22 +108,33 @@ def to_segments(groups: Groups, weights: np.ndarray) -> list[Segment]:
     tokens = np.concatenate(parts)
     mask, old_logprobs = np.zeros(tokens.size, bool), np.zeros(tokens.size, np.float32)
     mask[start:end], old_logprobs[start:end] = True, groups.logprobs[k, g, : end - start]
-    segment = Segment(tokens, mask, old_logprobs, groups.advantages[k, g], weight)
+    segment = Segment(
+      tokens=tokens, mask=mask, old_logprobs=old_logprobs, advantage=groups.advantages[k, g], weight=weight
+    )
     if answers:
       answer_weights = np.zeros(tokens.size, np.float32)
       answer_weights[end + places] = answers.weights[k, g] * weight
       segment = segment._replace(answer_weights=answer_weights)
-    out.append(segment)
-  return out
+    segments.append(segment)
+  return segments
+
+
+def pack_segments(segments: Sequence[Segment], rows: int, row_length: int) -> PackedRows:
+  """Packs sequences first-fit into rows; what is left of them is padding."""
+  places = first_fit([segment.tokens.size for segment in segments], row_length)
+  return pack_rows(segments, places, rows, row_length)
 
 
 def first_fit(lengths: Iterable[int], row_length: int) -> np.ndarray:
-  """Places for sequences: the longest first, each in the first row that has room (first-fit decreasing).
+  """Finds places for sequences: the longest first, each in the first row that has room (first-fit decreasing).
 
   Depends on nothing but the lengths; equal ones keep their order.
 
   Returns:
     int32[N, 2]: row and first place in it of each sequence, in the order given.
+
+  >>> first_fit([3, 7, 4], row_length=10).tolist()
+  [[0, 7], [0, 0], [1, 0]]
   """
   lengths = np.asarray(lengths, np.int32).reshape(-1)
   places, filled = np.zeros((lengths.size, 2), np.int32), np.zeros(lengths.size, np.int32)
@@ -105,8 +145,8 @@ def first_fit(lengths: Iterable[int], row_length: int) -> np.ndarray:
   return places
 
 
-def lay(segments: Sequence[Segment], places: np.ndarray, rows: int, row_length: int) -> PackedRows:
-  """Rows with each segment at its place; those of a row are numbered as they stand in it."""
+def pack_rows(segments: Sequence[Segment], places: np.ndarray, rows: int, row_length: int) -> PackedRows:
+  """Lays each segment at its place in rows; those of a row are numbered as they stand in it."""
   out, count = PackedRows.empty(rows, row_length), np.zeros(rows, np.int32)
   if segments[0].answer_weights is not None:
     out = out._replace(answer_weights=np.zeros_like(out.weights))

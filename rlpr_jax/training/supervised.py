@@ -14,15 +14,18 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 from transformers import PreTrainedTokenizerBase
 
+from rlpr_jax import processes
 from rlpr_jax.data import builtin
 from rlpr_jax.data.sources import load_demonstrations
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
-from rlpr_jax.policy import Policy
+from rlpr_jax.policy import Policy, init_opt_state
+from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Segment
-from rlpr_jax.training.update import UpdateSettings, update
+from rlpr_jax.training.update import Update, UpdateProgram, UpdateSettings
 from rlpr_jax.types import PackedRows
 
 # Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
@@ -115,13 +118,13 @@ def batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> It
 
 
 def pack(batch: Sequence[Demonstration], rows: int, row_length: int) -> PackedRows:
-  """Packed rows whose loss is the mean of -log p over the tokens of the responses."""
+  """Packs rows whose loss is the mean of -log p over the tokens of the responses."""
   weight, segments = 1 / sum(len(item.response) for item in batch), []
   for prompt, response in batch:
     tokens = np.array([*prompt, *response], np.int32)
     weights = np.where(np.arange(tokens.size) < len(prompt), 0, weight).astype(np.float32)
-    segments.append(Segment(tokens, np.zeros(tokens.size, bool), np.zeros(tokens.size, np.float32), 0.0, 0.0, weights))
-  return packing.lay(segments, packing.first_fit([x.tokens.size for x in segments], row_length), rows, row_length)
+    segments.append(Segment.of_tokens(tokens, answer_weights=weights))
+  return packing.pack_segments(segments, rows, row_length)
 
 
 class SupervisedState(NamedTuple):
@@ -135,10 +138,10 @@ class SupervisedState(NamedTuple):
 def steps(
   config: ConfigDict, policy: Policy, state: SupervisedState, demonstrations: Sequence[Demonstration]
 ) -> Iterator[tuple[SupervisedState, dict[str, np.ndarray]]]:
-  """The steps of `config.warm_start` that are left.
+  """Takes the steps of `config.warm_start` that are left.
 
   Yields:
-    the state, which the next step donates, and the metrics of `update`; `answer_loss` is the mean of -log p, nats a
+    the state, which the next step donates, and the metrics of the update; `answer_loss` is the mean of -log p, nats a
     token.
 
   Raises:
@@ -149,18 +152,29 @@ def steps(
   row_length = config.training.row_length or config.data.prompt_limit + config.rollout.max_response_length
   rows = -(-settings.batch_size // micro_batch_rows) * micro_batch_rows
   compiled = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows, sharding=policy.sharding)
-  transform, stream = optimizer(settings), batches(demonstrations, settings.batch_size, config.seed)
+  update = Update(UpdateProgram(policy.model, optimizer(settings), compiled), policy.frozen)
+  stream = batches(demonstrations, settings.batch_size, config.seed)
   skipped = 0
   for step in range(1, settings.steps + 1):
     batch = next(stream)
     if step <= state.step:
       continue
-    packed = pack(batch, rows, row_length)
-    params, opt_state, metrics = update(
-      policy.model, transform, policy.frozen, state.params, state.opt_state, packed, compiled
-    )
-    state, metrics = SupervisedState(step, params, opt_state), jax.device_get(metrics)
+    state, metrics = update(state, pack(batch, rows, row_length))
+    state, metrics = state._replace(step=step), jax.device_get(metrics)
     skipped = skipped + 1 if metrics["skipped"] else 0
     if skipped == config.guards.max_skipped:
       raise InputError(f"supervised step {step}: {skipped} updates in a row were not finite, expected a lower rate")
     yield state, metrics
+
+
+def warm_start(
+  config: ConfigDict, policy: Policy, params: Params, demonstrations: Sequence[Demonstration], stop: StopRequest
+) -> Params:
+  """Takes all supervised steps before RLPR begins, and shows how far they are; returns the parameters."""
+  state = SupervisedState(0, params, init_opt_state(optimizer(config.warm_start), params, policy.sharding))
+  progress, total = Progress("warm start, step"), config.warm_start.steps
+  for state, losses in steps(config, policy, state, demonstrations):  # noqa: B020
+    progress(state.step, total, f"loss {float(losses['answer_loss']):.3f}")
+    if processes.any_of(stop):
+      break
+  return state.params

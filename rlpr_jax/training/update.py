@@ -1,22 +1,22 @@
-"""One optimiser step on one minibatch: log-probabilities, clipped loss, gradients, AdamW."""
+"""One optimiser step on one minibatch: log-probabilities, policy loss, gradients, optimiser.
+
+state, metrics = update(state, rows)
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
 
 from rlpr_jax import grpo
-from rlpr_jax.models import Decoder, Params, combine, place
+from rlpr_jax.models import Params, combine, place
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.training.logprobs import fold_micro_batches, row_logprobs
 from rlpr_jax.types import PackedRows
-
-Carry = TypeVar("Carry")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,110 +54,82 @@ def adamw(
   return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adamw(learning_rate, weight_decay=weight_decay))
 
 
-def row_logprobs(
-  model: nnx.GraphDef, params: Params, rows: PackedRows, temperature: float
-) -> tuple[Float[Array, "R L"], Float[Array, "R L"]]:
-  """Log-probability of the token at each place given those before it in its segment, and the entropy there.
-
-  Place 0 and the first token of a segment have no prediction; their value means nothing and no mask covers them.
-  """
-  decoder: Decoder = nnx.merge(model, params)
-  hidden = decoder(rows.tokens, rows.positions, rows.segment_ids)
-  logps, entropy = decoder.logprobs(hidden[:, :-1], rows.tokens[:, 1:], temperature)
-  shift = ((0, 0), (1, 0))  # what is predicted at place t - 1 is the token at place t
-  return jnp.pad(logps, shift), jnp.pad(entropy, shift)
-
-
 def loss(
   model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """This micro-batch's share of the minibatch's loss, and sums over its response tokens for the metrics."""
   logps, entropy = row_logprobs(model, params, rows, settings.temperature)
-  everywhere = logps
-  logps = jnp.where(rows.mask, logps, 0.0)
-  if settings.loss == "truncated":
-    token_loss, ratio, clipped = grpo.truncated_loss(logps, rows.old_logprobs, rows.advantages, settings.ratio_cap)
-  else:
-    token_loss, ratio, clipped = grpo.clipped_loss(
-      logps, rows.old_logprobs, rows.advantages, settings.clip_low, settings.clip_high, settings.dual_clip or None
-    )
-  policy_loss = jnp.sum(rows.weights * token_loss)
+  policy_loss, metrics = grpo.policy_loss(
+    logps,
+    rows.old_logprobs,
+    rows.advantages,
+    rows.mask,
+    clip_low=settings.clip_low,
+    clip_high=settings.clip_high,
+    dual_clip=settings.dual_clip or None,
+    ratio_cap=settings.ratio_cap if settings.loss == "truncated" else None,
+    weights=rows.weights,
+  )
   entropy = jnp.where(rows.mask, entropy, 0.0)
   sums = {
-    "tokens": jnp.sum(rows.mask),
+    "tokens": metrics["tokens"],
     "loss": policy_loss,
     "entropy": jnp.sum(entropy),
-    "ratio": jnp.sum(ratio * rows.mask),
-    "ratio_worst": jnp.max(jnp.abs(ratio - 1) * rows.mask),
-    "clipped": jnp.sum(clipped & rows.mask),
+    "ratio": metrics["ratio_sum"],
+    "ratio_worst": metrics["ratio_worst"],
+    "clipped": metrics["clipped_tokens"],
   }
   total = policy_loss - settings.entropy_coefficient * jnp.sum(rows.weights * entropy)
   if rows.answer_weights is not None:
-    sums["answer_loss"] = -jnp.sum(jnp.where(rows.answer_weights == 0, 0.0, rows.answer_weights * everywhere))
+    sums["answer_loss"] = -jnp.sum(jnp.where(rows.answer_weights == 0, 0.0, rows.answer_weights * logps))
     total += sums["answer_loss"]
   if rows.reference_logprobs is not None:
-    kl = jnp.where(rows.mask, grpo.kl_k3(logps, jnp.where(rows.mask, rows.reference_logprobs, 0.0)), 0.0)
+    masked, reference = (jnp.where(rows.mask, x, 0.0) for x in (logps, rows.reference_logprobs))
+    kl = jnp.where(rows.mask, grpo.kl_k3(masked, reference), 0.0)
     sums["kl"] = jnp.sum(kl)
     total += settings.kl_coefficient * jnp.sum(rows.weights * kl)
   return total, sums
 
 
-@functools.partial(jax.jit, static_argnames=("model", "settings"))
-def reference_logprobs(
-  model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
-) -> Float[Array, "R L"]:
-  """Log-probabilities of the rows' tokens under the policy that a KL term measures from."""
+class UpdateProgram(NamedTuple):
+  """What an update is compiled for, beside its shapes."""
 
-  def one(micro_batch: PackedRows, logps: jax.Array, i: jax.Array) -> jax.Array:
-    return logps.at[i].set(row_logprobs(model, params, micro_batch, settings.temperature)[0])
-
-  empty = jnp.zeros(
-    (rows.tokens.shape[0] // settings.micro_batch_rows, settings.micro_batch_rows, rows.tokens.shape[1])
-  )
-  return _each_micro_batch(one, empty, rows, settings).reshape(rows.tokens.shape)
+  model: nnx.GraphDef
+  optimizer: optax.GradientTransformation
+  settings: UpdateSettings
 
 
-def _each_micro_batch(
-  step: Callable[[PackedRows, Carry, jax.Array], Carry], start: Carry, rows: PackedRows, settings: UpdateSettings
-) -> Carry:
-  """Folds `step(micro_batch, carry, number)` over the micro-batches in use: packed rows come first, padding last.
+class Trainable(NamedTuple):
+  """What an update changes."""
 
-  How many there are depends on the data, what is compiled does not.
-  """
-  size, constrain = settings.micro_batch_rows, settings.sharding.constrain
-  used = jnp.sum(jnp.any(rows.segment_ids > 0, axis=1))
-  stacked = jax.tree.map(lambda x: constrain(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
-  return jax.lax.fori_loop(
-    0, (used + size - 1) // size, lambda i, carry: step(jax.tree.map(lambda x: x[i], stacked), carry, i), start
-  )
+  params: Params  # those that are trained
+  opt_state: optax.OptState
 
 
-@functools.partial(jax.jit, static_argnames=("model", "optimizer", "settings"), donate_argnames=("params", "opt_state"))
-def update(
-  model: nnx.GraphDef,
-  optimizer: optax.GradientTransformation,
-  frozen: Params,
-  params: Params,
-  opt_state: optax.OptState,
-  rows: PackedRows,
-  settings: UpdateSettings,
-) -> tuple[Params, optax.OptState, dict[str, jax.Array]]:
-  """One optimiser step. Gradients of micro-batches add up, since the rows' weights already hold the minibatch's mean.
+@functools.partial(jax.jit, static_argnames=("program",), donate_argnames=("trainable",))
+def optimizer_step(
+  program: UpdateProgram, frozen: Params, trainable: Trainable, rows: PackedRows
+) -> tuple[Trainable, dict[str, jax.Array]]:
+  """Takes one optimiser step. Gradients of micro-batches add up: the rows' weights hold the minibatch's mean already.
 
   A loss or gradient that is not finite changes neither parameters nor optimiser state.
 
   Args:
     frozen: parameters that are not trained (the base under LoRA); empty when all are.
+    trainable: is donated.
 
   Returns:
-    parameters, optimiser state, and metrics: `loss` (of the sampled tokens alone), `entropy` (nats a token),
-    `ratio_mean`, `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping), `skipped` (1
-    where the step was not finite), and where there are such terms `answer_loss` and `kl` (nats a token).
+    the new `trainable`, and metrics: `loss` (of the sampled tokens alone), `entropy` (nats a token), `ratio_mean`,
+    `ratio_worst` (largest |ratio - 1|), `clip_fraction`, `grad_norm` (before clipping), `skipped` (1 where the step was
+    not finite), and where there are such terms `answer_loss` and `kl` (nats a token).
   """
+  model, optimizer, settings = program
+  params = trainable.params
 
-  def share(params, micro_batch):
+  def share(params: Params, micro_batch: PackedRows) -> tuple[jax.Array, dict[str, jax.Array]]:
     return loss(model, combine(frozen, params), micro_batch, settings)
 
+  # 1. Gradients of each micro-batch, added up in float32, each device keeping its part.
   def accumulate(micro_batch, total, _):
     sums, gradients = total
     (_, new), micro = jax.value_and_grad(share, has_aux=True)(params, micro_batch)
@@ -170,13 +142,17 @@ def update(
     jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
     place(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params), settings.sharding),
   )
-  sums, gradients = _each_micro_batch(accumulate, start, rows, settings)
-  tokens, grad_norm = jnp.maximum(sums["tokens"], 1), optax.tree.norm(gradients)
-  steps, new_opt_state = optimizer.update(gradients, opt_state, params)
+  sums, gradients = fold_micro_batches(accumulate, start, rows, settings.micro_batch_rows, settings.sharding)
+
+  # 2. The optimiser's step, which is not taken where anything is not finite.
+  grad_norm = optax.tree.norm(gradients)
+  steps, opt_state = optimizer.update(gradients, trainable.opt_state, params)
   sound = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"])
-  params, opt_state = jax.tree.map(
-    functools.partial(jnp.where, sound), (optax.apply_updates(params, steps), new_opt_state), (params, opt_state)
-  )
+  stepped = Trainable(optax.apply_updates(params, steps), opt_state)
+  new = jax.tree.map(functools.partial(jnp.where, sound), stepped, trainable)
+
+  # 3. Sums over the minibatch's tokens become its metrics.
+  tokens = jnp.maximum(sums["tokens"], 1)
   metrics = {
     "loss": sums["loss"],
     "entropy": sums["entropy"] / tokens,
@@ -190,4 +166,28 @@ def update(
     metrics["answer_loss"] = sums["answer_loss"]
   if "kl" in sums:
     metrics["kl"] = sums["kl"] / tokens
-  return place(params, settings.sharding), opt_state, metrics
+  return new._replace(params=place(new.params, settings.sharding)), metrics
+
+
+class State(Protocol):
+  """A NamedTuple with what an update changes, such as `types.TrainState`."""
+
+  params: Params
+  opt_state: optax.OptState
+
+  def _replace(self, **changes) -> "State": ...
+
+
+AnyState = TypeVar("AnyState", bound=State)
+
+
+class Update(NamedTuple):
+  """An optimiser step of a run: `state, metrics = update(state, rows)`."""
+
+  program: UpdateProgram
+  frozen: Params  # parameters that are not trained
+
+  def __call__(self, state: AnyState, rows: PackedRows) -> tuple[AnyState, dict[str, jax.Array]]:
+    """Takes the step on a minibatch. The state's parameters and optimiser state are donated, all else stays."""
+    trainable, metrics = optimizer_step(self.program, self.frozen, Trainable(state.params, state.opt_state), rows)
+    return state._replace(**trainable._asdict()), metrics

@@ -17,7 +17,7 @@ from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training import packing
-from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import Prompt
 from tests.models import cases
 

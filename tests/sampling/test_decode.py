@@ -13,7 +13,7 @@ from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.batches import row_keys
 from rlpr_jax.sampling.decode import DecodeSettings, Suffixes
 from rlpr_jax.sampling.params import SamplingParams, stack
-from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import PackedRows
 from tests.models.cases import by_token
 

@@ -27,7 +27,7 @@ from rlpr_jax.sampling.engine import Engine, SizeNames
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes, buckets
 from rlpr_jax.training import packing
-from rlpr_jax.training.update import row_logprobs
+from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import Prompt
 
 LIMIT, RESPONSE, SUFFIX = 70, 28, 64  # tokens of a prompt, of a response, of a spliced reference

@@ -9,10 +9,11 @@ import pytest
 
 from rlpr_jax import config, filtering, types
 from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.runs.records import finite_mean
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
-from rlpr_jax.training.collect import collect, finite_mean
+from rlpr_jax.training.collect import collect
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.types import Prompt, TrainState
 
@@ -56,13 +57,7 @@ def harvest(policy):
     shadows={},
     custom_reward=None,
   )
-  nothing = types.Groups(
-    np.zeros((0, LIMIT), np.int32),
-    np.zeros(0, np.int32),
-    *(np.zeros((0, SAMPLES, *more), kind) for more, kind in (((RESPONSE,), np.int32), ((), np.int32))),
-    np.zeros((0, SAMPLES, RESPONSE), np.float32),
-    np.zeros((0, SAMPLES), np.float32),
-  )
+  nothing = types.Groups.empty(prompt_limit=LIMIT, samples=SAMPLES, response_limit=RESPONSE)
   state = TrainState(
     step=0,
     params=policy.params,
@@ -79,17 +74,17 @@ def harvest(policy):
 
 def test_refused_prompts_are_counted_and_never_trained_on(harvest):
   prompts, found = harvest
-  assert found.values["rollout/refused_prompts"] == 4
-  assert found.values["filter/drawn"] == 8
-  assert found.values["filter/kept"] == found.values["filter/trained"] == found.groups.num_groups == 4
+  assert found.metrics["rollout/refused_prompts"] == 4
+  assert found.metrics["filter/drawn"] == 8
+  assert found.metrics["filter/kept"] == found.metrics["filter/trained"] == found.groups.num_groups == 4
   for group, prompt in enumerate([prompts[0], prompts[2]] * 2):
     assert found.groups.prompt_lengths[group] == len(prompt.ids)
     assert found.groups.prompt_tokens[group, : len(prompt.ids)].tolist() == prompt.ids.tolist()
   assert (found.groups.lengths > 0).all()
-  assert all(np.isfinite(value) for value in found.values.values())
+  assert all(np.isfinite(value) for value in found.metrics.values())
   refused = np.array([False, True, False, True] * 2)
   np.testing.assert_array_equal(np.isnan(found.stds), refused)  # no part of the filter's average
-  assert found.values["reward/group_std"] == pytest.approx(found.stds[~refused].mean())
+  assert found.metrics["reward/group_std"] == pytest.approx(found.stds[~refused].mean())
 
 
 def test_means_leave_out_what_is_not_finite():

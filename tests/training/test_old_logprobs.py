@@ -4,16 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from rlpr_jax.training.old_logprobs import Trainer, gap, resolve_old_logprobs, trainer_logprobs
-from rlpr_jax.training.update import UpdateSettings
-from tests.training.test_update import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
-from tests.training.test_update import trainer_logprobs as of_rows
+from rlpr_jax.runs.metrics import compilations
+from rlpr_jax.sharding import Sharding
+from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
+from rlpr_jax.training.old_logprobs import resolve_old_logprobs, sampler_gap, trainer_logprobs
+from tests.training.groups import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
+from tests.training.groups import trainer_logprobs as of_rows
 
 
 @pytest.fixture(scope="module")
 def trainer(policy):
-  settings = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.0, micro_batch_rows=2)
-  return Trainer(policy.model, policy.params, settings, PROMPT + RESPONSE)
+  return TextScorer(LogprobProgram(policy.model, TEMPERATURE, 2, Sharding()), policy.params, PROMPT + RESPONSE)
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +44,9 @@ def test_the_gap_is_looked_at_in_one_micro_batch(exact, trainer):
   looked_at = ~np.isnan(found)
   assert 0 < looked_at.any(axis=2).sum() < exact.lengths.size
   assert exact.lengths[looked_at.any(axis=2)].sum() == looked_at.sum()  # whole sequences
-  before = trainer_logprobs.__globals__["_logprobs"]._cache_size()
+  before = compilations()
   trainer_logprobs(exact.take(slice(2)), trainer, everything=True)
-  assert trainer_logprobs.__globals__["_logprobs"]._cache_size() == before
+  assert compilations() == before
 
 
 def test_gap_against_float64():
@@ -55,7 +56,7 @@ def test_gap_against_float64():
   trainer[1, 1], trainer[0, 0, 3:] = np.nan, np.nan
   known = ~np.isnan(trainer)
   ratios = np.exp(trainer[known].astype(np.float64) - sampler[known].astype(np.float64))
-  found = gap(sampler, trainer)
+  found = sampler_gap(sampler, trainer)
   assert found["mean"] == pytest.approx(np.mean(np.abs(ratios - 1)), rel=1e-9)
   assert found["worst"] == pytest.approx(np.max(np.abs(ratios - 1)), rel=1e-9)
   assert found["over_0.01"] == pytest.approx(np.mean(np.abs(ratios - 1) > 0.01))

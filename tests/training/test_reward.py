@@ -7,20 +7,10 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config as configs
-from rlpr_jax import rewards, validation
+from rlpr_jax import custom_reward, rewards, validation
 from rlpr_jax.errors import InputError
-from rlpr_jax.training.reward import (
-  RewardSettings,
-  align,
-  assess,
-  auc,
-  custom_rewards,
-  gather_evidence,
-  group_auc,
-  load_custom_reward,
-  parse_shadow,
-  within_group_correlation,
-)
+from rlpr_jax.grading.agreement import auc, group_auc, within_group_correlation
+from rlpr_jax.training.reward import RewardSettings, align, compute_rewards, gather_evidence, parse_shadow
 from rlpr_jax.types import Evidence, Prompt, Rollouts
 
 P, G, E = 3, 4, 7
@@ -70,7 +60,7 @@ def evidence():
 def test_the_reward_is_the_pure_functions_of_the_parts(evidence):
   gather, logps, mask, baselines = evidence
   c = config()
-  parts = jax.device_get(assess(gather(c), RewardSettings.of(c.reward)))
+  parts = jax.device_get(compute_rewards(gather(c), RewardSettings.of(c.reward)))
   for p, g in np.ndindex(P, G):
     row = p * G + g
     there = mask[row]
@@ -88,7 +78,7 @@ def test_kinds(evidence):
 
   def total(**changes):
     c = config(**changes)
-    return np.asarray(assess(gather(c), RewardSettings.of(c.reward)).total)
+    return np.asarray(compute_rewards(gather(c), RewardSettings.of(c.reward)).total)
 
   right = np.tile([1.0, 0.0, 0.0, 0.0], (P, 1))
   np.testing.assert_array_equal(total(reward__kind="rule"), right)
@@ -107,13 +97,13 @@ def test_weighted_rewards_weigh_their_baselines_alike(evidence):
   """Were only r weighted and r' not, the difference would not be what the reasoning added."""
   gather, logps, mask, baselines = evidence
   c = config(reward__token_weights="base", reward__shaping="identity")
-  parts = jax.device_get(assess(gather(c), RewardSettings.of(c.reward)))
+  parts = jax.device_get(compute_rewards(gather(c), RewardSettings.of(c.reward)))
   p0 = np.exp(baselines[0, :2].astype(np.float64))
   weights = 1 - p0
   assert parts.baseline[0] == pytest.approx((weights * p0).sum() / weights.sum(), abs=1e-5)
   r = np.exp(logps[0][mask[0]].astype(np.float64))
   assert parts.reference[0, 0] == pytest.approx((weights * r).sum() / weights.sum(), abs=1e-5)
-  plain = jax.device_get(assess(gather(c), RewardSettings.of(config().reward)))
+  plain = jax.device_get(compute_rewards(gather(c), RewardSettings.of(config().reward)))
   assert abs(plain.baseline[0] - parts.baseline[0]) > 1e-3
   assert parts.baseline[2] == 0
 
@@ -121,7 +111,7 @@ def test_weighted_rewards_weigh_their_baselines_alike(evidence):
 def test_no_baseline_is_zero(evidence):
   gather, *_ = evidence
   c = config(reward__baseline_policy="none")
-  assert not np.any(assess(gather(c), RewardSettings.of(c.reward)).baseline)
+  assert not np.any(compute_rewards(gather(c), RewardSettings.of(c.reward)).baseline)
 
 
 def test_shadows_are_rewards_of_the_same_evidence(evidence):
@@ -132,7 +122,7 @@ def test_shadows_are_rewards_of_the_same_evidence(evidence):
   other = config(reward__aggregate="product", reward__format_coefficient=0.3, reward__baseline_policy="none")
   assert settings == RewardSettings.of(other.reward)
   np.testing.assert_array_equal(
-    assess(gather(c), settings).total, assess(gather(other), RewardSettings.of(other.reward)).total
+    compute_rewards(gather(c), settings).total, compute_rewards(gather(other), RewardSettings.of(other.reward)).total
   )
 
 
@@ -246,16 +236,16 @@ def evidence_of(prompts: int, samples: int) -> Evidence:
 )
 def test_a_custom_reward_of_another_shape_is_refused(given, found):
   with pytest.raises(InputError, match=rf"^config\.reward\.custom: {found}, expected an array of shape \(2, 3\)"):
-    custom_rewards(lambda *_: given, evidence_of(2, 3), [""] * 6, [None, None])
+    custom_reward.compute(lambda *_: given, evidence_of(2, 3), [""] * 6, [None, None])
 
 
 def test_a_custom_reward_is_taken_as_it_is():
   rewards = np.arange(6).reshape(2, 3)
-  found = custom_rewards(lambda *_: rewards.tolist(), evidence_of(2, 3), [""] * 6, [None, None])
+  found = custom_reward.compute(lambda *_: rewards.tolist(), evidence_of(2, 3), [""] * 6, [None, None])
   np.testing.assert_array_equal(found, rewards)
   assert found.dtype == np.float32
   # A process without prompts asks nothing.
-  assert custom_rewards(None, evidence_of(0, 3), [], []).shape == (0, 3)
+  assert custom_reward.compute(None, evidence_of(0, 3), [], []).shape == (0, 3)
 
 
 @pytest.mark.parametrize(
@@ -271,7 +261,7 @@ def test_a_custom_reward_is_taken_as_it_is():
 def test_a_custom_reward_that_is_not_there(tmp_path, text, said):
   (tmp_path / "mine.py").write_text("number = 1\n\ndef reward(evidence, texts, prompts):\n  return number\n")
   (tmp_path / "wrong.py").write_text("1 / 0\n")
-  assert load_custom_reward(f"{tmp_path}/mine.py:reward")(None, None, None) == 1
+  assert custom_reward.load(f"{tmp_path}/mine.py:reward")(None, None, None) == 1
   with pytest.raises(InputError, match=r"^config\.reward\.custom: [^\n]+$") as error:
-    load_custom_reward(text.format(tmp_path))
+    custom_reward.load(text.format(tmp_path))
   assert str(error.value).endswith(said)

@@ -16,8 +16,9 @@ from rlpr_jax import config as configs
 from rlpr_jax import sft as program
 from rlpr_jax.errors import InputError
 from rlpr_jax.training import supervised
+from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.training.supervised import Demonstration
-from rlpr_jax.training.update import UpdateSettings, row_logprobs, update
+from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, optimizer_step
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -47,7 +48,9 @@ def test_loss_is_the_mean_over_the_tokens_of_the_responses(policy, batch):
     rows = supervised.pack(batch, 6 if micro_batch_rows == 2 else 5, length)
     params, gradient = jax.tree.map(jnp.copy, policy.params), optax.sgd(-1.0)
     settings = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows)
-    after, _, metrics = update(policy.model, gradient, {}, params, gradient.init(params), rows, settings)
+    (after, _), metrics = optimizer_step(
+      UpdateProgram(policy.model, gradient, settings), {}, Trainable(params, gradient.init(params)), rows
+    )
     assert float(metrics["answer_loss"]) == pytest.approx(-np.mean(logps), rel=1e-5)
     results.append(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), after, policy.params))
   for other in results[1:]:

@@ -13,61 +13,28 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import grpo, types
+from rlpr_jax.runs.metrics import compilations
 from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
+from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs, row_logprobs
+from rlpr_jax.training.packing import PackingSettings
 from rlpr_jax.training.update import (
+  Trainable,
+  UpdateProgram,
   UpdateSettings,
   adamw,
   learning_rate,
   loss,
-  reference_logprobs,
-  row_logprobs,
-  update,
+  optimizer_step,
 )
 from rlpr_jax.types import Groups, PackedRows
+from tests.training.groups import PROMPT, RESPONSE, SAMPLES, TEMPERATURE, make_groups, padded, trainer_logprobs
 
-PROMPT, RESPONSE, SAMPLES = 6, 7, 2  # tokens of a padded prompt, of a response; responses to a prompt
-TEMPERATURE = 0.8
 SETTINGS = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
 # With this "optimiser" the change of the parameters is the gradient.
 GRADIENT = optax.sgd(-1.0)
 OPTIMIZER = adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
-
-
-def make_groups(count=3, seed=0):
-  """Groups of all lengths; the first response is EOS alone and the padding looks like it."""
-  rng = np.random.default_rng(seed)
-  prompt_lengths = rng.integers(1, PROMPT + 1, count).astype(np.int32)
-  lengths = rng.integers(1, RESPONSE + 1, (count, SAMPLES)).astype(np.int32)
-  prompt_lengths[-1], lengths[-1] = PROMPT, RESPONSE
-  prompts = rng.integers(0, 64, (count, PROMPT)).astype(np.int32)
-  tokens = rng.integers(0, 64, (count, SAMPLES, RESPONSE)).astype(np.int32)
-  lengths[0, 0] = 1
-  for k, g in np.ndindex(count, SAMPLES):
-    tokens[k, g, lengths[k, g] - 1] = 0  # EOS, which is the token that pads
-    tokens[k, g, lengths[k, g] :] = 0
-  return Groups(
-    prompts,
-    prompt_lengths,
-    tokens,
-    lengths,
-    logprobs=-rng.exponential(3.0, tokens.shape).astype(np.float32),
-    advantages=rng.normal(size=(count, SAMPLES)).astype(np.float32),
-  )
-
-
-def padded(groups, size, aggregate):
-  """One row a sequence, for `size` groups."""
-  segments = packing.to_segments(groups, packing.sequence_weights(groups, aggregate, size * SAMPLES))
-  places = np.stack([np.arange(len(segments)), np.zeros(len(segments), int)], axis=1)
-  width = PROMPT + RESPONSE + (groups.answers.mask.shape[2] if groups.answers else 0)
-  return packing.lay(segments, places, size * SAMPLES, width)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def trainer_logprobs(model, params, rows):
-  return row_logprobs(model, params, rows, TEMPERATURE)
 
 
 def near_policy(policy, groups, noise=0.3):
@@ -91,7 +58,9 @@ def gradients(policy, rows, settings=SETTINGS):
   """(gradient, metrics) by way of `update` and an optimiser that only adds it."""
   params = jax.tree.map(jnp.copy, policy.params)  # donated
   settings = dataclasses.replace(settings, micro_batch_rows=settings.micro_batch_rows or len(rows.tokens))
-  after, _, metrics = update(policy.model, GRADIENT, {}, params, GRADIENT.init(params), rows, settings)
+  (after, _), metrics = optimizer_step(
+    UpdateProgram(policy.model, GRADIENT, settings), {}, Trainable(params, GRADIENT.init(params)), rows
+  )
   metrics = {name: float(value) for name, value in metrics.items()}
   return jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), after, policy.params), metrics
 
@@ -195,7 +164,9 @@ def test_an_update_of_a_millionth_is_not_lost(policy, groups):
   """fp32 masters: AdamW at the paper's 1e-6 moves every parameter that has a gradient."""
   rows, params = padded(groups, 3, "token_mean"), jax.tree.map(jnp.copy, policy.params)
   settings = dataclasses.replace(SETTINGS, micro_batch_rows=6)
-  after, _, _ = update(policy.model, OPTIMIZER, {}, params, OPTIMIZER.init(params), rows, settings)
+  (after, _), _ = optimizer_step(
+    UpdateProgram(policy.model, OPTIMIZER, settings), {}, Trainable(params, OPTIMIZER.init(params)), rows
+  )
   moved = np.abs(np.asarray(after["layers"]["up"]["weight"]) - np.asarray(policy.params["layers"]["up"]["weight"]))
   assert np.mean((moved > 5e-7) & (moved < 2e-6)) > 0.95
 
@@ -379,10 +350,11 @@ def test_rows_of_padding_cost_nothing(policy, groups):
   broken = rows.tokens.copy()
   broken[6:] = -(2**31)  # were they looked at, this would be NaN
   expected, _ = gradients(policy, rows, settings)
-  before = update._cache_size()
+  few = padded(groups.take(slice(1)), 8, "token_mean")
+  before = compilations()
   found, metrics = gradients(policy, rows._replace(tokens=broken), settings)
-  gradients(policy, padded(groups.take(slice(1)), 8, "token_mean"), settings)
-  assert update._cache_size() == before
+  gradients(policy, few, settings)
+  assert compilations() == before
   assert_close(found, expected, tolerance=1e-7)
   assert not metrics["skipped"]
 
@@ -395,7 +367,9 @@ def test_a_step_that_is_not_finite_changes_nothing(policy, groups):
     params = jax.tree.map(jnp.copy, policy.params)
     state = OPTIMIZER.init(params)
     kept = jax.device_get(state)
-    after, state, metrics = update(policy.model, OPTIMIZER, {}, params, state, part, settings)
+    (after, state), metrics = optimizer_step(
+      UpdateProgram(policy.model, OPTIMIZER, settings), {}, Trainable(params, state), part
+    )
     assert bool(metrics["skipped"]) is skipped
     same = [np.array_equal(x, y) for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(policy.params), strict=True)]
     same += [np.array_equal(x, y) for x, y in zip(jax.tree.leaves(state), jax.tree.leaves(kept), strict=True)]
@@ -434,7 +408,10 @@ def test_pack_row_by_row():
 def test_minibatches_are_dealt_evenly(kept, sizes, aggregate):
   """Eight prompts in four minibatches; when fewer were kept every minibatch has its share, and always one shape."""
   groups = make_groups(count=8, seed=1).take(slice(kept))
-  minibatches = packing.minibatches(groups, 8, 4, aggregate, PROMPT + RESPONSE, micro_batch_rows=3)
+  settings = PackingSettings(
+    prompts_per_step=8, minibatches=4, aggregate=aggregate, row_length=PROMPT + RESPONSE, micro_batch_rows=3
+  )
+  minibatches = packing.pack_minibatches(groups, settings)
   found = []
   for rows in minibatches:
     assert {field.shape for field in rows if field is not None} == {(6, PROMPT + RESPONSE)}  # 4, a multiple of 3
@@ -533,11 +510,12 @@ def test_kl_is_measured_from_the_reference(policy, groups, micro_batch_rows):
   )
   rows = padded(groups._replace(advantages=np.zeros_like(groups.advantages)), 3, "token_mean")
   other = jax.tree.map(lambda x: x * 1.05, policy.params)
-  own = rows._replace(reference_logprobs=reference_logprobs(policy.model, policy.params, rows, settings))
+  program = LogprobProgram(policy.model, TEMPERATURE, micro_batch_rows, settings.sharding)
+  own = rows._replace(reference_logprobs=compute_logprobs(program, policy.params, rows))
   found, metrics = gradients(policy, own, settings)
   assert abs(metrics["kl"]) < 1e-6
   assert max(float(np.abs(x).max()) for x in jax.tree.leaves(found)) < 1e-5
-  far = rows._replace(reference_logprobs=reference_logprobs(policy.model, other, rows, settings))
+  far = rows._replace(reference_logprobs=compute_logprobs(program, other, rows))
   np.testing.assert_allclose(far.reference_logprobs, row_logprobs(policy.model, other, rows, TEMPERATURE)[0], atol=1e-5)
   found, metrics = gradients(policy, far, settings)
   reference = np.asarray(far.reference_logprobs, np.float64)

@@ -1,0 +1,107 @@
+"""What a step saw, written down: its metrics, and some of its rollouts as they go to disk."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlpr_jax.grading.agreement import auc, group_auc, within_group_correlation
+from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.types import Rewards, RolloutBatch
+
+
+def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict[str, float]:
+  """Summarises everything that a step sampled, dropped groups included; {} if it sampled nothing."""
+  if not batches:  # what was carried over was enough
+    return {}
+  rollouts = [batch.rollouts for batch in batches]
+
+  def everywhere(field: str) -> np.ndarray:
+    return np.concatenate([getattr(part, field) for part in rollouts])
+
+  seconds = {name: sum(part.seconds[name] for part in rollouts) for name in rollouts[0].seconds}
+  sampling = seconds["prefill"] + seconds["decode"]
+  return {
+    **{f"reward/{name}": finite_mean([getattr(batch.rewards, name) for batch in batches]) for name in Rewards._fields},
+    "reward/gain": finite_mean([batch.rewards.reference for batch in batches])
+    - finite_mean([batch.rewards.baseline for batch in batches]),
+    "reward/group_std": finite_mean([batch.advantages.stds for batch in batches]),
+    "reward/not_finite": int(sum((~np.isfinite(batch.rewards.total)).sum() for batch in batches)),
+    **compare_rewards(batches, verifies=config.reward.verifier != "none"),
+    "rollout/response_length": float(np.mean(everywhere("lengths"))),
+    "rollout/truncated": float(np.mean(~everywhere("finished"))),
+    "rollout/scorable": float(np.mean(everywhere("scorable"))),
+    "rollout/overlong_references": int(everywhere("overlong").sum()),
+    "rollout/refused_prompts": int(everywhere("refused").sum()) // config.samples_per_prompt,
+    "seconds/rollout": sampling,
+    "seconds/prefill": seconds["prefill"],
+    "seconds/score": seconds["score"],
+    "tokens_per_second/rollout": int(everywhere("lengths").sum()) / max(sampling, 1e-9),
+  }
+
+
+def finite_mean(parts: Sequence[np.ndarray]) -> float:
+  """Mean of what is finite; 0 if nothing is.
+
+  >>> finite_mean([np.array([1.0, np.nan]), np.array([[3.0, np.inf]])])
+  2.0
+  """
+  values = np.concatenate([np.ravel(part) for part in parts])
+  return float(values[np.isfinite(values)].mean()) if np.isfinite(values).any() else 0.0
+
+
+def compare_rewards(batches: Sequence[RolloutBatch], verifies: bool) -> dict[str, float]:
+  """Compares each shadow reward with the one that is trained on, and both with the verifier, if there is one.
+
+  AUCs say whether a reward tells right responses from wrong ones: of all prompts, and of one prompt's.
+  """
+
+  def everywhere(pick: Callable[[RolloutBatch], np.ndarray]) -> np.ndarray:
+    return np.concatenate([pick(batch) for batch in batches])
+
+  def aucs(name: str, scores: np.ndarray) -> dict[str, float | None]:
+    return {f"{name}/auc": auc(scores, right), f"{name}/group_auc": group_auc(scores, right)}
+
+  total, right = everywhere(lambda batch: batch.rewards.total), everywhere(lambda batch: batch.evidence.verified)
+  values: dict[str, float | None] = {}
+  if verifies:
+    values = {"reward/verified": float(right.mean())} | aucs("reward", total)
+  for name in batches[0].shadows:
+    shadow = everywhere(lambda batch, name=name: batch.shadows[name].total)
+    values |= {
+      f"shadow/{name}/total": finite_mean([shadow]),
+      f"shadow/{name}/group_std": finite_mean([np.std(shadow, axis=1, ddof=1)]) if shadow.shape[1] > 1 else 1.0,
+      f"shadow/{name}/correlation": within_group_correlation(total, shadow),
+    } | aucs(f"shadow/{name}", shadow)
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def rollout_rows(batch: RolloutBatch, step: int, count: int, engine: Engine) -> list[dict[str, Any]]:
+  """The first `count` responses of a batch with every part of their reward, as they go to disk."""
+  rows, samples = [], batch.advantages.advantages.shape[1]
+  for i in range(min(count, len(batch.rollouts.lengths))):
+    p, g = divmod(i, samples)
+    prompt, answer = batch.prompts[p], batch.rollouts.reference_mask[i]
+    parts = {f"reward_{name}": value for name, value in batch.rewards._asdict().items()}
+    parts |= {f"shadow_{name}": shadow.total for name, shadow in batch.shadows.items()}
+    rows.append(
+      {
+        "step": step,
+        "row": prompt.row,
+        "source": prompt.source,
+        "question": prompt.question,
+        "reference": prompt.reference,
+        "response": engine.response_text(batch.rollouts.tokens[i, : batch.rollouts.lengths[i]].tolist()),
+        "finish": "eos" if batch.rollouts.finished[i] else "length",
+        "length": int(batch.rollouts.lengths[i]),
+        "scorable": bool(batch.rollouts.scorable[i]),
+        "reference_tokens": [engine.tokenizer.decode([token]) for token in batch.rollouts.reference_tokens[i][answer]],
+        "reference_probs": np.exp(batch.rollouts.reference_logps[i][answer]).tolist(),
+        **{name: float(value[p] if value.ndim == 1 else value[p, g]) for name, value in parts.items()},
+        "advantage": float(batch.advantages.advantages[p, g]),
+        "group_std": float(batch.advantages.stds[p]),
+        "kept": bool(batch.keep[p]),
+      }
+    )
+  return rows

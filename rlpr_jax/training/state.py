@@ -1,0 +1,113 @@
+"""The state of a run: before its first step, from step to step, and as a checkpoint holds it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from rlpr_jax import filtering, processes
+from rlpr_jax.data.pipeline import PromptStream
+from rlpr_jax.models import Params
+from rlpr_jax.policy import abstract_opt_state, init_opt_state, initial_params
+from rlpr_jax.runs import metrics
+from rlpr_jax.runs.checkpoints import OnDisk
+from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.sampling.engine import StoppedError
+from rlpr_jax.training import held_out, supervised
+from rlpr_jax.training.baselines import initial_baselines, unknown_baselines
+from rlpr_jax.training.run import Run
+from rlpr_jax.types import Groups, StepBatch, TrainState
+
+
+def abstract_state(run: Run) -> TrainState:
+  """A state before step 1 with shapes in the place of parameters and optimiser state, to restore a checkpoint into."""
+  config, policy = run.config, run.policy
+  return TrainState(
+    step=0,
+    params=policy.trained,
+    opt_state=abstract_opt_state(run.update.program.optimizer, policy.trained, policy.sharding),
+    filter=jax.device_get(filtering.init(run.filter)),
+    baselines=unknown_baselines(run),
+    initial=policy.trained if keeps_initial(config) else {},
+    lagged=policy.trained if config.reward.scorer == "lagged" else {},
+    carried=Groups.empty(
+      prompt_limit=config.data.prompt_limit,
+      samples=config.samples_per_prompt,
+      response_limit=config.rollout.max_response_length,
+      answer_limit=None if config.training.answer_gradient == "none" else config.data.max_reference_length,
+    ),
+    stream=PromptStream(run.prompts, config.seed).state(),
+  )
+
+
+def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
+  """Makes the state before step 1: warm start, the baselines of the initial policy, the first evaluation.
+
+  Returns:
+    the state; None if `stop` was asked for.
+  """
+  params = initial_params(run.config, run.policy)
+  demonstrations = supervised.load(run.config, run.engine.tokenizer) if run.config.warm_start.steps else None
+  run.engine.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
+  if demonstrations:
+    params = supervised.warm_start(run.config, run.policy, params, demonstrations, stop)
+  baselines = unknown_baselines(run)
+  if run.config.reward.baseline_policy == "initial":
+    baselines = initial_baselines(run, params, stop)
+  if processes.any_of(stop):
+    return None
+  try:
+    accuracies = held_out.evaluate_run(run, params, 0, stop)
+  except StoppedError:
+    return None
+  if accuracies:
+    writer.write(0, accuracies)
+  return abstract_state(run)._replace(
+    params=params,
+    opt_state=init_opt_state(run.update.program.optimizer, params, run.policy.sharding),
+    baselines=baselines,
+    initial=copy_params(params) if keeps_initial(run.config) else {},
+    lagged=copy_params(params) if run.config.reward.scorer == "lagged" else {},
+  )
+
+
+def finish_step(run: Run, state: TrainState, batch: StepBatch, stream: PromptStream) -> TrainState:
+  """Returns the state after a step: beside what the updates changed, all that it leaves to the next."""
+  step, settings = state.step + 1, run.config.reward
+  due = settings.scorer == "lagged" and step % settings.scorer_every == 0
+  return state._replace(
+    step=step,
+    filter=jax.device_get(filtering.update(state.filter, batch.stds, run.filter)),
+    baselines=batch.baselines,
+    lagged=copy_params(state.params) if due else state.lagged,
+    carried=batch.carried,
+    stream=stream.state(),
+  )
+
+
+def keeps_initial(config: ConfigDict) -> bool:
+  """Whether the initial policy is needed after the first step."""
+  return config.training.kl_coefficient > 0 or config.reward.scorer == "initial"
+
+
+def copy_params(params: Params) -> Params:
+  """A copy that outlives the parameters, which an update donates."""
+  return jax.tree.map(jnp.copy, params)
+
+
+def split(state: TrainState, carried_limit: int) -> OnDisk:
+  """Takes a state apart as its checkpoint holds it; carried groups are padded to `carried_limit`, to have one shape."""
+  arrays = state._asdict()
+  params, host = arrays.pop("params"), {name: arrays.pop(name) for name in ("step", "stream")}
+  missing = carried_limit - state.carried.num_groups
+  carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
+  arrays = {name: value for name, value in (arrays | {"carried": carried}).items() if jax.tree.leaves(value)}
+  return OnDisk(params, arrays, host | {"carried": state.carried.num_groups})
+
+
+def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> TrainState:
+  """Puts together the state that `split` took apart."""
+  carried = arrays["carried"].take(slice(host["carried"]))
+  return TrainState(params=params, **{"initial": {}, "lagged": {}} | arrays | host | {"carried": carried})
