@@ -302,7 +302,10 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_python_in_pages_is_python(name):
-  for block in re.findall(r"^ *```python\n(.*?)^ *```", (ROOT / name).read_text(), re.MULTILINE | re.DOTALL):
+  text = (ROOT / name).read_text()
+  found = re.findall(r"^ *```python\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+  assert len(found) == text.count("```python")
+  for block in found:
     ast.parse(textwrap.dedent(block))
 
 
