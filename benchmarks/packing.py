@@ -22,7 +22,8 @@ from absl import app, flags
 from benchmarks.common import MODEL, REPEATS, spread
 from rlpr_jax import huggingface, models
 from rlpr_jax.training import packing
-from rlpr_jax.training.update import UpdateSettings, adamw, update
+from rlpr_jax.training.optimizer import clipped_optimizer
+from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, optimizer_step
 from rlpr_jax.types import Groups, PackedRows
 
 PROMPT_LIMIT, RESPONSE_LIMIT = 2048, 3072  # tokens, RLPR section 4.1
@@ -87,21 +88,23 @@ def main(argv: list[str]) -> None:
   print(f"packed {waste([packed]):.2%} ({int(np.any(packed.segment_ids > 0, axis=1).sum())} rows)", flush=True)
 
   config, params = huggingface.load_pretrained(MODEL.value, dtype=jnp.float32)
-  model, optimizer = models.definition(config, models.Runtime(remat="dots")), adamw(1e-6, 0.01, 1.0)
+  model, optimizer = (
+    models.definition(config, models.Runtime(remat="dots")),
+    clipped_optimizer("adamw", 1e-6, 0.01, 1.0),
+  )
   groups, length = make_groups(_TIMED.value, _SHRINK.value, seed=1), length // _SHRINK.value
   count = groups.lengths.size
   whole = padded(groups, count, length)
 
   def run(minibatches: list[PackedRows], micro_batch_rows: int) -> float:
-    nonlocal params
     settings = UpdateSettings(1.0, 0.2, 0.27, 0.0, micro_batch_rows)
     start = time.perf_counter()
     for rows in minibatches:
-      params, state[0], _ = update(model, optimizer, {}, params, state[0], rows, settings)
-    jax.block_until_ready(params)
+      state[0], _ = optimizer_step(UpdateProgram(model, optimizer, settings), {}, state[0], rows)
+    jax.block_until_ready(state)
     return time.perf_counter() - start
 
-  state = [jax.jit(optimizer.init)(params)]
+  state = [Trainable(params, jax.jit(optimizer.init)(params))]
   contenders = {
     "padded": ([whole], 4),
     "longest": (cut(whole, 4, max(length // 8, 1)), 4),

@@ -221,14 +221,19 @@ FIELDS = {
   "training.sampler_gap_limit": Field(
     0.01, "of auto: largest mean of |ratio - 1| with which the sampler's are taken", at_least=0
   ),
-  "training.learning_rate": Field(1e-6, "AdamW", at_least=0),
+  "training.optimizer": Field(
+    "adamw",
+    "adamw | adafactor (moments by row and column) | muon (linear layers, AdamW on the others) | sgd",
+    choices=("adamw", "adafactor", "muon", "sgd"),
+  ),
+  "training.learning_rate": Field(1e-6, "of the optimiser", at_least=0),
   "training.schedule": Field(
     "constant",
     "constant | linear | cosine: to zero at the last of config.steps",
     choices=("constant", "linear", "cosine"),
   ),
   "training.warmup_steps": Field(0, "training steps in which the rate rises from zero", at_least=0),
-  "training.weight_decay": Field(0.01, "of AdamW", at_least=0),
+  "training.weight_decay": Field(0.01, "of the optimiser, times the rate", at_least=0),
   "training.max_grad_norm": Field(1.0, "gradients of a larger norm are scaled down to it", above=0),
   # Supervised steps.
   "warm_start.steps": Field(

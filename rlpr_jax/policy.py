@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -176,22 +175,3 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
-
-
-def abstract_opt_state(optimizer: optax.GradientTransformation, params: Params, where: Sharding) -> optax.OptState:
-  """Shapes, dtypes and shardings of the optimiser's state: moments lie as their parameters do, counts everywhere."""
-
-  paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
-
-  def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    param = next((keys[i:] for i in range(len(keys)) if keys[i:] in paths), None)  # whose moment this is
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.named(models.param_axes(param) if param else ()))
-
-  return jax.tree_util.tree_map_with_path(place, jax.eval_shape(optimizer.init, params))
-
-
-def init_opt_state(optimizer: optax.GradientTransformation, params: Params, where: Sharding) -> optax.OptState:
-  """The optimiser's first state, made where it is to lie."""
-  shardings = jax.tree.map(lambda x: x.sharding, abstract_opt_state(optimizer, params, where))
-  return jax.jit(optimizer.init, out_shardings=shardings)(params)

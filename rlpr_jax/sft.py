@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import entry, processes
 from rlpr_jax.errors import InputError
-from rlpr_jax.policy import abstract_opt_state, init_opt_state, initial_params, load_policy
+from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.training import supervised
+from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
 from rlpr_jax.training.settings import check_lengths, check_rows
 from rlpr_jax.training.supervised import SupervisedState
 

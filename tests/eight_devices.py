@@ -18,20 +18,25 @@ from rlpr_jax import huggingface, models, sharding, types
 from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.models import logprobs
-from rlpr_jax.policy import init_opt_state, initial_params, load_policy
+from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.sampling.batches import Scored, lay_out
 from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill, score
 from rlpr_jax.sampling.params import SamplingParams, stack
-from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
+from rlpr_jax.training.optimizer import clipped_optimizer, init_opt_state
+from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, loss, optimizer_step
 from tests.models import cases
 
 ROWS, LENGTH = 8, 24  # longer than every window of the cases
 PROMPTS, WIDTH, NEW, SUFFIX = 4, 10, 5, 3
 SLOTS, STEPS = 8, 3  # rows that are sampled at once, and tokens of a call: two calls, the second one cut short
 SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=ROWS)
-ADAMW = adamw(1e-3, weight_decay=0.1, max_grad_norm=1.0)
+ADAMW = clipped_optimizer("adamw", 1e-3, weight_decay=0.1, max_grad_norm=1.0)
 # AdamW divides a gradient by its own size, so that of one near zero the rounding decides. This is linear in it.
 MOMENTUM = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))
+OPTIMIZERS = {
+  name: clipped_optimizer(name, 1e-3, weight_decay=0.1, max_grad_norm=1.0)
+  for name in ("adamw", "adafactor", "muon", "sgd")
+} | {"sm3": optax.sm3(1e-3)}
 
 
 def make_rows(seed=0) -> types.PackedRows:
@@ -191,10 +196,14 @@ def whole_update(config, shape, optimizer) -> dict:
     model = models.definition(config, models.Runtime(sharding=split))
     params = place(jax.tree.map(jnp.array, cases.random_params(config)), config, split)
     shardings = jax.tree.map(lambda x: x.sharding, params)
-    state = jax.jit(optimizer.init)(params)
+    trainable = Trainable(params, init_opt_state(optimizer, params, split))
+    places = [[leaf.shape, leaf.sharding.shard_shape(leaf.shape)] for leaf in jax.tree.leaves(trainable.opt_state)]
     settings = dataclasses.replace(SETTINGS, micro_batch_rows=4, sharding=split)
     for step in range(2):
-      params, state, metrics = update(model, optimizer, {}, params, state, make_rows(seed=step), settings)
+      trainable, metrics = optimizer_step(
+        UpdateProgram(model, optimizer, settings), {}, trainable, make_rows(seed=step)
+      )
+    params, state = trainable
     stayed = jax.tree.map(lambda x, y: x.sharding.is_equivalent_to(y, x.ndim), params, shardings)
     _, slots = sample(model, params, 1.0)
     scores = score_slots(model, params, slots, split.num_shards("batch"))
@@ -209,6 +218,7 @@ def whole_update(config, shape, optimizer) -> dict:
     "expected_metrics": expected_metrics,
     "scores": distance(scores, expected_scores),
     "stayed": all(jax.tree.leaves(stayed)),
+    "places": places,
   }
 
 
@@ -272,11 +282,13 @@ def main(slow: bool) -> None:
 
 
 def others(llama: models.ModelConfig) -> dict:
+  wide = dataclasses.replace(llama, embed_dim=128, mlp_dim=256)  # adafactor factors what is at least 128 wide
   return {
     "update": {
       "adamw": whole_update(cases.config("gemma2"), (2, 2, 2), ADAMW),
       "momentum": whole_update(llama, (2, 2, 2), MOMENTUM),
     },
+    "optimizers": {name: whole_update(wide, (2, 2, 2), optimizer) for name, optimizer in OPTIMIZERS.items()},
     "parts": parts(cases.config("qwen2"), (2, 2, 2)),
     "few_heads": few_heads(),
     "sizes": {

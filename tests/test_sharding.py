@@ -6,6 +6,7 @@ The eight are CPU devices, which XLA makes when it is told so, in a process of i
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -333,6 +334,21 @@ def test_whole_updates_are_those_of_one_device(eight):
     assert result["stayed"]  # where they lay
   assert eight["update"]["momentum"]["moved"] > 1e-2
   assert eight["update"]["momentum"]["params"] < 1e-5
+
+
+@pytest.mark.parametrize("name", eight_devices.OPTIMIZERS)
+def test_every_optimizer_steps_on_a_mesh_as_on_one_device(eight, name):
+  """Two steps; the large moments are split, of whatever rank they are."""
+  result = eight["optimizers"][name]
+  assert result["metrics"] == pytest.approx(result["expected_metrics"], rel=1e-4, abs=1e-5)
+  assert result["moved"] > 1e-4
+  assert result["scores"] < 1e-3
+  assert result["stayed"]
+  large = max(math.prod(whole) for whole, _ in result["places"])
+  split = {math.prod(whole) / math.prod(part) for whole, part in result["places"] if math.prod(whole) == large}
+  assert split == {2.0} if name in ("adafactor", "sm3") else min(split) == 4.0
+  if name in ("adafactor", "sm3"):  # no moment as large as its parameter
+    assert large <= 4 * 256
 
 
 def test_meshes_of_eight_devices(eight):

@@ -19,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from rlpr_jax import sharding
 from rlpr_jax.errors import InputError
 from rlpr_jax.huggingface.families import from_huggingface
-from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, key_path, layout, tensor_name
+from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, key_path, layout
 from rlpr_jax.models.config import ModelConfig
 from rlpr_jax.models.transformer import abstract_params
+from rlpr_jax.models.weights import tensor_name
 from rlpr_jax.types import Params
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.huggingface.families import to_huggingface
-from rlpr_jax.huggingface.tensors import INDEX, LINEAR_NAMES, Layout, key_path, layout, tensor_name
+from rlpr_jax.huggingface.tensors import INDEX, Layout, key_path, layout
 from rlpr_jax.models.config import ModelConfig
+from rlpr_jax.models.weights import WEIGHTS, tensor_name
 from rlpr_jax.types import Params
 
 _METADATA = {"format": "pt"}  # transformers asks for it
@@ -99,7 +100,7 @@ def save_adapter(
     "r": lora.rank,
     "lora_alpha": lora.alpha,
     "lora_dropout": 0.0,
-    "target_modules": [LINEAR_NAMES[name].split(".")[-1] for name in lora.targets],
+    "target_modules": [WEIGHTS[name].huggingface.split(".")[-1] for name in lora.targets],
     "bias": "none",
     "fan_in_fan_out": False,
     "inference_mode": True,

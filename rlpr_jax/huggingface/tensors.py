@@ -1,4 +1,4 @@
-"""How a parameter lies in a Hugging Face directory: the name of its tensor there, and the order of its axes."""
+"""How a parameter lies in a Hugging Face directory: the order of its axes there."""
 
 import dataclasses
 import itertools
@@ -6,52 +6,10 @@ import math
 
 import jax
 
-from rlpr_jax.models.config import LINEAR, ModelConfig
+from rlpr_jax.models.weights import WEIGHTS
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-
-_TOP = {
-  ("embedding",): "model.embed_tokens.weight",
-  ("final_norm", "scale"): "model.norm.weight",
-  ("head",): "lm_head.weight",
-}
-_NORMS = {
-  "attention_norm": "input_layernorm",
-  "query_norm": "self_attn.q_norm",
-  "key_norm": "self_attn.k_norm",
-  "mlp_norm": "post_attention_layernorm",
-}
-_GEMMA_NORMS = _NORMS | {
-  "post_attention_norm": "post_attention_layernorm",
-  "mlp_norm": "pre_feedforward_layernorm",
-  "post_mlp_norm": "post_feedforward_layernorm",
-}
-LINEAR_NAMES = {
-  "query": "self_attn.q_proj",
-  "key": "self_attn.k_proj",
-  "value": "self_attn.v_proj",
-  "out": "self_attn.o_proj",
-  "gate": "mlp.gate_proj",
-  "up": "mlp.up_proj",
-  "down": "mlp.down_proj",
-}
-_PARTS = {
-  "scale": "weight",
-  "weight": "weight",
-  "bias": "bias",
-  "lora_a": "lora_A.weight",
-  "lora_b": "lora_B.weight",
-}
-
-
-def tensor_name(config: ModelConfig, path: tuple[str, ...]) -> str:
-  """Name of the parameter at `path` in safetensors; `{}` stands for the layer."""
-  if path in _TOP:
-    return _TOP[path]
-  module, part = path[1:]
-  norms = _GEMMA_NORMS if config.post_norms else _NORMS
-  return f"model.layers.{{}}.{(norms | LINEAR_NAMES)[module]}.{_PARTS[part]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +45,7 @@ def layout(path: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
   if part == "bias":
     return Layout(shape, (axes,))
   if part in ("weight", "lora_a", "lora_b"):
-    ins = {"weight": LINEAR[path[-2]], "lora_a": len(shape) - 1, "lora_b": 1}[part]
+    ins = {"weight": WEIGHTS[path[-2]].inputs, "lora_a": len(shape) - 1, "lora_b": 1}[part]
     return Layout(shape, (axes[ins:], axes[:ins]))
   return Layout(shape, tuple((axis,) for axis in axes))
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from rlpr_jax.models.attention import UNSEEN
-from rlpr_jax.models.config import LINEAR, LoRA, ModelConfig, Rope, Runtime
+from rlpr_jax.models.config import LoRA, ModelConfig, Rope, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
 from rlpr_jax.models.lora import adapters, combine, init_adapters
 from rlpr_jax.models.transformer import (
@@ -11,14 +11,13 @@ from rlpr_jax.models.transformer import (
   Decoder,
   KVCache,
   abstract_params,
-  axis_sizes,
   cast,
   default_attention,
   definition,
   init_params,
-  param_axes,
   place,
 )
+from rlpr_jax.models.weights import LINEAR, axis_sizes, matrix_axes, param_axes
 from rlpr_jax.types import Params
 
 __all__ = [
@@ -41,6 +40,7 @@ __all__ = [
   "definition",
   "init_adapters",
   "init_params",
+  "matrix_axes",
   "param_axes",
   "place",
   "token_logprobs",

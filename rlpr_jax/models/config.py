@@ -7,9 +7,6 @@ import numpy as np
 from rlpr_jax.errors import InputError
 from rlpr_jax.sharding import Sharding
 
-# The linear layers of a decoder layer, and how many axes of each weight come in (the others go out).
-LINEAR = {"query": 1, "key": 1, "value": 1, "out": 2, "gate": 1, "up": 1, "down": 1}
-
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -43,7 +40,7 @@ class LoRA:
 
   rank: int
   alpha: float
-  targets: tuple[str, ...]  # of LINEAR
+  targets: tuple[str, ...]  # of weights.LINEAR
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,6 @@ they give the same numbers:
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,22 +20,11 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from rlpr_jax import sharding
 from rlpr_jax.models.attention import AttentionSettings, Cached, attend, rotate, softcap
-from rlpr_jax.models.config import LINEAR, ModelConfig, Runtime
+from rlpr_jax.models.config import ModelConfig, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
+from rlpr_jax.models.weights import WEIGHTS, axis_sizes, param_axes
 from rlpr_jax.types import Params
 
-# The axes of each weight, by the names of `sharding.RULES`; "head_dim" and a LoRA's "rank" are never split.
-WEIGHTS = {
-  "embedding": ("vocab", "embed"),
-  "head": ("vocab", "embed"),
-  "query": ("embed", "heads", "head_dim"),
-  "key": ("embed", "kv_heads", "head_dim"),
-  "value": ("embed", "kv_heads", "head_dim"),
-  "out": ("heads", "head_dim", "embed"),
-  "gate": ("embed", "mlp"),
-  "up": ("embed", "mlp"),
-  "down": ("mlp", "embed"),
-}
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 _REMAT = {
   "none": jax.checkpoint_policies.everything_saveable,
@@ -113,19 +101,6 @@ class CacheView(NamedTuple):
     return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
 
 
-def axis_sizes(config: ModelConfig) -> dict[str, int]:
-  """Length of each axis of the parameters."""
-  return {
-    "vocab": config.vocab_size,
-    "embed": config.embed_dim,
-    "heads": config.num_heads,
-    "kv_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "mlp": config.mlp_dim,
-    "layers": config.num_layers,
-  }
-
-
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale, or * (1 + scale) in Gemma, computed in float32."""
 
@@ -144,16 +119,15 @@ class Linear(nnx.Module):
   """x W, and its bias and low-rank adapter where the config has one. W may have several axes on either side."""
 
   def __init__(self, name: str, config: ModelConfig, *, rngs: nnx.Rngs):
-    sizes = axis_sizes(config)
-    shape = tuple(sizes[axis] for axis in WEIGHTS[name])
-    self.ins = LINEAR[name]  # axes of W that come in
-    self.weight = nnx.Param(jax.random.normal(rngs.params(), shape) * math.prod(shape[: self.ins]) ** -0.5)
+    weight = WEIGHTS[name]
+    shape, std = weight.shape(config), weight.init_std(config)
+    self.ins = weight.inputs  # axes of W that come in
+    self.weight = nnx.Param(jax.random.normal(rngs.params(), shape) * std)
     if name in config.biases:
       self.bias = nnx.Param(jnp.zeros(shape[self.ins :]))
     if config.lora and name in config.lora.targets:
       self.lora_scale = config.lora.alpha / config.lora.rank
-      spread = math.prod(shape[: self.ins]) ** -0.5
-      self.lora_a = nnx.Param(jax.random.normal(rngs.params(), (*shape[: self.ins], config.lora.rank)) * spread)
+      self.lora_a = nnx.Param(jax.random.normal(rngs.params(), (*shape[: self.ins], config.lora.rank)) * std)
       self.lora_b = nnx.Param(jnp.zeros((config.lora.rank, *shape[self.ins :])))
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -216,13 +190,17 @@ class Decoder(nnx.Module):
 
   def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
     self.config, self.runtime = config, runtime
-    size = (config.vocab_size, config.embed_dim)
-    self.embedding = nnx.Param(jax.random.normal(rngs.params(), size) * config.embed_dim**-0.5)
+
+    def table(name: str) -> nnx.Param:
+      weight = WEIGHTS[name]
+      return nnx.Param(jax.random.normal(rngs.params(), weight.shape(config)) * weight.init_std(config))
+
+    self.embedding = table("embedding")
     make = nnx.vmap(lambda rngs: Layer(config, runtime, rngs=rngs), in_axes=0, out_axes=0)
     self.layers = nnx.split_rngs(splits=config.num_layers)(make)(rngs)
     self.final_norm = RMSNorm(config.embed_dim, config)
     if not config.tie_embeddings:
-      self.head = nnx.Param(jax.random.normal(rngs.params(), size) * config.embed_dim**-0.5)
+      self.head = table("head")
     self.attention = AttentionSettings(
       backend=runtime.attention,
       scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
@@ -361,18 +339,6 @@ def default_attention(platform: str) -> str:
 
 def _platform(where: sharding.Sharding) -> str:
   return jax.default_backend() if where.mesh is None else where.mesh.devices.flat[0].platform
-
-
-def param_axes(path: tuple[str, ...]) -> tuple[str | None, ...]:
-  """Names of the axes of the parameter at `path`, for `sharding.Sharding.spec`."""
-  stacked = ("layers",) if path[0] == "layers" else ()
-  if path[-1] == "scale":
-    return (*stacked, None)
-  if path[-1] in WEIGHTS:
-    return WEIGHTS[path[-1]]
-  axes, ins = WEIGHTS[path[-2]], LINEAR[path[-2]]
-  parts = {"weight": axes, "bias": axes[ins:], "lora_a": (*axes[:ins], None), "lora_b": (None, *axes[ins:])}
-  return (*stacked, *parts[path[-1]])
 
 
 def place(params: Params, where: sharding.Sharding) -> Params:

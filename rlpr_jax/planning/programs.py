@@ -20,12 +20,12 @@ from rlpr_jax import config as configs
 from rlpr_jax import models, sharding, types
 from rlpr_jax.models import ModelConfig, Params
 from rlpr_jax.planning.hardware import Slice
-from rlpr_jax.policy import Policy, abstract_opt_state, create_mesh, create_sharding, lay_out
+from rlpr_jax.policy import Policy, create_mesh, create_sharding, lay_out
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training.run import create_optimizer
+from rlpr_jax.training.optimizer import abstract_opt_state, create_optimizer
 from rlpr_jax.training.settings import check_lengths, check_rows, rollout_shapes, update_settings
 from rlpr_jax.training.state import keeps_initial
 from rlpr_jax.training.update import Trainable, UpdateProgram, optimizer_step

@@ -17,9 +17,10 @@ from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.training import settings
+from rlpr_jax.training.optimizer import create_optimizer
 from rlpr_jax.training.packing import PackingSettings
 from rlpr_jax.training.reward import RewardSettings, parse_shadow
-from rlpr_jax.training.update import Update, UpdateProgram, adamw, learning_rate
+from rlpr_jax.training.update import Update, UpdateProgram
 from rlpr_jax.types import Prompt
 
 
@@ -82,15 +83,6 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     shadows=dict(parse_shadow(config, text) for text in config.reward.shadow),
     custom_reward=custom_reward,
   )
-
-
-def create_optimizer(config: ConfigDict):
-  """The optimiser of a run's updates."""
-  training = config.training
-  updates = training.minibatches * training.epochs_per_step  # of a training step
-  steps = max(config.steps, training.warmup_steps + 1)  # of 0 steps, which a warm start alone has, no rate is taken
-  rate = learning_rate(training.learning_rate, training.schedule, training.warmup_steps * updates, steps * updates)
-  return adamw(rate, training.weight_decay, training.max_grad_norm)
 
 
 def load_prompts(

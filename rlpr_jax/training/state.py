@@ -10,13 +10,14 @@ from ml_collections import ConfigDict
 from rlpr_jax import filtering, processes
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
-from rlpr_jax.policy import abstract_opt_state, init_opt_state, initial_params
+from rlpr_jax.policy import initial_params
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import held_out, supervised
 from rlpr_jax.training.baselines import initial_baselines, unknown_baselines
+from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Groups, StepBatch, TrainState
 

@@ -3,7 +3,6 @@
 The rows are packed and the steps taken as in RLPR: -log p of the responses is the term of an answer's own gradient.
 """
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 import optax
 from ml_collections import ConfigDict
-from optax.contrib import MuonDimensionNumbers, muon
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import processes
@@ -20,52 +18,19 @@ from rlpr_jax.data.sources import load_demonstrations
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
-from rlpr_jax.policy import Policy, init_opt_state
+from rlpr_jax.policy import Policy
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.training import packing
+from rlpr_jax.training.optimizer import init_opt_state, warm_start_optimizer
 from rlpr_jax.training.packing import Segment
 from rlpr_jax.training.update import Update, UpdateProgram, UpdateSettings
 from rlpr_jax.types import PackedRows
 
-# Layer weights that Muon orthogonalises: which axes of the stacked array come in and which go out.
-_MUON = {
-  "query": MuonDimensionNumbers(1, (2, 3)),
-  "key": MuonDimensionNumbers(1, (2, 3)),
-  "value": MuonDimensionNumbers(1, (2, 3)),
-  "out": MuonDimensionNumbers((1, 2), 3),
-  "gate": MuonDimensionNumbers(1, 2),
-  "up": MuonDimensionNumbers(1, 2),
-  "down": MuonDimensionNumbers(1, 2),
-}
-
 
 def optimizer(settings: ConfigDict) -> optax.GradientTransformation:
-  """Muon on the layers' matrices and Adam on the rest, or Adam on everything; rates follow a cosine to zero.
-
-  Args:
-    settings: `config.warm_start`.
-  """
-  return _optimizer(settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate)
-
-
-@functools.cache  # one object, so that a step compiles once
-def _optimizer(kind: str, steps: int, learning_rate: float, adam_learning_rate: float) -> optax.GradientTransformation:
-  adam_schedule = optax.cosine_decay_schedule(adam_learning_rate, steps)
-  if kind == "adam":
-    return optax.adam(adam_schedule)
-
-  def dimensions(params: Params) -> Params:
-    def of(path, _) -> MuonDimensionNumbers | None:
-      return _MUON.get(path[-2].key) if path[-1].key == "weight" else None
-
-    return jax.tree_util.tree_map_with_path(of, params)
-
-  return muon(
-    optax.cosine_decay_schedule(learning_rate, steps),
-    adam_learning_rate=adam_schedule,
-    muon_weight_dimension_numbers=dimensions,
-  )
+  """The optimiser that `config.warm_start` asks for."""
+  return warm_start_optimizer(settings.optimizer, settings.steps, settings.learning_rate, settings.adam_learning_rate)
 
 
 class Demonstration(NamedTuple):

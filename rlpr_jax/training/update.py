@@ -35,25 +35,6 @@ class UpdateSettings:
   sharding: Sharding = Sharding()
 
 
-def learning_rate(peak: float, schedule: str, warmup: int, total: int) -> optax.ScalarOrSchedule:
-  """The rate of each optimiser step: up to `peak` in `warmup` steps, then constant or down to zero at `total`."""
-  after = {
-    "constant": optax.constant_schedule(peak),
-    "linear": optax.linear_schedule(peak, 0.0, total - warmup),
-    "cosine": optax.cosine_decay_schedule(peak, total - warmup),
-  }[schedule]
-  if not warmup:
-    return peak if schedule == "constant" else after
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
-
-
-def adamw(
-  learning_rate: optax.ScalarOrSchedule, weight_decay: float, max_grad_norm: float
-) -> optax.GradientTransformation:
-  """AdamW behind a clip of the gradient's global norm."""
-  return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adamw(learning_rate, weight_decay=weight_decay))
-
-
 def loss(
   model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:

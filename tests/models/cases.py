@@ -17,6 +17,7 @@ from flax import nnx
 from rlpr_jax import huggingface, models
 from rlpr_jax.huggingface import families
 from rlpr_jax.models import CacheView, ModelConfig, Params
+from rlpr_jax.models.weights import WEIGHTS
 
 VOCAB, LENGTH = 96, 40
 _SIZES = {
@@ -87,7 +88,7 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
     if keys[-1] == "bias":
       return 0.3 * noise
     if keys[-1] == "weight":
-      ins = models.config.LINEAR[keys[-2]]
+      ins = WEIGHTS[keys[-2]].inputs
       return noise / np.sqrt(np.prod(leaf.shape[1 : 1 + ins]), dtype=np.float32)
     return noise * np.float32(config.embed_dim**-0.5)
 

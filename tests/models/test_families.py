@@ -105,9 +105,7 @@ SWITCHES = {
     {"scale_embeddings": True},
     {"norm_offset": True},
   ],
-  "llama_biases": [
-    {"biases": tuple(name for name in models.config.LINEAR if name != without)} for without in models.config.LINEAR
-  ],
+  "llama_biases": [{"biases": tuple(name for name in models.LINEAR if name != without)} for without in models.LINEAR],
   "llama_long": [
     {"rope": Rope(500.0)},
     {"rope": Rope(500.0, "linear", 8.0)},

@@ -15,7 +15,8 @@ from flax import nnx
 from benchmarks.gpu import shapes
 from rlpr_jax import huggingface, models
 from rlpr_jax.models import UNSEEN, CacheView, KVCache, logprobs
-from rlpr_jax.training.update import UpdateSettings, adamw, loss, update
+from rlpr_jax.training.optimizer import clipped_optimizer
+from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, loss, optimizer_step
 from rlpr_jax.types import PackedRows
 from tests.models import cases
 from tests.models.cases import by_token, extend, pack, prefill, whole_logits
@@ -382,7 +383,7 @@ def test_soft_cap_of_token_logprobs(heads):
 # --- memory and size of the compiled update ---
 
 SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=8)
-OPTIMIZER = adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
+OPTIMIZER = clipped_optimizer("adamw", 1e-6, weight_decay=0.01, max_grad_norm=1.0)
 
 
 def abstract_rows(rows, length):
@@ -395,7 +396,7 @@ def lower_update(config, rows, dtype="float32", settings=SETTINGS):
   model = models.definition(config, models.Runtime(compute_dtype=dtype))
   params = models.abstract_params(config)
   state = jax.eval_shape(OPTIMIZER.init, params)
-  return update.lower(model, OPTIMIZER, {}, params, state, rows, settings)
+  return optimizer_step.lower(UpdateProgram(model, OPTIMIZER, settings), {}, Trainable(params, state), rows)
 
 
 def temporary_bytes(lowered):

@@ -18,13 +18,12 @@ from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs, row_logprobs
+from rlpr_jax.training.optimizer import clipped_optimizer, learning_rate
 from rlpr_jax.training.packing import PackingSettings
 from rlpr_jax.training.update import (
   Trainable,
   UpdateProgram,
   UpdateSettings,
-  adamw,
-  learning_rate,
   loss,
   optimizer_step,
 )
@@ -34,7 +33,7 @@ from tests.training.groups import PROMPT, RESPONSE, SAMPLES, TEMPERATURE, make_g
 SETTINGS = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
 # With this "optimiser" the change of the parameters is the gradient.
 GRADIENT = optax.sgd(-1.0)
-OPTIMIZER = adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
+OPTIMIZER = clipped_optimizer("adamw", 1e-6, weight_decay=0.01, max_grad_norm=1.0)
 
 
 def near_policy(policy, groups, noise=0.3):
@@ -137,7 +136,7 @@ def test_micro_batches_add_up_to_the_minibatch(policy, groups, aggregate):
 def test_adamw_is_the_papers():
   """First step by hand: clip the global norm to one, divide by its own size, decay."""
   params, gradient = {"w": jnp.array([2.0, -3.0])}, {"w": jnp.array([30.0, -40.0])}
-  optimizer = adamw(1e-2, weight_decay=0.1, max_grad_norm=1.0)
+  optimizer = clipped_optimizer("adamw", 1e-2, weight_decay=0.1, max_grad_norm=1.0)
   steps, _ = optimizer.update(gradient, optimizer.init(params), params)
   expected = [-1e-2 * (sign + 0.1 * w) for sign, w in ((1, 2.0), (-1, -3.0))]
   np.testing.assert_allclose(steps["w"], expected, rtol=1e-5)

@@ -16,7 +16,8 @@ from rlpr_jax import machine, models
 from rlpr_jax.models import ModelConfig
 from rlpr_jax.planning import hlo
 from rlpr_jax.training import packing
-from rlpr_jax.training.update import UpdateSettings, adamw, update
+from rlpr_jax.training.optimizer import clipped_optimizer
+from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, optimizer_step
 from rlpr_jax.types import Groups, PackedRows
 
 MASTERS = 26  # bytes a parameter of masters, moments, gradients, their sum, the step and a copy in bfloat16, about
@@ -99,21 +100,22 @@ def run(report: Report) -> None:
 def prepare(size: Sizes, attention: str) -> Prepared:
   """Compiles the update and makes random parameters and rows."""
   model = models.definition(size.config, models.Runtime("bfloat16", attention, "dots"))
-  optimizer = adamw(1e-6, 0.01, 1.0)
+  optimizer = clipped_optimizer("adamw", 1e-6, 0.01, 1.0)
   rows = packed_rows(size.rows, size.row_length)
   used = int(np.any(rows.segment_ids > 0, axis=1).sum())
   settings = UpdateSettings(1.0, 0.2, 0.27, 0.0, size.micro_batch_rows)
   params = models.init_params(size.config, 0)
-  opt_state, rows_there = jax.jit(optimizer.init)(params), jax.tree.map(jnp.asarray, rows)
+  rows_there = jax.tree.map(jnp.asarray, rows)
+  state = [Trainable(params, jax.jit(optimizer.init)(params))]
+  del params
   began = time.perf_counter()
-  compiled = update.trace(model, optimizer, {}, params, opt_state, rows_there, settings).lower().compile()
+  program = UpdateProgram(model, optimizer, settings)
+  compiled = optimizer_step.trace(program, {}, state[0], rows_there).lower().compile()
   took = time.perf_counter() - began
-  state = [(params, opt_state)]
-  del params, opt_state
 
   def step() -> dict[str, jax.Array]:
-    *new, metrics = compiled({}, *state.pop(), rows_there)
-    state.append(tuple(new))
+    trainable, metrics = compiled({}, state.pop(), rows_there)
+    state.append(trainable)
     return metrics
 
   attention = ", ".join(hlo.kernels(compiled.as_text())) or "xla"
