@@ -19,7 +19,8 @@ from absl import app, flags
 
 from benchmarks.gpu import shapes
 from rlpr_jax import huggingface, models
-from rlpr_jax.training.update import UpdateSettings, adamw, update
+from rlpr_jax.training.optimizer import clipped_optimizer
+from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, optimizer_step
 from rlpr_jax.types import PackedRows
 from tests.models import cases
 
@@ -72,7 +73,7 @@ def row(family: str, sizes: str, weights: str, differences: list[Differences]) -
 
 def lower_seconds(times: int) -> list[float]:
   """Seconds to trace and lower the update of Qwen2.5-7B, 8 rows of 1024 tokens, each time from the beginning."""
-  config, optimizer = shapes.QWEN2_5_7B, adamw(1e-6, weight_decay=0.01, max_grad_norm=1.0)
+  config, optimizer = shapes.QWEN2_5_7B, clipped_optimizer("adamw", 1e-6, weight_decay=0.01, max_grad_norm=1.0)
   params = models.abstract_params(config)
   state = jax.eval_shape(optimizer.init, params)
   dtypes = (jnp.int32, jnp.int32, jnp.int32, jnp.bool_, jnp.float32, jnp.float32, jnp.float32)
@@ -83,7 +84,8 @@ def lower_seconds(times: int) -> list[float]:
     jax.clear_caches()
     start = time.perf_counter()
     model = models.definition(config, models.Runtime(compute_dtype="bfloat16"))
-    update.lower(model, optimizer, {}, params, state, rows, settings).as_text()
+    program = UpdateProgram(model, optimizer, settings)
+    optimizer_step.lower(program, {}, Trainable(params, state), rows).as_text()
     seconds.append(time.perf_counter() - start)
   return seconds
 
