@@ -18,7 +18,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.common import REPEATS, spread
-from rlpr_jax.models.attention import UNSEEN, AttentionSettings, Cached, attend
+from rlpr_jax.models.attention import AttentionSettings, Cached, attend
+from rlpr_jax.models.masks import UNSEEN, Places
 
 _SLOTS = flags.DEFINE_integer("slots", 32, "rows that are decoded at once")
 _PROMPT = flags.DEFINE_integer("prompt", 256, "longest prompt, tokens")
@@ -70,7 +71,7 @@ def step(queries, part: Cached, lengths, settings: AttentionSettings):
   kv_heads = part.keys.shape[1]
   new = queries[:, :, :kv_heads]
   ones = jnp.ones(queries.shape[:2], jnp.int32)
-  return attend(queries, new, new, ones, settings, positions=lengths[:, None], cached=[part])
+  return attend(queries, new, new, Places(ones, positions=lengths[:, None]), settings, cached=[part])
 
 
 def timed(function) -> float:

@@ -28,7 +28,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 SMOLLM2 = ROOT / ".cache" / "smollm2-135m-instruct"
 LOWER = flags.DEFINE_integer("lower", 3, "How often the update of Qwen2.5-7B is lowered and timed; 0 for not.")
 
-# Published models whose config.json is read in tests/models/test_config_json.py, and the cases of the family.
+# Published models whose config.json is read in tests/huggingface/test_config_json.py, and the cases of the family.
 FAMILIES = {
   "Llama": ("Llama-3.1-8B, Llama-3.2-1B, SmolLM2-135M", [name for name in cases.CASES if name.startswith("llama")]),
   "Qwen2": ("Qwen2.5-7B", ["qwen2", "qwen2_tied"]),

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from rlpr_jax.models.attention import UNSEEN
 from rlpr_jax.models.config import LoRA, ModelConfig, Rope, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
 from rlpr_jax.models.lora import adapters, combine, init_adapters
+from rlpr_jax.models.masks import UNSEEN
 from rlpr_jax.models.transformer import (
   CacheView,
   Decoder,

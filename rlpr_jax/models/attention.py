@@ -15,9 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from rlpr_jax.models import kernels
 from rlpr_jax.models.kernels import AttentionSettings
+from rlpr_jax.models.masks import Places
 from rlpr_jax.sharding import Sharding
-
-UNSEEN = np.iinfo(np.int32).max  # position of a cache slot that holds nothing
 
 
 class Cached(NamedTuple):
@@ -25,17 +24,15 @@ class Cached(NamedTuple):
 
   keys: Float[Array, "B K H S"]
   values: Float[Array, "B K S H"]
-  positions: Int[Array, "B S"]  # of the token in each slot; UNSEEN where none is
+  positions: Int[Array, "B S"]  # of the token in each slot; masks.UNSEEN where none is
 
 
 def attend(
   queries: Float[Array, "B T N H"],
   keys: Float[Array, "B T K H"],
   values: Float[Array, "B T K H"],
-  segment_ids: Int[Array, "B T"],
+  places: Places,
   settings: AttentionSettings,
-  windowed: Bool[Array, ""] | None = None,
-  positions: Int[Array, "B T"] | None = None,
   cached: Sequence[Cached] = (),
 ) -> Float[Array, "B T N H"]:
   """Softmax attention of some tokens to each other and, if given, to cached keys and values of tokens before them.
@@ -43,9 +40,6 @@ def attend(
   N query heads share K key/value heads, N / K to each. One softmax runs over all parts, in float32.
 
   Args:
-    segment_ids: a token sees those before it in its segment, and itself. Segments are contiguous.
-    windowed: whether this layer has the window; None for no.
-    positions: of the tokens in the text; needed for `cached` alone.
     cached: a segment sees what stands there before the position of its first token, and nothing that stands later.
   """
   sharding = settings.sharding
@@ -55,20 +49,25 @@ def attend(
       Cached(_spread(part.keys, sharding, axis=1), _spread(part.values, sharding, axis=1), part.positions)
       for part in cached
     ]
-    return _attend_xla(queries, keys, values, segment_ids, settings, windowed, positions, cached)
+    return _attend_xla(queries, keys, values, places, settings, cached)
   match settings.backend:
     case "splash":
-      return kernels.splash_attention(queries, keys, values, segment_ids, settings, windowed)
+      return kernels.splash_attention(queries, keys, values, places.segment_ids, settings, places.windowed)
     case "tokamax" | "tokamax_or_xla":
-      first = first_visible(segment_ids, settings.window, windowed)
-      mixed = kernels.tokamax_attention(queries, keys, values, first, settings)
+      first_visible = places.first_visible(settings.window)
+      mixed = kernels.tokamax_attention(queries, keys, values, first_visible, settings)
       if mixed is not None:
         return mixed
-  return _attend_xla(queries, keys, values, segment_ids, settings, windowed)
+  return _attend_xla(queries, keys, values, places, settings)
 
 
 def _attend_xla(
-  queries, keys, values, segment_ids, settings, windowed, positions=None, cached=()
+  queries: Float[Array, "B T N H"],
+  keys: Float[Array, "B T K H"],
+  values: Float[Array, "B T K H"],
+  places: Places,
+  settings: AttentionSettings,
+  cached: Sequence[Cached] = (),
 ) -> Float[Array, "B T N H"]:
   batch, length, heads, head_dim = queries.shape
   kv_heads = keys.shape[2]
@@ -83,47 +82,17 @@ def _attend_xla(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return scores.reshape(batch, kv_heads, -1, keys.shape[3])
 
-  places = jnp.arange(length)
-  first = first_visible(segment_ids, settings.window, windowed)
-  mask = (places <= places[:, None]) & (places >= first[:, :, None])
-  parts, scores = [values.swapaxes(1, 2)], [score(keys.transpose(0, 2, 3, 1), mask)]
-  if cached:
-    begins = positions - (places - first_visible(segment_ids, None, None))  # of each token's segment
+  parts, scores = [values.swapaxes(1, 2)], [score(keys.transpose(0, 2, 3, 1), places.sees(settings.window))]
+  begins = places.begins() if cached else None
   for part in cached:
-    mask = part.positions[:, None] < begins[:, :, None]
-    if windowed is not None:
-      mask &= (part.positions[:, None] > positions[:, :, None] - settings.window) | ~windowed
     parts.append(part.values)
-    scores.append(score(part.keys, mask))
+    scores.append(score(part.keys, places.sees_cached(begins, part.positions, settings.window)))
   ends = np.cumsum([part.shape[3] for part in scores])
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
   weights = jnp.split(weights, ends[:-1], axis=-1)
   mixed = sum(jnp.matmul(share, part) for share, part in zip(weights, parts, strict=True))
   mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
   return mixed.reshape(batch, length, heads, head_dim)
-
-
-def first_visible(
-  segment_ids: Int[Array, "B T"], window: int | None, windowed: Bool[Array, ""] | None
-) -> Int[Array, "B T"]:
-  """The first place that each token of a packed row sees; it sees all from there to itself.
-
-  segment_ids 1 1 2 2 2 0 (0 is padding), window 2:
-
-    sees     first_visible    with the window
-    1 . . . . .    0                0
-    1 1 . . . .    0                0
-    . . 1 . . .    2                2
-    . . 1 1 . .    2                2
-    . . 1 1 1 .    2                3
-    . . . . . 1    5                5
-  """
-  places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-  begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-  first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
-  if windowed is None:
-    return first
-  return jnp.where(windowed, jnp.maximum(first, places + 1 - window), first)
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

@@ -22,6 +22,7 @@ from rlpr_jax import sharding
 from rlpr_jax.models.attention import AttentionSettings, Cached, attend, rotate, softcap
 from rlpr_jax.models.config import ModelConfig, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
+from rlpr_jax.models.masks import Places
 from rlpr_jax.models.weights import WEIGHTS, axis_sizes, param_axes
 from rlpr_jax.types import Params
 
@@ -221,7 +222,7 @@ class Decoder(nnx.Module):
       weights, windowed = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, windowed)
-      return layer.mix(x, attend(queries, keys, values, segment_ids, self.attention, windowed)), None
+      return layer.mix(x, attend(queries, keys, values, Places(segment_ids, windowed), self.attention)), None
 
     x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed))
     return self.final_norm(x)
@@ -275,7 +276,8 @@ class Decoder(nnx.Module):
       queries, keys, values = layer.project(x, positions, windowed)
       num_shards = self.runtime.sharding.num_shards("batch")
       cached = [view.layer(number, num_shards, self.runtime.compute_dtype) for view in views]
-      attended = attend(queries, keys, values, segment_ids, self.attention, windowed, positions, cached)
+      places = Places(segment_ids, windowed, positions)
+      attended = attend(queries, keys, values, places, self.attention, cached)
       return layer.mix(x, attended), self._store(keys, values)
 
     numbers = jnp.arange(self.config.num_layers)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from rlpr_jax import sharding
 from rlpr_jax.models import attention
 from rlpr_jax.models.attention import AttentionSettings
+from rlpr_jax.models.masks import Places
 
 
 class Inputs(NamedTuple):
@@ -47,7 +48,7 @@ def attend(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str, j
   """Output of attention and its gradients. `windowed` is traced, as in a scan over layers."""
   sharded = [settings.sharding.constrain(x, "batch", None, "heads", None) for x in inputs[:1]]
   sharded += [settings.sharding.constrain(x, "batch", None, "kv_heads", None) for x in inputs[1:3]]
-  y, backwards = jax.vjp(lambda *x: attention.attend(*x, inputs.segment_ids, settings, windowed), *sharded)
+  y, backwards = jax.vjp(lambda *x: attention.attend(*x, Places(inputs.segment_ids, windowed), settings), *sharded)
   return dict(zip(("output", "queries", "keys", "values"), (y, *backwards(inputs.output_gradient)), strict=True))
 
 

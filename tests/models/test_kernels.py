@@ -19,6 +19,7 @@ from rlpr_jax import models
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import attention, kernels, transformer
 from rlpr_jax.models.attention import AttentionSettings
+from rlpr_jax.models.masks import Places
 from tests.models import attention_cases
 from tests.models.attention_cases import distances, random_inputs
 
@@ -181,7 +182,7 @@ def implementations(monkeypatch):
 
 def attend(settings):
   """Without jit, so that nothing is kept from another test."""
-  return np.asarray(attention.attend(*ROW[:3], ROW.segment_ids, settings))
+  return np.asarray(attention.attend(*ROW[:3], Places(ROW.segment_ids), settings))
 
 
 @pytest.mark.parametrize("make", [fails, fails_backwards])

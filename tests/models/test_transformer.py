@@ -1,6 +1,6 @@
 """The decoder against itself: packed, padded, cached, in bfloat16; its memory, and its size as a program.
 
-Against transformers it is tested in test_families.py.
+Against transformers it is tested in tests/huggingface/test_families.py.
 """
 
 import dataclasses

@@ -20,6 +20,7 @@ from jax.experimental import topologies
 from rlpr_jax import models, sharding
 from rlpr_jax.models import attention
 from rlpr_jax.models.attention import AttentionSettings
+from rlpr_jax.models.masks import Places
 
 ROOT = pathlib.Path(__file__).parents[2]
 # Where `make libtpu` puts it, if none is named.
@@ -96,7 +97,8 @@ def compile_kernels(where: sharding.Sharding) -> dict[str, Any]:
       settings = AttentionSettings("splash", head_dim**-0.5, softcap=50.0, window=100, sharding=where)
 
       def loss(queries, keys, values, segment_ids, windowed, settings=settings):
-        return attention.attend(queries, keys, values, segment_ids, settings, windowed).astype(jnp.float32).sum()
+        places = Places(segment_ids, windowed)
+        return attention.attend(queries, keys, values, places, settings).astype(jnp.float32).sum()
 
       def heads(count, axis, head_dim=head_dim, dtype=dtype):
         placed = where.named(("batch", None, axis, None))

@@ -13,6 +13,7 @@ from benchmarks.gpu.measure import GIB, published
 from benchmarks.gpu.report import Report
 from rlpr_jax import machine, models
 from rlpr_jax.models.attention import AttentionSettings, attend
+from rlpr_jax.models.masks import Places
 from rlpr_jax.planning import hlo
 
 PACKAGES = (
@@ -62,7 +63,7 @@ def _attention(dtype: str) -> str:
   queries, keys = jnp.ones((1, 256, 4, 128), dtype), jnp.ones((1, 256, 2, 128), dtype)
   ids = jnp.ones((1, 256), jnp.int32)
   settings = AttentionSettings(backend, 0.1)
-  compiled = jax.jit(lambda *x: attend(*x, ids, settings)).lower(queries, keys, keys).compile()
+  compiled = jax.jit(lambda *x: attend(*x, Places(ids), settings)).lower(queries, keys, keys).compile()
   return ", ".join(hlo.kernels(compiled.as_text())) or "xla"
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 
 from benchmarks.gpu.measure import seconds
 from benchmarks.gpu.report import Report
-from rlpr_jax.models import attention, kernels
+from rlpr_jax.models import kernels, masks
 from rlpr_jax.models.attention import AttentionSettings, attend
 
 # Of the distance. A kernel's products of float32 may be TF32 (11 bits); bfloat16 has 8, and probabilities are rounded
@@ -86,9 +86,9 @@ def _compare(report: Report, case: Case, rows: int, length: int, contenders: dic
 
   precise = [x.astype(jnp.float32) for x in operands]
   with jax.default_matmul_precision("highest"):
-    truth = jax.device_get(lower(attend, precise).compile()(*precise))
+    truth = jax.device_get(lower(_plain, precise).compile()(*precise))
   del precise
-  plain = lower(attend, operands).compile()
+  plain = lower(_plain, operands).compile()
   plain_distance, plain_seconds = distance(plain(*operands), truth), seconds(lambda: plain(*operands))
   columns = {"dtype": case.dtype, "head": case.head_dim, "window": case.window, "cap": case.softcap}
   bound = BOUNDS[case.dtype]
@@ -160,5 +160,9 @@ def _contenders(report: Report) -> Iterator[dict[str, Attend]]:
 
 
 def _tokamax(implementation, mask, queries, keys, values, segment_ids, settings, windowed) -> jax.Array:
-  first = attention.first_visible(segment_ids, settings.window, windowed)
+  first = masks.first_visible(segment_ids, settings.window, windowed)
   return kernels.attend_tokamax(implementation, mask, settings, queries, keys, values, first)
+
+
+def _plain(queries, keys, values, segment_ids, settings, windowed) -> jax.Array:
+  return attend(queries, keys, values, masks.Places(segment_ids, windowed), settings)
