@@ -24,6 +24,21 @@ def exit_on_input_error() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_field(field: str, separator: str = ": ") -> Iterator[None]:
+  """Begins the message of an `InputError` with the field of the config that it is about.
+
+  >>> with in_field("config.mesh"):
+  ...   raise InputError("sizes (3, 1, 1) do not multiply to the 8 devices that are there")
+  Traceback (most recent call last):
+  rlpr_jax.errors.InputError: config.mesh: sizes (3, 1, 1) do not multiply to the 8 devices that are there
+  """
+  try:
+    yield
+  except InputError as error:
+    raise InputError(f"{field}{separator}{error}") from None
+
+
+@contextlib.contextmanager
 def user_code(where: str, path: str | os.PathLike) -> Iterator[None]:
   """Around what a file of the user's own does: what goes wrong in it is said in one line, with that of the file.
 

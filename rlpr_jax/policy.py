@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import huggingface, models, sharding
 from rlpr_jax.data import builtin
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, in_field
 from rlpr_jax.models import ModelConfig, Params, Runtime
 from rlpr_jax.sharding import Sharding
 
@@ -68,10 +68,10 @@ def load_policy(config: ConfigDict) -> Policy:
       raise InputError("config.lora.rank: adapters need a pretrained model, expected config.model.path")
     rules = dict(create_sharding(config, mesh).rules)
     frozen = huggingface.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
-  return lay_out(config, model_config, mesh, frozen, tokenizer)
+  return place_policy(config, model_config, mesh, frozen, tokenizer)
 
 
-def lay_out(
+def place_policy(
   config: ConfigDict,
   model_config: ModelConfig,
   mesh: Mesh,
@@ -112,12 +112,15 @@ def lay_out(
 def create_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
   """The config's mesh, of devices that may be only described."""
   table = gathered_sharding(config, create_sharding(config, None))
-  return sharding.create_mesh(**config.mesh, devices=devices, together=table.splits_params)
+  with in_field("config.mesh"):
+    return sharding.create_mesh(**config.mesh, devices=devices, together=table.splits_params)
 
 
 def create_sharding(config: ConfigDict, mesh: Mesh | None) -> Sharding:
   """The config's table of axes, on a mesh."""
-  return sharding.create(mesh, {name: split_names(axes) for name, axes in config.sharding.items()})
+  rules = {name: split_names(axes) for name, axes in config.sharding.items()}
+  with in_field("config.sharding", separator="."):
+    return sharding.create(mesh, rules)
 
 
 def gathered_sharding(config: ConfigDict, where: Sharding) -> Sharding:

@@ -53,15 +53,15 @@ def create_mesh(
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-    raise InputError(f"config.mesh: sizes {sizes}, expected positive numbers and at most one -1")
+    raise InputError(f"sizes {sizes}, expected positive numbers and at most one -1")
   rest, left_over = divmod(len(devices), math.prod(size for size in sizes.values() if size != -1))
   if left_over or (not free and rest != 1):
-    raise InputError(f"config.mesh: sizes {sizes} do not multiply to the {len(devices)} devices that are there")
+    raise InputError(f"sizes {sizes} do not multiply to the {len(devices)} devices that are there")
   sizes |= dict.fromkeys(free, rest)
   if (processes := count_processes(devices)) > 1:
     own = len(devices) // processes
     if own % sizes["tensor"]:
-      raise InputError(f"config.mesh.tensor: {sizes['tensor']}, expected a divisor of the {own} devices of a process")
+      raise InputError(f"tensor: {sizes['tensor']}, expected a divisor of the {own} devices of a process")
     ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
     parts = np.reshape(ordered, (-1, sizes["tensor"])).tolist()
     if not together:
@@ -165,10 +165,10 @@ def create(mesh: Mesh | None, rules: Mapping[str, Sequence[str]] | None = None) 
   """
   for name, on in (rules or {}).items():
     if name not in RULES:
-      raise InputError(f"config.sharding.{name}: unknown axis, expected one of {', '.join(RULES)}")
+      raise InputError(f"{name}: unknown axis, expected one of {', '.join(RULES)}")
     for axis in on:
       if axis not in MESH_AXES:
-        raise InputError(f"config.sharding.{name}: {axis!r}, expected axes of the mesh: {', '.join(MESH_AXES)}")
+        raise InputError(f"{name}: {axis!r}, expected axes of the mesh: {', '.join(MESH_AXES)}")
   return Sharding(mesh, tuple((name, tuple((rules or {}).get(name, on))) for name, on in RULES.items()))
 
 

@@ -80,8 +80,8 @@ def test_ways_multiply():
 @pytest.mark.parametrize(
   ("rules", "expected"),
   [
-    ({"hedas": ("tensor",)}, "config.sharding.hedas: unknown axis, expected one of batch, sequence, embed, heads,"),
-    ({"heads": ("tensr",)}, "config.sharding.heads: 'tensr', expected axes of the mesh: data, fsdp, tensor"),
+    ({"hedas": ("tensor",)}, "hedas: unknown axis, expected one of batch, sequence, embed, heads,"),
+    ({"heads": ("tensr",)}, "heads: 'tensr', expected axes of the mesh: data, fsdp, tensor"),
   ],
 )
 def test_rules_that_cannot_be(rules, expected):
@@ -101,7 +101,7 @@ def test_rules_that_cannot_be(rules, expected):
   ],
 )
 def test_meshes_that_cannot_be(sizes, expected):
-  with pytest.raises(InputError, match=f"^config.mesh: sizes .*{expected}"):
+  with pytest.raises(InputError, match=f"^sizes .*{expected}"):
     sharding.create_mesh(*sizes, devices=[jax.devices()[0]] * 8)
 
 

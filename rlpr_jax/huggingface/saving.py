@@ -92,7 +92,7 @@ def save_adapter(
   """
   lora = model_config.lora
   if lora is None:
-    raise InputError(f"{directory}: the policy has no adapters to be written, expected config.lora to be set")
+    raise InputError(f"{directory}: the model has no adapters to be written, expected one with LoRA")
   config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

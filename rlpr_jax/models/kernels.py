@@ -137,7 +137,7 @@ def tokamax_attention(
     implementations, mask = import_tokamax()
   except Exception as error:  # a package made for another JAX may raise anything
     if required:
-      raise InputError(f"config.model.attention: 'tokamax', but {_versions()} ({_line(error)}); take 'xla'") from error
+      raise InputError(f"attention: 'tokamax', but {_versions()} ({_line(error)}); take 'xla'") from error
     _warn(f"{_versions()} ({_line(error)}), going on with plain XLA, which holds all scores")
     return None
   failures = {}
@@ -155,7 +155,7 @@ def tokamax_attention(
         _warn(f"{name} of {_versions()} cannot be traced ({failures[name]}), going on with {following}")
   if required:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-    raise InputError(f"config.model.attention: 'tokamax', but {_versions()} cannot be traced ({reasons}); take 'xla'")
+    raise InputError(f"attention: 'tokamax', but {_versions()} cannot be traced ({reasons}); take 'xla'")
   return None
 
 
@@ -211,7 +211,7 @@ def _line(error: Exception) -> str:
 
 @functools.cache  # once a process
 def _warn(what: str) -> None:
-  print(f"warning: config.model.attention: {what}", file=sys.stderr, flush=True)
+  print(f"warning: attention: {what}", file=sys.stderr, flush=True)
 
 
 def _each_device(

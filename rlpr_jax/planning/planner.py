@@ -33,7 +33,7 @@ class Planner:
     say: Say,
   ):
     self.config, self.place, self.cache, self.say = config, place, cache, say
-    self.layout = programs.lay(config, model_config, place)
+    self.layout = programs.place_on_slice(config, model_config, place)
     self.flat = flat_layout(config, model_config, self.layout.processes)
     mesh = self.layout.policy.sharding.mesh
     self.devices = [] if mesh is None else list(mesh.devices.flat)
@@ -111,7 +111,7 @@ def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -
   flat = config.copy_and_resolve_references()
   flat.model.attention, flat.mesh.data, flat.mesh.fsdp, flat.mesh.tensor = "xla", 1, 1, 1
   mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices("cpu")[:1])
-  return programs.lay_on(flat, model_config, mesh, mesh)._replace(processes=processes)
+  return programs.place_on_mesh(flat, model_config, mesh, mesh)._replace(processes=processes)
 
 
 def plan(

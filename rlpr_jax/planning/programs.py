@@ -18,9 +18,10 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
 from rlpr_jax import models, sharding, types
+from rlpr_jax.errors import in_field
 from rlpr_jax.models import ModelConfig, Params
 from rlpr_jax.planning.hardware import Slice
-from rlpr_jax.policy import Policy, create_mesh, create_sharding, lay_out
+from rlpr_jax.policy import Policy, create_mesh, create_sharding, place_policy
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import bucket
@@ -57,7 +58,7 @@ class Layout(NamedTuple):
   processes: int
 
 
-def lay(config: ConfigDict, model_config: ModelConfig, place: Slice) -> Layout:
+def place_on_slice(config: ConfigDict, model_config: ModelConfig, place: Slice) -> Layout:
   """The config on the devices of a slice.
 
   Raises:
@@ -70,17 +71,19 @@ def lay(config: ConfigDict, model_config: ModelConfig, place: Slice) -> Layout:
   mesh = create_mesh(config, devices)
   own = place.describe_host(devices)
   if own is not devices:
-    return lay_on(config, model_config, mesh, sharding.create_mesh(1, -1, config.mesh.tensor, own))
-  return lay_on(config, model_config, mesh, mesh)
+    with in_field("config.mesh"):
+      own_mesh = sharding.create_mesh(1, -1, config.mesh.tensor, own)
+    return place_on_mesh(config, model_config, mesh, own_mesh)
+  return place_on_mesh(config, model_config, mesh, mesh)
 
 
-def lay_on(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own: Mesh) -> Layout:
+def place_on_mesh(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own: Mesh) -> Layout:
   """The config on a mesh; `own`: the devices of one of its processes."""
   frozen: Params = {}
   if config.lora.rank:
     where = sharding.fit(create_sharding(config, mesh), models.axis_sizes(model_config))
     frozen = _cast(models.abstract_params(model_config, where), config.lora.base_dtype)
-  policy = lay_out(config, model_config, mesh, frozen)
+  policy = place_policy(config, model_config, mesh, frozen)
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
   on_own = dataclasses.replace(policy.gathered, mesh=own)
@@ -130,7 +133,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   num_shards = where.num_shards("batch")
   shapes = dataclasses.replace(rollout_shapes(config, layout.processes, num_shards), slots=slots)
   extent = extent or Extent(shapes.prompt_limit, shapes.suffix_length)
-  abstract = functools.partial(_lay_rows, where)
+  abstract = functools.partial(_place_rows, where)
   empty = functools.partial(
     decode.empty_slots, model, slots=slots, capacity=shapes.capacity, limit=shapes.max_response_length
   )
@@ -240,7 +243,7 @@ def _ids(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _lay_rows(where: Sharding, tree: Any) -> Any:
+def _place_rows(where: Sharding, tree: Any) -> Any:
   """Slots, or what was read into them, as they lie on a mesh: rows split, of caches key/value heads too."""
 
   def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

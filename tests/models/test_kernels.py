@@ -193,7 +193,7 @@ def test_what_cannot_be_traced_is_passed_over(implementations, capsys, make, err
     np.testing.assert_array_equal(attend(EITHER), 2 * ROW.queries)
   said = capsys.readouterr().err.splitlines()
   assert len(said) == 1
-  pattern = r"warning: config\.model\.attention: mosaic_gpu .* jax .*out_shape is gone\), going on with triton$"
+  pattern = r"warning: attention: mosaic_gpu .* jax .*out_shape is gone\), going on with triton$"
   assert re.match(pattern, said[0])
 
 
@@ -218,7 +218,7 @@ def test_tokamax_asked_for_takes_its_own_xla(implementations):
 
 def test_tokamax_asked_for_of_which_nothing_serves(implementations, capsys):
   implementations |= {"mosaic_gpu": fails(TypeError("one")), "triton": fails(NotImplementedError("two"))}
-  pattern = r"^config\.model\.attention: 'tokamax', but tokamax.* jax [\d.]+ .*TypeError: one; .*two; xla: .*'xla'$"
+  pattern = r"^attention: 'tokamax', but tokamax.* jax [\d.]+ .*TypeError: one; .*two; xla: .*'xla'$"
   with pytest.raises(InputError, match=pattern):
     attend(TOKAMAX)
   assert len(capsys.readouterr().err.splitlines()) == 1  # of the last one the error speaks
@@ -229,10 +229,8 @@ def test_tokamax_that_cannot_be_imported(implementations, monkeypatch, capsys, e
   monkeypatch.setattr(kernels, "import_tokamax", fails(error))
   for _ in range(2):
     np.testing.assert_array_equal(attend(EITHER), attend(PLAIN))
-  assert re.fullmatch(
-    r"warning: config\.model\.attention: .*jax [\d.]+ .*moved.*plain XLA.*\n", capsys.readouterr().err
-  )
-  with pytest.raises(InputError, match=r"^config\.model\.attention: 'tokamax', but .*jax [\d.]+ .*moved.*'xla'$"):
+  assert re.fullmatch(r"warning: attention: .*jax [\d.]+ .*moved.*plain XLA.*\n", capsys.readouterr().err)
+  with pytest.raises(InputError, match=r"^attention: 'tokamax', but .*jax [\d.]+ .*moved.*'xla'$"):
     attend(TOKAMAX)
 
 
@@ -247,7 +245,7 @@ def missing(monkeypatch):
 
 
 def test_tokamax_asked_for_and_missing(missing):
-  with pytest.raises(InputError, match=r"^config\.model\.attention: 'tokamax', but tokamax, .*not installed .*'xla'$"):
+  with pytest.raises(InputError, match=r"^attention: 'tokamax', but tokamax, .*not installed .*'xla'$"):
     attend(TOKAMAX)
 
 
@@ -264,7 +262,7 @@ def test_auto_on_a_gpu_without_tokamax(missing, monkeypatch, capsys):
   np.testing.assert_array_equal(hidden("auto"), hidden("xla"))
   said = capsys.readouterr().err.splitlines()
   assert len(said) == 1
-  assert re.match(r"warning: config\.model\.attention: tokamax, of the extra cuda13, is not installed .*XLA", said[0])
+  assert re.match(r"warning: attention: tokamax, of the extra cuda13, is not installed .*XLA", said[0])
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ def main() -> None:
   config.data.prompt_limit, config.rollout.max_response_length = 256, 768
   config.prompts_per_step, config.rollout.slots, config.rollout.decode_steps = 16, 32, 4
   place, model = hardware.parse("local"), new_config(config, 8192)
-  layout = programs.lay(config, model, place)
+  layout = programs.place_on_slice(config, model, place)
   planned = programs.rollout_programs(layout, 32) | programs.update_programs(layout, 4)
   found = {}
   for name in ("update", "decode"):

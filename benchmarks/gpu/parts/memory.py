@@ -20,7 +20,7 @@ SLOTS = 128
 def run(report: Report) -> None:
   config, model, slots = _config(report.rehearse)
   place = hardware.parse("local")
-  layout = programs.lay(config, model, place)
+  layout = programs.place_on_slice(config, model, place)
   made: dict[str, Callable[[], Program]] = {
     # That with the smaller peak first: a device tells its highest alone.
     "decode": lambda: programs.rollout_programs(layout, slots)["decode"],
