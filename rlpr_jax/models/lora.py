@@ -22,7 +22,7 @@ def combine(one: Params, other: Params) -> Params:
   return whole
 
 
-def init_adapters(config: ModelConfig, seed: int, where: Sharding = Sharding()) -> Params:
+def init_adapters(config: ModelConfig, seed: int, sharding: Sharding = Sharding()) -> Params:
   """Adapters that change nothing yet: A is random, B is zero (Hu et al. 2021, section 4.1). float32."""
-  shardings = jax.tree.map(lambda x: x.sharding, adapters(abstract_params(config, where)))
-  return jax.jit(lambda: adapters(init_params(config, seed, where)), out_shardings=shardings)()
+  shardings = jax.tree.map(lambda x: x.sharding, adapters(abstract_params(config, sharding)))
+  return jax.jit(lambda: adapters(init_params(config, seed, sharding)), out_shardings=shardings)()

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
-from rlpr_jax import sharding
 from rlpr_jax.models.attention import AttentionSettings, Cached, attend, rotate, softcap
 from rlpr_jax.models.config import ModelConfig, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
 from rlpr_jax.models.masks import Places
 from rlpr_jax.models.weights import WEIGHTS, axis_sizes, param_axes
+from rlpr_jax.sharding import Sharding, fit
 from rlpr_jax.types import Params
 
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
@@ -326,7 +326,7 @@ def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> nnx.GraphDe
   Raises:
     InputError: the model's axes do not divide by the mesh.
   """
-  fitted = sharding.fit(runtime.sharding, axis_sizes(config))
+  fitted = fit(runtime.sharding, axis_sizes(config))
   attention = runtime.attention
   if attention == "auto":
     attention = default_attention(_platform(fitted))
@@ -339,46 +339,46 @@ def default_attention(platform: str) -> str:
   return {"tpu": "splash", "gpu": "tokamax_or_xla"}.get(platform, "xla")
 
 
-def _platform(where: sharding.Sharding) -> str:
-  return jax.default_backend() if where.mesh is None else where.mesh.devices.flat[0].platform
+def _platform(sharding: Sharding) -> str:
+  return jax.default_backend() if sharding.mesh is None else sharding.mesh.devices.flat[0].platform
 
 
-def place(params: Params, where: sharding.Sharding) -> Params:
+def place(params: Params, sharding: Sharding) -> Params:
   """Tells the compiler how parameters, or any part of their tree, are to lie."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, x: where.constrain(x, *param_axes(tuple(key.key for key in path))), params
+    lambda path, x: sharding.constrain(x, *param_axes(tuple(key.key for key in path))), params
   )
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "source", "where"))
-def cast(params: Params, dtype: str, source: sharding.Sharding, where: sharding.Sharding) -> Params:
+@functools.partial(jax.jit, static_argnames=("dtype", "source", "sharding"))
+def cast(params: Params, dtype: str, source: Sharding, sharding: Sharding) -> Params:
   """Parameters that lie as `source` says, in the dtype in which they are computed with; norms stay as they are.
 
-  They come to lie as `where` says once they are cast: fewer bytes are moved.
+  They come to lie as `sharding` says once they are cast: fewer bytes are moved.
   """
 
-  def one(path, x: jax.Array) -> jax.Array:
+  def cast_weight(path, x: jax.Array) -> jax.Array:
     return x if path[-1].key == "scale" else x.astype(dtype)
 
-  return place(place(jax.tree_util.tree_map_with_path(one, params), source), where)
+  return place(place(jax.tree_util.tree_map_with_path(cast_weight, params), source), sharding)
 
 
-def abstract_params(config: ModelConfig, where: sharding.Sharding = sharding.Sharding()) -> Params:
+def abstract_params(config: ModelConfig, sharding: Sharding = Sharding()) -> Params:
   """Shapes, dtypes (float32) and shardings of the parameters, without computing anything."""
-  where = sharding.fit(where, axis_sizes(config))
+  sharding = fit(sharding, axis_sizes(config))
   shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Decoder(config, Runtime(), rngs=nnx.Rngs(0))))[1])
 
   def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     axes = param_axes(tuple(key.key for key in path))
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where.named(axes))
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.named(axes))
 
   return jax.tree_util.tree_map_with_path(place, shapes)
 
 
-def init_params(config: ModelConfig, seed: int, where: sharding.Sharding = sharding.Sharding()) -> Params:
+def init_params(config: ModelConfig, seed: int, sharding: Sharding = Sharding()) -> Params:
   """Random float32 parameters, each device computing its own part."""
 
   def make() -> Params:
     return nnx.to_pure_dict(nnx.split(Decoder(config, Runtime(), rngs=nnx.Rngs(seed)))[1])
 
-  return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract_params(config, where)))()
+  return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract_params(config, sharding)))()

@@ -225,7 +225,7 @@ def _on_device(tree: Any, mesh: Mesh) -> Any:
 def _sampling_dtypes(policy: Policy, params: Params) -> Params:
   return jax.eval_shape(
     functools.partial(
-      models.cast, dtype=policy.sampling.compute_dtype, source=sharding.Sharding(), where=sharding.Sharding()
+      models.cast, dtype=policy.sampling.compute_dtype, source=sharding.Sharding(), sharding=sharding.Sharding()
     ),
     params,
   )
