@@ -26,6 +26,7 @@ from flax import nnx
 from rlpr_jax import filtering, grpo, models, rewards, splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.data.templates import build_messages, render
+from rlpr_jax.training.optimizer import warm_start_optimizer
 
 PROMPT, RESPONSE, REFERENCE = 14, 32, 16  # most tokens of each
 SAMPLES = 8  # G: responses to a prompt
@@ -202,7 +203,7 @@ def imitate(optimizer, params, opt_state, tokens, mask):
 
 def warm_start(params, steps: int, seed: int):
   """Supervised steps on demonstrations, careful and careless ones: a policy in the right format that is often wrong."""
-  optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
+  optimizer = warm_start_optimizer("muon", steps, rate=0.02, adam_learning_rate=0.003)
   opt_state = optimizer.init(params)
   demonstrations = builtin.demonstrations(steps * PROMPTS, seed)
   for step in range(steps):

@@ -50,7 +50,7 @@ def parse(given: flags.FlagValues, argv: Sequence[str] | None, doc: str) -> flag
 
 
 def help_text(given: flags.FlagValues, doc: str) -> str:
-  """What a program says of itself, and its flags by name."""
+  """A program's description of itself, and its flags by name."""
   lines = [doc.strip(), "", "Flags:"]
   for name in sorted(given):
     flag = given[name]

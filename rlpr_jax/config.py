@@ -326,7 +326,7 @@ def default() -> ConfigDict:
 
 
 class SliceSettings(NamedTuple):
-  """What a recipe sets for a slice of devices: their number along `config.mesh.tensor`, and rows of all of them."""
+  """A recipe's settings for a slice of devices: their number along `config.mesh.tensor`, and rows of all of them."""
 
   tensor: int
   micro_batch_rows: int

@@ -40,7 +40,7 @@ _ROLLOUT = ("reward_reference", "reward_baseline", "group_std")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What is curated and how; the flags of the program say it in words."""
+  """Settings of a curation; the flags of the program explain them."""
 
   path: pathlib.Path
   out: pathlib.Path
@@ -177,7 +177,7 @@ def read_benchmark(path: pathlib.Path) -> tuple[list[str], list[str]]:
 
 
 def score(examples: Sequence[Example], path: pathlib.Path) -> dict[int, Score]:
-  """What the policy does with the questions, by their indices: of a file (`read_scores`) or of a run's directory.
+  """Finds the policy's figures on the questions, by index: of a file (`read_scores`) or of a run's directory.
 
   A run's are those of WORKDIR/rollouts, told by the text of the question: std is the group's, gain the mean of r - r'.
 
@@ -209,7 +209,7 @@ def _mean(scores: Sequence[Score]) -> Score:
 
 
 def read_scores(path: pathlib.Path) -> dict[int, Score]:
-  """What the policy does with the questions: columns row (of the curated file, from 1), std and gain.
+  """Reads the policy's figures on the questions: columns row (of the curated file, from 1), std and gain.
 
   std is the standard deviation of the rewards of a group of responses to the row's question, gain the mean of r - r'.
   Of a row that comes more than once the means count.

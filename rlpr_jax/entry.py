@@ -1,4 +1,4 @@
-"""What the programs that work on a run's directory have in common: flags, processes, the directory, errors."""
+"""The frame of the programs that work on a run's directory: flags, processes, the directory, errors."""
 
 import json
 import pathlib

@@ -127,7 +127,7 @@ def _open_judge(settings: ConfigDict) -> Client:
 def _judge(
   everything: Sequence[Graded], loaded: Sequence[Loaded], settings: ConfigDict, client: Client, workdir: pathlib.Path
 ) -> list[Graded]:
-  """The same with the judge's verdicts where it is asked."""
+  """Grades with the judge's verdicts where it is asked."""
   free_form = {benchmark.name for benchmark in loaded if benchmark.free_form or settings.all_benchmarks}
 
   def is_asked(graded: Graded, sample: Sample) -> bool:

@@ -27,7 +27,7 @@ class FilterConfig:
 
 
 class FilterState(NamedTuple):
-  """What the filter remembers between steps; part of the checkpoint."""
+  """The filter's memory between steps; part of the checkpoint."""
 
   step: jax.Array  # int32 scalar: training steps finished
   average: jax.Array  # float32 scalar: beta; during the warm-up the mean of what was collected

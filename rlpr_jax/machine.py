@@ -1,4 +1,4 @@
-"""What a run runs on: versions, devices and their memory, in the lines that begin every run."""
+"""The machine of a run: versions, devices and their memory, in the lines that begin every run."""
 
 import os
 import platform

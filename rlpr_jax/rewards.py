@@ -161,7 +161,7 @@ def _spread(values: jax.Array, axis: int, where: ArrayLike = True) -> tuple[jax.
 
 
 def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.Array:
-  """What the reasoning added to the answer's probability: shaping(score - baseline) (section 3.2).
+  """Takes the baseline off: what the reasoning added to the answer's probability, shaping(score - baseline).
 
   Args:
     score: [...] r, after the reasoning.
@@ -283,7 +283,7 @@ def mixture(reference: ArrayLike, verified: ArrayLike, weight: float) -> jax.Arr
   return (1 - weight) * jnp.asarray(reference) + weight * jnp.asarray(verified)
 
 
-def moving_average(old: ArrayLike, new: ArrayLike, rate: float) -> jax.Array:
+def moving_average(old: ArrayLike, new: ArrayLike, rate: ArrayLike) -> jax.Array:
   """log((1 - rate) * exp(old) + rate * exp(new)): probabilities averaged, given and returned as logarithms.
 
   Args:

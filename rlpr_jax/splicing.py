@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.errors import InputError
@@ -35,8 +36,8 @@ class Splice(NamedTuple):
 
 def splice(
   tokenizer: PreTrainedTokenizerBase,
-  prompt_ids: Sequence[int],
-  response_ids: Sequence[int],
+  prompt_ids: Sequence[int] | np.ndarray,
+  response_ids: Sequence[int] | np.ndarray,
   reference: str,
   template: str = "think",
 ) -> Splice | None:

@@ -78,7 +78,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
 
 
 def resume(run: Run, state: TrainState, writer: metrics.MetricsWriter, stop: StopRequest) -> None:
-  """What a run that goes on begins with: programs, and the evaluation that a stop may have cut short."""
+  """Begins a run that goes on: programs, and the evaluation that a stop may have cut short."""
   print(f"resumed after step {state.step} of {run.config.steps}", flush=True)
   if state.step < run.config.steps:
     run.engine.compile_programs(run.policy.sampling_params(state.params), scoring=True)
@@ -150,7 +150,7 @@ def train_steps(
 
 
 class Updated(NamedTuple):
-  """What the updates of a step gave."""
+  """Result of a step's updates."""
 
   state: TrainState
   minibatches: list[PackedRows]

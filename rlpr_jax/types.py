@@ -1,4 +1,4 @@
-"""What travels through a training step, in the order in which it comes up.
+"""Types that travel through a training step, in the order in which they come up.
 
     Prompt -> Rollouts -> Evidence -> Rewards -> RolloutBatch -> Groups -> StepBatch -> PackedRows -> TrainState
 
@@ -117,7 +117,7 @@ class Advantages(NamedTuple):
 
 
 class RolloutBatch(NamedTuple):
-  """What one draw of prompts gave. `keep` says which of its groups are trained on."""
+  """Result of one draw of prompts. `keep` says which of its groups are trained on."""
 
   prompts: list[Prompt]  # [P]
   rollouts: Rollouts  # [P * G]; of texts, this process's share
@@ -185,7 +185,7 @@ class Groups(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-  """What a step trains on, what it leaves to the next, and what it saw."""
+  """Material of a step: what it trains on, what it leaves to the next, and what it saw."""
 
   groups: Groups  # kept, at most prompts_per_step
   carried: Groups  # kept beyond that

@@ -1,4 +1,4 @@
-"""What types alone cannot say of a config: choices and bounds of its fields, and how they fit each other."""
+"""Checks of a config beyond types: choices and bounds of its fields, and how they fit each other."""
 
 from typing import Any
 

@@ -15,6 +15,17 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   _programs = tempfile.TemporaryDirectory()
   os.environ |= {"JAX_COMPILATION_CACHE_DIR": _programs.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
+import jaxtyping
+
+import tests.typecheck
+
+# Before anything of them is imported: what their annotations say of shapes and dtypes is checked at every call.
+CHECKED = (
+  "rewards", "filtering", "grpo", "splicing", "types", "policy", "sharding",
+  "training",
+)  # fmt: skip
+jaxtyping.install_import_hook([f"rlpr_jax.{name}" for name in CHECKED], f"{tests.typecheck.__name__}.checked")
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config, filtering
+from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.training.collect import collect
 from rlpr_jax.training.reward import RewardSettings
+from rlpr_jax.training.run import Run
 from rlpr_jax.types import Groups, Prompt, Rollouts, TrainState
 
 STEPS, SAMPLES = 30, 4
@@ -81,10 +83,11 @@ def make_rewards(case, seed):
   return rewards
 
 
-class Stream:
+class Stream(PromptStream):
   """Prompts that are numbers, each drawn once."""
 
-  drawn = 0
+  def __init__(self):
+    self.drawn = 0
 
   def next_batch(self, count):
     first, self.drawn = self.drawn, self.drawn + count
@@ -115,7 +118,7 @@ def train(rewards, case):
   c = config.default()
   c.prompts_per_step, c.max_draws, c.samples_per_prompt = case.needed, case.max_draws, SAMPLES
   c.rollout.prompts_per_draw, c.data.prompt_limit, c.log.rollouts = case.prompts, 1, 0
-  run = SimpleNamespace(
+  run = Run(**dict.fromkeys(Run._fields))._replace(
     config=c,
     engine=FakeEngine(),
     policy=SimpleNamespace(sampling_params=lambda params: params),
@@ -126,7 +129,7 @@ def train(rewards, case):
     custom_reward=lambda evidence, texts, prompts: rewards[[prompt.row for prompt in prompts]],
   )
   nothing = Groups.empty(prompt_limit=1, samples=SAMPLES, response_limit=1)
-  state = TrainState(**dict.fromkeys(TrainState._fields))._replace(
+  state = TrainState(**dict.fromkeys(TrainState._fields, {}))._replace(
     step=0, filter=filtering.init(run.filter), baselines=np.full((len(rewards), 1), np.nan, np.float32), carried=nothing
   )
   stream, steps = Stream(), []

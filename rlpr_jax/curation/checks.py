@@ -320,7 +320,7 @@ _RATING = re.compile(
 
 
 class Rating(NamedTuple):
-  """What a judge says about a question."""
+  """A judge's opinion of a question."""
 
   mathematics: bool
   unambiguous: bool
@@ -328,7 +328,7 @@ class Rating(NamedTuple):
 
 
 def rating_conversation(question: str, reference: str) -> list[dict[str, str]]:
-  """What the judge is asked about a question."""
+  """Writes the judge's prompt about a question."""
   question, reference = (for_prompt(text, _RATING_LIMIT) for text in (question, reference))
   content = _RATING_PROMPT.format(mark=fence_mark(question, reference), question=question, reference=reference)
   return [{"role": "user", "content": content}]
@@ -345,7 +345,7 @@ def parse_rating(reply: str) -> Rating | None:
 def drop_by_rating(
   ratings: Mapping[int, Rating | str], reasoning: int, keep_mathematics: bool, keep_unjudged: bool
 ) -> list[Dropped]:
-  """What a judge finds too easy, unclear or mathematics.
+  """Drops what a judge finds too easy, unclear or mathematics.
 
   Args:
     ratings: index -> what the judge says, or why there is nothing.
@@ -369,7 +369,7 @@ def drop_by_rating(
 
 
 class Score(NamedTuple):
-  """What the policy does with a question: the figures of a group of responses."""
+  """The policy's figures on a question, of a group of responses."""
 
   std: float  # standard deviation of its rewards
   gain: float  # mean of r - r', what reasoning adds to the reference's probability

@@ -64,7 +64,7 @@ class Question(NamedTuple):
 
 
 class Meaning(NamedTuple):
-  """What every right answer to a sentence question says, however it says it."""
+  """The content of every right answer to a sentence question, in whatever words."""
 
   domain: str
   names: tuple[str, ...]  # in the order that is asked for: who has more, what comes first
@@ -119,7 +119,7 @@ def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tu
 
 
 def meaning(question: str) -> Meaning | None:
-  """What the answer to a sentence question has to say; None for any other text."""
+  """Works out what the answer to a sentence question has to say; None for any other text."""
   for grammar in _GRAMMARS.values():
     if found := grammar.question.fullmatch(question.strip()):
       return grammar.solve(*found.groups())

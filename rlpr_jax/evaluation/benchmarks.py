@@ -42,7 +42,7 @@ class Row(NamedTuple):
     return value.strip()
 
   def optional(self, *columns: str) -> str:
-    """The same, or "" where no column says anything."""
+    """The text, or "" where no column has one."""
     return next((str(value).strip() for name in columns if (value := self.values.get(name)) is not None), "")
 
   def key(self, *columns: str) -> str:

@@ -91,7 +91,7 @@ def boxed(text: str) -> str | None:
 
 
 def stated(text: str, grader: str) -> str | None:
-  """What the last "the answer is" of a text is followed by, or None.
+  """Finds the text behind the last "the answer is", or None.
 
   For mathematics that is displayed mathematics, or the rest of the sentence; for options the rest of the line; for text
   the rest of the paragraph.

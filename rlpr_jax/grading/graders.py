@@ -98,7 +98,7 @@ def math(answer: str, reference: str) -> bool:
 
 
 class Grade(NamedTuple):
-  """What a grader says of a response."""
+  """A grader's verdict on a response."""
 
   right: bool
   answer: str | None  # what was graded; None where the response gives none

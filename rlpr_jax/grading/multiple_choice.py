@@ -115,5 +115,5 @@ def unwrap(text: str) -> str:
 
 
 def bare(text: str) -> str:
-  """What of an option's text has to be the same: no case, no markup, no final punctuation."""
+  """Reduces an option's text to what has to agree: no case, no markup, no final punctuation."""
   return plain(unwrap(text)).rstrip(".;,")

@@ -19,7 +19,7 @@ _UNIT_WORDS = 4  # "kilojoules per square metre"
 
 
 class Unit(NamedTuple):
-  """What stood after a number, in one spelling."""
+  """A unit: the text after a number, in one spelling."""
 
   measures: tuple[tuple[str, int], ...]  # symbols and their powers: (("m", 1), ("s", -1))
   words: frozenset[str]  # what is counted: "cars"
@@ -185,7 +185,7 @@ def lone(text: str) -> Number | None:
 
 
 def _sides(text: str) -> tuple[str, str] | None:
-  """What stands before the first and after the last "=" that is in no brackets, or None for more than one value."""
+  """Splits at the first and the last "=" that is in no brackets; None for more than one value."""
   depth, ends = 0, []
   for token in _EQUALS_OR_BRACKET.finditer(text):
     if token[0] in _CLOSING:
@@ -438,7 +438,7 @@ class _Parser:
     return None
 
   def _argument(self, depth: int) -> float | None:
-    r"""What \frac and \sqrt take: a group, a command, or one digit (\frac43)."""
+    r"""Reads an argument of \frac or \sqrt: a group, a command, or one digit (\frac43)."""
     if digit := re.compile(r"\s*(\d)").match(self._text, self._at):
       self._at = digit.end()
       return int(digit[1])

@@ -1,4 +1,4 @@
-"""What is graded."""
+"""A question whose answers are graded."""
 
 from dataclasses import dataclass
 

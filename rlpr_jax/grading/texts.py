@@ -22,5 +22,5 @@ def hidden(text: str) -> set[str]:
 
 
 def compatible(text: str) -> str:
-  """The same in compatibility form: wide letters and ligatures become plain ones, and x² becomes x2."""
+  """Puts a text into compatibility form: wide letters and ligatures become plain ones, and x² becomes x2."""
   return shown(unicodedata.normalize("NFKC", text))

@@ -60,7 +60,7 @@ class Endpoint:
 
 
 class Reply(NamedTuple):
-  """What a model said."""
+  """A model's reply."""
 
   texts: tuple[str, ...]
   finish_reasons: tuple[str, ...]  # "stop", "length", ...
@@ -70,7 +70,7 @@ class Reply(NamedTuple):
 
 @dataclass
 class Usage:
-  """What asking has cost so far."""
+  """The cost of asking so far."""
 
   requests: int = 0  # attempts included
   retries: int = 0
@@ -145,7 +145,7 @@ class Client:
     raise ClientError(trouble, status)
 
   def request(self, messages: Sequence[Message], seed: int | None = None) -> dict[str, Any]:
-    """What `chat` sends: all that a reply depends on, but for where the model is."""
+    """The request that `chat` sends: all that a reply depends on, but for where the model is."""
     given = {
       "model": self.endpoint.model,
       "messages": list(messages),

@@ -45,7 +45,7 @@ _REMINDER = "End with one line of its own: `Judgement: correct` or `Judgement: i
 
 @dataclass(frozen=True)
 class JudgeItem:
-  """What is judged."""
+  """An answer to be judged."""
 
   question: str
   reference: str
@@ -111,7 +111,7 @@ def judge_all(
 
 
 def conversation(item: JudgeItem) -> list[Message]:
-  """What the judge is asked about an item."""
+  """Writes the judge's prompt about an item."""
   # What keeps an answer from grading itself: only the judge's own reply is parsed; the answer is fenced by tags it
   # cannot close, since their mark is a hash of the answer as well; tokens that would end the turn are broken up; and
   # the rules come after it. What remains: a text may talk a weak judge round. A sample of verdicts has to be read.
@@ -134,7 +134,7 @@ _MARKUP = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[^A-Za-z]")
 
 
 def parse_judgement(reply: str) -> Verdict | None:
-  """What the last line `Judgement: correct` or `Judgement: incorrect` says; None if it says anything else.
+  """Reads the verdict of the last line, `Judgement: correct` or `Judgement: incorrect`; None if it says anything else.
 
   Case, markdown and `\\boxed{}` around the word do not matter; another word on the line does. What a model thought
   before (`<think>...</think>`) is no verdict, nor is thinking that was cut off.

@@ -1,4 +1,4 @@
-"""What a step of a config takes on devices that are only described: memory, operations, collectives, time.
+"""The cost of a config's step on devices that are only described: memory, operations, collectives, time.
 
     config, topology -> programs at the config's shapes -> the compiler's figures -> fit, rooflines -> a table
 

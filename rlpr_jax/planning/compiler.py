@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Compiled(NamedTuple):
-  """What a compiler said of a program. Bytes a device."""
+  """A compiler's account of a program. Bytes a device."""
 
   refused: str  # why it does not fit, in a line; "" where it does. Then what follows is nothing.
   peak: int  # arguments and results included

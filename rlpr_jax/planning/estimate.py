@@ -16,7 +16,7 @@ from rlpr_jax.training.settings import rollout_shapes
 
 
 class Lengths(NamedTuple):
-  """What a run's texts are assumed to be like."""
+  """Assumptions about a run's texts."""
 
   prompt: int  # tokens, on average
   response: int

@@ -21,7 +21,7 @@ _SHARE = 0.9  # of a GPU's memory, where XLA_PYTHON_CLIENT_MEM_FRACTION says not
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """What one device of JAX has: a chip, or one of the two of a TPU 7x. Rates are the makers', a second."""
+  """One device of JAX: a chip, or one of the two of a TPU 7x. Rates are the makers', a second."""
 
   platform: str  # tpu | cuda
   memory: float  # GiB that the compiler grants a program, measured; of a GPU, all of it

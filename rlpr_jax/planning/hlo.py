@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, and its hand-written kernels, read from its text.
+"""Collectives of a compiled program, and its hand-written kernels, read from its text.
 
 A loop's body counts as often as its condition, or the compiler, says that it runs; other loops as often as the caller
 says.
@@ -43,7 +43,7 @@ class Traffic(NamedTuple):
 
 
 def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str, Traffic]:
-  """What each device receives in one run of a program, by kind.
+  """Bytes that each device receives in one run of a program, by kind.
 
   Args:
     text: of the compiled program.
@@ -106,7 +106,7 @@ def _length(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 
 def _stride(condition: list[str], body: list[str]) -> int:
-  """What a loop's body adds to the counter that its condition looks at; 1 where that cannot be seen."""
+  """Step by which a loop's body moves the counter of its condition; 1 where that cannot be seen."""
   places = [found[1] for text in condition if (found := re.search(r" get-tuple-element\(.*index=(\d+)", text))]
   root = next((text for text in body if text.lstrip().startswith("ROOT ") and " tuple(" in text), "")
   state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])

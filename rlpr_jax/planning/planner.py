@@ -107,7 +107,7 @@ def attention_of(name: str, compiled: Compiled) -> str:
 
 
 def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -> Layout:
-  """The same on one device with plain attention: what its products are counted in."""
+  """The planner of one device with plain attention, in whose programs products are counted."""
   flat = config.copy_and_resolve_references()
   flat.model.attention, flat.mesh.data, flat.mesh.fsdp, flat.mesh.tensor = "xla", 1, 1, 1
   mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices("cpu")[:1])
@@ -123,7 +123,7 @@ def plan(
   cache: pathlib.Path | None,
   say: Say,
 ) -> dict[str, Any]:
-  """What a step of a config takes on a slice, as JSON; sizes in bytes a device, times in seconds.
+  """Plans a config's step on a slice, as JSON; sizes in bytes a device, times in seconds.
 
   Raises:
     InputError: a config that cannot be run there.

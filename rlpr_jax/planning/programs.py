@@ -127,7 +127,7 @@ def extent_of(layout: Layout, prompt: int, reference: int) -> Extent:
 
 
 def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -> dict[str, Program]:
-  """What a process runs to sample and score, with so many slots of its own; `extent`: None for the longest texts."""
+  """Programs with which a process samples and scores, with so many slots; `extent`: None for the longest texts."""
   config, policy = layout.config, layout.sampler
   where, model, params = policy.sampling.sharding, policy.sampler, layout.sampled
   num_shards = where.num_shards("batch")

@@ -8,7 +8,7 @@ _ROOFLINE = "Times are rooflines: estimates, from published rates and assumed le
 
 
 def of_one(plan: dict[str, Any], steps: int) -> str:
-  """What one slice takes."""
+  """A step's cost on one slice."""
   mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if axis != "process")
   lines = [
     f"{plan['topology']}: {plan['chips']} chips, {plan['processes']} processes, mesh {mesh or 'of one device'};"
@@ -61,7 +61,7 @@ def _step(step: dict[str, Any], lengths: dict[str, float], steps: int) -> list[s
 
 
 def best(plan: dict[str, Any], steps: int) -> str:
-  """What to set."""
+  """Settings to take."""
   found = plan["best"]
   if not found["slots"] or not found["micro_batch_rows"]:
     missing = [

@@ -1,4 +1,4 @@
-"""What people look at: one HTML file a run, and one picture of it.
+"""The report of a run: one HTML file, and one picture of it.
 
 metrics.jsonl, config.json, rollouts/ -> records -> charts, gallery -> page -> report.html
                                                 \\-> picture -> PNG

@@ -1,4 +1,4 @@
-"""What curation dropped and why: one HTML file, no script and nothing fetched."""
+"""The funnel of curation, what was dropped and why: one HTML file, no script and nothing fetched."""
 
 import itertools
 from collections import Counter
@@ -55,7 +55,7 @@ def _funnel(rows: int, reasons: Counter[str]) -> Iterator[Markup]:
 
 
 def _bar(name: str, gone: int, left: int, rows: int, numbers: object) -> Markup:
-  """What is left, and behind it what this check took."""
+  """Bar of the rows that remain, and behind it those that this check took."""
   parts = ((left, 0, style.TEAL), (gone, left, style.CORAL))
   drawn = (
     tag("i", style=f"left:{100 * start / rows:.2f}%;width:{100 * width / rows:.2f}%;background:{color}")

@@ -50,7 +50,7 @@ def is_short(row: Json) -> bool:
 
 
 def featured(run: Run) -> list[Json]:
-  """What shows the reward best: two responses to one question after which the reference is likely and unlikely.
+  """The pair that shows the reward best: responses to one question that make the reference likely and unlikely.
 
   One where no question has two scored responses, none where nothing was scored.
   """
@@ -173,7 +173,7 @@ def card(row: Json) -> Markup:
 
 
 def explanation(responses: int) -> Markup:
-  """What the colours and the bar of a card say."""
+  """Legend of the colours and the bar of a card."""
   return tag(
     "p",
     "Two responses to one question. " if responses == 2 else "",

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on where it stopped, and its checkpoints."""
+"""Checkpoints: the newest states of a run and the best, so that it goes on where it stopped."""
 
 import logging
 import pathlib
@@ -247,7 +247,7 @@ def _unwrap(error: BaseException) -> BaseException:
 
 
 def _abstract(x: Any) -> Any:
-  """What orbax is to restore: host arrays as they are, device arrays by shape, dtype and place."""
+  """Describes to orbax what to restore: host arrays as they are, device arrays by shape, dtype and place."""
   if isinstance(x, np.ndarray):
     return x
   sharding = getattr(x, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])

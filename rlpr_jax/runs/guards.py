@@ -1,4 +1,4 @@
-"""What goes wrong in long runs, seen in the metrics; and batches that are not finite, kept for a look at them."""
+"""Signs in the metrics of long runs that go wrong; and batches that are not finite, kept for a look at them."""
 
 import io
 import math
@@ -14,7 +14,7 @@ from rlpr_jax.runs.storage import persist, write_atomically
 
 
 def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[str]:
-  """What was wrong in each of the last `patience` steps: the signs of a policy that collapses.
+  """Finds what was wrong in each of the last `patience` steps: the signs of a policy that collapses.
 
   Args:
     rows: metrics of the run's steps so far, in order.

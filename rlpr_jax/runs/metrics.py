@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics, samples of rollouts, lines on the screen."""
+"""Output of a run while it goes: metrics, samples of rollouts, lines on the screen."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What a step saw, written down: its metrics, and some of its rollouts as they go to disk."""
+"""Records of a step: its metrics, and some of its rollouts as they go to disk."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

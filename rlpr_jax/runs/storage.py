@@ -15,7 +15,7 @@ _BLOCK = 2**20  # bytes
 
 
 def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
-  """What `write` gives once it succeeds: trouble with the storage costs time, and not the run.
+  """Calls `write` until it succeeds: trouble with the storage costs time, and not the run.
 
   Args:
     where: what is written, for messages.

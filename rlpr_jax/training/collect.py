@@ -1,4 +1,4 @@
-"""What one step trains on: draw prompts, sample, score, reward, filter, and again until the step has its groups."""
+"""Collects what a step trains on: draw prompts, sample, score, reward, filter, until the step has its groups."""
 
 import contextlib
 import dataclasses

@@ -57,7 +57,7 @@ def fold_micro_batches(
 
 
 class LogprobProgram(NamedTuple):
-  """What `compute_logprobs` is compiled for, beside its shapes."""
+  """All that `compute_logprobs` is compiled for, beside its shapes."""
 
   model: nnx.GraphDef
   temperature: float  # of the distribution

@@ -1,7 +1,7 @@
 """From groups of responses to the rows an update trains on."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -125,7 +125,7 @@ def pack_segments(segments: Sequence[Segment], rows: int, row_length: int) -> Pa
   return pack_rows(segments, places, rows, row_length)
 
 
-def first_fit(lengths: Iterable[int], row_length: int) -> np.ndarray:
+def first_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> np.ndarray:
   """Finds places for sequences: the longest first, each in the first row that has room (first-fit decreasing).
 
   Depends on nothing but the lengths; equal ones keep their order.

@@ -57,7 +57,7 @@ def gather_evidence(
     return rewards.answer_length_penalty(splicing.extract_answer(text), prompt.reference, 1.0)
 
   def verified(text: str, prompt: Prompt) -> float:
-    return graders.verify(settings.verifier, text, prompt.reference, prompt.question)
+    return float(graders.verify(settings.verifier, text, prompt.reference, prompt.question))
 
   return Evidence(
     logps=logps.reshape(*shape, logps.shape[1]),

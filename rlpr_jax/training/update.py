@@ -5,7 +5,7 @@ state, metrics = update(state, rows)
 
 import dataclasses
 import functools
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from rlpr_jax.types import PackedRows
 
 @dataclasses.dataclass(frozen=True)
 class UpdateSettings:
-  """What the compiled update depends on, beside its shapes."""
+  """Settings of the compiled update."""
 
   temperature: float  # of the sampling distribution
   clip_low: float
@@ -73,7 +73,7 @@ def loss(
 
 
 class UpdateProgram(NamedTuple):
-  """What an update is compiled for, beside its shapes."""
+  """All that an update is compiled for, beside its shapes."""
 
   model: nnx.GraphDef
   optimizer: optax.GradientTransformation
@@ -81,7 +81,7 @@ class UpdateProgram(NamedTuple):
 
 
 class Trainable(NamedTuple):
-  """What an update changes."""
+  """The part of a state that an update changes."""
 
   params: Params  # those that are trained
   opt_state: optax.OptState
@@ -150,13 +150,14 @@ def optimizer_step(
   return new._replace(params=place(new.params, settings.sharding)), metrics
 
 
+@runtime_checkable
 class State(Protocol):
   """A NamedTuple with what an update changes, such as `types.TrainState`."""
 
   params: Params
   opt_state: optax.OptState
 
-  def _replace(self, **changes) -> "State": ...
+  def _replace(self, **changes: Any) -> "State": ...
 
 
 AnyState = TypeVar("AnyState", bound=State)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlpr_jax import config, filtering, types
+from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import finite_mean
 from rlpr_jax.sampling.decode import DecodeSettings
@@ -15,12 +16,13 @@ from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.collect import collect
 from rlpr_jax.training.reward import RewardSettings
+from rlpr_jax.training.run import Run
 from rlpr_jax.types import Prompt, TrainState
 
 LIMIT, RESPONSE, SAMPLES = 8, 6, 4
 
 
-class Stream:
+class Stream(PromptStream):
   """Draws prompts in turns."""
 
   def __init__(self, prompts):
@@ -47,7 +49,7 @@ def harvest(policy):
     dataclasses.replace(good, ids=ids, row=row)
     for row, ids in enumerate([good.ids, good.ids[:0], good.ids[:3], np.ones(LIMIT + 1, np.int32)])
   ]
-  run = SimpleNamespace(
+  run = Run(**dict.fromkeys(Run._fields))._replace(
     config=c,
     engine=engine,
     policy=SimpleNamespace(sampling_params=lambda params: params),
@@ -55,7 +57,6 @@ def harvest(policy):
     filter=filtering.FilterConfig(kind="off"),
     reward=RewardSettings.of(c.reward),
     shadows={},
-    custom_reward=None,
   )
   nothing = types.Groups.empty(prompt_limit=LIMIT, samples=SAMPLES, response_limit=RESPONSE)
   state = TrainState(

@@ -15,13 +15,13 @@ from rlpr_jax.training.held_out import evaluate
 from rlpr_jax.types import Prompt, Samples
 
 
-class Told:
+class Told(Engine):
   """An engine that answers each draw as it is told: texts[draw][sample]."""
 
   template = "think"
 
   def __init__(self, texts):
-    self.texts, self.calls = texts, []
+    self.__dict__ |= {"texts": texts, "calls": []}  # an engine is frozen
 
   def sample(self, params, draws, key, samples, progress, stop, interrupted):
     self.calls.append([draw for draw, _ in draws])

@@ -13,6 +13,7 @@ from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.collect import text_scorer
+from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
 from rlpr_jax.types import Prompt
 
@@ -40,7 +41,7 @@ def case(policy):
     for row, (length, reference) in enumerate([(3, "7"), (8, "ab1"), (5, "mon"), (6, "x y")])
   ]
   sampler = SimpleNamespace(sampler=policy.model, sampling=SimpleNamespace(sharding=Sharding()))
-  run = SimpleNamespace(config=c, engine=engine, policy=sampler)
+  run = Run(**dict.fromkeys(Run._fields))._replace(config=c, engine=engine, policy=sampler)
   rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
   assert rollouts.scorable.sum() > 5
   return run, prompts, rollouts
