@@ -134,9 +134,9 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
   import jax
 
   from rlpr_jax import models, splicing
-  from rlpr_jax.sampling.batches import empty_references
   from rlpr_jax.sampling.decode import DecodeSettings
-  from rlpr_jax.sampling.engine import Engine
+  from rlpr_jax.sampling.device import Device
+  from rlpr_jax.sampling.engine import Engine, SampleOptions
   from rlpr_jax.sampling.shapes import Shapes
   from rlpr_jax.types import Prompt
 
@@ -153,8 +153,8 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
     score_rows=min(16, work.slots),
     insert_rows=work.samples,
   )
-  settings = DecodeSettings(work.steps, eos_ids=())
-  engine = Engine(models.definition(config), tokenizer, settings, shapes, "think", 1.0, "bare")
+  device = Device(models.definition(config), DecodeSettings(work.steps, eos_ids=()), shapes)
+  engine = Engine(device, tokenizer, template="think", baseline_prefix="bare")
   draws = [
     (i, Prompt(ids=np.array(ids, np.int32), reference=reference, row=i))
     for i, (ids, reference) in enumerate(zip(work.prompts, work.references, strict=True))
@@ -168,21 +168,21 @@ def with_engine(work: Work, refill: bool = True, scored: bool = False, shrink: b
     size = together if not refill else len(draws)
     for first in range(0, len(draws), size):
       rows = slice(first * work.samples, (first + size) * work.samples)
-      references = empty_references(limits[rows].size, REFERENCE_LIMIT) if scored else None
-      samples, parts = engine.finish(
-        params, draws[first : first + size], jax.random.key(0), work.samples, references,
-        lambda done, _, before=rows.start: progress(before + done, limits.size), limits[rows],
-      )  # fmt: skip
-      np.testing.assert_array_equal(samples.lengths, limits[rows])
-      assert not scored or references.mask.any(axis=1).all()
-      seconds.update(parts)
+      options = SampleOptions(
+        limits=limits[rows], progress=lambda done, _, before=rows.start: progress(before + done, limits.size)
+      )
+      sample_batch = engine.rollout if scored else engine.sample
+      rollouts = sample_batch(params, draws[first : first + size], jax.random.key(0), work.samples, options)
+      np.testing.assert_array_equal(rollouts.lengths, limits[rows])
+      assert not scored or rollouts.scorable.all()
+      seconds.update(rollouts.seconds)
     return dict(seconds)
 
   if not shrink:
     mock.patch.object(Shapes, "decode_rows", property(lambda shapes: (shapes.slots,))).start()
   # A response here is not worth scoring: it has no tags. The same number of tokens is scored behind it instead.
   mock.patch.object(splicing, "splice", splice_at_the_end).start()
-  engine.compile_programs(params, scored)
+  device.compile_programs(params, scored)
   sample(np.ones_like(work.limits), lambda *_: None)  # what the warm-up leaves out
   return lambda progress: sample(work.limits, progress)
 

@@ -60,12 +60,19 @@ def both_ways(model: nnx.GraphDef, params: Params, texts: np.ndarray, reference:
   kept = length - reference
   places = np.broadcast_to(np.arange(reference, dtype=np.int32), (rows, reference))
   targets = texts[:, kept:]
-  suffixes = Suffixes(texts[:, kept - 1 : -1], kept - 1 + places, np.ones_like(places), places, targets)
+  suffixes = Suffixes(
+    rows=np.arange(rows, dtype=np.int32),
+    tokens=texts[:, kept - 1 : -1],
+    positions=kept - 1 + places,
+    segment_ids=np.ones_like(places),
+    places=places,
+    targets=targets,
+  )
   # In a rollout the cache is there already, from sampling.
   _, cache = decode.prefill(model, params, texts[:, :kept], np.full(rows, kept, np.int32))
 
-  def cached(params, cache, rows, suffixes):
-    return decode.score(model, params, cache, rows, suffixes, 1.0, kept)
+  def cached(params, cache, suffixes):
+    return decode.score(model, params, cache, suffixes, temperature=1.0, kv_length=kept)
 
   @jax.jit
   def whole(params, tokens, targets):
@@ -74,8 +81,7 @@ def both_ways(model: nnx.GraphDef, params: Params, texts: np.ndarray, reference:
     hidden = decoder(tokens, positions, jnp.ones_like(tokens))
     return decoder.logprobs(hidden[:, kept - 1 :], targets)[0]
 
-  row_numbers = np.arange(rows, dtype=np.int32)
-  return Ways(cached, (params, cache, row_numbers, suffixes), whole, (params, texts[:, :-1], targets))
+  return Ways(cached, (params, cache, suffixes), whole, (params, texts[:, :-1], targets))
 
 
 def timed(function: Callable[[], jax.Array]) -> float:

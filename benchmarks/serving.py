@@ -21,8 +21,8 @@ from absl import app, flags
 
 from benchmarks.common import MODEL, REPEATS, spread
 from rlpr_jax.data.templates import render
+from rlpr_jax.errors import size_names
 from rlpr_jax.runs import trained
-from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
 from rlpr_jax.types import Prompt
@@ -66,9 +66,11 @@ def main(_: list[str]) -> None:
     be_client(_CLIENT.value)
     return
   policy = trained.load(trained.find(MODEL.value), "float32")
-  sizes = SizeNames("--streams", "", "", "", "--tokens")
-  engine = trained.create_engine(policy._replace(eos_ids=()), _STREAMS.value, 64, _TOKENS.value, sizes)
-  engine.compile_programs(policy.params, scoring=False)
+  with size_names({"slots": "--streams", "max_response_length": "--tokens"}):
+    engine = trained.create_engine(
+      policy._replace(eos_ids=()), _STREAMS.value, prompt_limit=64, response_limit=_TOKENS.value
+    )
+    engine.device.compile_programs(policy.params, scoring=False)
   draws = [
     (
       seed,

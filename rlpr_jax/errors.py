@@ -4,13 +4,54 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 USAGE = 2  # exit status for wrong input
 
 
 class InputError(ValueError):
   """Wrong input. The message is one line and says what was found, where, and what was expected."""
+
+
+class SizeError(InputError):
+  """A size of the compiled programs that cannot be, in the words of those who found it.
+
+  A program says the same with its own names of the sizes (`size_names`). Where it has no setting for one of them, it
+  says the next of the messages.
+
+  >>> error = SizeError("rows", "{rows}: 64 is too much", "{slots}: 300 is too much")
+  >>> str(error), error.renamed({"slots": "--slots"})
+  ('rows: 64 is too much', '--slots: 300 is too much')
+  """
+
+  def __init__(self, size: str, *messages: str):
+    """
+    Args:
+      size: its name, a field of `sampling.shapes.Shapes`.
+      messages: with names of sizes in braces.
+    """
+    self.size, self.messages = size, messages
+    super().__init__(messages[0].replace("{", "").replace("}", ""))
+
+  def renamed(self, names: Mapping[str, str]) -> str:
+    """The first message whose sizes all have names here."""
+    for message in self.messages:
+      with contextlib.suppress(KeyError):
+        return message.format_map(names)
+    return str(self)
+
+
+@contextlib.contextmanager
+def size_names(names: Mapping[str, str]) -> Iterator[None]:
+  """Around a program: of a size that cannot be, says which of the program's settings it is.
+
+  Args:
+    names: the settings, by fields of `sampling.shapes.Shapes`; only of those that a user can change.
+  """
+  try:
+    yield
+  except SizeError as error:
+    raise InputError(error.renamed(names)) from None
 
 
 @contextlib.contextmanager

@@ -17,6 +17,14 @@ def device_memory() -> int:
   return stats.get("bytes_limit", os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
+def free_memory() -> int:
+  """Bytes that the first device still has, or the host where the device does not say."""
+  stats = jax.local_devices()[0].memory_stats()
+  if stats and "bytes_limit" in stats:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+  return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def describe(mesh: Mesh, attention: str, compute_dtype: str) -> str:
   """Two lines: what runs, and on what.
 

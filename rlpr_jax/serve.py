@@ -13,14 +13,13 @@ from absl import flags
 
 from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra
+from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra, size_names
 from rlpr_jax.judging.client import read_key
 from rlpr_jax.runs import trained
 from rlpr_jax.runs.storage import reason
-from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.serving.loop import Loop
 
-SIZES = SizeNames("--slots", "", "", "--prompt_limit", "--response_limit")
+SIZES = {"slots": "--slots", "prompt_limit": "--prompt_limit", "max_response_length": "--response_limit"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,9 +49,10 @@ def serve(given: flags.FlagValues) -> None:
   listening = listen(given.host, given.port)
   keep_programs(given.compilation_cache)
   policy = trained.load(trained.find(given.model, given.step), given.dtype)
-  engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit, SIZES)
-  print("compiling", flush=True)
-  engine.compile_programs(policy.params, scoring=False)
+  with size_names(SIZES):
+    engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit)
+    print("compiling", flush=True)
+    engine.device.compile_programs(policy.params, scoring=False)
   loop = Loop(engine, policy.params, given.max_waiting)
   limits = Limits(given.max_body_kib * 1024, given.time_limit)
   name = given.name or given.model
@@ -72,7 +72,7 @@ def serve(given: flags.FlagValues) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-  """A socket that clients can connect to from now on; a port of 0 is any that is free.
+  """Opens a socket that clients can connect to from now on; a port of 0 is any that is free.
 
   Raises:
     InputError: it cannot be had.

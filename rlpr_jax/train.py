@@ -20,7 +20,7 @@ from rlpr_jax import custom_reward as custom_rewards
 from rlpr_jax import entry, processes
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data.pipeline import PromptStream
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, size_names
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.guards import Watch
@@ -36,6 +36,12 @@ from rlpr_jax.training.state import abstract_state, finish_step, first_state, jo
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
+# The settings of a rollout's sizes.
+SIZES = {
+  "slots": "config.rollout.slots",
+  "prefill_rows": "config.rollout.prefill_prompts",
+  "score_rows": "config.rollout.score_rows",
+}
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward | None = None) -> None:
@@ -51,7 +57,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
   entry.begin(config, workdir)
   if custom_reward is None and config.reward.custom:
     custom_reward = custom_rewards.load(config.reward.custom)
-  with StopRequest() as stop:
+  with StopRequest() as stop, size_names(SIZES):
     run = set_up(config, custom_reward)
     entry.write_config(config, workdir)
     to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
@@ -81,7 +87,7 @@ def resume(run: Run, state: TrainState, writer: metrics.MetricsWriter, stop: Sto
   """Begins a run that goes on: programs, and the evaluation that a stop may have cut short."""
   print(f"resumed after step {state.step} of {run.config.steps}", flush=True)
   if state.step < run.config.steps:
-    run.engine.compile_programs(run.policy.sampling_params(state.params), scoring=True)
+    run.engine.device.compile_programs(run.policy.sampling_params(state.params), scoring=True)
   if writer.rows and is_measured(run.config, state.step) and ACCURACY not in writer.rows[-1]:
     with contextlib.suppress(StoppedError):
       writer.amend(evaluate_run(run, state.params, state.step, stop))

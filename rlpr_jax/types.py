@@ -40,7 +40,8 @@ class Rollouts(NamedTuple):
 
   A response `<think> 3+5 </think> <answer> 9 </answer>` to a prompt with the reference 8 is scored as
   `<think> 3+5 </think> <answer> 8 </answer>`: the first `reference_starts` tokens of the response, then
-  `reference_tokens`, of which `reference_mask` is true on 8 alone.
+  `reference_tokens`, of which `reference_mask` is true on 8 alone. Where nothing was to be scored, as in an evaluation,
+  all fields from `scorable` on are None.
   """
 
   tokens: np.ndarray  # int32[B, T] EOS included where it was sampled
@@ -49,24 +50,13 @@ class Rollouts(NamedTuple):
   finished: np.ndarray  # bool[B] True: ended by EOS or a stop string; False: cut at its limit
   texts: list[str]  # [B] decoded, without the EOS or stop string
   refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
-  scorable: np.ndarray  # bool[B] the reference answer could be spliced in
-  overlong: np.ndarray  # bool[B] it could have been, but did not fit
-  reference_starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
-  reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
-  reference_logps: np.ndarray  # float32[B, E] log-probabilities of the reference answer's own tokens, else 0
-  reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
   seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
-
-
-class Samples(NamedTuple):
-  """Sampled responses. numpy. Fields as in `Rollouts`."""
-
-  tokens: np.ndarray
-  lengths: np.ndarray
-  logprobs: np.ndarray
-  finished: np.ndarray
-  texts: list[str]
-  refused: np.ndarray
+  scorable: np.ndarray | None = None  # bool[B] the reference answer could be spliced in
+  overlong: np.ndarray | None = None  # bool[B] it could have been, but did not fit
+  reference_starts: np.ndarray | None = None  # int32[B] tokens of the response that stand before the suffix
+  reference_tokens: np.ndarray | None = None  # int32[B, E] the suffix that was scored
+  reference_logps: np.ndarray | None = None  # float32[B, E] of the reference answer's own tokens, else 0
+  reference_mask: np.ndarray | None = None  # bool[B, E] True on the reference answer's own tokens
 
 
 class Evidence(NamedTuple):

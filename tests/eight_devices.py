@@ -19,8 +19,18 @@ from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.models import logprobs
 from rlpr_jax.policy import initial_params, load_policy
-from rlpr_jax.sampling.batches import Scored, lay_out
-from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill, score
+from rlpr_jax.sampling.decode import (
+  DecodeSettings,
+  Entries,
+  Prefilled,
+  Slots,
+  decode,
+  empty_slots,
+  insert,
+  prefill,
+  score,
+)
+from rlpr_jax.sampling.device import Suffix, pack_suffixes
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training.optimizer import clipped_optimizer, init_opt_state
 from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, loss, optimizer_step
@@ -93,10 +103,14 @@ def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
     target = np.full(SLOTS, SLOTS)  # nowhere
     target[: chosen.size] = PLACES[chosen]
     fill = np.resize(chosen, SLOTS)
-    limits, choices = np.full(SLOTS, NEW, np.int32), stack([SamplingParams(temperature)] * SLOTS)
-    slots = insert(
-      model, params, slots, hidden, cache, PROMPT_LENGTHS, source[fill], target, keys[fill], limits, choices
+    entries = Entries(
+      source=source[fill],
+      target=target,
+      keys=keys[fill],
+      limits=np.full(SLOTS, NEW, np.int32),
+      sampling=stack([SamplingParams(temperature)] * SLOTS),
     )
+    slots = insert(model, params, slots, Prefilled(hidden, cache, PROMPT_LENGTHS), entries)
     while slots.active.any():
       slots = decode(model, params, slots, settings, SLOTS, kv_length=WIDTH + NEW)
     for name, values in out.items():
@@ -112,19 +126,19 @@ def score_slots(model, params, slots, num_shards) -> np.ndarray:
   """
   prefixes = [(0, 5), (1, 7), (2, 2), (3, 3), (4, 2), (5, 11), (6, 10), (0, 2), (3, 5), (4, 1), (6, 4), (6, 9)]
   items = [
-    Scored(row=slot, out=out, prefix=prefix, last_kept=7 * out, ids=list(range(out, out + SUFFIX)), mask=[True] * 3)
+    Suffix(row=slot, prefix=prefix, last_kept=7 * out, ids=list(range(out, out + SUFFIX)), mask=[True] * 3)
     for out, (slot, prefix) in enumerate(prefixes)
   ]
-  each, waiting, scores = 8 // num_shards, items, np.zeros((len(items), SUFFIX))
+  each, waiting, scores = 8 // num_shards, list(range(len(items))), np.zeros((len(items), SUFFIX))
   while waiting:
     parts = [
-      [item for item in waiting if item.row * num_shards // SLOTS == shard][:each] for shard in range(num_shards)
+      [out for out in waiting if items[out].row * num_shards // SLOTS == shard][:each] for shard in range(num_shards)
     ]
-    rows, suffixes, placed = lay_out(parts, each, SLOTS // num_shards, SUFFIX)
-    logps = np.asarray(score(model, params, slots.cache, rows, suffixes, 0.7, kv_length=WIDTH + NEW))
-    for item, row in placed:
-      scores[item.out] = logps[row]
-    waiting = [item for item in waiting if item not in [other for other, _ in placed]]
+    suffixes, rows = pack_suffixes([[items[out] for out in part] for part in parts], each, SLOTS // num_shards, SUFFIX)
+    logps = np.asarray(score(model, params, slots.cache, suffixes, 0.7, kv_length=WIDTH + NEW))
+    placed = [out for part in parts for out in part]
+    scores[placed] = logps[rows]
+    waiting = [out for out in waiting if out not in placed]
   return scores
 
 

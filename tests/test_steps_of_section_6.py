@@ -103,7 +103,7 @@ class FakeEngine:
   template = "think"
   response_text = staticmethod(lambda tokens: "")
 
-  def rollout(self, params, numbered, key, samples, interrupted):
+  def rollout(self, params, numbered, key, samples, options):
     count = len(numbered) * samples
     fields = {name: np.zeros(count, np.int32) for name in Rollouts._fields}
     fields |= {name: np.zeros(count, bool) for name in ("finished", "refused", "scorable", "overlong")}
@@ -129,8 +129,12 @@ def train(rewards, case):
     custom_reward=lambda evidence, texts, prompts: rewards[[prompt.row for prompt in prompts]],
   )
   nothing = Groups.empty(prompt_limit=1, samples=SAMPLES, response_limit=1)
-  state = TrainState(**dict.fromkeys(TrainState._fields, {}))._replace(
-    step=0, filter=filtering.init(run.filter), baselines=np.full((len(rewards), 1), np.nan, np.float32), carried=nothing
+  state = TrainState(**dict.fromkeys(TrainState._fields))._replace(
+    step=0,
+    params={},
+    filter=filtering.init(run.filter),
+    baselines=np.full((len(rewards), 1), np.nan, np.float32),
+    carried=nothing,
   )
   stream, steps = Stream(), []
   for t in range(1, STEPS + 1):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from rlpr_jax import train as training_program
-from rlpr_jax.training.baselines import measure_baselines
 from rlpr_jax.training.run import set_up
 from tests.test_train import final_state, rows, timeless, tiny
 
@@ -99,5 +98,5 @@ def test_initial_baselines_stay_and_current_ones_follow_the_policy(tmp_path):
   known = np.isfinite(state.baselines).any(axis=1)
   assert known.all()
   # With a frozen scorer the baselines are the frozen policy's.
-  expected = measure_baselines(run, run.policy.sampling_params(state.initial), run.prompts)
+  expected = run.engine.baseline(run.policy.sampling_params(state.initial), run.prompts)
   np.testing.assert_allclose(state.baselines, expected, atol=1e-5)

@@ -17,13 +17,12 @@ from ml_collections import ConfigDict
 
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, size_names
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
 from rlpr_jax.runs import storage, trained
-from rlpr_jax.sampling.engine import SizeNames
 from rlpr_jax.sampling.params import SamplingParams
-from rlpr_jax.sampling.scheduler import Scheduler
+from rlpr_jax.sampling.scheduler import Request
 from rlpr_jax.types import Prompt
 
 _RETRY_SECONDS = 60.0  # how long a disk that is full or gone is tried again
@@ -52,30 +51,30 @@ class Response(NamedTuple):
   refused: bool = False  # the prompt is too long, or the endpoint does not take it: nothing was sampled
 
 
-_REFUSED = Response("", 0, False, True)
+_REFUSED = Response(text="", tokens=0, finished=False, refused=True)
 
 
 class Store:
   """Responses on disk, by all that they depend on: WORKDIR/responses.jsonl, and replies of endpoints one by one."""
 
   def __init__(self, workdir: pathlib.Path):
-    self._path, self._found = workdir / "responses.jsonl", {}
+    self._path, self._responses = workdir / "responses.jsonl", {}
     self.replies = Cache(workdir / "replies")
     if self._path.exists():
       for line in self._path.read_bytes().splitlines():
         try:
           row = json.loads(line)
-          self._found[row["key"]] = [Response(*response) for response in row["responses"]]
+          self._responses[row["key"]] = [Response(*response) for response in row["responses"]]
         except (ValueError, KeyError, TypeError):  # half a line, of a process that was killed
           continue
 
   def get(self, key: str) -> list[Response] | None:
-    return self._found.get(key)
+    return self._responses.get(key)
 
   def add(self, key: str, responses: Sequence[Response]) -> None:
     line = json.dumps({"key": key, "responses": responses})
     storage.persist(lambda: storage.append(self._path, line), self._path, _RETRY_SECONDS)
-    self._found[key] = list(responses)
+    self._responses[key] = list(responses)
 
 
 class Asked(NamedTuple):
@@ -107,17 +106,18 @@ def open_model(settings: ConfigDict, where: str = "config.models.NAME") -> Asked
     InputError: a checkpoint that is not there, a URL or key that cannot be.
   """
   if not settings.url:
-    return Asked(settings, trained.find(settings.path, None if settings.step < 0 else settings.step), {}, where)
+    source = trained.find(settings.path, None if settings.step < 0 else settings.step)
+    return Asked(settings, source, clients={}, where=where)
   sampling = {"sampled": (settings.temperature, settings.top_p), "greedy": (0.0, 1.0)}
   clients = {
     mode: Client(
       Endpoint(
-        settings.url,
-        settings.name,
-        settings.key_variable,
-        settings.concurrency,
-        settings.time_limit,
-        settings.attempts,
+        base_url=settings.url,
+        model=settings.name,
+        key_variable=settings.key_variable,
+        concurrency=settings.concurrency,
+        time_limit=settings.time_limit,
+        attempts=settings.attempts,
         temperature=temperature,
         top_p=top_p,
         max_tokens=settings.max_tokens,
@@ -125,7 +125,7 @@ def open_model(settings: ConfigDict, where: str = "config.models.NAME") -> Asked
     )
     for mode, (temperature, top_p) in sampling.items()
   }
-  return Asked(settings, None, clients, where)
+  return Asked(settings, source=None, clients=clients, where=where)
 
 
 def keys(asked: Asked, seed: int, tasks: Iterable[Task]) -> dict[str, Task]:
@@ -138,11 +138,11 @@ def keys(asked: Asked, seed: int, tasks: Iterable[Task]) -> dict[str, Task]:
   fields = ("name", "temperature", "top_p", "top_k", "min_p", "stop", "max_tokens", "prompt_limit", "dtype")
   model = [asked.settings[field] for field in fields]
   model.append(trained.fingerprint(asked.source) if asked.source else None)
-  found = {}
+  by_key = {}
   for task in tasks:
     what = [model, seed, task.seed, asked.messages(task.question), task.mode, task.samples]
-    found[hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()] = task
-  return found
+    by_key[hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()] = task
+  return by_key
 
 
 def respond(
@@ -164,17 +164,18 @@ def respond(
 def _ask_engine(
   asked: Asked, seed: int, missing: dict[str, Task], store: Store, progress: Callable[[int, int], None]
 ) -> None:
-  settings = asked.settings
+  settings, where = asked.settings, asked.where
   policy = trained.load(asked.source, settings.dtype)
-  where = asked.where
-  names = SizeNames(f"{where}.slots", "", "", f"{where}.prompt_limit", f"{where}.max_tokens")
-  engine = trained.create_engine(
-    policy, settings.slots, settings.prompt_limit, settings.max_tokens, names, settings.decode_steps
-  )
-  engine.compile_programs(policy.params, scoring=False)
-  session = Scheduler(engine, policy.params, jax.random.key(seed))
+  fields = {"slots": "slots", "prompt_limit": "prompt_limit", "max_response_length": "max_tokens"}
+  with size_names({size: f"{where}.{field}" for size, field in fields.items()}):
+    engine = trained.create_engine(
+      policy, settings.slots, settings.prompt_limit, settings.max_tokens, settings.decode_steps
+    )
+    engine.device.compile_programs(policy.params, scoring=False)
+  scheduler = engine.scheduler(policy.params, jax.random.key(seed))
   sampled = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
-  left, done, of = {}, 0, {}
+  requests: dict[str, list[Request]] = {}  # by key
+  key_of, done = {}, 0
   for key, task in missing.items():
     ids = render(policy.policy.tokenizer, asked.messages(task.question))
     prompt = Prompt(
@@ -184,20 +185,21 @@ def _ask_engine(
       source=task.benchmark,
       row=0,
     )
-    if not engine.shapes.takes(prompt):
+    if not engine.device.shapes.takes(prompt):
       store.add(key, [_REFUSED] * task.samples)
       progress(done := done + 1, len(missing))
       continue
-    choice = SamplingParams(0.0) if task.mode == "greedy" else sampled
-    requests = session.add(prompt, task.seed, [settings.max_tokens] * task.samples, choice, settings.stop)
-    left[key] = len(requests)
-    of |= {request: (key, requests) for request in requests}
-  while session.busy:
-    for request in session.round():
-      key, requests = of.pop(request)
-      left[key] -= 1
-      if not left[key]:
-        store.add(key, [Response(each.text, each.tokens.size, each.finished) for each in requests])
+    sampling = SamplingParams(0.0) if task.mode == "greedy" else sampled
+    limits = [settings.max_tokens] * task.samples
+    requests[key] = scheduler.add(prompt, task.seed, limits, sampling, settings.stop)
+    key_of |= dict.fromkeys(requests[key], key)
+  unfinished = {key: len(of_task) for key, of_task in requests.items()}
+  while scheduler.busy:
+    for request in scheduler.round():
+      key = key_of.pop(request)
+      unfinished[key] -= 1
+      if not unfinished[key]:
+        store.add(key, [Response(each.text, each.tokens.size, each.finished) for each in requests.pop(key)])
         progress(done := done + 1, len(missing))
 
 
@@ -214,7 +216,8 @@ def _ask_endpoint(
       store.replies.put(request, reply)
     return Response(reply.texts[0], reply.completion_tokens, reply.finish_reasons[0] != "length")
 
-  last, in_a_row, done = "", 0, 0
+  last, in_a_row = "", 0
+  done = 0
 
   async def answer(key: str, task: Task) -> None:
     nonlocal last, in_a_row, done
@@ -224,7 +227,7 @@ def _ask_endpoint(
         raise error
     errors = [error for error in samples if isinstance(error, ClientError)]
     if any(error.refused for error in errors):
-      samples = [_REFUSED if isinstance(found, ClientError) else found for found in samples]
+      samples = [_REFUSED if isinstance(outcome, ClientError) else outcome for outcome in samples]
       errors = []
     if errors:
       in_a_row, last = in_a_row + 1, str(errors[0])
@@ -245,8 +248,9 @@ def _ask_endpoint(
       await asyncio.gather(*(work(todo) for _ in range(asked.settings.concurrency)))
 
   asyncio.run(run())
-  left = sum(store.get(key) is None for key in missing)
-  if left:
+  unanswered = sum(store.get(key) is None for key in missing)
+  if unanswered:
     raise InputError(
-      f"{asked.settings.url}: {left} of {len(missing)} questions got no response ({last}); the same command asks again"
+      f"{asked.settings.url}: {unanswered} of {len(missing)} questions got no response ({last}); the same command asks"
+      " again"
     )

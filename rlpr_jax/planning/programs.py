@@ -140,13 +140,19 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   rows = abstract(jax.eval_shape(empty, params))
   prompts = _ids(shapes.prefill_rows, extent.prompt), _ids(shapes.prefill_rows)
   hidden, read = abstract(jax.eval_shape(functools.partial(decode.prefill, model), params, *prompts))
+  prefilled = decode.Prefilled(hidden, read, _ids(shapes.prefill_rows))
   settings = decode.DecodeSettings(shapes.steps, (_EOS,))
   many = shapes.insert_rows
-  entries = (
-    _ids(many), _ids(many), jax.ShapeDtypeStruct((many, 2), jnp.uint32), _ids(many),
-    jax.eval_shape(lambda: jax.tree.map(jnp.asarray, stack([SamplingParams()] * many))),
-  )  # fmt: skip
-  suffixes = decode.Suffixes(*(_ids(shapes.score_rows, extent.suffix) for _ in decode.Suffixes._fields))
+  entries = decode.Entries(
+    source=_ids(many),
+    target=_ids(many),
+    keys=jax.ShapeDtypeStruct((many, 2), jnp.uint32),
+    limits=_ids(many),
+    sampling=jax.eval_shape(lambda: jax.tree.map(jnp.asarray, stack([SamplingParams()] * many))),
+  )
+  suffixes = decode.Suffixes(
+    _ids(shapes.score_rows), *(_ids(shapes.score_rows, extent.suffix) for _ in decode.Suffixes._fields[1:])
+  )
   weights, cache, waiting = device_bytes(params), device_bytes(rows), device_bytes(read)
   # A batch of prompts that was read waits until its last sample has a slot.
   parts = layout.state | {"sampling copy": weights, "slots": cache, "prompts read": waiting}
@@ -160,12 +166,12 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
 
   programs = {
     "prefill": program(decode.prefill, *prompts, beside=cache + waiting),
-    "insert": program(decode.insert, rows, hidden, read, _ids(shapes.prefill_rows), *entries, beside=weights),
+    "insert": program(decode.insert, rows, prefilled, entries, beside=weights),
     "decode": program(
       decode.decode, rows, settings, slots, shapes.longest, beside=waiting, trips=shapes.steps
     ),
     "score": program(
-      decode.score, rows.cache, _ids(shapes.score_rows), suffixes, temperature, shapes.longest,
+      decode.score, rows.cache, suffixes, temperature, shapes.longest,
       beside=waiting + cache - device_bytes(rows.cache),
     ),
   }  # fmt: skip

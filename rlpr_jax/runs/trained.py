@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import config as configs
 from rlpr_jax import huggingface
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, SizeError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.runs.checkpoints import restore_params
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, SizeNames
+from rlpr_jax.sampling.device import Device
+from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 
 
@@ -59,7 +60,7 @@ def find(path: str, step: int | None = None) -> Source:
       raise InputError(f"{path}: checkpoint {step} of a run was asked for, expected a directory with checkpoints")
     config = configs.default()
     config.model.path = path
-    return Source(config, None, None)
+    return Source(config, run=None, step=None)
   config = configs.read(run / "config.json")
   config.mesh = configs.default().mesh  # of the devices that are here
   steps = [int(entry.name) for entry in (run / "checkpoints").iterdir() if entry.name.isdigit()]
@@ -105,12 +106,15 @@ def load(source: Source, dtype: str) -> Trained:
     rules = dict(policy.sharding.rules)
     params = huggingface.load_pretrained(config.model.path, policy.sharding.mesh, jnp.dtype(dtype), rules)[1]
   return Trained(
-    policy, policy.sampling_params(params), eos_ids(config.model.path, policy.tokenizer), config.data.template
+    policy=policy,
+    params=policy.sampling_params(params),
+    eos_ids=eos_ids(config.model.path, policy.tokenizer),
+    template=config.data.template,
   )
 
 
 def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-  """The tokenizer's EOS, and those of generation_config.json: a chat model may end a turn with another token."""
+  """Finds the tokenizer's EOS and those of generation_config.json: a chat model may end a turn with another token."""
   ids = {tokenizer.eos_token_id}
   file = huggingface.resolve(path) / "generation_config.json" if path else None
   if file and file.exists():
@@ -123,30 +127,23 @@ def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def create_engine(
-  trained: Trained,
-  slots: int,
-  prompt_limit: int,
-  response_limit: int,
-  names: SizeNames,
-  decode_steps: int = 8,
+  trained: Trained, slots: int, prompt_limit: int, response_limit: int, decode_steps: int = 8
 ) -> Engine:
-  """An engine that samples and scores nothing.
-
-  Args:
-    names: of the sizes that are given here, for errors.
+  """Makes an engine that samples and scores nothing.
 
   Raises:
-    InputError: a size that the model or the mesh does not take.
+    SizeError: a size that the model or the mesh does not take.
   """
   policy = trained.policy
   num_shards = policy.sampling.sharding.num_shards("batch")
   if slots < 1 or slots % num_shards:
-    raise InputError(f"{names.slots}: {slots}, expected a multiple of the {num_shards} devices that share them")
+    raise SizeError("slots", f"{{slots}}: {slots}, expected a multiple of the {num_shards} devices that share them")
   longest = policy.config.max_length
   if longest is not None and prompt_limit + response_limit > longest:
-    raise InputError(
-      f"{names.prompt_limit} + {names.max_response_length}: {prompt_limit + response_limit} tokens, expected at most"
-      f" the model's context of {longest}"
+    raise SizeError(
+      "max_response_length",
+      f"{{prompt_limit}} + {{max_response_length}}: {prompt_limit + response_limit} tokens, expected at most"
+      f" the model's context of {longest}",
     )
   shapes = Shapes(
     slots=slots,
@@ -159,5 +156,5 @@ def create_engine(
     insert_rows=min(8, slots),
     num_shards=num_shards,
   )
-  settings = DecodeSettings(decode_steps, trained.eos_ids)
-  return Engine(policy.sampler, policy.tokenizer, settings, shapes, trained.template, 1.0, "bare", names=names)
+  device = Device(policy.sampler, DecodeSettings(decode_steps, trained.eos_ids), shapes)
+  return Engine(device, policy.tokenizer, trained.template, baseline_prefix="bare")

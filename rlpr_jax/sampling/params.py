@@ -31,41 +31,55 @@ class RowParams(NamedTuple):
   min_p: Float[Array, "B"]
 
 
-def stack(params: Sequence[SamplingParams]) -> RowParams:
-  """The params of rows, side by side. numpy."""
-  columns = zip(*map(dataclasses.astuple, params), strict=True)
+def stack(rows: Sequence[SamplingParams]) -> RowParams:
+  """Each row's params, side by side. numpy.
+
+  >>> stack([SamplingParams(), SamplingParams(top_k=5)]).top_k
+  array([0, 5], dtype=int32)
+  """
+  columns = zip(*map(dataclasses.astuple, rows), strict=True)
   dtypes = np.float32, np.int32, np.float32, np.float32
   return RowParams(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
 def sample_token(
-  logits: Float[Array, "B V"], keys: Key[Array, "B"], params: RowParams
+  logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: RowParams
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-  """A token a row and its log-probability, in nats.
+  """Draws a token a row; returns it and its log-probability, in nats.
 
   The log-probability is that of softmax(logits / temperature), whole: not of the truncated distribution, and not of the
   greedy one, where it is that of temperature 1. It is what a trainer computes for the same token.
+
+  >>> key, greedy = jax.random.split(jax.random.key(0), 1), stack([SamplingParams(temperature=0)])
+  >>> token, logprob = sample_token(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), key, greedy)
+  >>> token.item(), round(float(jnp.exp(logprob[0])), 3)
+  (1, 0.5)
   """
-  greedy = params.temperature < _COLDEST
-  logits = logits / jnp.where(greedy, 1, params.temperature)[:, None]
-  truncates = (params.top_k > 0) | (params.top_p < 1) | (params.min_p > 0)
-  # To sort the vocabulary is dear beside the rest: only where a row asks for it.
-  left = jax.lax.cond(jnp.any(truncates & ~greedy), truncate, lambda logits, _: logits, logits, params)
+  greedy = sampling.temperature < _COLDEST
+  logits = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
+  truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+  # To sort the vocabulary is dear beside all else: only where a row asks for it.
+  truncated = jax.lax.cond(jnp.any(truncates & ~greedy), truncate, lambda logits, _: logits, logits, sampling)
   noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)  # as in jax.random.categorical
-  tokens = _argmax(jnp.where(greedy[:, None], logits, left + noise))
+  tokens = _argmax(jnp.where(greedy[:, None], logits, truncated + noise))
   chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
   return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
-def truncate(logits: Float[Array, "B V"], params: RowParams) -> Float[Array, "B V"]:
-  """-inf for tokens that top-k, then top-p of what it left, then min-p shut out; the most probable one always stays.
+def truncate(logits: Float[Array, "B V"], sampling: RowParams) -> Float[Array, "B V"]:
+  """Puts -inf where top-k, then top-p of what it left, then min-p shut out; the most probable token always stays.
 
   top-p keeps a token if the more probable ones together are under p (Holtzman et al. 2020); ties stay together.
+
+  >>> jnp.isfinite(truncate(jnp.log(jnp.array([[0.2, 0.5, 0.3]])), stack([SamplingParams(top_p=0.6)]))).tolist()
+  [[False, True, True]]
   """
   # Computed once: rounded otherwise in another place, the smallest that is to stay, even the best, would not be found.
   logits = jax.lax.optimization_barrier(logits)
   size = logits.shape[-1]
-  top_k, top_p, min_p = params.top_k[:, None], params.top_p[:, None], params.min_p[:, None]
+  top_k = sampling.top_k[:, None]
+  top_p = sampling.top_p[:, None]
+  min_p = sampling.min_p[:, None]
   descending = -jnp.sort(-logits, axis=-1)
   last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
   kth = jnp.take_along_axis(descending, last, axis=-1)

@@ -1,29 +1,26 @@
-"""Requests on their way through the slots of an engine; they may come and go at any time. A round of `Scheduler.round`:
+"""Requests on their way through the slots; they may come and go at any time. A round of `Scheduler.round`:
 
-score the rows that ended two rounds ago -> their slots are free -> refill -> decode a chunk
-                                            meanwhile: text and splicing of the rows that ended one round ago
+score the rows that finished two rounds ago -> their slots are free -> refill -> decode a chunk
+                                               meanwhile: text and splicing of the rows that finished one round ago
 """
 
 import collections
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from rlpr_jax import splicing
 from rlpr_jax.models import Params
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.batches import Entry, Prefilled, References, Scored
+from rlpr_jax.sampling.device import Device, Entry, Suffix
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import bucket
+from rlpr_jax.splicing import Splice
 from rlpr_jax.types import Prompt
-
-if TYPE_CHECKING:
-  from rlpr_jax.sampling.engine import Engine
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,188 +29,238 @@ class Group:
 
   prompt: Prompt
   draw: int  # its number
-  choice: SamplingParams
+  sampling: SamplingParams
   stop: tuple[str, ...]  # strings that end a response
   waiting: int  # samples that are in no slot yet
-  place: tuple[Prefilled, int] | None = None  # where it was read to, as long as samples are waiting
+  place: tuple[decode.Prefilled, int] | None = None  # where it was read to, as long as samples are waiting
+
+
+class Reference(NamedTuple):
+  """A reference answer in the place of a response's own, as it was scored."""
+
+  start: int  # tokens of the response that stand before the suffix
+  tokens: list[int]  # the suffix
+  mask: list[bool]  # True on the reference answer's own tokens
+  logps: np.ndarray  # float32[A] of these
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
   """A response that is to be sampled, and what has come of it."""
 
-  row: int  # of the references, and the caller's
   group: Group
   sample: int  # among the group's
   limit: int  # most tokens
-  tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # EOS included
+  tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # so far, EOS included
   logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
   finished: bool = False  # ended by EOS or a stop string; else cut at its limit
   text: str = ""  # without EOS or stop string
+  reference: Reference | None = None  # None: there is no place for one in the response, or none was asked for
+  overlong: bool = False  # there is a place for the reference, but no room
 
 
 class Scheduler:
-  """Samples in slots what is asked for, and scores the reference answers if it is given a place for them."""
+  """Decides which prompt goes into which slot, and when; functions that it is given do what needs a tokenizer."""
 
-  def __init__(self, engine: "Engine", params: Params, key: jax.Array, references: References | None = None):
+  def __init__(
+    self,
+    device: Device,
+    params: Params,
+    key: jax.Array,
+    decode_text: Callable[[Sequence[int]], str],
+    splice: Callable[[Prompt, list[int]], Splice | None] | None = None,
+  ):
     """
     Args:
       key: with a group's draw and a request's sample it decides the response, whatever its slot and neighbours.
-      references: rows for the requests that will come, to be written to.
+      decode_text: tokens to text.
+      splice: puts a prompt's reference answer into the place of a response's own; None: nothing is scored.
     """
-    self.engine, self.params, self.key, self.references = engine, params, key, references
-    shapes = self.shapes = engine.shapes
-    self.pending: collections.deque[Request] = collections.deque()
-    self.slots = decode.empty_slots(engine.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
-    each = shapes.slots // shapes.num_shards
-    self.free = sorted(range(shapes.slots), key=lambda slot: slot % each)  # the parts of a mesh by turns
-    self.under_way: dict[int, Request] = {}  # by slot
-    self.ended: list[tuple[int, Request]] = []  # slot and request; its text is to be read
-    self.ready: list[Scored] = []  # to be scored; then its slot is free
-    self.longest = np.zeros(shapes.slots, np.int32)  # tokens of text in each slot
-    self.looked_at = np.zeros(shapes.slots, np.int32)  # tokens of its response that were searched for stop strings
+    self.device, self.shapes = device, device.shapes
+    self.params, self.key = params, key
+    self.decode_text, self.splice = decode_text, splice
+    self.slots = device.empty_slots(params)
+    # A request is in one of these after the other; from `running` to `to_score` it has a slot.
+    self.waiting: collections.deque[Request] = collections.deque()
+    self.running: dict[int, Request] = {}  # by slot
+    self.finished: list[tuple[int, Request]] = []  # slot and request; its text is to be read
+    self.to_score: list[tuple[Request, Suffix]] = []
+    count = self.shapes.slots
+    self.slots_each = count // self.shapes.num_shards  # of a part of the mesh
+    self.free = sorted(range(count), key=lambda slot: slot % self.slots_each)  # the parts by turns
+    self.longest = np.zeros(count, np.int32)  # tokens of text in each slot
+    self.looked_at = np.zeros(count, np.int32)  # tokens of its response that were searched for stop strings
     self.seconds = dict.fromkeys(("prefill", "decode", "score"), 0.0)
 
   @property
   def busy(self) -> bool:
     """Whether there is anything left to do."""
-    return bool(self.pending or self.under_way or self.ended or self.ready)
+    return bool(self.waiting or self.running or self.finished or self.to_score)
 
   def add(
-    self,
-    prompt: Prompt,
-    draw: int,
-    limits: Sequence[int],
-    choice: SamplingParams,
-    stop: Sequence[str] = (),
-    row: int = 0,
+    self, prompt: Prompt, draw: int, limits: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
   ) -> list[Request]:
     """Asks for a response to the prompt for each of the limits, which are of tokens, 1 or more.
 
     Args:
-      prompt: one that `Shapes.takes`.
+      prompt: is refused if it is not one that `Shapes.takes`.
       draw: its number, a uint32.
       stop: strings that end a response. Its tokens then end with the one that completes the string, wherever in a token
         that is, and its text before the string.
-      row: of the first response; the others follow.
     """
-    group = Group(prompt, draw, choice, tuple(stop), len(limits))
+    group = Group(prompt, draw, sampling, tuple(stop), waiting=len(limits))
     most = self.shapes.max_response_length  # a slot has no room for more
-    requests = [Request(row + sample, group, sample, min(limit, most)) for sample, limit in enumerate(limits)]
-    self.pending += requests
+    requests = [Request(group, sample, min(limit, most)) for sample, limit in enumerate(limits)]
+    if self.shapes.takes(prompt):
+      self.waiting += requests
     return requests
 
   def cancel(self, requests: Collection[Request]) -> None:
-    """Gives requests up that have not ended; their slots are free at once."""
-    for request in [request for request in self.pending if request in requests]:
-      self.pending.remove(request)
+    """Gives requests up that have not finished; their slots are free at once."""
+    for request in [request for request in self.waiting if request in requests]:
+      self.waiting.remove(request)
       request.group.waiting -= 1
     halted = np.zeros(self.shapes.slots, bool)
-    for slot in [slot for slot, request in self.under_way.items() if request in requests]:
+    for slot in [slot for slot, request in self.running.items() if request in requests]:
       halted[slot] = True
-      del self.under_way[slot]
+      del self.running[slot]
       self.free.append(slot)
     if halted.any():
       self.slots = decode.halt(self.slots, halted)
 
   def round(self) -> list[Request]:
-    """A few more tokens for everyone; returns the requests whose text is known now."""
+    """Draws a few more tokens for everyone; returns the requests whose text is known now."""
+    # 1. Score from the cache, which the slots' next texts are about to overwrite.
     with self.timed("score"):
-      self.score_ready()
+      self.score_references()
+    # 2. Fill all free slots before decoding: a row costs the same whether anything is in it or not.
     with self.timed("prefill"):
       self.refill()
       jax.block_until_ready(self.slots)
     with self.timed("decode"):
-      kv_length = bucket(self.shapes.kv_lengths, max((self.longest[slot] for slot in self.under_way), default=1))
+      # 3. Decode as few rows, and read as little of each, as the programs that are compiled allow. This only starts it.
+      kv_length = bucket(self.shapes.kv_lengths, max((self.longest[slot] for slot in self.running), default=1))
       rows = self.compact()
-      self.slots = decode.decode(self.engine.model, self.params, self.slots, self.engine.settings, rows, kv_length)
-      done = self.read_ended()  # while the device decodes
+      self.slots = self.device.decode(self.params, self.slots, rows, kv_length)
+      # 4. Tokenize while the device decodes: so the rows that finished in the round before are read only now.
+      done = self.read_finished()
+      # 5. Wait for the device, and see who has finished in this round.
       self.gather()
     return done
 
+  def score_references(self) -> None:
+    """Scores what was spliced; then the slots are free."""
+    suffixes = [suffix for _, suffix in self.to_score]
+    if suffixes:
+      shapes = self.shapes
+      logps = self.device.score(self.params, self.slots.cache, suffixes, shapes.score_rows, shapes.longest)
+      for (request, suffix), scores in zip(self.to_score, logps, strict=True):
+        start = suffix.prefix - len(request.group.prompt.ids)
+        request.reference = Reference(start, suffix.ids, suffix.mask, scores)
+    self.free += [suffix.row for suffix in suffixes]
+    self.to_score = []
+
   def refill(self) -> None:
-    """Next requests into free slots; each prompt is read once, when its first sample's turn comes."""
-    chosen: dict[int, tuple[Prefilled, list[Entry]]] = {}  # by the identity of the batch
-    while self.free and self.pending:
-      request, slot = self.pending.popleft(), self.free.pop(0)
+    """Puts the next requests into free slots; each prompt is read once, when its first sample's turn comes."""
+    entries: dict[int, tuple[decode.Prefilled, list[Entry]]] = {}  # by the identity of what was read together
+    while self.free and self.waiting:
+      request, slot = self.waiting.popleft(), self.free.pop(0)
       group = request.group
       if group.place is None:
         self.read_prompts(group)
-      batch, row = group.place
-      entry = Entry(row, slot, group.draw, request.sample, request.limit, group.choice)
-      chosen.setdefault(id(batch), (batch, []))[1].append(entry)
+      prompts, row = group.place
+      entry = Entry(
+        row=row, slot=slot, draw=group.draw, sample=request.sample, limit=request.limit, sampling=group.sampling
+      )
+      entries.setdefault(id(prompts), (prompts, []))[1].append(entry)
       group.waiting -= 1
       if not group.waiting:
         group.place = None
-      self.under_way[slot] = request
+      self.running[slot] = request
       self.longest[slot], self.looked_at[slot] = len(group.prompt.ids), 0
-    width = self.shapes.insert_rows
-    for batch, entries in chosen.values():
-      for first in range(0, len(entries), width):
-        part = entries[first : first + width]
-        self.slots = self.engine.insert(self.params, self.slots, batch, self.key, part)
-
-  def compact(self) -> int:
-    """Moves rows to the front once so few are left that a smaller program decodes them; returns how many it decodes."""
-    shapes = self.shapes
-    each = shapes.slots // shapes.num_shards
-    taken = collections.Counter(slot // each for slot in range(shapes.slots) if slot not in self.free)
-    rows = bucket(shapes.decode_rows, max(taken.values(), default=0) * shapes.num_shards)
-    front, pairs = rows // shapes.num_shards, []
-    for shard in range(shapes.num_shards):
-      behind = [slot for slot in self.under_way if slot // each == shard and slot % each >= front]
-      places = sorted(slot for slot in self.free if slot // each == shard and slot % each < front)
-      pairs += zip(behind, places, strict=False)
-    if pairs:
-      self.slots = self.engine.move(self.params, self.slots, pairs, rows)
-    for old, new in pairs:
-      self.under_way[new] = self.under_way.pop(old)
-      self.longest[new], self.looked_at[new] = self.longest[old], self.looked_at[old]
-      self.free[self.free.index(new)] = old
-    return rows
+    size = self.shapes.insert_rows
+    for prompts, new in entries.values():
+      for first in range(0, len(new), size):
+        self.slots = self.device.insert(self.params, self.slots, prompts, self.key, new[first : first + size])
 
   def read_prompts(self, first: Group) -> None:
     """Prefills a prompt, and with it the next ones that were not read yet and fit into the same bucket."""
     size, width = self.shapes.prefill_rows, bucket(self.shapes.prompt_buckets, len(first.prompt.ids))
     near: dict[Group, None] = {}  # not far ahead: what is read waits in memory for its turn
-    for request in self.pending:
+    for request in self.waiting:
       near[request.group] = None
       if len(near) > 2 * size:
         break
     others = [group for group in near if group is not first and group.place is None and len(group.prompt.ids) <= width]
     chosen = [first, *others[: size - 1]]
-    batch = self.engine.prefill(self.params, [group.prompt for group in chosen], width)
+    prompts = self.device.prefill(self.params, [group.prompt for group in chosen], width)
     for row, group in enumerate(chosen):
-      group.place = batch, row
+      group.place = prompts, row
+
+  def compact(self) -> int:
+    """Moves rows to the front once so few are left that a smaller program decodes them; returns how many it decodes."""
+    shapes, each = self.shapes, self.slots_each
+    taken = collections.Counter(slot // each for slot in range(shapes.slots) if slot not in self.free)
+    rows = bucket(shapes.decode_rows, max(taken.values(), default=0) * shapes.num_shards)
+    front, pairs = rows // shapes.num_shards, []
+    for shard in range(shapes.num_shards):
+      behind = [slot for slot in self.running if slot // each == shard and slot % each >= front]
+      places = sorted(slot for slot in self.free if slot // each == shard and slot % each < front)
+      pairs += zip(behind, places, strict=False)
+    if pairs:
+      self.slots = self.device.move(self.params, self.slots, pairs, rows)
+    for old, new in pairs:
+      self.running[new] = self.running.pop(old)
+      self.longest[new], self.looked_at[new] = self.longest[old], self.looked_at[old]
+      self.free[self.free.index(new)] = old
+    return rows
+
+  def read_finished(self) -> list[Request]:
+    """Reads the text of rows that have finished; a row whose reference can be scored keeps its slot until it is."""
+    for slot, request in self.finished:
+      prompt, response = request.group.prompt, request.tokens.tolist()
+      text = self.decode_text(self.device.settings.without_eos(response))
+      request.text = text[: first_stop(text, request.group.stop)]
+      splice = self.splice(prompt, response) if self.splice else None
+      if splice:
+        kept = [*prompt.ids, *response[: splice.prefix_length]]
+        suffix = Suffix.after(slot, kept, splice.suffix_ids, splice.answer_mask)
+        request.overlong = len(suffix.ids) > self.shapes.suffix_length
+      if splice and not request.overlong:
+        self.to_score.append((request, suffix))
+      elif self.splice:
+        self.free.append(slot)
+    requests = [request for _, request in self.finished]
+    self.finished = []
+    return requests
 
   def gather(self) -> None:
-    """Waits for the device, and takes the rows that have ended."""
-    slots = self.slots
-    state = jax.device_get((slots.active, slots.lengths, slots.counts, slots.finished))
-    active, self.longest, counts, finished = map(np.array, state)  # to be written to
-    if any(request.group.stop for request in self.under_way.values()):
-      self.find_stops(active, counts, finished)
-    ended = [(slot, request) for slot, request in self.under_way.items() if not active[slot]]
+    """Waits for the device, and takes the rows that have finished."""
+    state = {name: np.array(x) for name, x in self.read("active", "lengths", "counts", "finished").items()}
+    self.longest = state["lengths"]
+    if any(request.group.stop for request in self.running.values()):
+      self.find_stops(state)
+    ended = [(slot, request) for slot, request in self.running.items() if not state["active"][slot]]
     size = self.shapes.score_rows
     for first in range(0, len(ended), size):
       part = ended[first : first + size]
-      where = np.zeros(size, np.int32)
-      where[: len(part)] = [slot for slot, _ in part]
-      tokens, logprobs = jax.device_get(decode.collect(self.slots, where))
+      rows = np.zeros(size, np.int32)
+      rows[: len(part)] = [slot for slot, _ in part]
+      tokens, logprobs = jax.device_get(decode.collect(self.slots, rows))
       for i, (slot, request) in enumerate(part):
-        count = counts[slot]
+        count = state["counts"][slot]
         request.tokens, request.logprobs = tokens[i, :count].copy(), logprobs[i, :count].copy()
-        request.finished = bool(finished[slot])
-        del self.under_way[slot]
-        if self.references is None:
+        request.finished = bool(state["finished"][slot])
+        del self.running[slot]
+        if not self.splice:
           self.free.append(slot)
-    self.ended = ended
+    self.finished = ended
 
-  def find_stops(self, active: np.ndarray, counts: np.ndarray, finished: np.ndarray) -> None:
+  def find_stops(self, state: dict[str, np.ndarray]) -> None:
     """Ends the rows in whose text a stop string has come up, at the token that completes it; changes the arrays."""
-    tokens = jax.device_get(self.slots.tokens)
+    tokens, counts = self.read("tokens")["tokens"], state["counts"]
     halted = np.zeros(self.shapes.slots, bool)
-    for slot, request in self.under_way.items():
+    for slot, request in self.running.items():
       stop = request.group.stop
       margin = max((len(text.encode()) for text in stop), default=0)  # a token is a byte at least
       first, last = self.looked_at[slot], counts[slot]
@@ -221,50 +268,28 @@ class Scheduler:
         continue
       ends = [count for count in range(first + 1, last + 1) if self.has_stop(tokens[slot, :count], stop)]
       if ends:
-        halted[slot], finished[slot], active[slot], counts[slot] = True, True, False, ends[0]
+        halted[slot], counts[slot] = True, ends[0]
     self.looked_at = counts
+    state["finished"] |= halted
+    state["active"] &= ~halted
     if halted.any():
       self.slots = decode.halt(self.slots, halted)
 
   def has_stop(self, tokens: np.ndarray, stop: Sequence[str]) -> bool:
-    return bool(stop) and first_stop(self.engine.decode_text(tokens), stop) is not None
+    return bool(stop) and first_stop(self.decode_text(tokens), stop) is not None
 
-  def so_far(self) -> list[tuple[Request, np.ndarray, np.ndarray]]:
-    """Of each request in a slot: its tokens by now, and their log-probabilities."""
-    slots = self.slots
-    counts, tokens, logprobs = jax.device_get((slots.counts, slots.tokens, slots.logprobs))
-    return [
-      (request, tokens[slot, : counts[slot]].copy(), logprobs[slot, : counts[slot]].copy())
-      for slot, request in self.under_way.items()
-    ]
+  def read_running(self) -> list[Request]:
+    """Reads what the requests in slots have come to by now; returns them."""
+    state = self.read("counts", "tokens", "logprobs")
+    for slot, request in self.running.items():
+      count = state["counts"][slot]
+      request.tokens = state["tokens"][slot, :count].copy()
+      request.logprobs = state["logprobs"][slot, :count].copy()
+    return list(self.running.values())
 
-  def read_ended(self) -> list[Request]:
-    """The text of rows that have ended, and where their reference answers go."""
-    engine, done = self.engine, [request for _, request in self.ended]
-    for slot, request in self.ended:
-      prompt, response = request.group.prompt, request.tokens.tolist()
-      text = engine.response_text(response)
-      request.text = text[: first_stop(text, request.group.stop)]
-      if self.references is None:
-        continue
-      splice = splicing.splice(engine.tokenizer, prompt.ids, response, prompt.reference, engine.template)
-      fits, suffix = engine.cut(splice.suffix_ids, splice.answer_mask) if splice else (False, None)
-      if fits:
-        kept = [*prompt.ids, *response[: splice.prefix_length]]
-        self.ready.append(Scored(slot, request.row, len(kept), int(kept[-1]), *suffix))
-        self.references.starts[request.row] = splice.prefix_length
-      else:
-        self.references.overlong[request.row] = splice is not None
-        self.free.append(slot)
-    self.ended = []
-    return done
-
-  def score_ready(self) -> None:
-    if self.ready:
-      shapes = self.shapes
-      self.engine.score(self.params, self.slots.cache, self.ready, shapes.score_rows, shapes.longest, self.references)
-    self.free += [item.row for item in self.ready]
-    self.ready = []
+  def read(self, *names: str) -> dict[str, np.ndarray]:
+    """Copies arrays of the slots from the device."""
+    return jax.device_get({name: getattr(self.slots, name) for name in names})
 
   @contextlib.contextmanager
   def timed(self, name: str) -> Iterator[None]:
@@ -274,5 +299,9 @@ class Scheduler:
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
-  """Where the first of the stop strings begins; None where there is none."""
+  """Finds where the first of the stop strings begins; None where there is none.
+
+  >>> first_stop("one, two; three", [";", ","])
+  3
+  """
   return min((text.find(string) for string in stop if string in text), default=None)

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Int
+
 from rlpr_jax.types import Prompt
 
 _LANES = 128  # numbers that lie side by side in a TPU's registers
@@ -71,7 +74,11 @@ class Shapes:
 
 
 def buckets(limit: int, smallest: int, ratio: int) -> tuple[int, ...]:
-  """Lengths up to `limit`, each `ratio` times the one before and not under `smallest`; a few, for each is compiled."""
+  """Lengths up to `limit`, each `ratio` times the one before and not under `smallest`; a few, for each is compiled.
+
+  >>> buckets(100, smallest=16, ratio=2)
+  (25, 50, 100)
+  """
   lengths = [limit]
   while lengths[-1] // ratio >= smallest:
     lengths.append(-(-lengths[-1] // ratio))
@@ -79,5 +86,32 @@ def buckets(limit: int, smallest: int, ratio: int) -> tuple[int, ...]:
 
 
 def bucket(lengths: Sequence[int], needed: int) -> int:
-  """The smallest of the lengths that is enough."""
+  """The smallest of the lengths that is enough.
+
+  >>> bucket((25, 50, 100), 26)
+  50
+  """
   return next(length for length in lengths if length >= needed)
+
+
+def pad_rows(rows: Sequence[Sequence], width: int, dtype: type = np.int32) -> np.ndarray:
+  """Rows of several lengths as one array [rows, width], with zeros behind each.
+
+  >>> pad_rows([[1, 2], [], [3]], width=3).tolist()
+  [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
+  """
+  padded = np.zeros((len(rows), width), dtype)
+  for row, values in zip(padded, rows, strict=True):
+    row[: len(values)] = values
+  return padded
+
+
+def pad_prompts(prompts: Sequence[Prompt], width: int) -> tuple[Int[np.ndarray, "P N"], Int[np.ndarray, "P"]]:
+  """Token ids of prompts, padded on the right, and their lengths.
+
+  >>> tokens, lengths = pad_prompts([Prompt(ids=np.array([5, 6])), Prompt(ids=np.array([7]))], width=3)
+  >>> tokens.tolist(), lengths.tolist()
+  ([[5, 6, 0], [7, 0, 0]], [2, 1])
+  """
+  ids = [prompt.ids for prompt in prompts]
+  return pad_rows(ids, width), np.array([len(row) for row in ids], np.int32)

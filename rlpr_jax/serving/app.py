@@ -22,14 +22,14 @@ from rlpr_jax.serving.protocol import Call, Json, RequestError
 
 
 class Limits(NamedTuple):
-  """What a client may ask for."""
+  """Bounds of what a client may ask for."""
 
   body_bytes: int
   seconds: float  # of a request, its time in the queue included
 
 
 class _Metrics:
-  """What Prometheus collects."""
+  """Counters and gauges that Prometheus collects."""
 
   def __init__(self, loop: Loop):
     self.registry = prometheus_client.CollectorRegistry()
@@ -46,7 +46,7 @@ _GONE = 499  # as nginx has it; no client reads it
 
 
 def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str | None = None) -> Starlette:
-  """The application.
+  """Makes the application.
 
   Args:
     model: the name that it is served under.
@@ -54,7 +54,7 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
   """
   metrics = _Metrics(loop)
   parse = functools.partial(
-    protocol.parse, model=model, tokenizer=engine.tokenizer, shapes=engine.shapes, most=loop.most
+    protocol.parse, model=model, tokenizer=engine.tokenizer, shapes=engine.device.shapes, most=loop.most
   )
 
   async def complete(request: Request, chat: bool) -> Response:
@@ -66,7 +66,7 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
       raise RequestError(408, "the body did not come in time", "timeout_error", "timeout") from None
     # Templates and tokenizers take a while on long texts, during which others are to be heard.
     call = await asyncio.to_thread(parse, body, chat)
-    answer = _Answer(engine, loop, call, model, limits.seconds)
+    answer = _Answer(engine, loop, call, model=model, seconds=limits.seconds)
     answer.begin()
     if call.stream:
       return StreamingResponse(stream(request, answer), media_type="text/event-stream")
@@ -144,7 +144,7 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
 
 
 async def read(request: Request, most: int) -> bytes:
-  """The body of a request, if it is not over `most` bytes."""
+  """Reads the body of a request, if it is not over `most` bytes."""
   body = bytearray()
   async for part in request.stream():
     body += part
@@ -154,7 +154,7 @@ async def read(request: Request, most: int) -> bytes:
 
 
 async def _unless_gone(request: Request, work: Awaitable[Json]) -> Json | None:
-  """What the work comes to, or None if the client goes away before."""
+  """Waits for the work; None if the client goes away before it is done."""
 
   async def gone() -> None:
     while (await request.receive())["type"] != "http.disconnect":
@@ -175,7 +175,7 @@ class _Answer:
   def __init__(self, engine: Engine, loop: Loop, call: Call, model: str, seconds: float):
     self.call, self.completion_tokens = call, 0
     self.prompt_tokens = sum(len(prompt.ids) for prompt in call.prompts)
-    self.left = len(call.prompts) * call.n  # samples that have not ended
+    self.unfinished = len(call.prompts) * call.n  # samples
     self._engine, self._loop, self._seconds = engine, loop, seconds
     self._common = protocol.identify(call.chat) | {"model": model}
     self._news: asyncio.Queue[tuple[int, Written] | None] = asyncio.Queue()
@@ -198,7 +198,15 @@ class _Answer:
     try:
       for row, prompt in enumerate(call.prompts):
         seed, limits = (call.seed + row) % 2**32, [call.limit] * call.n
-        job = Job(prompt, limits, call.choice, call.stop, seed, call.stream, functools.partial(tell, row))
+        job = Job(
+          prompt=prompt,
+          limits=limits,
+          sampling=call.sampling,
+          stop=call.stop,
+          seed=seed,
+          stream=call.stream,
+          tell=functools.partial(tell, row),
+        )
         self._loop.submit(job)
         self._jobs.append(job)
     except FullError:
@@ -209,34 +217,37 @@ class _Answer:
       raise RequestError(503, "the server is shutting down or has failed", "server_error") from None
 
   def end(self) -> None:
-    """Gives up what has not ended."""
-    if self.left:
+    """Gives up what has not finished."""
+    if self.unfinished:
       for job in self._jobs:
         self._loop.cancel(job)
 
   async def whole(self) -> Json:
-    """The body of the response, once all samples have ended."""
+    """Makes the body of the response, once all samples have finished."""
     choices: dict[int, Json] = {}
-    while self.left:
+    while self.unfinished:
       index, written = await self._next()
       if written.text is not None:
-        choices[index] = self._choice(index, written, written.text, piece=False)
+        piece = protocol.Piece(index, written.text, self._reason(written), self._logprobs(written))
+        choices[index] = protocol.choice_body(self.call.chat, piece, streamed=False)
     total = protocol.usage(self.prompt_tokens, self.completion_tokens)
     return self._common | {"choices": [choices[index] for index in sorted(choices)], "usage": total}
 
   async def pieces(self) -> AsyncIterator[Json]:
-    """The bodies of a stream."""
-    call, eos_ids = self.call, self._engine.settings.eos_ids
+    """Makes the bodies of a stream."""
+    call, eos_ids = self.call, self._engine.device.settings.eos_ids
     common = self._common | {"object": "chat.completion.chunk"} if call.chat else self._common
-    texts = [protocol.TextStream(self._engine.tokenizer, eos_ids, call.stop) for _ in range(self.left)]
-    told = [0] * self.left  # tokens
-    while self.left:
+    texts = [protocol.TextStream(self._engine.tokenizer, eos_ids, call.stop) for _ in range(self.unfinished)]
+    told = [0] * self.unfinished  # tokens
+    while self.unfinished:
       index, written = await self._next()
       stream = texts[index]
       begin = stream.told
       text = stream.grow(written.tokens) if written.text is None else stream.end(written.text)
       if text or written.text is not None:
-        yield common | {"choices": [self._choice(index, written, text, True, told[index], begin)]}
+        logprobs = self._logprobs(written, told[index], begin)
+        piece = protocol.Piece(index, text, self._reason(written), logprobs)
+        yield common | {"choices": [protocol.choice_body(call.chat, piece, streamed=True)]}
         told[index] = len(written.tokens)
     if call.usage:
       yield common | {"choices": [], "usage": protocol.usage(self.prompt_tokens, self.completion_tokens)}
@@ -251,18 +262,22 @@ class _Answer:
       raise RequestError(500, "the engine has failed", "server_error")
     index, written = news
     if written.text is not None:
-      self.left -= 1
+      self.unfinished -= 1
       self.completion_tokens += len(written.tokens)
     return index, written
 
-  def _choice(self, index: int, written: Written, text: str, piece: bool, first: int = 0, begin: int = 0) -> Json:
-    """One sample's part of a body, with its tokens' log-probabilities from `first` on, after `begin` characters."""
-    reason, logprobs = None, None
-    if written.text is not None:
-      reason = "stop" if written.finished else "length"
-    if self.call.logprobs:
-      seen = [i for i in range(first, len(written.tokens)) if written.tokens[i] not in self._engine.settings.eos_ids]
-      logprobs = protocol.token_logprobs(
-        self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen], begin
-      )
-    return protocol.choice_body(self.call, index, text, reason, logprobs, piece)
+  def _reason(self, written: Written) -> str | None:
+    """Why a sample ended; None before."""
+    if written.text is None:
+      return None
+    return "stop" if written.finished else "length"
+
+  def _logprobs(self, written: Written, first: int = 0, begin: int = 0) -> Json | None:
+    """Log-probabilities of the tokens from `first` on, after `begin` characters; None if they were not asked for."""
+    if not self.call.logprobs:
+      return None
+    eos_ids = self._engine.device.settings.eos_ids
+    seen = [i for i in range(first, len(written.tokens)) if written.tokens[i] not in eos_ids]
+    return protocol.token_logprobs(
+      self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen], begin
+    )

@@ -12,12 +12,12 @@ import numpy as np
 from rlpr_jax.models import Params
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams
-from rlpr_jax.sampling.scheduler import Request, Scheduler
+from rlpr_jax.sampling.scheduler import Request
 from rlpr_jax.types import Prompt
 
 
 class Written(NamedTuple):
-  """What a sample has come to."""
+  """A sample, as far as it has come."""
 
   sample: int
   tokens: np.ndarray  # int32, all of the response so far
@@ -32,7 +32,7 @@ class Job:
 
   prompt: Prompt
   limits: Sequence[int]  # most tokens of each sample
-  choice: SamplingParams
+  sampling: SamplingParams
   stop: Sequence[str]
   seed: int  # uint32
   stream: bool  # whether `tell` is called before a sample has ended
@@ -49,7 +49,7 @@ class ClosedError(Exception):
 
 
 class Loop:
-  """Runs one session for all jobs, for as long as it is open."""
+  """Runs one scheduler for all jobs, for as long as it is open."""
 
   def __init__(self, engine: Engine, params: Params, most_waiting: int):
     """
@@ -58,14 +58,14 @@ class Loop:
     """
     self.error: BaseException | None = None
     self.waiting, self.running = 0, 0  # samples without and with a slot
-    self.most = engine.shapes.slots + most_waiting  # samples
-    self._session = Scheduler(engine, params, jax.random.key(0))
+    self.most = engine.device.shapes.slots + most_waiting  # samples
+    self.jobs: dict[Request, Job] = {}  # that clients wait for
+    self._scheduler = engine.scheduler(params, jax.random.key(0))
     self._changed = threading.Condition()
     self._new: collections.deque[Job] = collections.deque()
-    self._taken: list[Job] = []  # the last that were handed to the session
+    self._taken: list[Job] = []  # the last that were handed to the scheduler
     self._cancelled: list[Job] = []
     self._closing = False
-    self._jobs: dict[Request, Job] = {}
     self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
     self._thread.start()
 
@@ -100,51 +100,50 @@ class Loop:
   def _run(self) -> None:
     try:
       while self._take():
-        done = self._session.round()
-        self._tell(done)
+        self._tell(self._scheduler.round())
         with self._changed:
           self._count()
     except Exception as error:  # whatever it is, no client may wait for ever
       with self._changed:
         self.error, self.waiting, self.running = error, 0, 0
-        jobs = {*self._taken, *self._jobs.values(), *self._new}
+        jobs = {*self._taken, *self.jobs.values(), *self._new}
       for job in jobs:
         job.tell(None)
       raise
 
   def _take(self) -> bool:
-    """Waits for something to do, and hands it to the session; False once all is over."""
-    session = self._session
+    """Waits for something to do, and hands it to the scheduler; False once all is over."""
+    scheduler = self._scheduler
     while True:
       with self._changed:
-        while not (self._new or self._cancelled or session.busy or self._closing):
+        while not (self._new or self._cancelled or scheduler.busy or self._closing):
           self._changed.wait()
         self._taken, cancelled = list(self._new), self._cancelled
         self._new.clear()
         self._cancelled = []
         for job in self._taken:
-          job.requests = session.add(job.prompt, job.seed, job.limits, job.choice, job.stop)
-          self._jobs |= dict.fromkeys(job.requests, job)
+          job.requests = scheduler.add(job.prompt, job.seed, job.limits, job.sampling, job.stop)
+          self.jobs |= dict.fromkeys(job.requests, job)
         for job in cancelled:
-          session.cancel(job.requests)
+          scheduler.cancel(job.requests)
           for request in job.requests:
-            self._jobs.pop(request, None)
+            self.jobs.pop(request, None)
         self._count()
-        if session.busy:
+        if scheduler.busy:
           return True
         if self._closing:
           return False
 
   def _count(self) -> None:
-    self.waiting, self.running = len(self._session.pending), len(self._session.under_way)
+    self.waiting, self.running = len(self._scheduler.waiting), len(self._scheduler.running)
 
   def _tell(self, done: Sequence[Request]) -> None:
-    if any(job.stream for job in self._jobs.values()):
-      for request, tokens, logprobs in self._session.so_far():
-        job = self._jobs.get(request)
+    if any(job.stream for job in self.jobs.values()):
+      for request in self._scheduler.read_running():
+        job = self.jobs.get(request)
         if job and job.stream:
-          job.tell(Written(request.sample, tokens, logprobs, None, False))
+          job.tell(Written(request.sample, request.tokens, request.logprobs, text=None, finished=False))
     for request in done:
-      job = self._jobs.pop(request, None)  # None: cancelled after it had ended
+      job = self.jobs.pop(request, None)  # None: cancelled after it had finished
       if job:
         job.tell(Written(request.sample, request.tokens, request.logprobs, request.text, request.finished))

@@ -1,4 +1,4 @@
-"""What OpenAI's interface says: bodies of requests to jobs, what was sampled to bodies of responses."""
+"""OpenAI's interface: bodies of requests to calls, what was sampled to bodies of responses."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ class Call:
   prompts: tuple[Prompt, ...]  # one, or several of a plain completion
   n: int  # samples of each
   limit: int  # tokens of a response
-  choice: SamplingParams
+  sampling: SamplingParams
   stop: tuple[str, ...]
   seed: int  # uint32
   stream: bool
@@ -120,7 +120,7 @@ def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBas
   limit = _take(request, "max_tokens", int, shapes.max_response_length if chat else _COMPLETION_TOKENS)
   limit = _take(request, "max_completion_tokens", int, limit)  # the name of it in chats; else it is refused above
   limit = _within(limit, "max_tokens", 1, shapes.max_response_length)
-  choice = SamplingParams(
+  sampling = SamplingParams(
     temperature=_within(_take(request, "temperature", float, 1.0), "temperature", 0, 2),
     top_k=_within(_take(request, "top_k", int, 0), "top_k", -1, 2**31 - 1),
     top_p=_within(_take(request, "top_p", float, 1.0), "top_p", 0, 1),
@@ -132,16 +132,16 @@ def parse(body: bytes, chat: bool, model: str, tokenizer: PreTrainedTokenizerBas
   if logprobs is not None and not (isinstance(logprobs, bool) if chat else type(logprobs) is int and logprobs == 0):
     raise RequestError(400, f"logprobs: expected {'true or false' if chat else '0: those of the sampled tokens'}")
   return Call(
-    chat,
-    tuple(Prompt(ids=np.array(ids, np.int32), row=row) for row, ids in enumerate(prompts)),
-    n,
-    limit,
-    dataclasses.replace(choice, top_k=max(choice.top_k, 0)),
-    _stops(request.get("stop")),
-    secrets.randbits(32) if seed is None else seed % 2**32,
-    _take(request, "stream", bool, False),
-    bool(options.get("include_usage")),
-    logprobs is not None and logprobs is not False,
+    chat=chat,
+    prompts=tuple(Prompt(ids=np.array(ids, np.int32), row=row) for row, ids in enumerate(prompts)),
+    n=n,
+    limit=limit,
+    sampling=dataclasses.replace(sampling, top_k=max(sampling.top_k, 0)),
+    stop=_stops(request.get("stop")),
+    seed=secrets.randbits(32) if seed is None else seed % 2**32,
+    stream=_take(request, "stream", bool, False),
+    usage=bool(options.get("include_usage")),
+    logprobs=logprobs is not None and logprobs is not False,
   )
 
 
@@ -209,15 +209,15 @@ def _plain_prompts(request: Json, tokenizer: PreTrainedTokenizerBase, most: int)
   several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
   if several and len(prompt) > most:
     raise RequestError(400, f"prompt: {len(prompt)} of them, expected at most {most} with that n")
-  found = []
-  for one in prompt if several else [prompt]:
-    if isinstance(one, str) and one:
-      found.append(tokenizer.encode(_text(one)))
-    elif isinstance(one, list) and one and all(type(x) is int and 0 <= x < len(tokenizer) for x in one):
-      found.append(one)
+  prompts = []
+  for entry in prompt if several else [prompt]:
+    if isinstance(entry, str) and entry:
+      prompts.append(tokenizer.encode(_text(entry)))
+    elif isinstance(entry, list) and entry and all(type(x) is int and 0 <= x < len(tokenizer) for x in entry):
+      prompts.append(entry)
     else:
       raise RequestError(400, "prompt: expected a text or token ids, or a list of such, none empty")
-  return found
+  return prompts
 
 
 # --- responses ---
@@ -279,13 +279,13 @@ class TextStream:
     return self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
   def end(self, text: str) -> str:
-    """What of the whole text was not told yet."""
+    """The part of the whole text that was not told yet."""
     new, self.told = text[self.told :], max(self.told, len(text))
     return new
 
 
 def identify(chat: bool) -> Json:
-  """What all bodies that answer one request have in common."""
+  """Makes what all bodies that answer one request have in common."""
   kind = "chat.completion" if chat else "text_completion"
   return {
     "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -316,14 +316,32 @@ def _bytes(text: str) -> list[int] | None:
   return None if "\N{REPLACEMENT CHARACTER}" in text else list(text.encode())
 
 
-def choice_body(call: Call, index: int, text: str, reason: str | None, logprobs: Json | None, piece: bool) -> Json:
-  """One response, or a piece of it."""
-  content = {"role": "assistant", "content": text}
-  said = {"delta" if piece else "message": content} if call.chat else {"text": text}
-  return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+class Piece(NamedTuple):
+  """One response of a body, or a piece of it."""
+
+  index: int
+  text: str
+  reason: str | None  # why it ended; None before
+  logprobs: Json | None
+
+
+def choice_body(chat: bool, piece: Piece, streamed: bool) -> Json:
+  """Makes the part of a body that is one response's.
+
+  >>> choice_body(chat=False, piece=Piece(0, "hi", "stop", None), streamed=False)
+  {'index': 0, 'text': 'hi', 'logprobs': None, 'finish_reason': 'stop'}
+  """
+  content = {"role": "assistant", "content": piece.text}
+  said = {"delta" if streamed else "message": content} if chat else {"text": piece.text}
+  return {"index": piece.index, **said, "logprobs": piece.logprobs, "finish_reason": piece.reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:
+  """Counts the tokens of a request.
+
+  >>> usage(3, 4)
+  {'prompt_tokens': 3, 'completion_tokens': 4, 'total_tokens': 7}
+  """
   return {
     "prompt_tokens": prompt_tokens,
     "completion_tokens": completion_tokens,

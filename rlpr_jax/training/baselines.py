@@ -8,7 +8,6 @@ from rlpr_jax import processes, rewards
 from rlpr_jax.models import Params
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.interrupt import StopRequest
-from rlpr_jax.training.reward import align
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Prompt, TrainState
 
@@ -16,12 +15,6 @@ from rlpr_jax.types import Prompt, TrainState
 def unknown_baselines(run: Run) -> np.ndarray:
   """float32[N, A] of NaN."""
   return np.full((len(run.prompts), run.config.data.max_reference_length), np.nan, np.float32)
-
-
-def measure_baselines(run: Run, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
-  """Log-probabilities float32[P, A] of each reference's tokens with no reasoning before them; NaN beyond the last."""
-  logps, mask = align(*run.engine.baseline(params, prompts))
-  return np.where(mask, logps, np.nan).astype(np.float32)
 
 
 def initial_baselines(run: Run, params: Params, stop: StopRequest) -> np.ndarray:
@@ -32,7 +25,7 @@ def initial_baselines(run: Run, params: Params, stop: StopRequest) -> np.ndarray
   for first in range(0, len(prompts), size):
     if stop:
       break
-    baselines[first : first + size] = measure_baselines(run, params, prompts[first : first + size])
+    baselines[first : first + size] = run.engine.baseline(params, prompts[first : first + size])
     progress(min(first + size, len(prompts)), len(prompts))
   return processes.gather(baselines, len(run.prompts))
 
@@ -47,7 +40,7 @@ def renew_baselines(run: Run, state: TrainState, params: Params, prompts: Sequen
   if settings.baseline_policy not in ("current", "moving_average"):
     return state.baselines
   rows = [prompt.row for prompt in prompts]
-  new = processes.gather(measure_baselines(run, params, processes.share(prompts)), len(prompts))
+  new = processes.gather(run.engine.baseline(params, processes.share(prompts)), len(prompts))
   if settings.baseline_policy == "moving_average":
     new = np.asarray(rewards.moving_average(state.baselines[rows], new, settings.baseline_rate))
   baselines = state.baselines.copy()  # a checkpoint may still be reading the old ones

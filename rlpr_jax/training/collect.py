@@ -11,8 +11,8 @@ from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import rollout_metrics, rollout_rows
-from rlpr_jax.sampling.batches import pad_prompts
-from rlpr_jax.sampling.engine import StoppedError
+from rlpr_jax.sampling.engine import SampleOptions, StoppedError
+from rlpr_jax.sampling.shapes import pad_prompts
 from rlpr_jax.training import packing
 from rlpr_jax.training.baselines import renew_baselines
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
@@ -81,7 +81,8 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
   my_numbered, my_prompts = processes.share(numbered), processes.share(prompts)
   rollouts = None
   with contextlib.suppress(StoppedError):
-    rollouts = run.engine.rollout(params, my_numbered, run.key, samples, stop.__bool__)
+    options = SampleOptions(interrupted=stop.__bool__)
+    rollouts = run.engine.rollout(params, my_numbered, run.key, samples, options)
   if processes.any_of(rollouts is None):
     raise StoppedError
 

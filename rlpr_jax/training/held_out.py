@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from rlpr_jax.grading import graders
 from rlpr_jax.models import Params
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.interrupt import StopRequest
-from rlpr_jax.sampling.engine import Engine, StoppedError
+from rlpr_jax.sampling.engine import Engine, SampleOptions, StoppedError
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Prompt
@@ -34,14 +34,14 @@ def evaluate_run(run: Run, params: Params, step: int, stop: StopRequest) -> dict
   settings = run.config.evaluation
   sampling = SamplingParams(settings.temperature, settings.top_k, settings.top_p, settings.min_p)
   accuracies = evaluate(
-    dataclasses.replace(run.engine, choice=sampling),
-    run.policy.sampling_params(params),
-    run.held_out,
-    settings.samples,
-    jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step),
-    metrics.Progress("held-out, response"),
-    settings.stop,
-    stop.__bool__,
+    engine=dataclasses.replace(run.engine, sampling=sampling),
+    params=run.policy.sampling_params(params),
+    prompts=run.held_out,
+    samples=settings.samples,
+    key=jax.random.fold_in(jax.random.fold_in(run.key, _EVALUATION_STREAM), step),
+    options=SampleOptions(
+      stop=settings.stop, progress=metrics.Progress("held-out, response"), interrupted=stop.__bool__
+    ),
   )
   return {f"held_out/{name}": value for name, value in accuracies.items()}
 
@@ -52,28 +52,21 @@ def evaluate(
   prompts: Sequence[Prompt],
   samples: int,
   key: jax.Array,
-  progress: Callable[[int, int], None],
-  stop: Sequence[str] = (),
-  interrupted: Callable[[], bool] = lambda: False,
+  options: SampleOptions,
 ) -> dict[str, float]:
   """Measures Avg@samples: exact match, but for built-in sentence questions, where what an answer says counts.
 
   Each process samples and grades its share.
 
-  Args:
-    progress: called with how many responses have ended, of how many.
-    stop: strings that end a response.
-    interrupted: as for `Engine.sample`.
-
   Returns:
     `accuracy`; `accuracy/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
 
   Raises:
-    StoppedError: on every process, if `interrupted` was true on one.
+    StoppedError: on every process, if `options.interrupted` was true on one.
   """
   mine, out = processes.share(list(enumerate(prompts))), None
   with contextlib.suppress(StoppedError):
-    out = engine.sample(params, mine, key, samples, progress, stop=stop, interrupted=interrupted)
+    out = engine.sample(params, mine, key, samples, options)
   if processes.any_of(out is None):
     raise StoppedError
   graded = np.zeros((len(mine) * samples, 3), np.float32)  # right, well-formed, length

@@ -14,6 +14,7 @@ from rlpr_jax.data.sources import load_examples
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.training import settings
@@ -58,15 +59,18 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   held_out = []
   if count := config.evaluation.prompts:
     held_out = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
+  device = Device(
+    model=policy.sampler,
+    settings=DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
+    shapes=settings.rollout_shapes(config, jax.process_count(), policy.sampling.sharding.num_shards("batch")),
+    score_temperature=config.reward.score_temperature,
+  )
   engine = Engine(
-    policy.sampler,
-    tokenizer,
-    DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
-    settings.rollout_shapes(config, jax.process_count(), policy.sampling.sharding.num_shards("batch")),
-    config.data.template,
-    config.reward.score_temperature,
-    config.reward.baseline_prefix,
-    SamplingParams(config.rollout.temperature),
+    device=device,
+    tokenizer=tokenizer,
+    template=config.data.template,
+    baseline_prefix=config.reward.baseline_prefix,
+    sampling=SamplingParams(config.rollout.temperature),
   )
   program = UpdateProgram(policy.model, create_optimizer(config), settings.update_settings(config, policy.sharding))
   return Run(

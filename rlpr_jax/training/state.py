@@ -51,7 +51,7 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   """
   params = initial_params(run.config, run.policy)
   demonstrations = supervised.load(run.config, run.engine.tokenizer) if run.config.warm_start.steps else None
-  run.engine.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
+  run.engine.device.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
   if demonstrations:
     params = supervised.warm_start(run.config, run.policy, params, demonstrations, stop)
   baselines = unknown_baselines(run)

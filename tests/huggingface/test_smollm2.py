@@ -12,7 +12,8 @@ import transformers
 from flax import nnx
 
 from rlpr_jax import huggingface, models, types
-from rlpr_jax.sampling.decode import DecodeSettings, Slots, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Slots, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import Shapes
@@ -94,14 +95,20 @@ def compute_logits(model, params, tokens):
   return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
 
-def sample(model, params, prompts, samples, settings: DecodeSettings, choice: SamplingParams, key) -> Slots:
+def sample(model, params, prompts, samples, settings: DecodeSettings, sampling: SamplingParams, key) -> Slots:
   """Slots with responses of NEW tokens at most to each prompt, in order."""
   tokens, lengths = prompts
   rows = len(tokens) * samples
   slots = empty_slots(model, params, rows, WIDTH + NEW + settings.steps, NEW)
-  source, keys = np.repeat(np.arange(len(tokens)), samples), jax.random.key_data(jax.random.split(key, rows))
-  read, limits = prefill(model, params, tokens, lengths), np.full(rows, NEW)
-  slots = insert(model, params, slots, *read, lengths, source, np.arange(rows), keys, limits, stack([choice] * rows))
+  hidden, cache = prefill(model, params, tokens, lengths)
+  entries = Entries(
+    source=np.repeat(np.arange(len(tokens)), samples),
+    target=np.arange(rows),
+    keys=jax.random.key_data(jax.random.split(key, rows)),
+    limits=np.full(rows, NEW),
+    sampling=stack([sampling] * rows),
+  )
+  slots = insert(model, params, slots, Prefilled(hidden, cache, lengths), entries)
   while slots.active.any():
     slots = decode(model, params, slots, settings, slots.counts.size, WIDTH + NEW)
   return jax.device_get(slots)
@@ -148,7 +155,8 @@ def test_generation_is_that_of_transformers(loaded, theirs, torch, published):
     slots=8, prompt_limit=96, max_response_length=new, suffix_length=4, steps=16, prefill_rows=4, score_rows=4,
     insert_rows=4,
   )  # fmt: skip
-  engine = Engine(model, tokenizer, settings, shapes, "think", 1.0, "bare", SamplingParams(0.0))
+  device = Device(model, settings, shapes)
+  engine = Engine(device, tokenizer, "think", baseline_prefix="bare", sampling=SamplingParams(0.0))
   draws = [
     (i, Prompt(ids=np.array(chat), question=text, row=i))
     for i, (chat, text) in enumerate(zip(chats, TOPICS, strict=True))

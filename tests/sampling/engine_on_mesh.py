@@ -12,6 +12,7 @@ from rlpr_jax import models, sharding
 from rlpr_jax.data import builtin
 from rlpr_jax.runs import metrics
 from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.types import Prompt
@@ -25,17 +26,14 @@ def roll_out(mesh, config, params, prompts, tokenizer):
   """Rollouts, baselines, and how many programs were compiled after the warm-up."""
   where = sharding.create(sharding.create_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)]))
   placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, models.abstract_params(config, where))
-  engine = Engine(
+  device = Device(
     models.definition(config, models.Runtime(sharding=where)),
-    tokenizer,
     DecodeSettings(5, (tokenizer.eos_token_id,)),
     Shapes(16, 42, 28, 32, 5, 4, 8, 8, num_shards=where.num_shards("batch")),
-    "answer_only",
-    score_temperature=1.0,
-    baseline_prefix="bare",
   )
+  engine = Engine(device, tokenizer, "answer_only", baseline_prefix="bare")
   draws, key = list(enumerate(prompts)), jax.random.key(0)
-  engine.compile_programs(placed, scoring=True)
+  device.compile_programs(placed, scoring=True)
   before = metrics.compilations()
   rollouts = engine.rollout(placed, draws, key, SAMPLES)
   compiled = metrics.compilations() - before
@@ -53,9 +51,9 @@ def main():
     Prompt(ids=rng.integers(8, 64, length).astype(np.int32), reference="ab1" * (1 + row), row=row)
     for row, length in enumerate(LENGTHS)
   ]
-  (expected, (logps, mask), _), *others = (roll_out(mesh, config, params, prompts, tokenizer) for mesh in MESHES)
+  (expected, baseline, _), *others = (roll_out(mesh, config, params, prompts, tokenizer) for mesh in MESHES)
   results = []
-  for found, (found_logps, found_mask), compiled in others:
+  for found, found_baseline, compiled in others:
     same = {
       name: bool(np.array_equal(getattr(found, name), getattr(expected, name)))
       for name in (
@@ -69,10 +67,14 @@ def main():
         "reference_mask",
       )
     }
-    off = [found.logprobs - expected.logprobs, found.reference_logps - expected.reference_logps, found_logps - logps]
+    off = [
+      found.logprobs - expected.logprobs,
+      found.reference_logps - expected.reference_logps,
+      np.nan_to_num(found_baseline) - np.nan_to_num(baseline),
+    ]
     results.append(
       {
-        "same": same | {"baseline_mask": bool(np.array_equal(found_mask, mask))},
+        "same": same | {"baseline_mask": bool(np.array_equal(np.isnan(found_baseline), np.isnan(baseline)))},
         "off": [float(np.abs(x).max()) for x in off],
         "compiled": compiled,
         "scored": int(found.scorable.sum()),

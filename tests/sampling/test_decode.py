@@ -10,8 +10,7 @@ from flax import nnx
 
 from rlpr_jax.models import KVCache
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.batches import row_keys
-from rlpr_jax.sampling.decode import DecodeSettings, Suffixes
+from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Suffixes, row_keys
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import PackedRows
@@ -43,7 +42,7 @@ def keys():
   return np.asarray(row_keys(jax.random.key(0), *np.divmod(np.arange(10, dtype=np.uint32), 2)))
 
 
-def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16, slots=None, choice=WHOLE):
+def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16, slots=None, sampling=WHOLE):
   """Slots with row `order[i]` of the ten in slot i; None leaves a slot empty."""
   count = len(order)
   if slots is None:
@@ -52,10 +51,10 @@ def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16
   hidden, cache = decode.prefill(policy.model, policy.params, prompts, LENGTHS)
   rows = np.array([0 if row is None else row for row in order])
   target = np.array([count if row is None else slot for slot, row in enumerate(order)], np.int32)
-  return decode.insert(
-    policy.model, policy.params, slots, hidden, cache, LENGTHS, SOURCE[rows], target, keys[rows], limits[rows],
-    stack([choice] * count),
-  )  # fmt: skip
+  entries = Entries(
+    source=SOURCE[rows], target=target, keys=keys[rows], limits=limits[rows], sampling=stack([sampling] * count)
+  )
+  return decode.insert(policy.model, policy.params, slots, Prefilled(hidden, cache, LENGTHS), entries)
 
 
 def run(policy, slots, eos_ids=ENDS, steps=16, kv_length=TEXT):
@@ -93,7 +92,7 @@ def forward(model, params, tokens):
   return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
 
-def one_after_another(policy, keys, choice, eos_ids):
+def one_after_another(policy, keys, sampling, eos_ids):
   """The ten rows as the definition has them: a whole pass over the text for every token, logits in float64."""
   texts, prompts = np.zeros((SLOTS, TEXT), np.int32), make_prompts()[SOURCE]
   texts[:, :WIDTH] = prompts
@@ -102,10 +101,10 @@ def one_after_another(policy, keys, choice, eos_ids):
   tokens, logprobs = np.full((SLOTS, LIMIT), -1), np.zeros((SLOTS, LIMIT))
   for place in range(LIMIT):
     logits = np.asarray(forward(policy.model, policy.params, texts), np.float64)[np.arange(SLOTS), lengths - 1]
-    logps = logits / (choice.temperature or 1)
+    logps = logits / (sampling.temperature or 1)
     logps -= np.log(np.exp(logps).sum(axis=1, keepdims=True))
     for row in np.flatnonzero(active):
-      if choice.temperature:
+      if sampling.temperature:
         key = jax.random.fold_in(jax.random.wrap_key_data(keys[row]), place)
         token = int(np.argmax(logps[row] + np.asarray(jax.random.gumbel(key, (VOCAB,)))))
       else:
@@ -154,19 +153,19 @@ def test_chunks_are_one_token_after_another(policy, keys, expected, steps):
   assert_same(read(run(policy, fill(policy, keys, steps=steps), steps=steps)), expected)
 
 
-@pytest.mark.parametrize("choice", [SamplingParams(0.5), SamplingParams(0.0)])
+@pytest.mark.parametrize("sampling", [SamplingParams(0.5), SamplingParams(0.0)])
 @pytest.mark.parametrize("eos_ids", [ENDLESS, ENDS])
-def test_other_temperatures_and_greedy(policy, keys, choice, eos_ids):
-  found = read(run(policy, fill(policy, keys, steps=5, choice=choice), eos_ids, steps=5))
-  assert_same(found, one_after_another(policy, keys, choice, eos_ids))
+def test_other_temperatures_and_greedy(policy, keys, sampling, eos_ids):
+  found = read(run(policy, fill(policy, keys, steps=5, sampling=sampling), eos_ids, steps=5))
+  assert_same(found, one_after_another(policy, keys, sampling, eos_ids))
   if eos_ids == ENDLESS:
     np.testing.assert_array_equal(found["counts"], LIMITS)
     assert not found["finished"].any()
 
 
 def test_truncation_reaches_the_tokens_and_not_their_log_probabilities(policy, keys):
-  choice = SamplingParams(1.0, top_k=3)
-  found = read(run(policy, fill(policy, keys, steps=5, choice=choice), ENDLESS, steps=5))
+  sampling = SamplingParams(1.0, top_k=3)
+  found = read(run(policy, fill(policy, keys, steps=5, sampling=sampling), ENDLESS, steps=5))
   texts = np.zeros((SLOTS, TEXT), np.int32)
   for row in range(SLOTS):
     texts[row, : found["lengths"][row]] = text_of(row, found["tokens"], found["counts"][row])
@@ -304,8 +303,8 @@ def test_garbage_behind_the_text_never_shows(policy, keys, expected):
   assert_same(read(run(policy, poison(fill(policy, keys)))), expected)
 
 
-def make_suffixes(texts, kept, groups, width, picks):
-  """Suffixes in segments after the first `kept` tokens of each text.
+def make_suffixes(of_rows, texts, kept, groups, width, picks):
+  """Suffixes in segments after the first `kept` tokens of each text, which are those of rows `of_rows` of a cache.
 
   Args:
     groups: for each row the suffixes, lists of tokens.
@@ -315,7 +314,11 @@ def make_suffixes(texts, kept, groups, width, picks):
     the suffixes; and the whole texts that they stand for, with how many tokens of each are scored, in order.
   """
   rows, scored = len(groups), max(sum(min(picks, len(s)) for s in group) for group in groups)
-  out = Suffixes(*(np.zeros((rows, width), np.int32) for _ in range(3)), *np.zeros((2, rows, scored), np.int32))
+  out = Suffixes(
+    np.array(of_rows, np.int32),
+    *(np.zeros((rows, width), np.int32) for _ in range(3)),
+    *np.zeros((2, rows, scored), np.int32),
+  )
   whole = []
   for row, (text, keep, group) in enumerate(zip(texts, kept, groups, strict=True)):
     at, done = 0, 0
@@ -324,7 +327,7 @@ def make_suffixes(texts, kept, groups, width, picks):
       out.tokens[row, here] = [text[keep - 1], *suffix[:-1]]
       out.positions[row, here] = keep - 1 + np.arange(len(suffix))
       out.segment_ids[row, here] = number
-      out.index[row, done : done + count] = np.arange(here.stop - count, here.stop)
+      out.places[row, done : done + count] = np.arange(here.stop - count, here.stop)
       out.targets[row, done : done + count] = suffix[-count:]
       whole.append((row, done, [*text[:keep], *suffix], count))
       at, done = here.stop, done + count
@@ -361,12 +364,10 @@ def test_suffixes_are_scored_as_in_a_whole_pass(policy, ended, temperature, pois
   groups = [
     [rng.integers(0, VOCAB, rng.integers(1, 7)).tolist() for _ in range(1 + row % 3)] for row in range(len(rows))
   ]
-  suffixes, whole = make_suffixes(texts, kept, groups, width=20, picks=4)
+  suffixes, whole = make_suffixes(rows, texts, kept, groups, width=20, picks=4)
   before = jax.device_get(slots.cache)
-  found = np.asarray(
-    decode.score(policy.model, policy.params, slots.cache, rows, suffixes, temperature, int(kept.max()))
-  )
-  far = np.asarray(decode.score(policy.model, policy.params, slots.cache, rows, suffixes, temperature, TEXT + 16))
+  found = np.asarray(decode.score(policy.model, policy.params, slots.cache, suffixes, temperature, int(kept.max())))
+  far = np.asarray(decode.score(policy.model, policy.params, slots.cache, suffixes, temperature, TEXT + 16))
   expected = whole_pass(policy, [text for _, _, text, _ in whole], temperature)
   for i, (row, start, text, count) in enumerate(whole):
     logps = expected[i, len(text) - count : len(text)]
@@ -377,12 +378,12 @@ def test_suffixes_are_scored_as_in_a_whole_pass(policy, ended, temperature, pois
 
 
 def test_padding_of_the_suffixes_changes_nothing(policy, ended):
-  rows, text = np.array([2], np.int32), text_of(2, np.asarray(ended.tokens), 1)
+  text = text_of(2, np.asarray(ended.tokens), 1)
   scores = []
   for width, filler in ((5, 0), (11, 0), (11, 63)):
-    suffixes, _ = make_suffixes([text], [len(text)], [[[5, 6, 7, 8, 9]]], width, picks=5)
+    suffixes, _ = make_suffixes([2], [text], [len(text)], [[[5, 6, 7, 8, 9]]], width, picks=5)
     suffixes.tokens[:, 5:] = filler
-    scores.append(np.asarray(decode.score(policy.model, policy.params, ended.cache, rows, suffixes, 1.0, TEXT)))
+    scores.append(np.asarray(decode.score(policy.model, policy.params, ended.cache, suffixes, 1.0, TEXT)))
     assert np.isfinite(scores[-1]).all()
   np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=1e-6)
 
@@ -395,10 +396,14 @@ def test_tokens_of_a_row_are_drawn_independently(policy):
   hidden, cache = decode.prefill(policy.model, flat, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
   slots = decode.empty_slots(policy.model, flat, count, 5, 2)
   for rows in np.split(np.arange(count, dtype=np.int32), count // 32):
-    slots = decode.insert(
-      policy.model, flat, slots, hidden, cache, np.ones(1, np.int32), np.zeros(32, np.int32), rows, keys[rows],
-      np.full(32, 2, np.int32), stack([WHOLE] * 32),
-    )  # fmt: skip
+    entries = Entries(
+      source=np.zeros(32, np.int32),
+      target=rows,
+      keys=keys[rows],
+      limits=np.full(32, 2, np.int32),
+      sampling=stack([WHOLE] * 32),
+    )
+    slots = decode.insert(policy.model, flat, slots, Prefilled(hidden, cache, np.ones(1, np.int32)), entries)
   slots = decode.decode(policy.model, flat, slots, DecodeSettings(2, ENDLESS), count, 3)
   np.testing.assert_allclose(slots.logprobs, -np.log(VOCAB), rtol=1e-6)
   first, second = np.asarray(slots.tokens).T
@@ -436,7 +441,8 @@ def test_the_cache_is_written_where_it_is(policy, program):
       case "decode":  # as many rows decoded, however many there are
         arguments = slots, DecodeSettings(4, ENDS), 4, 64
       case "insert":
-        arguments = slots, hidden, cache, few, few, few, np.zeros((4, 2), np.uint32), few, stack([WHOLE] * 4)
+        entries = Entries(few, few, np.zeros((4, 2), np.uint32), few, stack([WHOLE] * 4))
+        arguments = slots, Prefilled(hidden, cache, few), entries
       case "move":
         arguments = slots, few, few
     memory = getattr(decode, program).lower(policy.model, policy.params, *arguments).compile().memory_analysis()

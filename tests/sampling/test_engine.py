@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlpr_jax import splicing, types
-from rlpr_jax.errors import InputError
+from rlpr_jax import serve, splicing, train, types
+from rlpr_jax.errors import InputError, SizeError, size_names
 from rlpr_jax.models import Runtime, definition
 from rlpr_jax.runs import metrics
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.batches import row_keys
-from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine, SizeNames
+from rlpr_jax.sampling.decode import DecodeSettings, row_keys
+from rlpr_jax.sampling.device import Device
+from rlpr_jax.sampling.engine import Engine, SampleOptions
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes, buckets
 from rlpr_jax.training import packing
@@ -67,10 +67,11 @@ def letters(count, seed):
 def make(policy):
   """Engines of `answer_only`, where a random policy often happens to write `<answer>` exactly once."""
 
-  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", choice=SamplingParams(), **changes):
+  def make_engine(template="answer_only", score_temperature=1.0, prefix="bare", sampling=SamplingParams(), **changes):
     shapes = dataclasses.replace(SHAPES, **changes)
     settings = DecodeSettings(shapes.steps, (policy.tokenizer.eos_token_id,))
-    return Engine(policy.model, policy.tokenizer, settings, shapes, template, score_temperature, prefix, choice)
+    device = Device(policy.model, settings, shapes, score_temperature)
+    return Engine(device, policy.tokenizer, template, prefix, sampling)
 
   return make_engine
 
@@ -88,11 +89,16 @@ def rollouts(make, policy, draws):
   return make().rollout(policy.params, draws, KEY, SAMPLES)
 
 
-def assert_same(found, expected):
-  """All of two rollouts but the time they took."""
+SCORED = ("scorable", "overlong", "reference_starts", "reference_tokens", "reference_logps", "reference_mask")
+
+
+def assert_same(found, expected, scored=True):
+  """All of two rollouts but the time they took; of one without references, all that was sampled."""
   for name in found._fields:
     ours, theirs = getattr(found, name), getattr(expected, name)
-    if name in ("logprobs", "reference_logps"):
+    if name in SCORED and not scored:
+      assert ours is None
+    elif name in ("logprobs", "reference_logps"):
       np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
     elif name != "seconds":
       np.testing.assert_array_equal(ours, theirs, err_msg=name)
@@ -192,7 +198,7 @@ def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypa
   if scored:
     assert_same(engine.rollout(policy.params, draws, KEY, SAMPLES), rollouts)
   else:
-    assert_same(engine.sample(policy.params, draws, KEY, SAMPLES), rollouts)
+    assert_same(engine.sample(policy.params, draws, KEY, SAMPLES), rollouts, scored=False)
   rows = [rows for rows, _ in calls]
   assert set(rows) in ({slots, 16, 4}, {slots, 16})
   assert rows[0] == slots > rows[-1]
@@ -202,9 +208,10 @@ def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypa
 @pytest.mark.slow
 def test_an_int8_cache_is_nearly_the_same(make, policy, draws, rollouts):
   """Eight bits change log-probabilities a little and so, sooner or later, a token; what was sampled is what is told."""
-  runtime = Runtime("float32", "xla", int8_cache=True)
-  engine = dataclasses.replace(make(slots=16), model=definition(policy.config, runtime))
-  cache = decode.empty_slots(engine.model, policy.params, 16, 8, 8).cache
+  runtime, engine = Runtime("float32", "xla", int8_cache=True), make(slots=16)
+  device = dataclasses.replace(engine.device, model=definition(policy.config, runtime))
+  engine = dataclasses.replace(engine, device=device)
+  cache = decode.empty_slots(device.model, policy.params, 16, 8, 8).cache
   assert {x.dtype for x in jax.tree.leaves(cache)} == {np.dtype(np.int8), np.dtype(np.float32)}
   found = engine.rollout(policy.params, draws, KEY, SAMPLES)
   # Up to the first token that differs the two saw the same text, and so did the first one's log-probability.
@@ -244,8 +251,9 @@ def test_a_draws_number_decides_its_samples(make, policy, draws, rollouts):
 
 def test_a_rollout_is_what_sample_gives(make, policy, draws, rollouts):
   seen = []
-  samples = make().sample(policy.params, draws, KEY, SAMPLES, progress=lambda *counts: seen.append(counts))
-  assert_same(samples, rollouts)
+  options = SampleOptions(progress=lambda *counts: seen.append(counts))
+  samples = make().sample(policy.params, draws, KEY, SAMPLES, options)
+  assert_same(samples, rollouts, scored=False)
   total = len(SIZES) * SAMPLES
   assert {whole for _, whole in seen} == {total}
   assert sorted(seen) == seen
@@ -255,7 +263,7 @@ def test_a_rollout_is_what_sample_gives(make, policy, draws, rollouts):
 
 def test_every_response_ends_at_its_own_limit(make, policy, draws, rollouts):
   limits = np.random.default_rng(0).integers(1, RESPONSE + 5, len(draws) * SAMPLES)  # some over what a slot can hold
-  found = make().sample(policy.params, draws, KEY, SAMPLES, limits=limits)
+  found = make().sample(policy.params, draws, KEY, SAMPLES, SampleOptions(limits=limits))
   np.testing.assert_array_equal(found.lengths, np.minimum(rollouts.lengths, limits))
   np.testing.assert_array_equal(found.finished, rollouts.finished & (rollouts.lengths <= limits))
   there = np.arange(RESPONSE) < found.lengths[:, None]
@@ -264,17 +272,17 @@ def test_every_response_ends_at_its_own_limit(make, policy, draws, rollouts):
 
 def test_slots_that_do_not_fit_are_one_line(make, policy):
   line = r"^config\.rollout\.slots: 1000000 is too much for .*, room for at most \d+ slots; each .* MiB$"
-  with pytest.raises(InputError, match=line) as error:
-    make(slots=10**6, max_response_length=10**6).compile_programs(policy.params, scoring=True)
+  with pytest.raises(InputError, match=line) as error, size_names(train.SIZES):
+    make(slots=10**6, max_response_length=10**6).device.compile_programs(policy.params, scoring=True)
   assert int(re.search(r"at most (\d+)", str(error.value))[1]) < 1000
 
 
 @pytest.mark.parametrize(
   ("names", "says"),
   [
-    (SizeNames(), "config.rollout.prefill_prompts: 4"),
-    (SizeNames("--slots", "", "", "--prompt_limit", "--response_limit"), f"--prompt_limit: {LIMIT}"),
-    (SizeNames("--streams", "", "", "", "--tokens"), "--streams: 16"),
+    (train.SIZES, "config.rollout.prefill_prompts: 4"),
+    (serve.SIZES, f"--prompt_limit: {LIMIT}"),
+    ({"slots": "--streams", "max_response_length": "--tokens"}, "--streams: 16"),
   ],
 )
 def test_prompts_that_do_not_fit_are_called_as_the_program_calls_them(make, policy, monkeypatch, names, says):
@@ -282,9 +290,17 @@ def test_prompts_that_do_not_fit_are_called_as_the_program_calls_them(make, poli
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
   monkeypatch.setattr(decode, "prefill", full)
-  slots = re.escape(names.slots)
-  with pytest.raises(InputError, match=rf"^{re.escape(says)} is too much .*; each of {slots} takes [\d.]+ MiB$"):
-    dataclasses.replace(make(), names=names).compile_programs(policy.params, scoring=True)
+  device = make().device
+  slots = re.escape(names["slots"])
+  with (
+    pytest.raises(InputError, match=rf"^{re.escape(says)} is too much .*; each of {slots} takes [\d.]+ MiB$"),
+    size_names(names),
+  ):
+    device.compile_programs(policy.params, scoring=True)
+  # And where no program has names for them, as the fields of `Shapes`.
+  with pytest.raises(SizeError, match=r"^prefill_rows: 4 is too much .*; each of slots takes [\d.]+ MiB$") as error:
+    device.compile_programs(policy.params, scoring=True)
+  assert error.value.size == "prefill_rows"
 
 
 @pytest.mark.parametrize("steps", [1, 5])
@@ -292,7 +308,7 @@ def test_a_stop_string_ends_a_response_wherever_its_tokens_lie(make, policy, dra
   """Two letters of the vocabulary in a row are never one token, nor always in one chunk."""
   text = max(rollouts.texts, key=len)
   stops = (text[len(text) // 2 :][:2], "never comes up", text[-3:])
-  found = make(steps=steps).sample(policy.params, draws, KEY, SAMPLES, stop=stops)
+  found = make(steps=steps).sample(policy.params, draws, KEY, SAMPLES, SampleOptions(stop=stops))
   decode = make().decode_text
   cut = 0
   for row, whole in enumerate(rollouts.texts):
@@ -328,7 +344,7 @@ def trainer_logprobs(model, params, rows, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_log_probabilities_are_those_of_the_trainer(make, policy, draws, temperature):
   few = draws[:4]
-  out = make(choice=SamplingParams(temperature)).sample(policy.params, few, KEY, SAMPLES)
+  out = make(sampling=SamplingParams(temperature)).sample(policy.params, few, KEY, SAMPLES)
   tokens = np.zeros((4, LIMIT), np.int32)
   for row, (_, prompt) in enumerate(few):
     tokens[row, : len(prompt.ids)] = prompt.ids
@@ -344,7 +360,7 @@ def test_log_probabilities_are_those_of_the_trainer(make, policy, draws, tempera
 def test_long_prompts_are_read_whole_where_short_ones_were(make, policy):
   """Slots are read no further than the longest text; a long prompt comes into a slot in which a short text stood."""
   engine = make(prompt_limit=256, slots=4)
-  assert engine.shapes.kv_lengths == (128, 192, 256, 284)
+  assert engine.device.shapes.kv_lengths == (128, 192, 256, 284)
   lengths = [20, 30, 10, 5, 250, 15, 140, 200]
   draws = [
     (row, make_prompt(policy.tokenizer, letters(length - 2, row), "x", row)) for row, length in enumerate(lengths)
@@ -406,7 +422,7 @@ def play(make, policy):
   def look_up(keys):
     return np.array([script.get(np.asarray(key).tobytes(), 0) for key in keys], np.int32)
 
-  def choose(logits, keys, choice):
+  def sample_token(logits, keys, sampling):
     tokens = jax.pure_callback(
       look_up, jax.ShapeDtypeStruct(keys.shape, jnp.int32), jax.random.key_data(keys), vmap_method="sequential"
     )
@@ -421,13 +437,13 @@ def play(make, policy):
         folded = jax.random.fold_in(jax.random.wrap_key_data(key), place)
         script[np.asarray(jax.random.key_data(folded)).tobytes()] = token
     engine = make(template, suffix_length=10, slots=slots)
-    # EOS twice over: settings that no other test has, for what was traced with another `choose` is kept.
-    settings = dataclasses.replace(engine.settings, eos_ids=(policy.tokenizer.eos_token_id,) * 2)
-    engine = dataclasses.replace(engine, settings=settings)
-    limits = [len(response) for response in responses]
+    # EOS twice over: settings that no other test has, for what was traced with another `sample_token` is kept.
+    settings = dataclasses.replace(engine.device.settings, eos_ids=(policy.tokenizer.eos_token_id,) * 2)
+    engine = dataclasses.replace(engine, device=dataclasses.replace(engine.device, settings=settings))
+    options = SampleOptions(limits=[len(response) for response in responses])
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(decode, "choose", choose)
-      out = engine.rollout(policy.params, list(enumerate(prompts)), KEY, 1, limits=limits)
+      patch.setattr(decode, "sample_token", sample_token)
+      out = engine.rollout(policy.params, list(enumerate(prompts)), KEY, 1, options)
     for row, response in enumerate(responses):
       assert out.tokens[row, : out.lengths[row]].tolist() == ids_of(policy.tokenizer, *response)
     return prompts, out
@@ -507,14 +523,16 @@ def test_rows_wait_to_be_scored_while_their_neighbours_slots_are_used_again(play
 @pytest.mark.parametrize(("prefix", "temperature"), [("bare", 1.0), ("tagged", 0.7)])
 def test_baselines_are_the_references_straight_after_the_prompt(make, policy, draws, prefix, temperature):
   prompts = [prompt for _, prompt in draws]
-  logps, mask = make(score_temperature=temperature, prefix=prefix).baseline(policy.params, prompts)
-  assert logps.shape == mask.shape == (len(prompts), SUFFIX)
+  logps = make(score_temperature=temperature, prefix=prefix).baseline(policy.params, prompts)
+  assert logps.shape == (len(prompts), SUFFIX)
+  assert logps.dtype == np.float32
   before = {"bare": [" "], "tagged": ["<answer>", " "]}[prefix]
   texts = [[*prompt.ids, *ids_of(policy.tokenizer, *before, *prompt.reference)] for prompt in prompts]
   expected = score(policy, texts, [len(prompt.reference) for prompt in prompts], temperature)
   for row, prompt in enumerate(prompts):
-    assert mask[row].sum() == len(prompt.reference)
-    np.testing.assert_allclose(logps[row][mask[row]], expected[row], atol=1e-4)
+    count = len(prompt.reference)
+    assert np.isnan(logps[row, count:]).all()
+    np.testing.assert_allclose(logps[row, :count], expected[row], atol=1e-4)
 
 
 def test_a_baseline_that_cannot_be_had_harms_no_other(make, policy, draws):
@@ -522,12 +540,10 @@ def test_a_baseline_that_cannot_be_had_harms_no_other(make, policy, draws):
   long = dataclasses.replace(good[0], reference="a" * (SUFFIX + 1))
   nothing = dataclasses.replace(good[0], ids=np.zeros(0, np.int32))
   beyond = dataclasses.replace(good[0], ids=np.ones(LIMIT + 1, np.int32))
-  logps, mask = make().baseline(policy.params, [good[0], long, good[1], nothing, beyond, good[2]])
-  expected, expected_mask = make().baseline(policy.params, good)
-  np.testing.assert_allclose(logps[[0, 2, 5]], expected, atol=1e-5)
-  np.testing.assert_array_equal(mask[[0, 2, 5]], expected_mask)
-  assert not mask[[1, 3, 4]].any()
-  assert (logps[[1, 3, 4]] == 0).all()
+  logps = make().baseline(policy.params, [good[0], long, good[1], nothing, beyond, good[2]])
+  expected = make().baseline(policy.params, good)
+  np.testing.assert_allclose(logps[[0, 2, 5]], expected, atol=1e-5)  # NaN where the other is NaN
+  assert np.isnan(logps[[1, 3, 4]]).all()
 
 
 def test_prompts_that_cannot_be_read_are_refused_one_by_one(make, policy, draws, rollouts):
@@ -585,8 +601,9 @@ def test_nothing_compiles_after_the_first_compilation(make, policy):
   limit, response = 64, 200
   # 270 tokens of text: four lengths to which slots are read.
   engine = make(prompt_limit=limit, max_response_length=response, slots=12, steps=6, prefill_rows=3, score_rows=5)
-  assert len(engine.shapes.kv_lengths) == 4
-  assert (len(engine.shapes.prompt_buckets), len(engine.shapes.suffix_buckets)) == (2, 3)
+  shapes = engine.device.shapes
+  assert len(shapes.kv_lengths) == 4
+  assert (len(shapes.prompt_buckets), len(shapes.suffix_buckets)) == (2, 3)
   pairs = [(length, 1 + 37 * length % SUFFIX) for length in range(1, limit + 1)]
   prompts = [
     Prompt(
@@ -600,10 +617,10 @@ def test_nothing_compiles_after_the_first_compilation(make, policy):
   ]
   assert {len(prompt.reference) for prompt in prompts} == set(range(1, SUFFIX + 1))
   draws, keys = list(enumerate(prompts)), list(jax.random.split(KEY, 2))
-  engine.compile_programs(policy.params, scoring=True)
+  engine.device.compile_programs(policy.params, scoring=True)
   before = metrics.compilations()
   out = [engine.rollout(policy.params, draws[first:] + draws[:first], key, 1) for first, key in enumerate(keys)]
-  engine.sample(policy.params, draws[:7], KEY, 2, stop=(out[0].texts[0][:2],))
+  engine.sample(policy.params, draws[:7], KEY, 2, SampleOptions(stop=(out[0].texts[0][:2],)))
   engine.baseline(policy.params, prompts)
   assert metrics.compilations() == before
 

@@ -14,11 +14,11 @@ from rlpr_jax.sampling.params import SamplingParams, sample_token, stack, trunca
 DRAWS = 20_000
 LOGITS = np.random.default_rng(0).normal(size=24).astype(np.float32) * 1.5
 
-_choose = jax.jit(sample_token)
+sample_jitted = jax.jit(sample_token)
 
 
-def choose_jit(logits, keys, choice):
-  return _choose(logits, keys, stack([choice] * len(logits)))
+def sample(logits, keys, sampling):
+  return sample_jitted(logits, keys, stack([sampling] * len(logits)))
 
 
 @functools.cache
@@ -26,9 +26,9 @@ def keys(count, seed=0):
   return jax.random.split(jax.random.key(seed), count)
 
 
-def draw(logits, choice, count=DRAWS, seed=0):
+def draw(logits, sampling, count=DRAWS, seed=0):
   rows = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
-  return jax.device_get(choose_jit(rows, keys(count, seed), choice))
+  return jax.device_get(sample(rows, keys(count, seed), sampling))
 
 
 def softmax(logits, temperature=1.0):
@@ -37,26 +37,26 @@ def softmax(logits, temperature=1.0):
   return exponents / exponents.sum()
 
 
-def allowed(logits, choice):
+def allowed(logits, sampling):
   """Which tokens may be drawn, bool[V], token by token as the definitions say; in float64."""
-  probabilities = softmax(logits, choice.temperature or 1.0)
+  probabilities = softmax(logits, sampling.temperature or 1.0)
   order = np.sort(probabilities)[::-1]
   keep = np.ones(len(logits), bool)
-  if choice.top_k:
-    keep = probabilities >= order[min(choice.top_k, len(order)) - 1]
-  if choice.top_p < 1:
+  if sampling.top_k:
+    keep = probabilities >= order[min(sampling.top_k, len(order)) - 1]
+  if sampling.top_p < 1:
     left = np.where(keep, probabilities, 0) / probabilities[keep].sum()
     before = np.array([left[left > p].sum() for p in left])  # how probable all are that are more probable
-    assert np.abs(before[before > 0] - choice.top_p).min(initial=1) > 1e-5, "too near the edge for float32 to tell"
-    keep &= (before < choice.top_p) | (left == left.max())
-  if choice.min_p:
-    keep &= probabilities >= choice.min_p * probabilities.max()
+    assert np.abs(before[before > 0] - sampling.top_p).min(initial=1) > 1e-5, "too near the edge for float32 to tell"
+    keep &= (before < sampling.top_p) | (left == left.max())
+  if sampling.min_p:
+    keep &= probabilities >= sampling.min_p * probabilities.max()
   return keep
 
 
-def kept_by_truncate(logits, choice):
-  logps = jax.nn.log_softmax(jnp.asarray(logits)[None] / (choice.temperature or 1.0))
-  found = np.asarray(truncate(logps, stack([choice])))[0]
+def kept_by_truncate(logits, sampling):
+  logps = jax.nn.log_softmax(jnp.asarray(logits)[None] / (sampling.temperature or 1.0))
+  found = np.asarray(truncate(logps, stack([sampling])))[0]
   kept = np.isfinite(found)
   np.testing.assert_array_equal(found[kept], np.asarray(logps)[0][kept])  # what stays is as it was
   return kept
@@ -84,7 +84,7 @@ def test_frequencies_are_the_softmax(temperature, seed):
 
 
 @pytest.mark.parametrize(
-  "choice",
+  "sampling",
   [
     SamplingParams(0.8, top_k=5),
     SamplingParams(1.0, top_p=0.7),
@@ -92,23 +92,23 @@ def test_frequencies_are_the_softmax(temperature, seed):
     SamplingParams(0.9, 9, 0.9, 0.1),
   ],
 )
-def test_frequencies_of_what_is_left_are_in_proportion(choice):
-  probabilities = np.where(allowed(LOGITS, choice), softmax(LOGITS, choice.temperature), 0)
+def test_frequencies_of_what_is_left_are_in_proportion(sampling):
+  probabilities = np.where(allowed(LOGITS, sampling), softmax(LOGITS, sampling.temperature), 0)
   assert 1 < np.sum(probabilities > 0) < len(LOGITS)
-  tokens, _ = draw(LOGITS, choice)
+  tokens, _ = draw(LOGITS, sampling)
   assert (probabilities[tokens] > 0).all()
   assert chi_square(tokens, probabilities / probabilities.sum()) > 1e-3
 
 
 @pytest.mark.parametrize(
-  "choice",
+  "sampling",
   [SamplingParams(1.0), SamplingParams(0.6), SamplingParams(1.4, top_k=3, top_p=0.8, min_p=0.05), SamplingParams(0)],
 )
-def test_log_probabilities_are_of_the_whole_distribution_at_the_temperature(choice):
+def test_log_probabilities_are_of_the_whole_distribution_at_the_temperature(sampling):
   """What a trainer computes: not of the truncated distribution; greedy tokens at temperature 1."""
   logits = np.random.default_rng(1).normal(size=(200, 50)).astype(np.float32) * 4
-  tokens, logps = choose_jit(logits, keys(200), choice)
-  wide = logits.astype(np.float64) / (choice.temperature or 1.0)
+  tokens, logps = sample(logits, keys(200), sampling)
+  wide = logits.astype(np.float64) / (sampling.temperature or 1.0)
   expected = wide - np.log(np.sum(np.exp(wide), axis=1, keepdims=True))
   np.testing.assert_allclose(logps, expected[np.arange(200), tokens], atol=1e-5)
   assert logps.dtype == np.float32
@@ -118,20 +118,20 @@ def test_log_probabilities_are_of_the_whole_distribution_at_the_temperature(choi
 def test_greedy_takes_the_first_of_the_best_whatever_the_key_and_the_truncation():
   logits = np.random.default_rng(2).normal(size=(100, 50)).astype(np.float32)
   logits[:50, 7] = logits[:50, 9] = 9.0
-  for choice in (SamplingParams(0), SamplingParams(0.0, top_k=4, top_p=0.5, min_p=0.3)):
+  for sampling in (SamplingParams(0), SamplingParams(0.0, top_k=4, top_p=0.5, min_p=0.3)):
     for seed in (0, 1):
-      tokens, _ = choose_jit(logits, keys(100, seed), choice)
+      tokens, _ = sample(logits, keys(100, seed), sampling)
       np.testing.assert_array_equal(tokens, logits.argmax(axis=1))
       assert (tokens[:50] == 7).all()
 
 
 def test_a_rows_token_depends_on_its_logits_and_its_key_alone():
   logits = np.random.default_rng(3).normal(size=(40, 30)).astype(np.float32)
-  expected, _ = choose_jit(logits, keys(40), SamplingParams(1.0, top_p=0.9))
+  expected, _ = sample(logits, keys(40), SamplingParams(1.0, top_p=0.9))
   order = np.random.default_rng(4).permutation(40)[:17]
-  found, _ = choose_jit(logits[order], keys(40)[order], SamplingParams(1.0, top_p=0.9))
+  found, _ = sample(logits[order], keys(40)[order], SamplingParams(1.0, top_p=0.9))
   np.testing.assert_array_equal(found, expected[order])
-  others, _ = choose_jit(logits, keys(40, seed=1), SamplingParams(1.0, top_p=0.9))
+  others, _ = sample(logits, keys(40, seed=1), SamplingParams(1.0, top_p=0.9))
   assert np.mean(np.asarray(others) == expected) < 0.7
 
 
@@ -140,7 +140,7 @@ def log(*probabilities):
 
 
 @pytest.mark.parametrize(
-  ("logits", "choice", "expected"),
+  ("logits", "sampling", "expected"),
   [
     # The cases of the definitions, by hand.
     (log(0.1, 0.4, 0.2, 0.3), SamplingParams(top_k=1), [1]),
@@ -169,9 +169,9 @@ def log(*probabilities):
     (log(0.1, 0.4, 0.2, 0.3), SamplingParams(temperature=0.5, top_p=0.5), [1]),
   ],
 )
-def test_what_is_left_by_hand(logits, choice, expected):
-  assert np.flatnonzero(kept_by_truncate(logits, choice)).tolist() == expected
-  tokens, _ = draw(logits, choice, count=500)
+def test_what_is_left_by_hand(logits, sampling, expected):
+  assert np.flatnonzero(kept_by_truncate(logits, sampling)).tolist() == expected
+  tokens, _ = draw(logits, sampling, count=500)
   assert np.unique(tokens).tolist() == expected
 
 
@@ -181,22 +181,22 @@ def test_what_is_left_is_what_the_definitions_say(size):
   rng = np.random.default_rng(size)
   seen = set()
   for top_k, top_p, min_p in itertools.product((0, 1, 5, 2000), (1.0, 0.9, 0.5, 1e-7), (0.0, 0.03, 0.5)):
-    choice = SamplingParams(0.7, top_k, top_p, min_p)
+    sampling = SamplingParams(0.7, top_k, top_p, min_p)
     # In quarters: sums of float32 are far from the edges, and values coincide.
     for logits in (rng.normal(size=size) * 2, np.round(rng.normal(size=size) * 8) / 4):
       logits = logits.astype(np.float32)
-      expected = allowed(logits, choice)
-      np.testing.assert_array_equal(kept_by_truncate(logits, choice), expected, str(choice))
+      expected = allowed(logits, sampling)
+      np.testing.assert_array_equal(kept_by_truncate(logits, sampling), expected, str(sampling))
       assert expected[logits.argmax()]
       seen.add(int(expected.sum()))
   assert len(seen) > 2
 
 
 @pytest.mark.parametrize(
-  "choice", [SamplingParams(0.7, top_p=1e-3), SamplingParams(0.7, top_k=1), SamplingParams(0.7, min_p=1.0)]
+  "sampling", [SamplingParams(0.7, top_p=1e-3), SamplingParams(0.7, top_k=1), SamplingParams(0.7, min_p=1.0)]
 )
-def test_where_only_the_best_is_left_it_is_drawn(choice):
+def test_where_only_the_best_is_left_it_is_drawn(sampling):
   """Over many rows compiled as one program, where the same sum may be rounded differently in two places."""
   logits = np.random.default_rng(5).normal(size=(4096, 64)).astype(np.float32) * 3
-  tokens, _ = choose_jit(logits, keys(4096), choice)
+  tokens, _ = sample(logits, keys(4096), sampling)
   np.testing.assert_array_equal(tokens, logits.argmax(axis=1))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -22,8 +23,10 @@ from rlpr_jax import huggingface
 from rlpr_jax.data.templates import render
 from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.device import Device
+from rlpr_jax.sampling.engine import Engine, SampleOptions
 from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.sampling.scheduler import Scheduler
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.serve import listen
 from rlpr_jax.serving.app import Limits, create_app
@@ -47,7 +50,7 @@ SHAPES = Shapes(
 def engine(policy):
   """Of a random policy that seldom ends; each letter is a token."""
   settings = DecodeSettings(SHAPES.steps, (policy.tokenizer.eos_token_id,))
-  return Engine(policy.model, policy.tokenizer, settings, SHAPES, "think", 1.0, "bare")
+  return Engine(Device(policy.model, settings, SHAPES), policy.tokenizer, "think", baseline_prefix="bare")
 
 
 class Served:
@@ -108,12 +111,13 @@ def chat(text="1+2"):
   return {"model": "tiny", "messages": [{"role": "user", "content": text}]}
 
 
-def expected(engine, policy, text, seed, samples=1, limit=LIMIT, choice=SamplingParams(), stop=()):
+def expected(engine, policy, text, seed, samples=1, limit=LIMIT, sampling=SamplingParams(), stop=()):
   """What the engine alone samples."""
   ids = render(policy.tokenizer, [{"role": "user", "content": text}])
   prompt = Prompt(ids=np.array(ids, np.int32))
-  alone = Engine(engine.model, engine.tokenizer, engine.settings, engine.shapes, "think", 1.0, "bare", choice)
-  return alone.sample(policy.params, [(seed, prompt)], jax.random.key(0), samples, limits=[limit] * samples, stop=stop)
+  alone = dataclasses.replace(engine, sampling=sampling)
+  options = SampleOptions(limits=[limit] * samples, stop=stop)
+  return alone.sample(policy.params, [(seed, prompt)], jax.random.key(0), samples, options)
 
 
 def test_32_streams_at_once_are_what_the_engine_alone_samples(engine, policy, served):
@@ -136,7 +140,7 @@ def test_32_streams_at_once_are_what_the_engine_alone_samples(engine, policy, se
 
   most = 0
   for (text, seed, limit, temperature), found in zip(asked, asyncio.run(everything()), strict=True):
-    alone = expected(engine, policy, text, seed, limit=limit, choice=SamplingParams(temperature))
+    alone = expected(engine, policy, text, seed, limit=limit, sampling=SamplingParams(temperature))
     assert found[0] == alone.texts[0]
     assert found[1] == ("stop" if alone.finished[0] else "length")
     assert found[2].completion_tokens == alone.lengths[0]
@@ -174,7 +178,7 @@ def test_whole_responses_samples_stops_and_log_probabilities(engine, policy, ser
   assert [model.id for model in listed.data] == ["tiny"]
 
 
-def test_streams_that_are_left_free_their_slots(engine, policy):
+def test_streams_that_are_left_free_their_slots(engine, policy, monkeypatch):
   """Clients that go away, while they stream and while they wait for the whole; left alone it would take 30 seconds."""
   begun = threading.Event()
 
@@ -186,20 +190,26 @@ def test_streams_that_are_left_free_their_slots(engine, policy):
         await anext(aiter(stream))
         await stream.close()
       waiting = [asyncio.ensure_future(client.chat.completions.create(**chat(), n=4)) for _ in range(5)]
-      while len({id(job) for job in list(served.loop._jobs.values()) if not job.stream}) < len(waiting):
+      while len({id(job) for job in list(served.loop.jobs.values()) if not job.stream}) < len(waiting):
         await asyncio.sleep(0.01)
       for task in waiting:
         task.cancel()
       await asyncio.gather(*waiting, return_exceptions=True)
 
+  honest, seen = Scheduler.round, []
+
+  def slow_round(scheduler):
+    seen.append(scheduler)
+    begun.wait(60)
+    time.sleep(0.2)
+    return honest(scheduler)
+
+  monkeypatch.setattr(Scheduler, "round", slow_round)
   with other(engine, policy) as served:
-    session = served.loop._session
-    honest = session.round
-    session.round = lambda: (begun.wait(60), time.sleep(0.2), honest())[-1]
     asyncio.run(leave(served))
     assert wait(lambda: (served.loop.waiting, served.loop.running) == (0, 0), 5)
-    assert not served.loop._jobs
-    assert sorted(session.free) == list(range(SHAPES.slots))
+    assert not served.loop.jobs
+    assert sorted(seen[-1].free) == list(range(SHAPES.slots))
     assert wait(lambda: 'rlpr_requests_total{status="499"} 15.0' in served.get("/metrics").text)
 
 
@@ -277,7 +287,7 @@ def test_a_full_queue_and_a_time_limit(engine, policy):
 def test_an_engine_that_fails_leaves_nobody_waiting(engine, policy, monkeypatch):
   monkeypatch.setattr(threading, "excepthook", lambda *_: None)  # it is also printed
   with other(engine, policy) as served:
-    monkeypatch.setattr(served.loop._session, "round", lambda: 1 / 0)
+    monkeypatch.setattr(Scheduler, "round", lambda scheduler: 1 / 0)
     with pytest.raises(openai.InternalServerError, match="the engine has failed"):
       asyncio.run(served.client().chat.completions.create(**chat()))
     assert served.get("/health").status_code == 503

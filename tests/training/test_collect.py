@@ -12,6 +12,7 @@ from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import finite_mean
 from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.collect import collect
@@ -41,9 +42,8 @@ def harvest(policy):
   c.rollout.prompts_per_draw, c.data.prompt_limit = 4, LIMIT
   c.reward.kind = "random"  # every group spreads, whatever was sampled
   settings = DecodeSettings(4, (policy.tokenizer.eos_token_id,))
-  engine = Engine(
-    policy.model, policy.tokenizer, settings, Shapes(8, LIMIT, RESPONSE, 8, 4, 2, 4, 4), "think", 1, "bare"
-  )
+  device = Device(policy.model, settings, Shapes(8, LIMIT, RESPONSE, 8, 4, 2, 4, 4))
+  engine = Engine(device, policy.tokenizer, "think", baseline_prefix="bare")
   good = Prompt(ids=np.arange(10, 15, dtype=np.int32), reference="7", source="test")
   prompts = [
     dataclasses.replace(good, ids=ids, row=row)

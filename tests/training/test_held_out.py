@@ -9,10 +9,11 @@ import pytest
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import prepare
 from rlpr_jax.sampling.decode import DecodeSettings
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.device import Device
+from rlpr_jax.sampling.engine import Engine, SampleOptions
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.held_out import evaluate
-from rlpr_jax.types import Prompt, Samples
+from rlpr_jax.types import Prompt, Rollouts
 
 
 class Told(Engine):
@@ -23,13 +24,14 @@ class Told(Engine):
   def __init__(self, texts):
     self.__dict__ |= {"texts": texts, "calls": []}  # an engine is frozen
 
-  def sample(self, params, draws, key, samples, progress, stop, interrupted):
+  def sample(self, params, draws, key, samples, options):
     self.calls.append([draw for draw, _ in draws])
     texts = [text for draw, _ in draws for text in self.texts[draw]]
     assert len(texts) == len(draws) * samples
     for done in (0, len(texts)):
-      progress(done, len(texts))
-    return Samples(None, np.array([len(text) for text in texts]), None, None, texts, np.zeros(len(texts), bool))
+      options.progress(done, len(texts))
+    fields = dict.fromkeys(Rollouts._fields) | {"texts": texts, "lengths": np.array([len(text) for text in texts])}
+    return Rollouts(**fields | {"refused": np.zeros(len(texts), bool)})
 
 
 def prompt(reference, source):
@@ -44,7 +46,9 @@ def test_what_counts():
   texts = [[RIGHT, RIGHT], [LOOSE, WRONG], [WRONG, WRONG], [RIGHT, WRONG], [LOOSE, LOOSE]]
   prompts = [prompt("1", source) for source in ("a", "b", "a", "b", "b")]
   engine, seen = Told(texts), []
-  values = evaluate(engine, {}, prompts, 2, jax.random.key(0), lambda done, total: seen.append((done, total)))
+  values = evaluate(
+    engine, {}, prompts, 2, jax.random.key(0), SampleOptions(progress=lambda done, total: seen.append((done, total)))
+  )
   assert values == {
     "accuracy": pytest.approx(6 / 10),
     "accuracy/a": pytest.approx(2 / 4),
@@ -59,7 +63,7 @@ def test_what_counts():
 def test_all_wrong_and_all_right():
   prompts = [prompt("1", "a")] * 3
   for text, accuracy in ((RIGHT, 1.0), (WRONG, 0.0)):
-    values = evaluate(Told([[text]] * 3), {}, prompts, 1, jax.random.key(0), lambda *_: None)
+    values = evaluate(Told([[text]] * 3), {}, prompts, 1, jax.random.key(0), SampleOptions(progress=lambda *_: None))
     assert values["accuracy"] == values["accuracy/a"] == accuracy
 
 
@@ -69,7 +73,7 @@ def test_sentences_count_by_what_they_say():
   answers = ["ann trails bob by 14", reference, "bob trails ann by 14", "bob has 13 more cats than ann"]
   texts = [[f"<think></think><answer> {answer} </answer>" for answer in answers]] * 2
   prompts = [dataclasses.replace(prompt(reference, source), question=q) for source, q in (("gap", question), ("b", ""))]
-  values = evaluate(Told(texts), {}, prompts, 4, jax.random.key(0), lambda *_: None)
+  values = evaluate(Told(texts), {}, prompts, 4, jax.random.key(0), SampleOptions(progress=lambda *_: None))
   assert values["accuracy/gap"] == 2 / 4
   assert values["accuracy/b"] == 1 / 4
 
@@ -82,19 +86,18 @@ def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
   )  # fmt: skip
   key, values, seen = jax.random.key(2), [], []
   for slots, prefill_rows in ((20, 5), (3, 2)):
-    engine = Engine(
+    device = Device(
       policy.model,
-      policy.tokenizer,
       DecodeSettings(steps=4, eos_ids=(policy.tokenizer.eos_token_id,)),
       Shapes(
         slots=slots, prompt_limit=14, max_response_length=20, suffix_length=4, steps=4, prefill_rows=prefill_rows,
         score_rows=2, insert_rows=2,
       ),
-      "think",
-      score_temperature=1.0,
-      baseline_prefix="bare",
     )  # fmt: skip
-    values.append(evaluate(engine, policy.params, prompts, 4, key, lambda *progress: seen.append(progress)))
+    engine = Engine(device, policy.tokenizer, "think", baseline_prefix="bare")
+    values.append(
+      evaluate(engine, policy.params, prompts, 4, key, SampleOptions(progress=lambda *progress: seen.append(progress)))
+    )
     assert seen[-1] == (20, 20)
   lengths = engine.sample(policy.params, list(enumerate(prompts)), key, 4).lengths
   assert values[0] == values[1]

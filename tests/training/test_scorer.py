@@ -9,6 +9,7 @@ import pytest
 
 from rlpr_jax import config
 from rlpr_jax.sampling.decode import DecodeSettings
+from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
@@ -26,15 +27,13 @@ def case(policy):
   c.samples_per_prompt, c.data.template = SAMPLES, "answer_only"
   c.data.prompt_limit, c.rollout.max_response_length, c.data.max_reference_length = LIMIT, RESPONSE, SUFFIX
   c.rollout.score_rows, c.reward.score_temperature = 4, 0.8
-  engine = Engine(
+  device = Device(
     policy.model,
-    policy.tokenizer,
     DecodeSettings(8, (policy.tokenizer.eos_token_id,)),
     Shapes(16, LIMIT, RESPONSE, SUFFIX, 8, 2, 4, 4),
-    "answer_only",
     c.reward.score_temperature,
-    "bare",
   )
+  engine = Engine(device, policy.tokenizer, "answer_only", baseline_prefix="bare")
   rng = np.random.default_rng(0)
   prompts = [
     Prompt(ids=rng.integers(10, 60, length).astype(np.int32), reference=reference, source="test", row=row)
@@ -60,7 +59,8 @@ def test_another_policy_scores_what_this_one_wrote(case, policy):
   sharper = jax.tree.map(lambda x: x, policy.params) | {"head": policy.params["head"] * 1.3}
   found = score_again(text_scorer(run, sharper), prompts, rollouts)
   # Logits are 1.3 times as large, so this is the old policy at 1.3 times the inverse temperature.
-  colder = dataclasses.replace(run.engine, score_temperature=0.8 / 1.3)
+  colder = dataclasses.replace(run.engine.device, score_temperature=0.8 / 1.3)
+  colder = dataclasses.replace(run.engine, device=colder)
   again = colder.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
   np.testing.assert_array_equal(again.tokens, rollouts.tokens)
   np.testing.assert_allclose(found.reference_logps, again.reference_logps, atol=1e-5)

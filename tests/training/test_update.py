@@ -14,7 +14,7 @@ from flax import nnx
 
 from rlpr_jax import grpo, types
 from rlpr_jax.runs.metrics import compilations
-from rlpr_jax.sampling.decode import DecodeSettings, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, decode, empty_slots, insert, prefill
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs, row_logprobs
@@ -228,11 +228,14 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   slots = empty_slots(policy.model, policy.params, 6, PROMPT + RESPONSE + settings.steps, RESPONSE)
   hidden, cache = prefill(policy.model, policy.params, prompts, lengths)
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), 6))
-  limits, choices = np.full(6, RESPONSE, np.int32), stack([SamplingParams(TEMPERATURE)] * 6)
-  source = np.repeat(np.arange(3), 2)
-  slots = insert(
-    policy.model, policy.params, slots, hidden, cache, lengths, source, np.arange(6), keys, limits, choices
+  entries = Entries(
+    source=np.repeat(np.arange(3), 2),
+    target=np.arange(6),
+    keys=keys,
+    limits=np.full(6, RESPONSE, np.int32),
+    sampling=stack([SamplingParams(TEMPERATURE)] * 6),
   )
+  slots = insert(policy.model, policy.params, slots, Prefilled(hidden, cache, lengths), entries)
   while slots.active.any():
     slots = decode(policy.model, policy.params, slots, settings, 6, PROMPT + RESPONSE)
   samples = jax.device_get((slots.tokens, slots.counts, slots.logprobs))

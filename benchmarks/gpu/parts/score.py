@@ -29,8 +29,15 @@ def run(report: Report) -> None:
     _, cache = decode.prefill(model, params, tokens[:, :text], kept)
     places = np.broadcast_to(np.arange(reference, dtype=np.int32), (rows, reference))
     targets = jnp.asarray(tokens[:, text:])
-    suffixes = Suffixes(tokens[:, text - 1 : -1], text - 1 + places, np.ones_like(places), places, targets)
-    suffixes, numbers = jax.tree.map(jnp.asarray, (suffixes, np.arange(rows, dtype=np.int32)))
+    suffixes = Suffixes(
+      rows=np.arange(rows, dtype=np.int32),
+      tokens=tokens[:, text - 1 : -1],
+      positions=text - 1 + places,
+      segment_ids=np.ones_like(places),
+      places=places,
+      targets=targets,
+    )
+    suffixes = jax.tree.map(jnp.asarray, suffixes)
 
     @jax.jit
     def whole(params, tokens, targets, text=text):
@@ -39,8 +46,8 @@ def run(report: Report) -> None:
       hidden = decoder(tokens, positions, jnp.ones_like(tokens))
       return decoder.logprobs(hidden[:, text - 1 :], targets)[0]
 
-    def from_cache(cache=cache, numbers=numbers, suffixes=suffixes, text=text):
-      return decode.score(model, params, cache, numbers, suffixes, 1.0, text)
+    def from_cache(cache=cache, suffixes=suffixes, text=text):
+      return decode.score(model, params, cache, suffixes, temperature=1.0, kv_length=text)
 
     def again(whole=whole, tokens=tokens[:, :-1], targets=targets):
       return whole(params, tokens, targets)
