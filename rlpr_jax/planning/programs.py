@@ -20,6 +20,7 @@ from rlpr_jax import config as configs
 from rlpr_jax import models, sharding, types
 from rlpr_jax.errors import in_field
 from rlpr_jax.models import ModelConfig, Params
+from rlpr_jax.models.cache_rows import CACHE
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.policy import Policy, create_mesh, create_sharding, place_policy
 from rlpr_jax.sampling import decode
@@ -253,7 +254,7 @@ def _place_rows(where: Sharding, tree: Any) -> Any:
   """Slots, or what was read into them, as they lie on a mesh: rows split, of caches key/value heads too."""
 
   def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    axes = decode.CACHE if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
+    axes = CACHE if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.named(axes))
 
   return jax.tree.map(one, tree)

@@ -9,7 +9,7 @@ together, E tokens of the suffixes after a row, A of them scored.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, Params
+from rlpr_jax.models.cache_rows import append_tokens, copy_rows, fill_rows
 from rlpr_jax.sampling.params import RowParams, SamplingParams, sample_token, stack
-from rlpr_jax.sharding import Sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _place_slots(decoder: Decoder, slots: Slots) -> Slots:
 def prefill(
   model: nnx.GraphDef, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"]
 ) -> tuple[Float[Array, "P D"], KVCache]:
-  """Reads each prompt once; returns the hidden state of its last token, and its keys and values."""
+  """Reads each prompt once; returns the hidden states of the last tokens, and all keys and values."""
   decoder: Decoder = nnx.merge(model, params)
   hidden, cache = decoder.prefill(tokens)
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
@@ -132,7 +132,7 @@ def insert(model: nnx.GraphDef, params: Params, slots: Slots, prompts: Prefilled
   def at(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
     return old.at[target].set(new, mode="drop")
 
-  fill = functools.partial(_fill, source=source, target=target, sharding=decoder.runtime.sharding)
+  fill = functools.partial(fill_rows, source=source, target=target, sharding=decoder.runtime.sharding)
   new = slots._replace(
     cache=jax.tree.map(fill, slots.cache, prompts.cache),
     lengths=at(slots.lengths, prompts.lengths[source]),
@@ -154,19 +154,9 @@ def move(model: nnx.GraphDef, params: Params, slots: Slots, source: Int[Array, "
   Sources are no targets, but for those that stay where they are.
   """
   decoder: Decoder = nnx.merge(model, params)
-
-  def move_rows(x: jax.Array, axis: int) -> jax.Array:
-    def in_part(x, source, target):
-      def copy(i, x):
-        return jax.lax.dynamic_update_slice_in_dim(x, _row(x, source[i], axis), target[i], axis)
-
-      return jax.lax.fori_loop(0, source.size, copy, x)
-
-    axes = CACHE if axis else ("batch", *[None] * (x.ndim - 1))
-    return _on_each_part(in_part, decoder.runtime.sharding, (x, source, target), (axes, ROWS, ROWS))
-
-  cache = jax.tree.map(functools.partial(move_rows, axis=1), slots.cache)
-  rows = jax.tree.map(functools.partial(move_rows, axis=0), slots._replace(cache=None))
+  copy = functools.partial(copy_rows, source=source, target=target, sharding=decoder.runtime.sharding)
+  cache = jax.tree.map(functools.partial(copy, axis=1), slots.cache)
+  rows = jax.tree.map(functools.partial(copy, axis=0), slots._replace(cache=None))
   return _place_slots(decoder, rows._replace(cache=cache))
 
 
@@ -195,18 +185,18 @@ def decode(
 
   def step(carry):
     j, recent, state = carry
-    # 1. Draw from the hidden state that the step before left, by the token's place alone: so chunks change nothing.
+    # 1. Draw from what the step before left, with a key of the token's place alone, so that chunks change nothing.
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
     tokens, logps = sample_token(decoder.logits(state.hidden[:, None])[:, 0], keys, state.sampling)
-    # 2. Find out who finished: their drawn tokens count no more, but all shapes stay, so all rows go on being computed.
+    # 2. See who finished. Rows that had before are computed too, for shapes are fixed; what they draw goes nowhere.
     places = jnp.where(state.active, state.counts, state.tokens.shape[1])  # beyond the end: not written
     counts = state.counts + state.active
     finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))
-    # 3. Read the tokens, EOS too, for a reference may be scored behind it. Their keys and values go to the small cache.
+    # 3. Read the tokens. Their keys and values go to the small cache; the large one is only read.
     newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (text, newest))
     recent = recent.map(lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis), added)
-    # 4. Keep what is new of the rows that were active; the others stay as they finished.
+    # 4. Keep what is new of the active rows; the others stay as they finished, to be collected and scored.
     state = state._replace(
       hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
       tokens=state.tokens.at[numbers, places].set(tokens, mode="drop"),
@@ -225,7 +215,7 @@ def decode(
   _, recent, new = jax.lax.while_loop(is_running, step, start)
   new = new._replace(lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
-  cache = cache.map(functools.partial(_append, begin, decoder.runtime.sharding), recent)
+  cache = cache.map(functools.partial(append_tokens, begin, decoder.runtime.sharding), recent)
   all_rows = jax.tree.map(lambda old, new: _with_first(old, new, num_shards), all_rows, new)
   return _place_slots(decoder, all_rows._replace(cache=cache))
 
@@ -241,70 +231,6 @@ def _with_first(x: Shaped[Array, "S *B"], new: Shaped[Array, "R *B"], num_shards
     return new
   split = x.reshape(num_shards, -1, *x.shape[1:])
   return split.at[:, : new.shape[0] // num_shards].set(new.reshape(num_shards, -1, *x.shape[1:])).reshape(x.shape)
-
-
-# Rows of a cache are written one by one, unrolled, for each such write happens in place. A scatter would have the whole
-# cache copied first, on every platform, and the TPU compiler of libtpu 0.0.42 fails on a loop.
-CACHE = ("layers", "batch", "kv_heads", None, None)
-ROWS = ("batch",)
-EVERYWHERE = (None,)
-
-
-def _append(
-  begin: Int[Array, "R"], sharding: Sharding, axis: int, old: Shaped[Array, "L S K *C"], new: Shaped[Array, "L R K *N"]
-) -> Shaped[Array, "L S K *C"]:
-  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on; `axis`: tokens."""
-
-  def rows(old, new, begin):
-    for row in range(begin.size):
-      place = [0, row, 0, 0, 0]
-      place[axis] = begin[row]
-      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], place)
-    return old
-
-  return _on_each_part(rows, sharding, (old, new, begin), (CACHE, CACHE, ROWS))
-
-
-def _fill(
-  old: Shaped[Array, "L S K *C"],
-  new: Shaped[Array, "L P K *N"],
-  source: Int[Array, "I"],
-  target: Int[Array, "I"],
-  sharding: Sharding,
-) -> Shaped[Array, "L S K *C"]:
-  """Writes rows of another cache to the beginning of rows of this one, or nowhere where the target is S."""
-
-  def rows(old, new, source, target):
-    total, others = old.shape[1], new.shape[1]
-    parts = sharding.spec(ROWS)[0] if sharding.mesh else None
-    part = jax.lax.axis_index(parts) if parts else 0
-    for i in range(source.size):
-      row = _row(new, jnp.clip(source[i] - part * others, 0, others - 1), axis=1)
-      if parts:  # from the device that has it
-        row = jax.lax.psum(jnp.where(source[i] // others == part, row, 0), parts)
-      place = (0, jnp.clip(target[i] - part * total, 0, total - 1), 0, 0, 0)
-      row = jnp.where(target[i] // total == part, row, jax.lax.dynamic_slice(old, place, row.shape))
-      old = jax.lax.dynamic_update_slice(old, row, place)
-    return old
-
-  return _on_each_part(rows, sharding, (old, new, source, target), (CACHE, CACHE, EVERYWHERE, EVERYWHERE))
-
-
-def _row(x: Shaped[Array, "..."], row: Int[Array, ""], axis: int) -> Shaped[Array, "..."]:
-  return jax.lax.dynamic_slice_in_dim(x, row, 1, axis)
-
-
-def _on_each_part(
-  function: Callable[..., jax.Array],
-  sharding: Sharding,
-  operands: Sequence[jax.Array],
-  axes: Sequence[Sequence[str | None]],
-) -> jax.Array:
-  """Calls `function` on each device's parts of the operands, whose axes are named so; the result is like the first."""
-  if sharding.mesh is None:
-    return function(*operands)
-  specs = tuple(map(sharding.spec, axes))
-  return jax.shard_map(function, mesh=sharding.mesh, in_specs=specs, out_specs=specs[0])(*operands)
 
 
 class Suffixes(NamedTuple):

@@ -55,15 +55,14 @@ class Suffix(NamedTuple):
 def pack_suffixes(
   parts: Sequence[Sequence[Suffix]], size: int, rows_each: int, width: int
 ) -> tuple[Suffixes, list[int]]:
-  """Puts suffixes into arrays of `size` rows for each part of a cache of `rows_each` rows a part; the rest is padding.
+  """Puts suffixes into arrays of `size` rows for each part of a cache, which has `rows_each`; the rest is padding.
 
   >>> suffix = Suffix(row=3, prefix=9, last_kept=5, ids=[7, 8, 2], mask=[False, True, True])
   >>> suffixes, rows = pack_suffixes([[suffix]], size=2, rows_each=4, width=4)
   >>> suffixes.tokens.tolist(), suffixes.places[0].tolist(), suffixes.targets[0].tolist(), rows
   ([[5, 7, 8, 0], [0, 0, 0, 0]], [1, 2, 0, 0], [8, 2, 0, 0], [0])
 
-  Returns:
-    the arrays; and the row of each suffix in them, in the order of the parts.
+  Returns the arrays, and the row of each suffix in them.
   """
   rows = np.repeat(np.arange(len(parts)) * rows_each, size).astype(np.int32)
   packed = Suffixes(rows, *(np.zeros((rows.size, width), np.int32) for _ in Suffixes._fields[1:]))

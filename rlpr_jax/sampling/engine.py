@@ -119,9 +119,7 @@ class Engine:
   def baseline(self, params: Params, prompts: Sequence[Prompt]) -> Float[np.ndarray, "N A"]:
     """Scores each reference straight after its prompt, with no reasoning.
 
-    Returns:
-      log-probabilities; column k is the answer's k-th token, NaN beyond the last and where a prompt or reference is too
-      long.
+    Column k is the answer's k-th token; NaN beyond the last, and where a prompt or reference is too long.
     """
     shapes = self.device.shapes
     logps = np.full((len(prompts), shapes.suffix_length), np.nan, np.float32)
@@ -140,8 +138,7 @@ class Engine:
           suffix = Suffix.after(place, prompts[row].ids, ids, mask)
           if len(suffix.ids) <= shapes.suffix_length:
             suffixes[row] = suffix
-        for row, scores in zip(
-          suffixes, self.device.score(params, cache, list(suffixes.values()), size, width), strict=True
-        ):
-          logps[row, : scores.size] = scores
+        scores = self.device.score(params, cache, list(suffixes.values()), size, width)
+        for row, of_row in zip(suffixes, scores, strict=True):
+          logps[row, : of_row.size] = of_row
     return logps

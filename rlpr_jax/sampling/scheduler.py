@@ -51,6 +51,8 @@ class Request:
   group: Group
   sample: int  # among the group's
   limit: int  # most tokens
+  text_length: int = 0  # tokens of prompt and response in its slot
+  searched: int = 0  # tokens of the response that were searched for stop strings
   tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # so far, EOS included
   logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
   finished: bool = False  # ended by EOS or a stop string; else cut at its limit
@@ -88,8 +90,6 @@ class Scheduler:
     count = self.shapes.slots
     self.slots_each = count // self.shapes.num_shards  # of a part of the mesh
     self.free = sorted(range(count), key=lambda slot: slot % self.slots_each)  # the parts by turns
-    self.longest = np.zeros(count, np.int32)  # tokens of text in each slot
-    self.looked_at = np.zeros(count, np.int32)  # tokens of its response that were searched for stop strings
     self.seconds = dict.fromkeys(("prefill", "decode", "score"), 0.0)
 
   @property
@@ -130,21 +130,22 @@ class Scheduler:
 
   def round(self) -> list[Request]:
     """Draws a few more tokens for everyone; returns the requests whose text is known now."""
-    # 1. Score from the cache, which the slots' next texts are about to overwrite.
+    # 1. Score from the cache before the next prompts overwrite it.
     with self.timed("score"):
       self.score_references()
-    # 2. Fill all free slots before decoding: a row costs the same whether anything is in it or not.
+    # 2. Fill every free slot: a row takes its time whether anything is in it or not.
     with self.timed("prefill"):
       self.refill()
       jax.block_until_ready(self.slots)
     with self.timed("decode"):
-      # 3. Decode as few rows, and read as little of each, as the programs that are compiled allow. This only starts it.
-      kv_length = bucket(self.shapes.kv_lengths, max((self.longest[slot] for slot in self.running), default=1))
+      # 3. Start decoding, of as few rows and reading as little of each as the compiled programs allow.
+      longest = max((request.text_length for request in self.running.values()), default=1)
+      kv_length = bucket(self.shapes.kv_lengths, longest)
       rows = self.compact()
       self.slots = self.device.decode(self.params, self.slots, rows, kv_length)
-      # 4. Tokenize while the device decodes: so the rows that finished in the round before are read only now.
+      # 4. While the device is busy, read the texts of the round before: so scoring lags two rounds behind.
       done = self.read_finished()
-      # 5. Wait for the device, and see who has finished in this round.
+      # 5. Wait for the device, and see who finished.
       self.gather()
     return done
 
@@ -176,8 +177,7 @@ class Scheduler:
       group.waiting -= 1
       if not group.waiting:
         group.place = None
-      self.running[slot] = request
-      self.longest[slot], self.looked_at[slot] = len(group.prompt.ids), 0
+      self.running[slot], request.text_length = request, len(group.prompt.ids)
     size = self.shapes.insert_rows
     for prompts, new in entries.values():
       for first in range(0, len(new), size):
@@ -211,13 +211,13 @@ class Scheduler:
       self.slots = self.device.move(self.params, self.slots, pairs, rows)
     for old, new in pairs:
       self.running[new] = self.running.pop(old)
-      self.longest[new], self.looked_at[new] = self.longest[old], self.looked_at[old]
       self.free[self.free.index(new)] = old
     return rows
 
   def read_finished(self) -> list[Request]:
     """Reads the text of rows that have finished; a row whose reference can be scored keeps its slot until it is."""
-    for slot, request in self.finished:
+    finished, self.finished = self.finished, []
+    for slot, request in finished:
       prompt, response = request.group.prompt, request.tokens.tolist()
       text = self.decode_text(self.device.settings.without_eos(response))
       request.text = text[: first_stop(text, request.group.stop)]
@@ -230,14 +230,13 @@ class Scheduler:
         self.to_score.append((request, suffix))
       elif self.splice:
         self.free.append(slot)
-    requests = [request for _, request in self.finished]
-    self.finished = []
-    return requests
+    return [request for _, request in finished]
 
   def gather(self) -> None:
     """Waits for the device, and takes the rows that have finished."""
     state = {name: np.array(x) for name, x in self.read("active", "lengths", "counts", "finished").items()}
-    self.longest = state["lengths"]
+    for slot, request in self.running.items():
+      request.text_length = int(state["lengths"][slot])
     if any(request.group.stop for request in self.running.values()):
       self.find_stops(state)
     ended = [(slot, request) for slot, request in self.running.items() if not state["active"][slot]]
@@ -263,13 +262,13 @@ class Scheduler:
     for slot, request in self.running.items():
       stop = request.group.stop
       margin = max((len(text.encode()) for text in stop), default=0)  # a token is a byte at least
-      first, last = self.looked_at[slot], counts[slot]
-      if not self.has_stop(tokens[slot, max(0, first - margin) : last], stop):
-        continue
-      ends = [count for count in range(first + 1, last + 1) if self.has_stop(tokens[slot, :count], stop)]
-      if ends:
-        halted[slot], counts[slot] = True, ends[0]
-    self.looked_at = counts
+      first, last = request.searched, int(counts[slot])
+      request.searched = last
+      if self.has_stop(tokens[slot, max(0, first - margin) : last], stop):
+        ends = (count for count in range(first + 1, last + 1) if self.has_stop(tokens[slot, :count], stop))
+        end = next(ends, None)
+        if end is not None:
+          halted[slot], counts[slot] = True, end
     state["finished"] |= halted
     state["active"] &= ~halted
     if halted.any():
