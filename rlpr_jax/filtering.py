@@ -1,15 +1,15 @@
-"""Which prompts are worth training on: those whose rewards spread (RLPR, section 3.3).
+"""Prompts worth training on: those whose rewards spread (RLPR, section 3.3).
 
 A group whose rewards are all alike teaches nothing. The threshold follows the policy: an exponential moving average of
-the mean spread, so that it tightens and loosens with training. Imports nothing but jax.
+the mean spread, so that it tightens and loosens with training. Imports nothing but jax and jaxtyping.
 """
 
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
 KINDS = ("ema", "fixed", "accuracy", "off")
 
@@ -19,35 +19,43 @@ class FilterConfig:
   """Settings of the filter; the defaults are the paper's for Qwen2.5."""
 
   kind: str = "ema"  # ema | fixed | accuracy | off; non-finite spreads are dropped by all four
-  scale: float = 0.5  # ema: a prompt is kept from scale * average on (Qwen 0.5, Llama 0.9, Gemma 1.0)
-  alpha: float = 0.01  # ema: weight of the newest step in the average
-  collect_from: int = 6  # ema: steps (counted from 1) before this one ignore the spread
-  start: int = 11  # ema: first step that filters; its average starts as the mean over collect_from..start-1
-  threshold: float = 0.0  # fixed: smallest spread that is kept
+  scale: Real[ArrayLike, ""] = 0.5  # ema: a prompt is kept from scale * average on (Qwen 0.5, Llama 0.9, Gemma 1.0)
+  alpha: Real[ArrayLike, ""] = 0.01  # ema: weight of the newest step in the average
+  collect_from: Int[ArrayLike, ""] = 6  # ema: steps (counted from 1) before this one ignore the spread
+  start: Int[ArrayLike, ""] = 11  # ema: first step that filters; its average starts as the mean over collect_from..start-1
+  threshold: Real[ArrayLike, ""] = 0.0  # fixed: smallest spread that is kept
 
 
 class FilterState(NamedTuple):
-  """The filter's memory between steps; part of the checkpoint."""
+  """Memory of the filter between steps; part of the checkpoint."""
 
-  step: jax.Array  # int32 scalar: training steps finished
-  average: jax.Array  # float32 scalar: beta; during the warm-up the mean of what was collected
-  collected: jax.Array  # int32 scalar: how many steps the average has seen in the warm-up
+  step: Int[Array, ""]  # training steps finished
+  average: Float[Array, ""]  # beta; during the warm-up the mean of what was collected
+  collected: Int[Array, ""]  # how many steps the average has seen in the warm-up
 
 
 def init(config: FilterConfig) -> FilterState:
-  """The state before the first step."""
+  """Make the state before the first step.
+
+  >>> init(FilterConfig()).step.item()
+  0
+  """
   if config.kind not in KINDS:
     raise ValueError(f"filter kind {config.kind!r}: expected one of {', '.join(KINDS)}")
   return FilterState(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32))
 
 
-def update(state: FilterState, stds: ArrayLike, config: FilterConfig) -> FilterState:
-  """Takes in the spreads of one training step; call it once a step, after the step's last draw.
+def update(state: FilterState, stds: Float[ArrayLike, "P"], config: FilterConfig) -> FilterState:
+  """Take in the spreads of one training step; call it once a step, after the step's last draw.
 
   beta <- (1 - alpha) beta + alpha * mean(stds). While collecting, beta is the running mean instead.
 
   Args:
-    stds: [P] spreads of all prompts sampled in the step, dropped ones included; non-finite ones are left out.
+    stds: spreads of all prompts sampled in the step, dropped ones included; non-finite ones are left out.
+
+  >>> config = FilterConfig(collect_from=1, start=2)
+  >>> update(init(config), jnp.array([0.1, 0.3, jnp.nan]), config).average.item()
+  0.2
   """
   finite = jnp.isfinite(stds)
   known = jnp.any(finite)
@@ -66,11 +74,16 @@ def update(state: FilterState, stds: ArrayLike, config: FilterConfig) -> FilterS
   )
 
 
-def threshold(state: FilterState, config: FilterConfig, scales: ArrayLike | None = None) -> jax.Array:
-  """The smallest spread that the step under way keeps, -inf while nothing is filtered; float32 scalar.
+def threshold(
+  state: FilterState, config: FilterConfig, scales: Real[ArrayLike, "P"] | None = None
+) -> Float[Array, ""] | Float[Array, "P"]:
+  """Smallest spread that the step under way keeps, -inf while nothing is filtered.
 
   Args:
-    scales: [P] in the place of `config.scale`, for each prompt its own; the threshold is then [P]. `ema` only.
+    scales: in the place of `config.scale`, for each prompt its own; so is the threshold then. `ema` only.
+
+  >>> threshold(FilterState(jnp.array(20), jnp.array(0.3), jnp.array(5)), FilterConfig(scale=0.5)).item()
+  0.15
   """
   if config.kind == "fixed":
     return jnp.full((), config.threshold, jnp.float32)
@@ -81,14 +94,17 @@ def threshold(state: FilterState, config: FilterConfig, scales: ArrayLike | None
   return jnp.where(filtering, scale * state.average, -jnp.inf)
 
 
-def keep_mixed(correct: ArrayLike) -> jax.Array:
+def keep_mixed(correct: Shaped[ArrayLike, "*P G"]) -> Bool[Array, "*P"]:
   """Prompts whose responses are neither all right nor all wrong: the accuracy filter of DAPO (arXiv 2503.14476).
 
   Args:
-    correct: [P, G] rewards of a verifier, right above 0.
+    correct: rewards of a verifier, right above 0.
 
   Returns:
-    [P] True where a prompt is kept; never for a group of one.
+    True where a prompt is kept; never for a group of one.
+
+  >>> keep_mixed(jnp.array([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])).tolist()
+  [True, False, False]
   """
   right = jnp.asarray(correct) > 0
   return jnp.any(right, axis=-1) & ~jnp.all(right, axis=-1)
@@ -96,22 +112,26 @@ def keep_mixed(correct: ArrayLike) -> jax.Array:
 
 def keep(
   state: FilterState,
-  stds: ArrayLike,
+  stds: Float[ArrayLike, "P"],
   config: FilterConfig,
-  correct: ArrayLike | None = None,
-  scales: ArrayLike | None = None,
-) -> jax.Array:
+  correct: Shaped[ArrayLike, "P G"] | None = None,
+  scales: Real[ArrayLike, "P"] | None = None,
+) -> Bool[Array, "P"]:
   """Prompts worth training on: those whose rewards spread at least as far as usual.
 
   Args:
     state: what the steps before this one left; the step's own spreads are not known yet when it refills.
-    stds: [P] unbiased standard deviation of each prompt's rewards.
+    stds: unbiased standard deviation of each prompt's rewards.
     config: `scale` multiplies the average; 0.5 in the paper for Qwen2.5.
-    correct: [P, G] as for `keep_mixed`, which decides in the place of the spread; `accuracy` only, and needed there.
-    scales: [P] in the place of `config.scale`, for each prompt its own (by source, say); `ema` only.
+    correct: as for `keep_mixed`, which decides in the place of the spread; `accuracy` only, and needed there.
+    scales: in the place of `config.scale`, for each prompt its own (by source, say); `ema` only.
 
   Returns:
-    [P] True where a prompt is kept. All finite prompts are kept until the warm-up is over (section 3.3).
+    True where a prompt is kept. All finite prompts are kept until the warm-up is over (section 3.3).
+
+  >>> config = FilterConfig(kind="fixed", threshold=0.1)
+  >>> keep(init(config), jnp.array([0.3, 0.05, jnp.nan]), config).tolist()
+  [True, False, False]
   """
   finite = jnp.isfinite(stds)
   if config.kind == "accuracy":

@@ -1,6 +1,6 @@
-"""Group-relative advantages, weights of the answer's own gradient, and the policy losses. Imports nothing but jax.
+"""Group-relative advantages, weights of the answer's own gradient, and the policy losses.
 
-Shapes: P prompts, G responses a prompt, B sequences, T tokens.
+Imports nothing but jax and jaxtyping. Shapes: P prompts, G responses a prompt, B sequences, T tokens.
 """
 
 from collections.abc import Sequence
@@ -8,23 +8,29 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Real, Shaped
 
 NORMALIZATIONS = ("std", "none", "leave_one_out")
 AGGREGATES = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean")
 STD_FLOOR = 1e-6  # a group that spreads less has advantage 0
 
 
-def group_advantages(rewards: ArrayLike, normalize: str = "std") -> tuple[jax.Array, jax.Array]:
-  """How much better each response is than its group.
+def group_advantages(
+  rewards: Real[ArrayLike, "*P G"], normalize: str = "std"
+) -> tuple[Float[Array, "*P G"], Float[Array, "*P"]]:
+  """Measure how much better each response is than its group.
 
   Args:
-    rewards: [P, G].
     normalize: `std`: (r - mean) / (std + 1e-6), GRPO; `none`: r - mean, Dr. GRPO; `leave_one_out`: r - mean of the
       others, RLOO. A group of one has mean 0 and std 1.
 
   Returns:
-    (advantages [P, G], stds [P]), float32; stds are unbiased (n - 1). Under `std` a group whose std is below 1e-6 has
-    advantage 0. A non-finite reward makes its own group non-finite and no other.
+    (advantages, stds), float32; stds are unbiased (n - 1). Under `std` a group whose std is below 1e-6 has advantage 0.
+    A non-finite reward makes its own group non-finite and no other.
+
+  >>> advantages, stds = group_advantages(jnp.array([[0.64, 0.19], [0.5, 0.5]]))
+  >>> advantages.tolist(), stds.tolist()
+  ([[0.71, -0.71], [0.0, 0.0]], [0.32, 0.0])
   """
   rewards = jnp.asarray(rewards, jnp.float32)
   size = rewards.shape[-1]
@@ -44,41 +50,49 @@ def group_advantages(rewards: ArrayLike, normalize: str = "std") -> tuple[jax.Ar
 
 
 def separate_advantages(
-  parts: Sequence[ArrayLike], weights: Sequence[ArrayLike], normalize: str = "std"
-) -> tuple[jax.Array, jax.Array]:
+  parts: Sequence[Real[ArrayLike, "*P G"]], weights: Sequence[Real[ArrayLike, ""]], normalize: str = "std"
+) -> tuple[Float[Array, "*P G"], Float[Array, "*P"]]:
   """sum_k w_k * group_advantages(part_k): each part of the reward is normalised by itself, so none drowns another.
 
   The decoupled normalisation of GDPO (arXiv 2601.05242), without its last step over the whole batch. Under `none` and
   `leave_one_out` this is `group_advantages` of the weighted sum.
 
   Args:
-    parts: K rewards, [P, G] each.
+    parts: K rewards.
     weights: K numbers; a part of weight 0 counts for nothing, unless it is not finite.
     normalize: as for `group_advantages`, of each part in each group.
 
   Returns:
-    (advantages [P, G], stds [P]), float32; stds are those of the weighted sum of the raw parts, by which a filter
-    judges the group. A non-finite value in any part makes its own group non-finite and no other.
+    (advantages, stds), float32; stds are those of the weighted sum of the raw parts, by which a filter judges the
+    group. A non-finite value in any part makes its own group non-finite and no other.
+
+  >>> separate_advantages([jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 0.1]])], [1.0, 1.0])[0].tolist()
+  [[0.0, 0.0]]
   """
   weighted = list(zip(weights, parts, strict=True))
-  advantages = sum(weight * group_advantages(part, normalize)[0] for weight, part in weighted)
-  total = sum(weight * jnp.asarray(part, jnp.float32) for weight, part in weighted)
+  advantages = sum((weight * group_advantages(part, normalize)[0] for weight, part in weighted), jnp.zeros(()))
+  total = sum((weight * jnp.asarray(part, jnp.float32) for weight, part in weighted), jnp.zeros(()))
   return advantages, group_advantages(total, normalize)[1]
 
 
-def verifree_weights(rewards: ArrayLike) -> jax.Array:
-  """Weights w[P, G] of -log p(reference answer | reasoning) in the loss: the rewards, as constants (arXiv 2505.21493).
+def verifree_weights(rewards: Real[ArrayLike, "*P G"]) -> Float[Array, "*P G"]:
+  """Weights of -log p(reference answer | reasoning) in the loss: the rewards, as constants (arXiv 2505.21493).
 
   The gradient of E[p(y*|z)] is E[p(y*|z) (grad log p(z) + grad log p(y*|z))]: `group_advantages` serves the first
   term, this the second. Both are means over the samples. A baseline belongs to the first alone.
 
   Args:
-    rewards: [P, G] probability of the reference answer, or what takes its place.
+    rewards: probability of the reference answer, or what takes its place.
+
+  >>> verifree_weights(jnp.array([[0.5, 0.25]])).tolist()
+  [[0.5, 0.25]]
   """
   return jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32))
 
 
-def group_bound(answer_logps: ArrayLike, valid: ArrayLike) -> tuple[jax.Array, jax.Array, jax.Array]:
+def group_bound(
+  answer_logps: Real[ArrayLike, "*P G"], valid: Shaped[ArrayLike, "*P G"]
+) -> tuple[Float[Array, "*P"], Float[Array, "*P G"], Float[Array, "*P G"]]:
   """JEPO's multi-sample Jensen bound on log p(reference answer), and what its gradient needs (arXiv 2503.19618).
 
   bound = log(1/n sum_i exp(l_i)) over the n valid samples. Its gradient is the expectation of
@@ -88,15 +102,19 @@ def group_bound(answer_logps: ArrayLike, valid: ArrayLike) -> tuple[jax.Array, j
   summed over the group and not averaged: both shrink as 1/n by themselves.
 
   Args:
-    answer_logps: [P, G] l, log-probability of the reference answer after each reasoning z; finite where valid.
-    valid: [P, G] False where the answer could not be scored; what stands there never matters.
+    answer_logps: l, log-probability of the reference answer after each reasoning z; finite where valid.
+    valid: False where the answer could not be scored; what stands there never matters.
 
   Returns:
-    bound: [P], differentiable by l; -inf where no sample is valid.
-    advantages: [P, G] constants: bound - the bound of the group without sample i. For an invalid sample this is 0 by
+    bound: differentiable by l; -inf where no sample is valid.
+    advantages: constants: bound - the bound of the group without sample i. For an invalid sample this is 0 by
       itself, since it was not in the bound: n counts valid samples, so failing to answer is not punished here. A lone
       valid sample has nothing to be compared with and gets 0 too. Never below log(1 - 1/n); as large as the range of l.
-    weights: [P, G] constants: exp(l_i) / sum_j exp(l_j) over the valid samples, the bound's gradient by l; 0 elsewhere.
+    weights: constants: exp(l_i) / sum_j exp(l_j) over the valid samples, the bound's gradient by l; 0 elsewhere.
+
+  >>> bound, advantages, weights = group_bound(jnp.log(jnp.array([[0.6, 0.2]])), jnp.ones((1, 2), bool))
+  >>> jnp.exp(bound).tolist(), advantages.tolist(), weights.tolist()
+  ([0.4], [[0.69, -0.41]], [[0.75, 0.25]])
   """
   valid = jnp.asarray(valid, bool)
   logps = jnp.where(valid, jnp.asarray(answer_logps, jnp.float32), 0.0)
@@ -112,7 +130,7 @@ def group_bound(answer_logps: ArrayLike, valid: ArrayLike) -> tuple[jax.Array, j
   return bound + best[..., 0], jax.lax.stop_gradient(advantages), jax.lax.stop_gradient(weights)
 
 
-def _log_mean_exp(x: jax.Array, included: jax.Array) -> jax.Array:
+def _log_mean_exp(x: Float[Array, "..."], included: Bool[Array, "..."]) -> Float[Array, "..."]:
   """log(mean of exp(x) over the included) along the last axis; -inf, with gradient 0, where none is."""
   count = jnp.sum(included, axis=-1)
   top = jax.lax.stop_gradient(jnp.max(x, axis=-1, where=included, initial=-jnp.inf))
@@ -121,28 +139,36 @@ def _log_mean_exp(x: jax.Array, included: jax.Array) -> jax.Array:
   return jnp.where(count > 0, top + jnp.log(jnp.where(count > 0, total / jnp.maximum(count, 1), 1.0)), -jnp.inf)
 
 
-def token_weights(mask: ArrayLike, aggregate: str = "token_mean", length: int | None = None) -> jax.Array:
-  """Weights w[B, T] that turn per-token losses into the minibatch's loss: loss = sum(w * token_loss).
+def loss_weights(
+  mask: Shaped[ArrayLike, "B T"], aggregate: str = "token_mean", length: int | None = None
+) -> Float[Array, "B T"]:
+  """Weights w that turn per-token losses into the minibatch's loss: loss = sum(w * token_loss).
 
   Args:
-    mask: [B, T] True on response tokens, EOS included.
+    mask: True on response tokens, EOS included.
     aggregate: as for `sequence_weights`.
     length: the constant of `seq_mean_token_sum`, T if None.
+
+  >>> loss_weights(jnp.array([[True, True, True], [True, False, False]]), "token_mean").tolist()
+  [[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]
   """
   mask = jnp.asarray(mask, jnp.float32)
   return mask * sequence_weights(jnp.sum(mask, axis=-1), aggregate, length or mask.shape[-1])[:, None]
 
 
-def sequence_weights(tokens: ArrayLike, aggregate: str, length: int) -> jax.Array:
-  """Weight w[B] of each token of a sequence, such that loss = sum(w * token_loss) is the minibatch's mean.
+def sequence_weights(tokens: Real[ArrayLike, "B"], aggregate: str, length: int) -> Float[Array, "B"]:
+  """Weight w of each token of a sequence, such that loss = sum(w * token_loss) is the minibatch's mean.
 
   Writing the mean as weights lets micro-batches simply add up, whatever the lengths of their rows.
 
   Args:
-    tokens: [B] number of response tokens of each sequence.
+    tokens: number of response tokens of each sequence.
     aggregate: `token_mean`: 1 / tokens of the minibatch; `seq_mean_token_sum`: 1 / (sequences * length);
       `seq_mean_token_mean`: 1 / (sequences * tokens of the sequence). Sequences without tokens do not count.
     length: the constant of `seq_mean_token_sum`.
+
+  >>> sequence_weights(jnp.array([4, 1]), "seq_mean_token_mean", length=4).tolist()
+  [0.125, 0.5]
   """
   tokens = jnp.asarray(tokens, jnp.float32)
   sequences = jnp.maximum(jnp.sum(tokens > 0), 1)
@@ -156,23 +182,26 @@ def sequence_weights(tokens: ArrayLike, aggregate: str, length: int) -> jax.Arra
 
 
 def clipped_loss(
-  logps: ArrayLike,
-  old_logps: ArrayLike,
-  advantages: ArrayLike,
+  logps: Float[ArrayLike, "*B"],
+  old_logps: Float[ArrayLike, "*B"],
+  advantages: Real[ArrayLike, "*#B"],
   clip_low: float = 0.2,
   clip_high: float = 0.27,
   dual_clip: float | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Bool[Array, "*B"]]:
   """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) for each token.
 
   Args:
-    logps, old_logps: [...] log-probabilities under the policy and under the one that sampled, same temperature.
-    advantages: broadcastable to [...].
+    logps, old_logps: log-probabilities under the policy and under the one that sampled, same temperature.
     dual_clip: c > 1, a Python number: where A < 0 the loss is at most -c * A, so that a bad token that became much
       likelier does not rule the step (Ye et al. 2020, arXiv 1912.09729; 3 there). None for no such limit.
 
   Returns:
-    (loss [...], ratio [...], clipped [...] True where a clip decides and the gradient is therefore zero).
+    (loss, ratio, clipped), the last True where a clip decides and the gradient is therefore zero.
+
+  >>> loss, ratio, clipped = clipped_loss(jnp.log(jnp.array([0.5, 0.8])), jnp.log(jnp.array([0.5, 0.4])), 1.0)
+  >>> loss.tolist(), ratio.tolist(), clipped.tolist()
+  ([-1.0, -1.27], [1.0, 2.0], [False, True])
   """
   if dual_clip is not None and dual_clip <= 1:
     raise ValueError(f"dual_clip {dual_clip}: expected a number above 1")
@@ -188,8 +217,8 @@ def clipped_loss(
 
 
 def truncated_loss(
-  logps: ArrayLike, old_logps: ArrayLike, advantages: ArrayLike, cap: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  logps: Float[ArrayLike, "*B"], old_logps: Float[ArrayLike, "*B"], advantages: Real[ArrayLike, "*#B"], cap: float
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Bool[Array, "*B"]]:
   """-stop_gradient(min(ratio, cap)) * A * logp for each token: REINFORCE with truncated importance weights.
 
   The truncation of IMPALA (arXiv 1802.01561) on each token, as in CISPO (MiniMax-M1, arXiv 2506.13585): unlike a clip,
@@ -200,15 +229,22 @@ def truncated_loss(
     cap: largest weight.
 
   Returns:
-    (loss [...], ratio [...] a constant, truncated [...] True where ratio > cap).
+    (loss, ratio, truncated): the ratio is a constant, the last True where it is above the cap.
+
+  >>> jax.grad(lambda x: truncated_loss(x, jnp.log(0.2), 1.0, cap=2.0)[0])(jnp.log(0.8)).item()
+  -2.0
   """
   logps = jnp.asarray(logps)
   ratio = jnp.exp(jax.lax.stop_gradient(logps - jnp.asarray(old_logps)))
   return -jnp.minimum(ratio, cap) * advantages * logps, ratio, ratio > cap
 
 
-def kl_k3(logps: ArrayLike, reference_logps: ArrayLike) -> jax.Array:
-  """Schulman's k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1 with d = reference - policy."""
+def kl_k3(logps: Float[ArrayLike, "*B"], reference_logps: Float[ArrayLike, "*B"]) -> Float[Array, "*B"]:
+  """Schulman's k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1 with d = reference - policy.
+
+  >>> kl_k3(jnp.log(0.5), jnp.log(0.25)).item()
+  0.193
+  """
   difference = jnp.asarray(reference_logps) - jnp.asarray(logps)
   return jnp.exp(difference) - difference - 1
 
@@ -244,7 +280,9 @@ def policy_loss(
 
   One response of two tokens whose second has become twice as likely, where 1.27 times is all that counts:
 
-  >>> loss, metrics = policy_loss(jnp.log(jnp.array([[0.5, 0.8]])), jnp.log(jnp.array([[0.5, 0.4]])), [1.0], [[1, 1]])
+  >>> loss, metrics = policy_loss(
+  ...   jnp.log(jnp.array([[0.5, 0.8]])), jnp.log(jnp.array([[0.5, 0.4]])), jnp.ones(1), jnp.ones((1, 2))
+  ... )
   >>> print(f"{loss:.3f} {metrics['clip_fraction']:.2f}")
   -1.135 0.50
   """
@@ -271,4 +309,4 @@ def policy_loss(
     "ratio_worst": sums["ratio_worst"],
     "clip_fraction": sums["clipped_tokens"] / tokens,
   }
-  return jnp.sum(jnp.where(mask, token_weights(mask, aggregate) * loss, 0.0)), metrics
+  return jnp.sum(jnp.where(mask, loss_weights(mask, aggregate) * loss, 0.0)), metrics

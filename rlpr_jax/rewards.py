@@ -1,10 +1,11 @@
 """Reward mathematics of RLPR: how probable the reference answer is after the policy's own reasoning.
 
-Pure functions over arrays (or one text), importing nothing but jax, so any trainer can call them. Shapes: P prompts,
-G responses a prompt, A tokens of a reference answer. Section numbers are those of the paper, arXiv 2506.18254,
-sections 3.2 to 3.4, and of its appendix for the ablations.
+Pure functions over arrays (or one text), importing nothing but jax and jaxtyping, so any trainer can call them.
+Shapes: P prompts, G responses a prompt, A tokens of a reference answer. Section numbers are those of the paper,
+arXiv 2506.18254, sections 3.2 to 3.4, and of its appendix for the ablations.
 """
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -12,8 +13,9 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
-from rlpr_jax.types import Rewards
+from rlpr_jax.types import Evidence, Rewards
 
 AGGREGATES = ("mean_prob", "geometric_mean", "product", "mean_logprob")
 TOKEN_WEIGHTS = ("uniform", "inverse", "base", "spread")
@@ -28,25 +30,42 @@ STD_FLOOR = 1e-6  # what spreads less does not spread
 _RARE = 1e-3  # added to p before 1 / p
 
 
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+  """How `score_groups` makes a reward of the evidence; the defaults are the paper's."""
+
+  aggregate: str = "mean_prob"  # as for `reference_probability`
+  shaping: str = "clip"  # as for `debias`
+  format_coefficient: float = 0.1  # as for `combine`
+  length_coefficient: float = 0.0  # the most that an answer longer than the reference costs
+
+
 def reference_probability(
-  logps: ArrayLike, mask: ArrayLike, aggregate: str = "mean_prob", weights: ArrayLike | None = None
-) -> jax.Array:
-  """How probable the policy finds the reference answer (section 3.2).
+  logps: Float[ArrayLike, "*B A"],
+  mask: Shaped[ArrayLike, "*B A"],
+  aggregate: str = "mean_prob",
+  weights: Real[ArrayLike, "*#B A"] | None = None,
+) -> Float[Array, "*B"]:
+  """Measure how probable the policy finds the reference answer (section 3.2).
 
   Args:
-    logps: [..., A] float32 log-probabilities of the reference answer's tokens, in nats.
-    mask: [..., A] True where a token belongs to the answer; what stands elsewhere never matters.
+    logps: log-probabilities of the reference answer's tokens, in nats.
+    mask: True where a token belongs to the answer; what stands elsewhere never matters.
     aggregate: `mean_prob` = mean of p; `geometric_mean` = exp(mean of log p); `product` = exp(n * mean of log p), n
       being the number of tokens; `mean_logprob` = mean of log p. The mean forgives one improbable token:
       (0.01, 0.7, 0.9) and (0.05, 0.7, 0.9) are close in the mean and five times apart in the product.
-    weights: [..., A] how much each token counts in these means, sum(w x) / sum(w); at least 0, on any scale. A token
-      of weight 0 does not matter, except that it counts in n. None, and weights that are all 0, are uniform.
+    weights: how much each token counts in these means, sum(w x) / sum(w); at least 0, on any scale. A token of weight
+      0 does not matter, except that it counts in n. None, and weights that are all 0, are uniform.
 
   Returns:
-    [...] float32 score; 0 where the mask is empty.
+    float32 score; 0 where the mask is empty.
 
   Raises:
     ValueError: unknown aggregate.
+
+  >>> logps, mask = jnp.log(jnp.array([0.01, 0.7, 0.9])), jnp.ones(3, bool)
+  >>> print(f"{reference_probability(logps, mask):.3f} {reference_probability(logps, mask, 'product'):.4f}")
+  0.537 0.0063
   """
   if aggregate not in AGGREGATES:
     raise ValueError(f"aggregate {aggregate!r}: expected one of {', '.join(AGGREGATES)}")
@@ -66,8 +85,8 @@ def reference_probability(
   return jnp.where(count > 0, score, 0.0)
 
 
-def _scaled(weights: ArrayLike, mask: jax.Array) -> jax.Array:
-  """Weights [..., A] with 1 as the largest, so that no sum of them overflows; 1 each if all are 0; 0 off the mask."""
+def _scaled(weights: Real[ArrayLike, "*#B A"], mask: Bool[Array, "*B A"]) -> Float[Array, "*B A"]:
+  """Weights with 1 as the largest, so that no sum of them overflows; 1 each if all are 0; 0 off the mask."""
   weights = jnp.where(mask, jnp.asarray(weights, jnp.float32), 0.0)
   # The scale cancels out of every mean, so nothing is lost by keeping it out of the gradient.
   largest = jax.lax.stop_gradient(jnp.max(weights, axis=-1, keepdims=True, initial=0.0))
@@ -76,32 +95,37 @@ def _scaled(weights: ArrayLike, mask: jax.Array) -> jax.Array:
 
 
 def token_weights(
-  logps: ArrayLike,
-  mask: ArrayLike,
+  logps: Float[ArrayLike, "*P G A"],
+  mask: Shaped[ArrayLike, "*P G A"],
   kind: str,
-  baseline_logps: ArrayLike | None = None,
-  baseline_mask: ArrayLike | None = None,
-) -> jax.Array:
-  """How much each token of the reference answer counts: `weights` of `reference_probability`. No gradients pass.
+  baseline_logps: Float[ArrayLike, "*P A1"] | None = None,
+  baseline_mask: Shaped[ArrayLike, "*P A1"] | None = None,
+) -> Float[Array, "*P G A"]:
+  """Weigh each token of the reference answer: `weights` of `reference_probability`. No gradients pass.
 
   The k-th tokens of the answer are compared with each other, wherever the masks of the rows begin. Rows that tokenise
   the answer into another number of tokens than most rows of the group do (the smaller number if two are as frequent;
   empty rows have no say) are compared with nothing: they get uniform weights and stay out of means and deviations.
 
   Args:
-    logps, mask: [..., G, A] as for `reference_probability`; the mask of a row without a score is empty.
+    logps, mask: as for `reference_probability`; the mask of a row without a score is empty.
     kind: `uniform`: 1. `inverse`: 1 / (mean over the group of p + 1e-3), rare tokens count more. `base`: 1 - p', p'
       being the probability without reasoning, what was known anyway counts less; rows that differ from the baseline in
       their number of tokens, and no others, are uniform. `spread`: unbiased standard deviation over the group of p
       (0 if under 1e-6; uniform if it is of one row), tokens that the reasoning decides count more, as in the reasoning
       reflection reward of arXiv 2506.13351.
-    baseline_logps, baseline_mask: [..., A] the reference answer without reasoning, for `base`.
+    baseline_logps, baseline_mask: the reference answer without reasoning, for `base`.
 
   Returns:
-    [..., G, A] float32, at least 0, and 0 off the mask. The scale of each row means nothing.
+    float32, at least 0, and 0 off the mask. The scale of each row means nothing.
 
   Raises:
     ValueError: unknown kind, or `base` without a baseline.
+
+  Of two responses, the reasoning decides only how likely the second token is:
+
+  >>> token_weights(jnp.log(jnp.array([[0.9, 0.1], [0.9, 0.7]])), jnp.ones((2, 2), bool), "spread").tolist()
+  [[0.0, 0.42], [0.0, 0.42]]
   """
   if kind not in TOKEN_WEIGHTS:
     raise ValueError(f"token weights {kind!r}: expected one of {', '.join(TOKEN_WEIGHTS)}")
@@ -112,35 +136,37 @@ def token_weights(
   if kind == "base":
     if baseline_logps is None or baseline_mask is None:
       raise ValueError("token weights 'base': expected baseline_logps and baseline_mask")
-    known, usual = _own_tokens(baseline_logps, baseline_mask)
+    known, usual = _answer_tokens(baseline_logps, baseline_mask)
     kth = jnp.maximum(-jnp.expm1(known), 0.0)
   else:
-    own, counts = _own_tokens(logps, mask)
+    answer_logps, counts = _answer_tokens(logps, mask)
     usual = _most_frequent(counts)
-    kth = _group_weights(jnp.exp(own), counts == usual[..., None], kind)
+    kth = _group_weights(jnp.exp(answer_logps), counts == usual[..., None], kind)
   # mask F F T T F T  ->  k 0 0 0 1 1 2
   k = jnp.maximum(jnp.cumsum(mask, axis=-1) - 1, 0)
   alike = jnp.sum(mask, axis=-1, keepdims=True) == usual[..., None, None]
   return jnp.where(mask & alike, jnp.take_along_axis(kth[..., None, :], k, axis=-1), uniform)
 
 
-def _own_tokens(logps: ArrayLike, mask: ArrayLike) -> tuple[jax.Array, jax.Array]:
-  """Log-probabilities [..., A] of the answer's own tokens, moved to the front and 0 behind; their number [...]."""
+def _answer_tokens(
+  logps: Float[ArrayLike, "*B A"], mask: Shaped[ArrayLike, "*B A"]
+) -> tuple[Float[Array, "*B A"], Int[Array, "*B"]]:
+  """Log-probabilities of the answer's own tokens, moved to the front and 0 behind; their number."""
   mask = jnp.asarray(mask, bool)
   logps = jnp.where(mask, jax.lax.stop_gradient(jnp.asarray(logps, jnp.float32)), 0.0)
   front = jnp.argsort(~mask, axis=-1, stable=True)
   return jnp.take_along_axis(logps, front, axis=-1), jnp.sum(mask, axis=-1)
 
 
-def _most_frequent(counts: jax.Array) -> jax.Array:
-  """[..., G] -> [...]: the count above 0 that most rows have, the smallest of several; 0 if there is none."""
+def _most_frequent(counts: Int[Array, "*P G"]) -> Int[Array, "*P"]:
+  """The count above 0 that most rows have, the smallest of several; 0 if there is none."""
   rows = jnp.where(counts > 0, jnp.sum(counts[..., :, None] == counts[..., None, :], axis=-1), 0)
   frequent = rows == jnp.max(rows, axis=-1, keepdims=True)
   return jnp.min(counts, axis=-1, where=frequent, initial=jnp.iinfo(counts.dtype).max)
 
 
-def _group_weights(probs: jax.Array, members: jax.Array, kind: str) -> jax.Array:
-  """Weight [..., A] of the k-th token, from the members [..., G] of the group that have one."""
+def _group_weights(probs: Float[Array, "*P G A"], members: Bool[Array, "*P G"], kind: str) -> Float[Array, "*P A"]:
+  """Weight of the k-th token, from the members of the group that have one."""
   inside = members[..., None]
   size = jnp.sum(inside, axis=-2)
   if kind == "inverse":
@@ -149,7 +175,9 @@ def _group_weights(probs: jax.Array, members: jax.Array, kind: str) -> jax.Array
   return jnp.where(size > 1, jnp.squeeze(std, -2), 1.0)
 
 
-def _spread(values: jax.Array, axis: int, where: ArrayLike = True) -> tuple[jax.Array, jax.Array]:
+def _spread(
+  values: Float[Array, "..."], axis: int, where: Bool[ArrayLike, "..."] = True
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
   """(values - mean, unbiased std, or 0 where that is under STD_FLOOR), of where `where` holds; the axis is kept."""
   size = jnp.sum(jnp.broadcast_to(where, values.shape), axis=axis, keepdims=True)
   # Twice, for equal values: the first mean may be an ulp off, which would be taken for a spread.
@@ -160,12 +188,14 @@ def _spread(values: jax.Array, axis: int, where: ArrayLike = True) -> tuple[jax.
   return values, jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, variance)))
 
 
-def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.Array:
-  """Takes the baseline off: what the reasoning added to the answer's probability, shaping(score - baseline).
+def debias(
+  score: Real[ArrayLike, "*#B"], baseline: Real[ArrayLike, "*#B"], shaping: str = "clip"
+) -> Float[Array, "*#B"]:
+  """Measure what the reasoning added to the answer's probability: shaping(score - baseline) (section 3.2).
 
   Args:
-    score: [...] r, after the reasoning.
-    baseline: [...] r', without it; broadcast against `score`.
+    score: r, after the reasoning.
+    baseline: r', without it; broadcast against `score`.
     shaping: of d = score - baseline: `clip` to [0, 1]; `identity`; `threshold_T` (0 where d < T); `one_minus`
       (1 - d); `sigmoid_K` (1 / (1 + exp(-K (2d - 1))), the plain sigmoid for K = 0); `leaky_T` (0.01 d where d < T);
       `bins_N` (d clipped, to the nearest multiple of 1/N). T, K and N are numbers: `threshold_0.05`. Two look at
@@ -175,6 +205,9 @@ def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.
 
   Raises:
     ValueError: unknown shaping, or a parameter that is not a number, or a single number where a group is needed.
+
+  >>> debias(jnp.array([0.8, 0.1]), 0.2).tolist()
+  [0.6, 0.0]
   """
   difference = jnp.asarray(score) - jnp.asarray(baseline)
   name, parameter = parse_shaping(shaping)
@@ -197,8 +230,8 @@ def debias(score: ArrayLike, baseline: ArrayLike, shaping: str = "clip") -> jax.
   return jnp.round(jnp.clip(difference, 0.0, 1.0) * parameter) / parameter
 
 
-def _rank(values: jax.Array) -> jax.Array:
-  """Mean rank [..., G] of equal values, scaled to [0, 1]; NaN stays NaN."""
+def _rank(values: Float[Array, "*P G"]) -> Float[Array, "*P G"]:
+  """Mean rank of equal values, scaled to [0, 1]; NaN stays NaN."""
   size = values.shape[-1]
   if size == 1:
     return jnp.where(jnp.isnan(values), jnp.nan, 0.5)
@@ -207,14 +240,18 @@ def _rank(values: jax.Array) -> jax.Array:
   return jnp.where(jnp.isnan(values), jnp.nan, rank / (size - 1))
 
 
-def _zscore(values: jax.Array) -> jax.Array:
-  """(values - mean) / (std + 1e-6) [..., G]; 0 where nothing spreads."""
+def _zscore(values: Float[Array, "*P G"]) -> Float[Array, "*P G"]:
+  """(values - mean) / (std + 1e-6); 0 where nothing spreads."""
   centred, std = _spread(values, -1)
   return jnp.where(std == 0, 0.0, centred / (std + STD_FLOOR))
 
 
 def parse_shaping(shaping: str) -> tuple[str, float]:
-  """Splits `threshold_0.05` into its name and number (0 for those without one); ValueError if unknown."""
+  """Split a shaping into its name and number (0 for those without one); ValueError if unknown.
+
+  >>> parse_shaping("threshold_0.05")
+  ('threshold', 0.05)
+  """
   name, _, number = shaping.rpartition("_")  # from the right: Python would read threshold_0_05 as 5
   if shaping in ("clip", "identity", "one_minus", "rank", "zscore"):
     return shaping, 0.0
@@ -229,13 +266,16 @@ def parse_shaping(shaping: str) -> tuple[str, float]:
 
 
 def format_score(text: str, template: str = "think") -> float:
-  """1.0 when every tag of the template occurs exactly once and in order, else 0.0 (section 3.4).
+  """Score the format: 1.0 when every tag of the template occurs exactly once and in order, else 0.0 (section 3.4).
 
   Nothing may stand before `<think>`. Text between `</think>` and `<answer>` and after `</answer>` is allowed; the
   `answer_only` template allows text on both sides.
 
   Raises:
     ValueError: unknown template.
+
+  >>> format_score("<think>6 * 7</think> <answer>42</answer>"), format_score("<answer>42</answer>")
+  (1.0, 0.0)
   """
   if template not in TEMPLATE_TAGS:
     raise ValueError(f"template {template!r}: expected one of {', '.join(TEMPLATE_TAGS)}")
@@ -251,6 +291,9 @@ def repetition_penalty(text: str, window: int = 10, limit: int = 10) -> float:
   """-1.0 when any `window` consecutive words occur `limit` times or more, else 0.0.
 
   Words are split at whitespace and `_`. A text of `window` words or fewer is never penalised.
+
+  >>> repetition_penalty("so it is " * 5, window=3, limit=4)
+  -1.0
   """
   words = [word for word in re.split(r"[\s_]+", text) if word]
   if len(words) <= window:
@@ -264,6 +307,9 @@ def answer_length_penalty(answer: str | None, reference: str, coefficient: float
 
   0 for an answer that is None, since the format term has that. So an answer of twice the reference's length and any
   longer one cost `coefficient`.
+
+  >>> answer_length_penalty("42 apples", "42", 0.1), answer_length_penalty("42,", "42", 0.1)
+  (-0.1, -0.05)
   """
   if answer is None:
     return 0.0
@@ -272,24 +318,34 @@ def answer_length_penalty(answer: str | None, reference: str, coefficient: float
   return -coefficient * min(1.0, excess) if excess else 0.0
 
 
-def mixture(reference: ArrayLike, verified: ArrayLike, weight: float) -> jax.Array:
+def mixture(
+  reference: Real[ArrayLike, "*B"], verified: Shaped[ArrayLike, "*B"], weight: Real[ArrayLike, ""]
+) -> Float[Array, "*B"]:
   """(1 - weight) * reference + weight * verified.
 
   Args:
-    reference: [P, G] reward from the reference answer's probability.
-    verified: [P, G] reward from a verifier, such as 1 and 0.
+    reference: reward from the reference answer's probability.
+    verified: reward from a verifier, such as 1 and 0.
     weight: share of the verifier, 0 to 1.
+
+  >>> mixture(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0]), 0.5).tolist()
+  [0.75, 0.25]
   """
   return (1 - weight) * jnp.asarray(reference) + weight * jnp.asarray(verified)
 
 
-def moving_average(old: ArrayLike, new: ArrayLike, rate: ArrayLike) -> jax.Array:
+def moving_average(
+  old: Float[ArrayLike, "*B"], new: Float[ArrayLike, "*B"], rate: Real[ArrayLike, ""]
+) -> Float[Array, "*B"]:
   """log((1 - rate) * exp(old) + rate * exp(new)): probabilities averaged, given and returned as logarithms.
 
   Args:
-    old: [...] log-probabilities so far; NaN where not known yet, which gives `new`.
-    new: [...] log-probabilities now, down to -inf.
+    old: log-probabilities so far; NaN where not known yet, which gives `new`.
+    new: log-probabilities now, down to -inf.
     rate: 0 keeps the old, 1 takes the new.
+
+  >>> jnp.exp(moving_average(jnp.log(0.2), jnp.log(0.6), 0.25)).item()
+  0.3
   """
   old, new = jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32)
   unknown = jnp.isnan(old)
@@ -299,15 +355,21 @@ def moving_average(old: ArrayLike, new: ArrayLike, rate: ArrayLike) -> jax.Array
 
 
 def combine(
-  debiased: ArrayLike, format_score: ArrayLike, format_coefficient: float = 0.1, penalty: ArrayLike = 0.0
-) -> jax.Array:
+  debiased: Real[ArrayLike, "*B"],
+  format_score: Real[ArrayLike, "*B"],
+  format_coefficient: float = 0.1,
+  penalty: Real[ArrayLike, "*#B"] = 0.0,
+) -> Float[Array, "*B"]:
   """(1 - c) * debiased + c * format + penalty; with c = -1: debiased where the format is right, else -1, + penalty.
 
   Args:
-    debiased: [...] debiased reference probability.
-    format_score: [...] 1 or 0.
+    debiased: debiased reference probability.
+    format_score: 1 or 0.
     format_coefficient: c, 0.1 in the paper.
-    penalty: [...] 0, or -1 from `repetition_penalty`.
+    penalty: 0, or -1 from `repetition_penalty`.
+
+  >>> combine(jnp.array([0.6, 0.1]), jnp.array([1.0, 0.0])).tolist()
+  [0.64, 0.09]
   """
   if format_coefficient == -1:
     return jnp.where(jnp.asarray(format_score) == 1, debiased, -1.0) + penalty
@@ -315,35 +377,32 @@ def combine(
   return (1 - format_coefficient) * debiased + format_coefficient * format_score + penalty
 
 
-def assess(
-  reference_logps: ArrayLike,
-  reference_mask: ArrayLike,
-  scorable: ArrayLike,
-  baselines: ArrayLike,
-  format_scores: ArrayLike,
-  repetition: ArrayLike,
-  *,
-  aggregate: str = "mean_prob",
-  shaping: str = "clip",
-  format_coefficient: float = 0.1,
-  token_weights: ArrayLike | None = None,
-  length_penalty: ArrayLike = 0.0,
+def score_groups(
+  evidence: Evidence,
+  baselines: Float[ArrayLike, "P"],
+  scoring: Scoring = Scoring(),
+  weights: Real[ArrayLike, "P G A"] | None = None,
 ) -> Rewards:
-  """The whole reward of P groups of G responses.
+  """Compute every part of the reward of P groups of G responses (sections 3.2 to 3.4).
 
   Args:
-    reference_logps, reference_mask: [P, G, A] as for `reference_probability`.
-    scorable: [P, G] False where the response could not be spliced; it scores as low as can be.
-    baselines: [P] r' of each prompt; zeros for no debiasing.
-    format_scores, repetition: [P, G].
-    aggregate, shaping, format_coefficient: as for `reference_probability`, `debias` and `combine`.
-    token_weights: [P, G, A] of `token_weights`; None for uniform ones.
-    length_penalty: [P, G] of `answer_length_penalty`, added to the total as `repetition` is.
+    evidence: a response that could not be spliced, `scorable` False, scores as low as can be.
+    baselines: r' of each prompt; zeros for no debiasing.
+    scoring: which reward it is.
+    weights: of `token_weights`; None for uniform ones.
   """
-  lowest = LOWEST_LOGPROB if aggregate == "mean_logprob" else 0.0
-  score = reference_probability(reference_logps, reference_mask, aggregate, token_weights)
-  reference = jnp.where(scorable, score, lowest)
-  debiased = debias(reference, jnp.asarray(baselines)[:, None], shaping)
-  length = jnp.broadcast_to(length_penalty, reference.shape)
-  total = combine(debiased, format_scores, format_coefficient, repetition + length)
-  return Rewards(reference, baselines, debiased, format_scores, repetition, length, total)
+  lowest = LOWEST_LOGPROB if scoring.aggregate == "mean_logprob" else 0.0
+  score = reference_probability(evidence.logps, evidence.mask, scoring.aggregate, weights)
+  reference = jnp.where(evidence.scorable, score, lowest)
+  debiased = debias(reference, jnp.asarray(baselines)[:, None], scoring.shaping)
+  length = scoring.length_coefficient * jnp.asarray(evidence.excess)
+  total = combine(debiased, evidence.formats, scoring.format_coefficient, evidence.repetition + length)
+  return Rewards(
+    reference=reference,
+    baseline=baselines,
+    debiased=debiased,
+    format=evidence.formats,
+    repetition=evidence.repetition,
+    length=length,
+    total=total,
+  )

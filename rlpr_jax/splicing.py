@@ -41,7 +41,7 @@ def splice(
   reference: str,
   template: str = "think",
 ) -> Splice | None:
-  """Puts the reference answer in the place of the response's own answer.
+  """Put the reference answer in the place of the response's own answer.
 
   After `<answer>` come the whitespace the model wrote there (one space if it wrote none), the reference, one space,
   `</answer>` and EOS. Whatever else stood after `<answer>` is gone, so it need not be well formed.
@@ -56,6 +56,13 @@ def splice(
 
   Returns:
     The splice, or None when the response is not scorable: a tag of the template is missing, repeated or out of order.
+
+  >>> from rlpr_jax.data import builtin
+  >>> tokenizer = builtin.tokenizer()
+  >>> ids = tokenizer.encode("<think>6*7</think> <answer>41</answer>")
+  >>> spliced = splice(tokenizer, [], ids, "42")
+  >>> tokenizer.decode(ids[: spliced.prefix_length] + spliced.suffix_ids)
+  '<think>6*7</think> <answer> 42 </answer><end>'
   """
   del prompt_ids
   ids = [int(i) for i in response_ids]
@@ -73,7 +80,7 @@ def splice(
 def baseline_suffix(
   tokenizer: PreTrainedTokenizerBase, reference: str, prefix: str = "bare"
 ) -> tuple[list[int], list[bool]]:
-  """The reference straight after the assistant header, with no reasoning: what r' is measured on.
+  """Tokenise the reference straight after the assistant header, with no reasoning: what r' is measured on.
 
   Args:
     tokenizer: a tokenizer that passed `check_tokenizer`.
@@ -83,6 +90,10 @@ def baseline_suffix(
 
   Returns:
     Token ids up to and including EOS, and the mask of the reference's tokens, of the same length.
+
+  >>> from rlpr_jax.data import builtin
+  >>> baseline_suffix(builtin.tokenizer(), "42")  # a space, 4, 2, a space and EOS
+  ([44, 38, 36, 44, 1], [False, True, True, False, False])
   """
   before = {"bare": " ", "tagged": f"{OPEN} "}
   if prefix not in before:
@@ -91,13 +102,17 @@ def baseline_suffix(
 
 
 def extract_answer(text: str) -> str | None:
-  """The stripped content of the first `<answer>...</answer>`, or None where there is none."""
-  found = re.search(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
-  return found.group(1).strip() if found else None
+  """Stripped content of the first `<answer>...</answer>`, or None where there is none.
+
+  >>> extract_answer("<think>6 * 7</think> <answer> 42 </answer>")
+  '42'
+  """
+  answer = re.search(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
+  return answer.group(1).strip() if answer else None
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-  """Raises `InputError` for a tokenizer that responses cannot be spliced with."""
+  """Refuse, with an `InputError`, a tokenizer that responses cannot be spliced with."""
   name = tokenizer.name_or_path or type(tokenizer).__name__
   if not tokenizer.is_fast:
     raise InputError(f"tokenizer {name}: expected a fast tokenizer (tokenizer.json), only those say where a token lies")

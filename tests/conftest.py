@@ -43,6 +43,9 @@ LONG = (
   "test_evaluate.py", "test_server.py",
 )  # fmt: skip
 
+# Of the files here only test_*.py are read for tests and examples.
+collect_ignore = [path for path in Path(__file__).parent.rglob("*.py") if not path.name.startswith("test_")]
+
 
 def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: item.path.name not in LONG)

@@ -12,7 +12,7 @@ import pytest
 
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
-from tests.test_train import rows, tiny
+from tests.tiny_run import rows, tiny
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 

@@ -11,7 +11,7 @@ import pytest
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
 from rlpr_jax.policy import initial_params, load_policy
-from tests.test_train import RECIPE, final_state, rows, start, timeless, tiny
+from tests.tiny_run import RECIPE, final_state, rows, start, timeless, tiny
 
 
 def test_updates_that_are_not_finite_are_left_out_and_end_the_run(tmp_path, monkeypatch):

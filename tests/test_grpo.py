@@ -507,7 +507,7 @@ def test_kl_k3():
   np.testing.assert_array_equal(grpo.kl_k3(logps, logps), np.zeros(50))
 
 
-def test_token_weights():
+def test_loss_weights():
   mask = np.zeros((4, 10), bool)
   for row, tokens in enumerate((2, 7, 0, 1)):
     mask[row, row : row + tokens] = True
@@ -518,13 +518,13 @@ def test_token_weights():
     "seq_mean_token_mean": mask / (3 * np.maximum(each, 1)),
   }
   for aggregate in AGGREGATES:
-    np.testing.assert_allclose(grpo.token_weights(mask, aggregate), expected[aggregate], rtol=1e-6)
-  np.testing.assert_allclose(grpo.token_weights(mask, "seq_mean_token_sum", length=5), mask / 15, rtol=1e-6)
-  assert float(jnp.sum(grpo.token_weights(mask, "token_mean"))) == pytest.approx(1)
-  by_row = jnp.sum(grpo.token_weights(mask, "seq_mean_token_mean"), axis=1)
+    np.testing.assert_allclose(grpo.loss_weights(mask, aggregate), expected[aggregate], rtol=1e-6)
+  np.testing.assert_allclose(grpo.loss_weights(mask, "seq_mean_token_sum", length=5), mask / 15, rtol=1e-6)
+  assert float(jnp.sum(grpo.loss_weights(mask, "token_mean"))) == pytest.approx(1)
+  by_row = jnp.sum(grpo.loss_weights(mask, "seq_mean_token_mean"), axis=1)
   np.testing.assert_allclose(by_row, [1 / 3, 1 / 3, 0, 1 / 3], rtol=1e-6)
   for aggregate in AGGREGATES:
-    np.testing.assert_array_equal(grpo.token_weights(np.zeros((2, 3), bool), aggregate), np.zeros((2, 3)))
+    np.testing.assert_array_equal(grpo.loss_weights(np.zeros((2, 3), bool), aggregate), np.zeros((2, 3)))
 
 
 def test_token_mean_weighs_tokens_and_not_sequences():
@@ -540,4 +540,4 @@ def test_token_mean_weighs_tokens_and_not_sequences():
 
 def test_unknown_aggregate_is_refused():
   with pytest.raises(ValueError, match="aggregate 'mean': expected one of token_mean, "):
-    grpo.token_weights(np.ones((1, 2), bool), "mean")
+    grpo.loss_weights(np.ones((1, 2), bool), "mean")

@@ -254,7 +254,7 @@ def test_truncation_leaves_every_token_its_gradient(differences, logps, advantag
 def test_the_three_means_add_up_as_they_should(mask, length):
   tokens = mask.sum(axis=1)
   sequences = np.sum(tokens > 0)
-  weights = {name: np.asarray(grpo.token_weights(mask, name, length), np.float64) for name in grpo.AGGREGATES}
+  weights = {name: np.asarray(grpo.loss_weights(mask, name, length), np.float64) for name in grpo.AGGREGATES}
   for weight in weights.values():
     np.testing.assert_array_equal(weight[~mask], 0)
     assert np.all(weight[mask] > 0)

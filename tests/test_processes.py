@@ -17,7 +17,7 @@ from rlpr_jax import config as configs
 from rlpr_jax import processes
 from rlpr_jax.policy import load_policy
 from rlpr_jax.runs.checkpoints import restore_params
-from tests.test_train import RECIPE
+from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = (

@@ -11,6 +11,7 @@ import pytest
 import scipy.stats
 
 from rlpr_jax import rewards
+from tests.evidence import make_evidence
 
 AGGREGATE = {
   "mean_prob": lambda logps: np.mean(np.exp(logps)),
@@ -620,7 +621,7 @@ def test_combine_defaults_are_the_papers():
 
 @pytest.mark.parametrize("aggregate", rewards.AGGREGATES)
 @pytest.mark.parametrize(("shaping", "coefficient"), [("clip", 0.1), ("identity", -1), ("threshold_0.25", 0.3)])
-def test_assess_from_end_to_end(aggregate, shaping, coefficient):
+def test_score_groups_from_end_to_end(aggregate, shaping, coefficient):
   rng = np.random.default_rng(1)
   logps = -rng.exponential(0.7, (3, 4, 5)).astype(np.float32)
   mask = np.arange(5) < rng.integers(1, 6, (3, 4, 1))
@@ -633,10 +634,9 @@ def test_assess_from_end_to_end(aggregate, shaping, coefficient):
   forms = rng.integers(0, 2, (3, 4)).astype(np.float32)
   repetition = -rng.integers(0, 2, (3, 4)).astype(np.float32)
 
-  parts = rewards.assess(
-    logps, mask, scorable, baselines, forms, repetition,
-    aggregate=aggregate, shaping=shaping, format_coefficient=coefficient,
-  )  # fmt: skip
+  evidence = make_evidence(logps=logps, mask=mask, scorable=scorable, formats=forms, repetition=repetition)
+  scoring = rewards.Scoring(aggregate=aggregate, shaping=shaping, format_coefficient=coefficient)
+  parts = rewards.score_groups(evidence, baselines, scoring)
 
   lowest = math.log(1e-9) if aggregate == "mean_logprob" else 0.0
   for p, g in np.ndindex(3, 4):
@@ -655,19 +655,17 @@ def test_assess_from_end_to_end(aggregate, shaping, coefficient):
 
 def test_an_unscorable_response_is_worth_less_than_any_scored_one():
   logps, mask = np.log(np.array([[[1e-6], [0.5], [0.5]]], np.float32)), np.ones((1, 3, 1), bool)
-  zeros = np.zeros((1, 3), np.float32)
+  evidence = make_evidence(logps=logps, mask=mask, scorable=np.array([[True, True, False]]))
   for aggregate in rewards.AGGREGATES:
-    parts = rewards.assess(
-      logps, mask, np.array([[True, True, False]]), np.zeros(1, np.float32), zeros, zeros,
-      aggregate=aggregate, shaping="identity",
-    )  # fmt: skip
+    scoring = rewards.Scoring(aggregate=aggregate, shaping="identity")
+    parts = rewards.score_groups(evidence, np.zeros(1, np.float32), scoring)
     worst, best, unscorable = parts.total[0]
     assert unscorable < worst < best
 
 
 @pytest.mark.parametrize("aggregate", rewards.AGGREGATES)
 @pytest.mark.parametrize("shaping", ["clip", *SHAPE_GROUP])
-def test_assess_with_token_weights_and_length_penalty(groups, aggregate, shaping):
+def test_score_groups_with_token_weights_and_length_penalty(groups, aggregate, shaping):
   logps, mask, *_ = groups
   shape = mask.shape[:2]
   rng = np.random.default_rng(5)
@@ -676,10 +674,11 @@ def test_assess_with_token_weights_and_length_penalty(groups, aggregate, shaping
   length = -rng.random(shape).astype(np.float32)
   weights = rewards.token_weights(logps, mask, "inverse")
 
-  parts = jax.jit(rewards.assess, static_argnames=("aggregate", "shaping", "format_coefficient"))(
-    logps, mask, scorable, baselines, forms, repetition,
-    aggregate=aggregate, shaping=shaping, format_coefficient=0.2, token_weights=weights, length_penalty=length,
-  )  # fmt: skip
+  evidence = make_evidence(
+    logps=logps, mask=mask, scorable=scorable, formats=forms, repetition=repetition, excess=length
+  )
+  scoring = rewards.Scoring(aggregate=aggregate, shaping=shaping, format_coefficient=0.2, length_coefficient=1.0)
+  parts = jax.jit(rewards.score_groups, static_argnames="scoring")(evidence, baselines, scoring, weights)
 
   reference = by_hand_with_weights(logps, mask, np.asarray(weights), aggregate)
   if aggregate == "mean_logprob":
@@ -694,14 +693,15 @@ def test_assess_with_token_weights_and_length_penalty(groups, aggregate, shaping
   np.testing.assert_array_equal(parts.repetition, repetition)
 
 
-def test_assess_without_weights_or_penalty_is_uniform_and_free(groups):
+def test_score_groups_without_weights_or_penalty_is_uniform_and_free(groups):
   logps, mask, *_ = groups
   zeros = np.zeros(mask.shape[:2], np.float32)
-  plain = rewards.assess(logps, mask, mask.any(-1), zeros[:, 0], zeros, zeros)
+  evidence = make_evidence(logps=logps, mask=mask, scorable=mask.any(-1))
+  plain = rewards.score_groups(evidence, zeros[:, 0])
   assert plain.length.shape == zeros.shape
   np.testing.assert_array_equal(plain.length, 0)
-  uniform = rewards.assess(
-    logps, mask, mask.any(-1), zeros[:, 0], zeros, zeros, token_weights=np.ones(mask.shape), length_penalty=zeros
+  uniform = rewards.score_groups(
+    evidence, zeros[:, 0], rewards.Scoring(length_coefficient=1.0), weights=np.ones(mask.shape)
   )
   for field, value in plain._asdict().items():
     np.testing.assert_array_equal(getattr(uniform, field), value, err_msg=field)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlpr_jax import rewards
+from tests.evidence import make_evidence
 
 P, A = 2, 4
 GROUPS = (1, 3)  # few shapes, so that little compiles
@@ -79,7 +80,7 @@ def gradient(logps, mask, aggregate, weights):
 
 token_weights = jax.jit(rewards.token_weights, static_argnames="kind")
 debias = jax.jit(rewards.debias, static_argnames="shaping")
-assess = jax.jit(rewards.assess, static_argnames=("aggregate", "shaping", "format_coefficient"))
+score_groups = jax.jit(rewards.score_groups, static_argnames="scoring")
 
 
 @aggregates
@@ -295,12 +296,17 @@ def test_rewards_follow_the_samples(aggregate, kind, shaping, data):
   baselines = np.array([0.25, 0.5], np.float32)
 
   def parts(order):
-    own, of, *rest = (array[:, order] for array in (logps, mask, form, repetition))
-    weights = None if kind is None else token_weights(own, of, kind, *baseline)
-    return assess(
-      own, of, of.any(-1), baselines, *rest,
-      aggregate=aggregate, shaping=shaping, token_weights=weights, length_penalty=length[:, order],
-    )  # fmt: skip
+    evidence = make_evidence(
+      logps=logps[:, order],
+      mask=mask[:, order],
+      scorable=mask[:, order].any(-1),
+      formats=form[:, order],
+      repetition=repetition[:, order],
+      excess=length[:, order],
+    )
+    weights = None if kind is None else token_weights(evidence.logps, evidence.mask, kind, *baseline)
+    scoring = rewards.Scoring(aggregate=aggregate, shaping=shaping, length_coefficient=1.0)
+    return score_groups(evidence, baselines, scoring, weights)
 
   plain, permuted = parts(np.arange(len(order))), parts(order)
   for field in ("reference", "debiased", "format", "repetition", "length", "total"):

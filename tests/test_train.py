@@ -1,12 +1,9 @@
 """The training program as a whole: it runs, stops, dies, resumes, and refuses what it cannot use."""
 
-import functools
 import json
-import os
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 
 import jax
@@ -17,49 +14,10 @@ from rlpr_jax import config as configs
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
 from rlpr_jax.policy import initial_params, load_policy
-from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.training.run import set_up
-from rlpr_jax.training.state import abstract_state, join, split
+from tests.tiny_run import RECIPE, final_state, rows, start, timeless, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-RECIPE = """
-from rlpr_jax.config import default
-
-def get_config():
-  c = default()
-  c.steps = 6
-  c.prompts_per_step = 4
-  c.samples_per_prompt = 4
-  c.max_draws = 3
-  c.model.embed_dim = 32
-  c.model.mlp_dim = 64
-  c.model.num_layers = 2
-  c.model.num_heads = 2
-  c.model.head_dim = 16
-  c.data.count = 20
-  c.data.instruction = ""
-  c.data.prompt_limit = 14
-  c.data.max_reference_length = 16
-  c.rollout.max_response_length = 32
-  c.rollout.prompts_per_draw = 3
-  c.rollout.slots = 8
-  c.rollout.decode_steps = 4
-  c.rollout.prefill_prompts = 2
-  c.rollout.score_rows = 4
-  c.filter.collect_from = 1
-  c.filter.start = 3
-  c.filter.scale = 1.0
-  c.training.micro_batch_rows = 2
-  c.training.learning_rate = 1e-3
-  c.warm_start.steps = 60
-  c.warm_start.batch_size = 32
-  c.evaluation.prompts = 10
-  c.evaluation.samples = 2
-  c.log.checkpoint_every = 1
-  c.log.keep_checkpoints = 20
-  return c
-"""
 
 
 @pytest.fixture(scope="module")
@@ -67,38 +25,6 @@ def recipe(tmp_path_factory) -> pathlib.Path:
   path = tmp_path_factory.mktemp("recipe") / "tiny.py"
   path.write_text(RECIPE)
   return path
-
-
-def tiny():
-  scope: dict = {}
-  exec(RECIPE, scope)
-  return scope["get_config"]()
-
-
-def rows(workdir: pathlib.Path) -> list[dict]:
-  return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(workdir: pathlib.Path) -> list[dict]:
-  """Metrics without what depends on the clock or on what was compiled before."""
-  clocks = ("seconds", "tokens_per_second", "compilations")
-  return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in rows(workdir)]
-
-
-def final_state(workdir: pathlib.Path, config):
-  checkpoints = Checkpoints(
-    workdir, config.log, functools.partial(split, carried_limit=config.rollout.prompts_per_draw), join
-  )
-  state = checkpoints.restore(abstract_state(set_up(config)))
-  checkpoints.close()
-  return state
-
-
-def start(recipe: pathlib.Path, workdir: pathlib.Path, *overrides: str, devices: int = 1) -> subprocess.Popen:
-  command = [sys.executable, "-m", "rlpr_jax.train", f"--config={recipe}", f"--workdir={workdir}", *overrides]
-  flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-  env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-  return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT)
 
 
 def wait_for(process: subprocess.Popen, path: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from rlpr_jax import train as training_program
 from rlpr_jax.training.run import set_up
-from tests.test_train import final_state, rows, timeless, tiny
+from tests.tiny_run import final_state, rows, timeless, tiny
 
 VARIANTS = {
   "many": {

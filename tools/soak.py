@@ -35,13 +35,13 @@ _CHILD = flags.DEFINE_bool("child", False, "Be a run; what this program starts."
 def child(workdir: pathlib.Path) -> None:
   """The recipe with one reward in a hundred NaN."""
   from rlpr_jax import train
-  from rlpr_jax.training.reward import RewardSettings, assess
+  from rlpr_jax.training.reward import RewardSettings, compute_rewards
 
   config = recipe()
   settings = RewardSettings.of(config.reward)
 
   def reward(evidence, texts, prompts):
-    total = np.array(assess(evidence, settings).total)
+    total = np.array(compute_rewards(evidence, settings).total)
     rng = np.random.default_rng(zlib.crc32("".join(texts).encode()))  # the same for the same responses
     return np.where(rng.random(total.shape) < 0.01, np.nan, total)
 

@@ -93,19 +93,13 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
   baselines = rewards.reference_probability(evidence.baseline_logps, known, settings.aggregate, of_baseline)
   if settings.baseline_policy == "none":
     baselines = jnp.zeros_like(baselines)
-  parts = rewards.assess(
-    evidence.logps,
-    evidence.mask,
-    evidence.scorable,
-    baselines,
-    evidence.formats,
-    evidence.repetition,
+  scoring = rewards.Scoring(
     aggregate=settings.aggregate,
     shaping=settings.shaping,
     format_coefficient=settings.format_coefficient,
-    token_weights=weights,
-    length_penalty=settings.answer_length_coefficient * evidence.excess,
+    length_coefficient=settings.answer_length_coefficient,
   )
+  parts = rewards.score_groups(evidence, baselines, scoring, weights)
   match settings.kind:
     case "rule":
       return parts._replace(total=evidence.verified)

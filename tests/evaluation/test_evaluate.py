@@ -19,7 +19,7 @@ from rlpr_jax.evaluation import benchmarks, responses
 from rlpr_jax.evaluation.config import benchmark, default, model, validate
 from rlpr_jax.judging.judge import JudgeItem, conversation
 from tests.chat_server import completion, serving
-from tests.test_train import tiny
+from tests.tiny_run import tiny
 
 QUESTIONS = [("1+1", "2", "small"), ("2+3", "5", "small"), ("9+8", "17", "large"), ("7*7", "49", "large")]
 ROOT = pathlib.Path(__file__).parents[2]

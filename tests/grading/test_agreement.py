@@ -5,7 +5,7 @@ import pytest
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.grading import graders
 from rlpr_jax.grading.multiple_choice import letter
-from tests.grading import test_graders, test_grades
+from tests.grading import pairs
 
 CITIES = ("Rome", "Paris", "a dog", "x^2", "The Hague")
 # (answer, reference, options, right)
@@ -62,8 +62,8 @@ def choice(reference, options):
 
 def of_grades(grader):
   """The pairs with which the grades of benchmarks are tested."""
-  for pairs, right in ((test_grades.RIGHT, True), (test_grades.WRONG, False)):
-    yield from ((question, answer, right) for question, answer in pairs if question.grader == grader)
+  for cases, right in ((pairs.RIGHT, True), (pairs.WRONG, False)):
+    yield from ((question, answer, right) for question, answer in cases if question.grader == grader)
 
 
 def missed(cases, kind):
@@ -83,8 +83,8 @@ def test_both_read_the_same_option():
 
 
 def test_both_read_the_same_expression():
-  pairs = [*EXPRESSIONS, *test_graders.MATH]
-  cases = [(Question("1", "", reference, "", "math", (), 1), answer, right) for answer, reference, right in pairs]
+  expressions = [*EXPRESSIONS, *pairs.MATH]
+  cases = [(Question("1", "", reference, "", "math", (), 1), answer, right) for answer, reference, right in expressions]
   assert missed([*cases, *of_grades("math")], "math") == []
 
 

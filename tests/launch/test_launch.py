@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.models import tpu_compile
-from tests.test_train import RECIPE
+from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from tests.test_train import RECIPE
+from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[2]
 # auth/none: everybody is who he says he is, which needs no munge. The node may say it has what it has not.

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.test_train import RECIPE
+from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[2]
 SWEEP = """

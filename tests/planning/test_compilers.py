@@ -9,7 +9,7 @@ import pytest
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import compiler, hardware
-from tests.planning.test_plan import QWEN
+from tests.planning.qwen import QWEN
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """

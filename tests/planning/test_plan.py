@@ -17,14 +17,10 @@ from rlpr_jax import huggingface, models
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import compiler, estimate, hardware, planner, programs, table
 from rlpr_jax.planning.estimate import Lengths
-from tests.test_train import RECIPE
+from tests.planning.qwen import QWEN
+from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[2]
-QWEN = {
-  "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
-  "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072,
-  "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": False, "hidden_act": "silu",
-}  # fmt: skip
 LENGTHS = Lengths(256, 768, 16, 1.0)
 
 

@@ -1,0 +1,1 @@
+"""Checks of training questions before anything is trained on them."""

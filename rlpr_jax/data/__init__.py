@@ -1,0 +1,1 @@
+"""Questions: where they come from, how they become prompts, and a built-in set."""

@@ -1,0 +1,1 @@
+"""Benchmarks: their questions, the responses, statistics over them, a summary."""

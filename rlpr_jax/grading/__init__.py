@@ -1,0 +1,1 @@
+"""Deterministic graders of an answer against its reference."""

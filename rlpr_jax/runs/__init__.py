@@ -1,0 +1,1 @@
+"""Services of a long run, whatever it trains: checkpoints, metrics, guards, storage."""

@@ -1,0 +1,1 @@
+"""Sampling and scoring with slots that refill: parameters, decoding, scheduler, engine."""
