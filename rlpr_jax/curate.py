@@ -16,7 +16,7 @@ import reprlib
 import string
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +27,7 @@ from rlpr_jax.curation import checks
 from rlpr_jax.curation.checks import Dropped, Protected, Rating, Score
 from rlpr_jax.data.sources import Example, load_examples, read_rows
 from rlpr_jax.errors import InputError, exit_on_input_error
-from rlpr_jax.judging.client import Cache, Client, Endpoint, Unanswered, ask_all
+from rlpr_jax.judging.client import Cache, Client, Endpoint, ReplyFormat, Unanswered, ask_all
 from rlpr_jax.report import funnel
 from rlpr_jax.runs.storage import reason, write_atomically
 
@@ -118,32 +118,31 @@ def curate(options: Options) -> None:
   if _open(options.out, settings):
     print(f"{options.out} is finished: the same questions were curated the same way")
     return
-  left, dropped = checks.sift(
-    examples,
-    benchmarks,
-    options.answer_words,
-    options.keep_mathematics,
-    options.ngram,
-    options.similarity,
-    options.path.stem,
+  limits = checks.SiftSettings(
+    answer_words=options.answer_words,
+    keep_mathematics=options.keep_mathematics,
+    ngram=options.ngram,
+    similarity=options.similarity,
   )
+  kept, dropped = checks.sift(examples, benchmarks, limits, options.path.stem)
   ratings: dict[int, Rating | str] = {}
   if client:
-    ratings = _rate(examples, left, client, options.out / "ratings")
+    ratings = _rate(examples, kept, client, options.out / "ratings")
     dropped += checks.drop_by_rating(ratings, options.reasoning, options.keep_mathematics, options.unjudged == "keep")
-    left = _without(left, dropped)
+    kept = _without(kept, dropped)
   if options.scores:
-    dropped += checks.drop_by_score(left, scores, options.keep)
-    left = _without(left, dropped)
-  if not left:
+    dropped += checks.drop_by_score(kept, scores, options.keep)
+    kept = _without(kept, dropped)
+  if not kept:
     reasons = ", ".join(f"{count} {why}" for why, count in Counter(drop.reason for drop in dropped).items())
     raise InputError(f"{options.path}: no row is left of {len(examples)}: {reasons}")
-  _write(options.out, settings, examples, left, dropped, ratings, client)
+  curated = Curated(examples=examples, kept=kept, dropped=dropped, ratings=ratings)
+  _write(options.out, settings, curated, client)
 
 
-def _without(left: Sequence[int], dropped: Sequence[Dropped]) -> list[int]:
+def _without(indices: Sequence[int], dropped: Sequence[Dropped]) -> list[int]:
   gone = {drop.index for drop in dropped}
-  return [index for index in left if index not in gone]
+  return [index for index in indices if index not in gone]
 
 
 # ---- what is read ----
@@ -238,18 +237,22 @@ def _number(row: dict[str, Any], name: str, where: str) -> float:
 
 
 def _rate(
-  examples: Sequence[Example], left: Sequence[int], client: Client, cache: pathlib.Path
+  examples: Sequence[Example], indices: Sequence[int], client: Client, cache: pathlib.Path
 ) -> dict[int, Rating | str]:
   from rlpr_jax.runs.metrics import Progress
 
   conversations = [
-    checks.rating_conversation(checks.question_of(examples[index]), examples[index].reference) for index in left
+    checks.rating_conversation(checks.question_of(examples[index]), examples[index].reference) for index in indices
   ]
 
   async def ask() -> list[Rating | Unanswered]:
     async with client:
       return await ask_all(
-        conversations, checks.parse_rating, checks.RATING_REMINDER, client, Cache(cache), Progress("rated")
+        conversations,
+        ReplyFormat(checks.parse_rating, checks.RATING_REMINDER),
+        client,
+        cache=Cache(cache),
+        progress=Progress("rated"),
       )
 
   answers = asyncio.run(ask())
@@ -258,10 +261,11 @@ def _rate(
     if isinstance(answer, Unanswered) and not answer.asked:
       rated = sum(isinstance(answer, Rating) for answer in answers)
       raise InputError(
-        f"--judge_url: {rated} of {len(left)} rows rated, then given up ({answer.why}); the same command goes on"
+        f"--judge_url: {rated} of {len(indices)} rows rated, then given up ({answer.why}); the same command goes on"
       )
   return {
-    index: answer.why if isinstance(answer, Unanswered) else answer for index, answer in zip(left, answers, strict=True)
+    index: answer.why if isinstance(answer, Unanswered) else answer
+    for index, answer in zip(indices, answers, strict=True)
   }
 
 
@@ -315,15 +319,18 @@ def _open(out: pathlib.Path, settings: dict[str, Any]) -> bool:
   return False
 
 
-def _write(
-  out: pathlib.Path,
-  settings: dict[str, Any],
-  examples: Sequence[Example],
-  left: Sequence[int],
-  dropped: Sequence[Dropped],
-  ratings: dict[int, Rating | str],
-  client: Client | None,
-) -> None:
+class Curated(NamedTuple):
+  """What came of a file of questions."""
+
+  examples: Sequence[Example]
+  kept: Sequence[int]  # indices of the examples that stay
+  dropped: Sequence[Dropped]
+  ratings: dict[int, Rating | str]  # by index; a text says why there is none
+
+
+def _write(out: pathlib.Path, settings: dict[str, Any], curated: Curated, client: Client | None) -> None:
+  examples, ratings = curated.examples, curated.ratings
+
   def shown(index: int) -> dict[str, Any]:
     return {
       "row": examples[index].row,
@@ -332,14 +339,15 @@ def _write(
     }
 
   def rating(index: int) -> int | None:
-    return ratings[index].reasoning if isinstance(ratings.get(index), Rating) else None
+    answer = ratings.get(index)
+    return answer.reasoning if isinstance(answer, Rating) else None
 
-  gone = [{**shown(drop.index), "reason": drop.reason, "detail": drop.detail} for drop in dropped]
-  kept = [{**shown(index), "rating": rating(index)} for index in left]
-  reasons = dict(Counter(drop.reason for drop in dropped))
+  gone = [{**shown(drop.index), "reason": drop.reason, "detail": drop.detail} for drop in curated.dropped]
+  kept = [{**shown(index), "rating": rating(index)} for index in curated.kept]
+  reasons = dict(Counter(drop.reason for drop in curated.dropped))
   unjudged = sum(isinstance(rating, str) for rating in ratings.values())
   note = _cost(client, unjudged) if client else ""
-  counts = {"read": len(examples), "dropped": reasons, "unjudged": unjudged, "kept": len(left)}
+  counts = {"read": len(examples), "dropped": reasons, "unjudged": unjudged, "kept": len(curated.kept)}
   rows = [
     {
       "data_source": examples[index].source,
@@ -348,12 +356,14 @@ def _write(
       "reward_model": {"style": "rule", "ground_truth": examples[index].reference},
       "extra_info": {"index": place, "row": examples[index].row, "split": "train", "reasoning": rating(index)},
     }
-    for place, index in enumerate(left)
+    for place, index in enumerate(curated.kept)
   ]
   table = pa.BufferOutputStream()
   pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), table)
   lines = (json.dumps(row, ensure_ascii=False) for row in sorted(gone, key=lambda row: row["row"]))
-  page = funnel.render(settings["input"]["name"], len(examples), kept, gone, settings, note)
+  page = funnel.render(
+    settings["input"]["name"], read=len(examples), kept=kept, dropped=gone, settings=settings, note=note
+  )
   try:
     write_atomically(out / "train.parquet", table.getvalue().to_pybytes())
     write_atomically(out / "dropped.jsonl", "".join(f"{line}\n" for line in lines))
@@ -366,7 +376,7 @@ def _write(
     raise InputError(f"--out: {out} cannot be written ({reason(error)})") from None
   for name, count in reasons.items():
     print(f"{count:8,} {name}")
-  print(f"{len(left):8,} of {len(examples):,} kept in {out / 'train.parquet'}")
+  print(f"{len(curated.kept):8,} of {len(examples):,} kept in {out / 'train.parquet'}")
   if note:
     print(note)
 

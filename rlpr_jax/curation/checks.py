@@ -3,6 +3,7 @@
 All functions are pure. Texts are compared as sequences of words: letters and digits, case folded, without punctuation.
 """
 
+import dataclasses
 import hashlib
 import math
 import re
@@ -396,50 +397,55 @@ def drop_by_score(left: Sequence[int], scores: Mapping[int, Score], keep: int) -
 # ---- all that needs no model ----
 
 
+@dataclasses.dataclass(frozen=True)
+class SiftSettings:
+  """Limits of the checks."""
+
+  answer_words: int = 25  # most words of a reference answer
+  keep_mathematics: bool = False  # leaves questions of mathematics in
+  ngram: int = 13  # words that a question and a benchmark's may not have in common
+  similarity: float = 0.8  # Jaccard similarity from which on two questions are the same
+
+
 def sift(
   examples: Sequence[Example],
   benchmarks: Sequence[Protected] = (),
-  answer_words: int = 25,
-  keep_mathematics: bool = False,
-  ngram: int = 13,
-  similarity: float = 0.8,
+  settings: SiftSettings = SiftSettings(),
   stem: str = "",
 ) -> tuple[list[int], list[Dropped]]:
-  """Drops what can be told without a model, the cheapest checks first; each question for the first reason there is.
+  """Drop what can be told without a model, the cheapest checks first; each question for the first reason there is.
 
   Args:
-    answer_words: most words of a reference answer.
-    keep_mathematics: leaves questions of mathematics in.
-    ngram: words that a question and a benchmark's may not have in common.
-    similarity: Jaccard similarity from which on two questions are the same.
     stem: of the file's name, which `load_examples` gives rows without a source as theirs: it says nothing about them.
 
   Returns:
     indices of what stays, in order; and what does not, in the order of the checks.
   """
   questions = [question_of(example) for example in examples]
-  left, dropped = list(range(len(examples))), []
+  kept = list(range(len(examples)))
+  dropped: list[Dropped] = []
 
-  def drop(reason: str, found: Mapping[int, str]) -> None:
-    dropped.extend(Dropped(index, reason, detail) for index, detail in found.items())
-    left[:] = [index for index in left if index not in found]
+  def drop(reason: str, details: Mapping[int, str]) -> None:
+    dropped.extend(Dropped(index, reason, detail) for index, detail in details.items())
+    kept[:] = [index for index in kept if index not in details]
 
-  lengths = {index: len(examples[index].reference.split()) for index in left}
-  drop("long answer", {index: f"{length} words" for index, length in lengths.items() if length > answer_words})
-  unclear = {index: unclear_answer(examples[index].reference) for index in left}
+  lengths = {index: len(examples[index].reference.split()) for index in kept}
+  too_long = {index: f"{length} words" for index, length in lengths.items() if length > settings.answer_words}
+  drop("long answer", too_long)
+  unclear = {index: unclear_answer(examples[index].reference) for index in kept}
   drop("unclear answer", {index: why for index, why in unclear.items() if why})
-  if not keep_mathematics:
+  if not settings.keep_mathematics:
     sources = ["" if example.source == stem else example.source for example in examples]
-    maths = (i for i in left if is_mathematics(questions[i], examples[i].reference, sources[i]))
+    maths = (i for i in kept if is_mathematics(questions[i], examples[i].reference, sources[i]))
     drop("mathematics", dict.fromkeys(maths, "by its source, words or LaTeX"))
-  rows = [examples[index].row for index in left]
-  same = exact_duplicates([questions[index] for index in left])
-  drop("duplicate", {left[index]: f"of row {rows[first]}" for index, first in same.items()})
-  words = dict(zip(left, words_of([questions[index] for index in left]), strict=True))
+  rows = [examples[index].row for index in kept]
+  same = exact_duplicates([questions[index] for index in kept])
+  drop("duplicate", {kept[index]: f"of row {rows[first]}" for index, first in same.items()})
+  words = dict(zip(kept, words_of([questions[index] for index in kept]), strict=True))
   shared = shared_runs([*words.values()])
-  found = leaks([*words.values()], benchmarks, ngram, shared)
-  drop("in a benchmark", {left[index]: name for index, name in found.items()})
-  rows = [examples[index].row for index in left]
-  alike = near_duplicates(without_boilerplate([words[index] for index in left], shared), similarity)
-  drop("near duplicate", {left[index]: f"of row {rows[first]}" for index, first in alike.items()})
-  return left, dropped
+  leaked = leaks([*words.values()], benchmarks, settings.ngram, shared)
+  drop("in a benchmark", {kept[index]: name for index, name in leaked.items()})
+  rows = [examples[index].row for index in kept]
+  alike = near_duplicates(without_boilerplate([words[index] for index in kept], shared), settings.similarity)
+  drop("near duplicate", {kept[index]: f"of row {rows[first]}" for index, first in alike.items()})
+  return kept, dropped

@@ -1,5 +1,6 @@
 """Prompts in token ids, and the order in which a run draws them."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,26 +15,24 @@ from rlpr_jax.splicing import TAGS, baseline_suffix, splice
 from rlpr_jax.types import Prompt
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+  """How a question becomes a prompt, and how long it may be."""
+
+  template: str  # `think` or `answer_only`
+  instruction: str | None  # system message for rows without one; None for the template's, "" for none
+  worked_examples: Sequence[tuple[str, str]]  # pairs of user and assistant text, turns before each question
+  prompt_limit: int  # most tokens of a prompt, after the chat template
+  max_reference_length: int  # most tokens that scoring a reference may take, as `reference_length` counts them
+
+
 def prepare(
-  examples: Sequence[Example],
-  tokenizer: PreTrainedTokenizerBase,
-  *,
-  template: str,
-  instruction: str | None,
-  worked_examples: Sequence[tuple[str, str]],
-  prompt_limit: int,
-  max_reference_length: int,
+  examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: PromptSettings
 ) -> tuple[list[Prompt], dict[str, int]]:
-  """Turns questions into prompts and drops those that are too long.
+  """Turn questions into prompts and drop those that are too long.
 
   Args:
-    examples: the questions.
     tokenizer: a tokenizer that passed `splicing.check_tokenizer`, with a chat template.
-    template: `think` or `answer_only`.
-    instruction: system message for rows without one; None for the template's, "" for none.
-    worked_examples: pairs of user and assistant text, turns before each question.
-    prompt_limit: most tokens of a prompt, after the chat template.
-    max_reference_length: most tokens that scoring a reference may take, as `reference_length` counts them.
 
   Returns:
     The prompts, in the order of the examples, and how many were dropped as `prompt_too_long` and, of the others, as
@@ -45,10 +44,11 @@ def prepare(
   prompts: list[Prompt] = []
   dropped = {"prompt_too_long": 0, "reference_too_long": 0}
   for example in examples:
-    ids = render(tokenizer, build_messages(example, template, worked_examples, instruction))
-    if len(ids) > prompt_limit:
+    messages = build_messages(example, settings.template, settings.worked_examples, settings.instruction)
+    ids = render(tokenizer, messages)
+    if len(ids) > settings.prompt_limit:
       dropped["prompt_too_long"] += 1
-    elif reference_length(tokenizer, example.reference, template) > max_reference_length:
+    elif reference_length(tokenizer, example.reference, settings.template) > settings.max_reference_length:
       dropped["reference_too_long"] += 1
     else:
       question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
@@ -63,8 +63,9 @@ def prepare(
       )
   if not prompts:
     raise InputError(
-      f"none of {len(examples)} prompts is left: {dropped['prompt_too_long']} have over {prompt_limit} tokens "
-      f"(prompt_limit), {dropped['reference_too_long']} a reference over {max_reference_length} (max_reference_length)"
+      f"none of {len(examples)} prompts is left: {dropped['prompt_too_long']} have over {settings.prompt_limit} tokens "
+      f"(prompt_limit), {dropped['reference_too_long']} a reference over {settings.max_reference_length} "
+      "(max_reference_length)"
     )
   return prompts, dropped
 

@@ -17,7 +17,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import tenacity
 
@@ -331,25 +331,30 @@ class _GaveUpError(Exception):
   """Too many in a row came to nothing."""
 
 
+class ReplyFormat(NamedTuple, Generic[T]):
+  """Form of the replies that are asked for."""
+
+  parse: Callable[[str], T | None]  # of a reply's text; None if it is not understood
+  reminder: str  # what to say to a model whose reply was not
+
+
 async def ask_all(
   conversations: Sequence[Sequence[Message]],
-  parse: Callable[[str], T | None],
-  reminder: str,
+  reply_format: ReplyFormat[T],
   client: Client,
   cache: Cache | None = None,
   progress: Callable[[int, int, str], None] | None = None,
   give_up_after: int = GIVE_UP_AFTER,
 ) -> list[T | Unanswered]:
-  """Asks every conversation for something that `parse` understands.
+  """Ask every conversation for something that `reply_format.parse` understands.
 
   The same conversation is asked once. A reply that is not understood, or was cut off, is asked for once more, with
-  another seed and `reminder` at the end. Understood replies are kept in `cache` and asked for never again; all others
+  another seed and the reminder at the end. Understood replies are kept in `cache` and asked for never again; all others
   are asked again by another call. Where many conversations in a row come to nothing, the endpoint is taken for dead (or
   its model for unfit) and the rest is not asked.
 
   Args:
     conversations: messages {role, content} each, the last of them the user's.
-    parse: of a reply's text; None if it is not understood.
     client: opened (`async with client:`).
     progress: called with what is done, the total, and what it cost.
     give_up_after: conversations in a row without an answer.
@@ -362,17 +367,18 @@ async def ask_all(
   """
   names = [json.dumps(list(messages), sort_keys=True) for messages in conversations]
   requests = {
-    name: _both_requests(client, list(messages), reminder) for name, messages in zip(names, conversations, strict=True)
+    name: _both_requests(list(messages), reply_format.reminder)
+    for name, messages in zip(names, conversations, strict=True)
   }
-  found: dict[str, T | Unanswered] = {}
+  answers: dict[str, T | Unanswered] = {}
   for name, pair in requests.items() if cache else ():
     for request in pair:
       reply = cache.get(client.request(**request))
-      if reply and (understood := parse(reply.texts[0])) is not None:
-        found[name] = understood
+      if reply and (understood := reply_format.parse(reply.texts[0])) is not None:
+        answers[name] = understood
         client.usage.cached += 1
         break
-  todo = iter([name for name in requests if name not in found])
+  todo = iter([name for name in requests if name not in answers])
   failures, last = 0, ""
 
   async def ask(name: str) -> T | Unanswered:
@@ -382,7 +388,7 @@ async def ask_all(
         reply = await client.chat(**request)
       except ClientError as error:
         return Unanswered(str(error), True)
-      if reply.finish_reasons[0] != "length" and (understood := parse(reply.texts[0])) is not None:
+      if reply.finish_reasons[0] != "length" and (understood := reply_format.parse(reply.texts[0])) is not None:
         if cache:
           cache.put(client.request(**request), reply)
         return understood
@@ -392,26 +398,26 @@ async def ask_all(
   async def work() -> None:
     nonlocal failures, last
     for name in todo:  # one iterator for all workers
-      found[name] = answer = await ask(name)
+      answers[name] = answer = await ask(name)
       failures, last = (failures + 1, answer.why) if isinstance(answer, Unanswered) else (0, "")
       if progress:
-        progress(len(found), len(requests), _spent(client.usage))
+        progress(len(answers), len(requests), _spent(client.usage))
       if failures >= give_up_after:
         raise _GaveUpError  # which ends the other workers
 
   try:
     async with asyncio.TaskGroup() as group:
-      for _ in range(min(client.endpoint.concurrency, len(requests) - len(found))):
+      for _ in range(min(client.endpoint.concurrency, len(requests) - len(answers))):
         group.create_task(work())
   except BaseExceptionGroup as errors:
     _, others = errors.split(_GaveUpError)
     if others:
       raise others.exceptions[0] from None
   skipped = Unanswered(f"not asked, as {give_up_after} in a row came to nothing: {last}", False)
-  return [found.get(name, skipped) for name in names]
+  return [answers.get(name, skipped) for name in names]
 
 
-def _both_requests(client: Client, messages: list[Message], reminder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _both_requests(messages: list[Message], reminder: str) -> tuple[dict[str, Any], dict[str, Any]]:
   """Arguments of `Client.chat` for the first and the second time."""
   end = messages[-1]
   reminded = [*messages[:-1], {**end, "content": f"{end['content']}\n\n{reminder}"}]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, Message, Unanswered, ask_all
+from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, Message, ReplyFormat, Unanswered, ask_all
 
 QUESTION_LIMIT = 6000  # characters shown to the judge
 ANSWER_LIMIT = 2000  # of the answer, and of the reference
@@ -85,7 +85,12 @@ async def judge(
   """
   asked = [item for item in items if item.answer and item.answer.strip()]
   answers = await ask_all(
-    [conversation(item) for item in asked], parse_judgement, _REMINDER, client, cache, progress, give_up_after
+    [conversation(item) for item in asked],
+    ReplyFormat(parse_judgement, _REMINDER),
+    client,
+    cache=cache,
+    progress=progress,
+    give_up_after=give_up_after,
   )
   verdicts = {
     item: Verdict(None, answer.why) if isinstance(answer, Unanswered) else answer
@@ -105,7 +110,7 @@ def judge_all(
 
   async def run() -> list[Verdict]:
     async with client:
-      return await judge(items, client, cache, progress, give_up_after)
+      return await judge(items, client, cache=cache, progress=progress, give_up_after=give_up_after)
 
   return asyncio.run(run())
 

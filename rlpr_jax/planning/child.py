@@ -16,7 +16,7 @@ from rlpr_jax.data import builtin
 from rlpr_jax.errors import exit_on_input_error
 from rlpr_jax.planning import hardware
 from rlpr_jax.planning.estimate import Lengths
-from rlpr_jax.planning.planner import plan
+from rlpr_jax.planning.planner import Planner, plan
 from rlpr_jax.policy import new_config
 from rlpr_jax.runs.storage import write_atomically
 
@@ -36,8 +36,8 @@ def main(job: pathlib.Path) -> None:
   if wanted["fast"]:
     jax.config.update("jax_optimization_level", "O0")
   cache = pathlib.Path(wanted["cache"]) if wanted["cache"] else None
-  place, lengths = hardware.parse(wanted["topology"]), Lengths(**wanted["lengths"])
-  result = plan(config, model_config, place, lengths, wanted["search"], cache, say)
+  planner = Planner(config, model_config=model_config, place=hardware.parse(wanted["topology"]), cache=cache, say=say)
+  result = plan(planner, Lengths(**wanted["lengths"]), wanted["search"])
   write_atomically(job / "result.json", json.dumps(result))
 
 

@@ -5,6 +5,7 @@ its memory's bandwidth, bytes from other chips over its links'. A real step take
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from rlpr_jax import config as configs
@@ -22,6 +23,14 @@ class Lengths(NamedTuple):
   response: int
   reference: int  # of an answer that is scored, with what is around it
   draws: float  # of `prompts_per_draw` prompts that a step takes
+
+
+class Sizes(NamedTuple):
+  """Sizes of a run on which the time of a step depends."""
+
+  slots: int  # of a process
+  slot_bytes: float  # of a device's slots
+  micro_batch_rows: int
 
 
 class Roofline(NamedTuple):
@@ -75,44 +84,40 @@ def rooflines(
   layout: Layout,
   chip: Chip,
   lengths: Lengths,
-  slots: int,
-  slot_bytes: float,
-  micro_batch_rows: int,
-  operations: dict[str, float],
+  sizes: Sizes,
+  operations: Mapping[str, float],
   compiled: dict[str, Compiled],
 ) -> dict[str, Roofline]:
-  """Seconds of each part of a training step.
+  """Estimate the seconds of each part of a training step.
 
   Args:
-    slots: of a process.
-    slot_bytes: of a device's slots.
     operations: as of `count_flops`, with these slots and rows, for texts of these lengths.
   """
-  config, own = layout.config, layout.sampler.sampling.sharding
-  shapes = rollout_shapes(config, layout.processes, own.num_shards("batch"))
+  config = layout.config
+  shapes = rollout_shapes(config, layout.processes, layout.sampler.sampling.sharding.num_shards("batch"))
   prompts = config.rollout.prompts_per_draw * lengths.draws / layout.processes
   responses = prompts * config.samples_per_prompt
   weights = device_bytes(layout.sampled)
 
   def links(name: str) -> float:
     traffic = compiled[name].traffic.values() if name in compiled else ()
-    near = sum(one.received - one.far for one in traffic)
-    return near / chip.links + sum(one.far for one in traffic) / chip.network
+    near = sum(kind.received - kind.far for kind in traffic)
+    return near / chip.links + sum(kind.far for kind in traffic) / chip.network
 
   def part(name: str, calls: float, memory: float, overlap: bool = False) -> Roofline:
     """`memory`: bytes a call."""
     return Roofline(
-      calls * operations.get(name, 0) / count_devices(layout, name) / chip.flops,
-      calls * memory / chip.bandwidth,
-      calls * links(name),
-      overlap,
+      operations=calls * operations.get(name, 0) / count_devices(layout, name) / chip.flops,
+      memory=calls * memory / chip.bandwidth,
+      links=calls * links(name),
+      overlap=overlap,
     )
 
   # All slots are read as far as the longest text in them, which among many is nearly always near the limit.
-  filled = slot_bytes * shapes.longest / shapes.capacity
+  filled = sizes.slot_bytes * shapes.longest / shapes.capacity
   # Slots are taken until no response is left; the last one to begin is as long as it may be.
-  steps = responses * lengths.response / slots + layout.config.rollout.max_response_length - lengths.response
-  scored = filled * shapes.score_rows / slots
+  steps = responses * lengths.response / sizes.slots + layout.config.rollout.max_response_length - lengths.response
+  scored = filled * shapes.score_rows / sizes.slots
   parts = {
     "prefill": part("prefill", prompts / shapes.prefill_rows, weights),
     "insert": part("insert", responses / shapes.insert_rows, 0.0),
@@ -120,7 +125,9 @@ def rooflines(
     "score": part("score", responses / shapes.score_rows, weights + scored),
     "update": part(
       "update",
-      micro_batches(layout, micro_batch_rows, lengths) * config.training.minibatches * config.training.epochs_per_step,
+      micro_batches(layout, sizes.micro_batch_rows, lengths)
+      * config.training.minibatches
+      * config.training.epochs_per_step,
       0.0,
       overlap=True,
     ),

@@ -12,7 +12,7 @@ from rlpr_jax import sharding
 from rlpr_jax.models import ModelConfig
 from rlpr_jax.planning import estimate, programs
 from rlpr_jax.planning.compiler import Compiled, compile_program
-from rlpr_jax.planning.estimate import Lengths
+from rlpr_jax.planning.estimate import Lengths, Sizes
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.planning.programs import Layout, Program
 from rlpr_jax.training.settings import update_settings
@@ -32,7 +32,9 @@ class Planner:
     cache: pathlib.Path | None,
     say: Say,
   ):
-    self.config, self.place, self.cache, self.say = config, place, cache, say
+    self.started = time.perf_counter()
+    self.config, self.place = config, place
+    self.cache, self.say = cache, say
     self.layout = programs.place_on_slice(config, model_config, place)
     self.flat = flat_layout(config, model_config, self.layout.processes)
     mesh = self.layout.policy.sharding.mesh
@@ -109,28 +111,16 @@ def attention_of(name: str, compiled: Compiled) -> str:
 def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -> Layout:
   """The planner of one device with plain attention, in whose programs products are counted."""
   flat = config.copy_and_resolve_references()
-  flat.model.attention, flat.mesh.data, flat.mesh.fsdp, flat.mesh.tensor = "xla", 1, 1, 1
+  flat.model.attention = "xla"
+  flat.mesh.update(data=1, fsdp=1, tensor=1)
   mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices("cpu")[:1])
   return programs.place_on_mesh(flat, model_config, mesh, mesh)._replace(processes=processes)
 
 
-def plan(
-  config: ConfigDict,
-  model_config: ModelConfig,
-  place: Slice,
-  lengths: Lengths,
-  search: bool,
-  cache: pathlib.Path | None,
-  say: Say,
-) -> dict[str, Any]:
-  """Plans a config's step on a slice, as JSON; sizes in bytes a device, times in seconds.
-
-  Raises:
-    InputError: a config that cannot be run there.
-  """
-  started = time.perf_counter()
-  planner = Planner(config, model_config, place, cache, say)
-  layout = planner.layout
+def plan(planner: Planner, lengths: Lengths, search: bool) -> dict[str, Any]:
+  """Plans a config's step on a slice, as JSON; sizes in bytes a device, times in seconds."""
+  layout, place = planner.layout, planner.place
+  config = planner.config
   num_shards, own_shards = (
     layout.policy.sharding.num_shards("batch"),
     layout.sampler.sampling.sharding.num_shards("batch"),
@@ -163,7 +153,7 @@ def plan(
         "operations": operations.get(name, 0),
         "devices": estimate.count_devices(layout, name),
         "attention": attention_of(name, compiled[name]),
-        "collectives": {kind: one._asdict() for kind, one in compiled[name].traffic.items()},
+        "collectives": {kind: traffic._asdict() for kind, traffic in compiled[name].traffic.items()},
       }
       for name, program in all_programs.items()
     },
@@ -173,11 +163,11 @@ def plan(
   if search:
     wanted_slots, wanted_rows = fastest(planner, lengths, slots, micro, compiled)
     best_rows, update = planner.most(
-      lambda rows: programs.update_programs(layout, rows * num_shards)["update"],
-      "update",
-      {max(micro // num_shards, 1): compiled["update"]},
-      wanted_rows // num_shards,
-      lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
+      make=lambda rows: programs.update_programs(layout, rows * num_shards)["update"],
+      name="update",
+      tried={max(micro // num_shards, 1): compiled["update"]},
+      limit=wanted_rows // num_shards,
+      round_down=lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
     )
     # Of the programs of a rollout, what decoding leaves room for may be too much for another one.
     needed = {name: program["peak"] for name, program in result["programs"].items() if name != "update"}
@@ -188,17 +178,17 @@ def plan(
       return program._replace(beside=program.beside + spare)
 
     best_slots, decode = planner.most(
-      decoding,
-      "decode",
-      {max(slots // own_shards, 1): compiled["decode"]},
-      wanted_slots // own_shards,
-      lambda count: count - count % _STEP if count > _STEP else count,
+      make=decoding,
+      name="decode",
+      tried={max(slots // own_shards, 1): compiled["decode"]},
+      limit=wanted_slots // own_shards,
+      round_down=lambda count: count - count % _STEP if count > _STEP else count,
     )
     used = best_slots * own_shards, best_rows * num_shards
     result["best"] = {"slots": used[0] * layout.processes, "micro_batch_rows": used[1]}
     if update and decode:
       result["best"]["step"] = step_of(planner, lengths, *used, compiled | {"update": update, "decode": decode})
-  result["seconds"] = time.perf_counter() - started
+  result["seconds"] = time.perf_counter() - planner.started
   return result
 
 
@@ -211,7 +201,8 @@ def fastest(
   Args:
     slots, micro_batch_rows: which `compiled` has.
   """
-  layout, config, chip = planner.layout, planner.config, planner.place.chip
+  layout, config = planner.layout, planner.config
+  chip = planner.place.chip
   num_shards, own_shards = (
     layout.policy.sharding.num_shards("batch"),
     layout.sampler.sampling.sharding.num_shards("batch"),
@@ -226,8 +217,9 @@ def fastest(
   def seconds(slots_then: int, rows_then: int) -> float:
     more_slots, more_rows = slots_then / slots, rows_then / micro_batch_rows
     scaled = {"decode": operations["decode"] * more_slots, "update": operations["update"] * more_rows}
+    sizes = Sizes(slots=slots_then, slot_bytes=slot_bytes * more_slots, micro_batch_rows=rows_then)
     parts = estimate.rooflines(
-      layout, chip, lengths, slots_then, slot_bytes * more_slots, rows_then, operations | scaled, compiled
+      layout, chip=chip, lengths=lengths, sizes=sizes, operations=operations | scaled, compiled=compiled
     )
     return sum(part.seconds for part in parts.values())
 
@@ -255,7 +247,10 @@ def step_of(
   if chip is None:
     return None
   operations, slot_bytes = count(planner, lengths, slots, micro_batch_rows)
-  parts = estimate.rooflines(planner.layout, chip, lengths, slots, slot_bytes, micro_batch_rows, operations, compiled)
+  sizes = Sizes(slots=slots, slot_bytes=slot_bytes, micro_batch_rows=micro_batch_rows)
+  parts = estimate.rooflines(
+    planner.layout, chip=chip, lengths=lengths, sizes=sizes, operations=operations, compiled=compiled
+  )
   seconds = sum(part.seconds for part in parts.values())
   return {
     "micro_batches": estimate.micro_batches(planner.layout, micro_batch_rows, lengths),

@@ -91,7 +91,8 @@ def wrap(words: Iterator[Word], columns: int) -> list[list[Word]]:
 
 def place_chips(row: Json, width: float) -> list[Chip]:
   """The reference tokens, left to right in rows of `width`."""
-  chips, left, line = [], 0.0, 0
+  chips: list[Chip] = []
+  left, line = 0.0, 0
   for token, probability in gallery.reference_tokens(row):
     text = drawable(style.visible(token))
     needed = max(len(text) * CHIP_SIZE * ADVANCE, 2.2 * CHIP_SIZE) + 12
@@ -99,7 +100,7 @@ def place_chips(row: Json, width: float) -> list[Chip]:
       left, line = 0.0, line + 1
     if line == CHIP_ROWS:
       return [*chips[:-1], dataclasses.replace(chips[-1], text="…", probability=None)]
-    chips.append(Chip(text, probability, left, line, needed))
+    chips.append(Chip(text=text, probability=probability, left=left, row=line, width=needed))
     left += needed + CHIP_GAP
   return chips
 
@@ -112,12 +113,20 @@ def draw_words(axes: Axes, left: float, top: float, words: list[Word]) -> None:
     left += (len(word.text) + 1) * SIZE * ADVANCE
 
 
-def draw_box(
-  axes: Axes, x: float, y: float, width: float, height: float, radius: float, color: str, edge: str = "none"
-) -> None:
-  """A filled box with round corners."""
+class Box(NamedTuple):
+  """Place and size of a box, in points."""
+
+  x: float
+  y: float
+  width: float
+  height: float
+
+
+def draw_box(axes: Axes, box: Box, radius: float, color: str, edge: str = "none") -> None:
+  """Draw a filled box with round corners."""
   corners = f"round,pad=0,rounding_size={radius}"
-  axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=corners, facecolor=color, edgecolor=edge))
+  patch = FancyBboxPatch((box.x, box.y), box.width, box.height, boxstyle=corners, facecolor=color, edgecolor=edge)
+  axes.add_patch(patch)
 
 
 def draw_chips(axes: Axes, left: float, top: float, chips: list[Chip]) -> None:
@@ -126,7 +135,7 @@ def draw_chips(axes: Axes, left: float, top: float, chips: list[Chip]) -> None:
     x, y = left + chip.left, top + chip.row * (CHIP_HEIGHT + CHIP_GAP)
     known = chip.probability is not None
     color = style.probability_color(chip.probability) if known else style.FAINT
-    draw_box(axes, x, y, chip.width, CHIP_HEIGHT, 5, color)
+    draw_box(axes, Box(x, y, chip.width, CHIP_HEIGHT), radius=5, color=color)
     middle = x + chip.width / 2
     center = {"ha": "center", "va": "center"}
     axes.text(middle, y + 14, chip.text, size=CHIP_SIZE, weight="bold", family="monospace", **center)
@@ -138,7 +147,7 @@ def draw_track(axes: Axes, left: float, top: float, width: float, row: Json) -> 
   """The bar from r' to r, and in words what it is worth."""
   before, after = (number(row, f"reward_{name}") or 0.0 for name in ("baseline", "reference"))
   color = style.TEAL if after >= before else style.CORAL
-  draw_box(axes, left, top, width, 8, 4, style.FAINT)
+  draw_box(axes, Box(left, top, width, 8), radius=4, color=style.FAINT)
   places = [left + width * style.clip(value) for value in (before, after)]
   axes.fill_between(places, top, top + 8, color=color, linewidth=0)
   axes.vlines(places, top - 3, top + 11, colors=(style.MUTED, style.INK), linewidth=2.2)
@@ -204,7 +213,8 @@ def card_height(blocks: list[Block]) -> float:
 
 def draw_card(axes: Axes, blocks: list[Block]) -> None:
   """`axes` counts points, downwards from the card's upper left corner."""
-  draw_box(axes, 1, 1, WIDTH - 2 * MARGIN - 2, card_height(blocks) - 2, 9, "white", edge=style.LINE)
+  box = Box(1, 1, WIDTH - 2 * MARGIN - 2, card_height(blocks) - 2)
+  draw_box(axes, box, radius=9, color="white", edge=style.LINE)
   top = PADDING
   for block in blocks:
     block.draw(axes, top)
@@ -234,7 +244,8 @@ def point_axes(figure: Figure, total: float, top: float, height: float) -> Axes:
 def draw_panels(figure: Figure, run: Run, total: float, top: float) -> None:
   """The three curves side by side."""
   shown = [panel for panel in PANELS_SHOWN if any(len(run.series(key)) for key in panel.lines)]
-  inner, left_labels, bottom_labels = (WIDTH - 2 * MARGIN) / len(PANELS_SHOWN), 46, 38
+  inner = (WIDTH - 2 * MARGIN) / len(PANELS_SHOWN)
+  left_labels, bottom_labels = 46, 38
   for index, panel in enumerate(shown):
     left = MARGIN + index * inner + left_labels
     box = (left, total - top - PANELS + bottom_labels, inner - left_labels - 12, PANELS - bottom_labels - 24)

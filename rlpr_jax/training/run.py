@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax import filtering, splicing
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data import builtin
-from rlpr_jax.data.pipeline import prepare
+from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.data.sources import load_examples
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
@@ -106,11 +106,13 @@ def load_prompts(
   prompts, dropped = prepare(
     examples,
     tokenizer,
-    template=data.template,
-    instruction=None if data.instruction == "default" else data.instruction,
-    worked_examples=data.examples,
-    prompt_limit=data.prompt_limit,
-    max_reference_length=data.max_reference_length,
+    PromptSettings(
+      template=data.template,
+      instruction=None if data.instruction == "default" else data.instruction,
+      worked_examples=data.examples,
+      prompt_limit=data.prompt_limit,
+      max_reference_length=data.max_reference_length,
+    ),
   )
   name = source.path or f"built-in {builtin_split} questions"
   print(f"{name}: {len(prompts)} prompts, dropped: {dropped}", flush=True)

@@ -12,6 +12,7 @@ from rlpr_jax.curation.checks import (
   Protected,
   Rating,
   Score,
+  SiftSettings,
   drop_by_rating,
   drop_by_score,
   exact_duplicates,
@@ -389,7 +390,7 @@ def test_each_row_goes_for_the_first_reason():
     (f"A firm asks more and sells less of its good, {'is its revenue lower then and what does that mean ' * 2}", "no"),
   ]  # fmt: skip
   examples = [example(*pair, row=10 + i) for i, pair in enumerate(questions)]
-  left, dropped = sift(examples, [Protected("test", [LONG])], similarity=0.5)
+  left, dropped = sift(examples, [Protected("test", [LONG])], SiftSettings(similarity=0.5))
   assert left == [3, 7]
   assert dropped == [
     Dropped(0, "long answer", "26 words"),
@@ -400,7 +401,7 @@ def test_each_row_goes_for_the_first_reason():
     Dropped(6, "in a benchmark", "test question 1"),
     Dropped(8, "near duplicate", "of row 17"),
   ]
-  left, dropped = sift(examples, keep_mathematics=True, answer_words=26, similarity=0.8)
+  left, dropped = sift(examples, settings=SiftSettings(keep_mathematics=True, answer_words=26, similarity=0.8))
   assert 0 in left
   assert 2 in left
 
@@ -427,4 +428,5 @@ def test_nothing_comes_of_nothing():
 def test_sifting_is_the_same_every_time():
   rng = np.random.default_rng(0)
   examples = [example(" ".join(f"w{i}" for i in rng.integers(40, size=12)), row=i) for i in range(200)]
-  assert sift(examples, similarity=0.1) == sift(examples, similarity=0.1)
+  settings = SiftSettings(similarity=0.1)
+  assert sift(examples, settings=settings) == sift(examples, settings=settings)

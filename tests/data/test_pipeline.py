@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from rlpr_jax.data.pipeline import PromptStream, prepare, reference_length
+from rlpr_jax.data.pipeline import PromptSettings, PromptStream, prepare, reference_length
 from rlpr_jax.data.sources import Example
 from rlpr_jax.errors import InputError
 from rlpr_jax.splicing import baseline_suffix, splice
@@ -31,7 +31,7 @@ def example(question, reference, row=1):
 
 def prepared(tokenizer, examples, **settings):
   defaults = {"template": "think", "instruction": "", "worked_examples": (), **WIDE}
-  return prepare(examples, tokenizer, **{**defaults, **settings})
+  return prepare(examples, tokenizer, PromptSettings(**{**defaults, **settings}))
 
 
 def test_prompts_hold_what_the_question_says(chat):

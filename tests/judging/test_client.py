@@ -11,7 +11,7 @@ import pytest
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.judging.client import Cache, Client, ClientError, Endpoint, Unanswered, ask_all
+from rlpr_jax.judging.client import Cache, Client, ClientError, Endpoint, ReplyFormat, Unanswered, ask_all
 from tests.chat_server import completion, serving
 
 HELLO = [{"role": "user", "content": "Hello?"}]
@@ -285,7 +285,7 @@ def understand(text):
 def gather(client, conversations, parse=understand, **arguments):
   async def run():
     async with client:
-      return await ask_all(conversations, parse, "REMINDER", client, **arguments)
+      return await ask_all(conversations, ReplyFormat(parse, "REMINDER"), client, **arguments)
 
   return asyncio.run(run())
 

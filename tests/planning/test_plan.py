@@ -137,6 +137,10 @@ def tiny_config(tmp_path):
   return config
 
 
+def make_plan(config, model, place, search, cache):
+  return planner.plan(planner.Planner(config, model, place, cache, lambda _: None), LENGTHS, search)
+
+
 def test_what_is_one_too_large_is_refused_and_what_is_proposed_fits(tmp_path, policy):
   """With room for two rows at a time, or three, and not for four, which are asked for."""
   config, model = tiny_config(tmp_path), policy.config
@@ -148,19 +152,19 @@ def test_what_is_one_too_large_is_refused_and_what_is_proposed_fits(tmp_path, po
   assert needed[2] < needed[3] < needed[4]
   place = Small("local", None, limit=(needed[3] + needed[4]) // 2)
   config.training.micro_batch_rows = 4
-  found = planner.plan(config, model, place, LENGTHS, True, tmp_path / "plans", lambda _: None)
+  found = make_plan(config, model, place, True, tmp_path / "plans")
   assert not found["fits"]
   assert not found["programs"]["update"]["fits"]
   assert found["best"]["micro_batch_rows"] == 2
   assert "--config.training.micro_batch_rows=2" in table.of_one(found, 10)
   config.training.micro_batch_rows, config.rollout.slots = 2, found["best"]["slots"]
-  found = planner.plan(config, model, place, LENGTHS, False, tmp_path / "plans", lambda _: None)
+  found = make_plan(config, model, place, False, tmp_path / "plans")
   assert found["fits"]
 
 
 def test_nothing_fits(tmp_path, policy):
   place = Small("local", None, limit=1000)
-  found = planner.plan(tiny_config(tmp_path), policy.config, place, LENGTHS, True, None, lambda _: None)
+  found = make_plan(tiny_config(tmp_path), policy.config, place, True, None)
   assert not found["fits"]
   assert found["best"] == {"slots": 0, "micro_batch_rows": 0}
   assert "Does not fit with a single slot" in table.of_one(found, 10)
@@ -171,7 +175,7 @@ def test_what_was_compiled_is_not_compiled_again(tmp_path, policy, monkeypatch):
 
   def found():
     place = hardware.parse("local")
-    plan = planner.plan(config, policy.config, place, LENGTHS, False, tmp_path / "plans", lambda _: None)
+    plan = make_plan(config, policy.config, place, False, tmp_path / "plans")
     return {name: program for name, program in plan["programs"].items()}
 
   first = found()

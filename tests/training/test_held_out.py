@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rlpr_jax.data import builtin
-from rlpr_jax.data.pipeline import prepare
+from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine, SampleOptions
@@ -81,9 +81,10 @@ def test_sentences_count_by_what_they_say():
 def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
   """Nor on how many prompts are read at once."""
   prompts, _ = prepare(
-    builtin.examples("held_out", 5), policy.tokenizer,
-    template="think", instruction="", worked_examples=(), prompt_limit=14, max_reference_length=16,
-  )  # fmt: skip
+    builtin.examples("held_out", 5),
+    policy.tokenizer,
+    PromptSettings(template="think", instruction="", worked_examples=(), prompt_limit=14, max_reference_length=16),
+  )
   key, values, seen = jax.random.key(2), [], []
   for slots, prefill_rows in ((20, 5), (3, 2)):
     device = Device(
