@@ -6,6 +6,7 @@ import pathlib
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
