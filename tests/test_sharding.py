@@ -346,9 +346,11 @@ def test_every_optimizer_steps_on_a_mesh_as_on_one_device(eight, name):
   assert result["stayed"]
   large = max(math.prod(whole) for whole, _ in result["places"])
   split = {math.prod(whole) / math.prod(part) for whole, part in result["places"] if math.prod(whole) == large}
-  assert split == {2.0} if name in ("adafactor", "sm3") else min(split) == 4.0
-  if name in ("adafactor", "sm3"):  # no moment as large as its parameter
-    assert large <= 4 * 256
+  assert split == {4.0}
+  # Beside those of a parameter's shape (adafactor's of what is too narrow to be factored, sm3's momentum) there are
+  # moments of columns alone, which are split as the columns are.
+  columns = {"adafactor": [[3, 256], [3, 128]], "sm3": [[256], [128]]}.get(name)
+  assert columns is None or columns in result["places"]
 
 
 def test_meshes_of_eight_devices(eight):

@@ -183,7 +183,7 @@ def test_one_file_at_a_time(tmp_path, monkeypatch):
 SAVE_FROM_A_MESH = """
 import dataclasses, sys
 import jax
-from rlpr_jax import models, sharding
+from rlpr_jax import huggingface, models, sharding
 from tests.models import cases
 
 config = dataclasses.replace(cases.config("qwen3"), lora=models.LoRA(4, 6.0, ("query", "out", "up", "down")))
