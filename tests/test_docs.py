@@ -14,7 +14,7 @@ import pytest
 from rlpr_jax import __main__ as rlpr
 from rlpr_jax.config import FIELDS
 from rlpr_jax.evaluation import config as evaluation_config
-from tests import test_rooms
+from tests import rooms
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted(
@@ -313,7 +313,7 @@ def test_rooms_are_those_of_the_test_of_rooms():
   """In the same order, which the page gives from top to bottom."""
   section = (ROOT / "docs/architecture.md").read_text().split("## Rooms")[1].split("\n## ")[0]
   rows = [tuple(re.findall(r"`([^`]+)`", row)) for row in re.findall(r"^\| (`[^|]+) \|", section, re.MULTILINE)]
-  order = [tuple(name for name in rooms if name != "__init__") for rooms in test_rooms.ORDER]
+  order = [tuple(name for name in level if name != "__init__") for level in rooms.ORDER]
   assert list(map(set, reversed(rows))) == list(map(set, order))
 
 

@@ -4,29 +4,11 @@ import ast
 import graphlib
 import pathlib
 
+from tests.rooms import ORDER
+
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "rlpr_jax"
 
-# From the bottom to the top. A room is a folder, or a file beside the folders; it imports of rooms that stand on lines
-# above its own.
-ORDER = (
-  ("__init__", "errors", "resources", "compilation"),
-  ("machine", "config", "sharding", "processes", "filtering", "grpo"),
-  ("types",),
-  ("rewards", "command_line", "custom_reward"),
-  ("splicing", "models"),
-  ("huggingface",),
-  ("data",),
-  ("sampling", "grading", "policy"),
-  ("runs",),
-  ("judging",),
-  ("training",),
-  ("validation",),
-  ("curation", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
-  ("entry",),
-  ("train", "sft", "evaluate", "plan", "serve", "curate", "export"),
-  ("__main__",),
-)
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 

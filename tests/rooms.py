@@ -1,0 +1,22 @@
+"""The rooms of the package in their order, which a test of imports and a test of the docs read."""
+
+# From the bottom to the top. A room is a folder, or a file beside the folders; it imports of rooms that stand on lines
+# above its own.
+ORDER = (
+  ("__init__", "errors", "resources", "compilation"),
+  ("machine", "config", "sharding", "processes", "filtering", "grpo"),
+  ("types",),
+  ("rewards", "command_line", "custom_reward"),
+  ("splicing", "models"),
+  ("huggingface",),
+  ("data",),
+  ("sampling", "grading", "policy"),
+  ("runs",),
+  ("judging",),
+  ("training",),
+  ("validation",),
+  ("curation", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
+  ("entry",),
+  ("train", "sft", "evaluate", "plan", "serve", "curate", "export"),
+  ("__main__",),
+)
