@@ -19,7 +19,7 @@ from rlpr_jax.sharding import Sharding
 
 
 class Policy(NamedTuple):
-  """What stays the same while a policy is trained."""
+  """All that stays the same while a policy is trained."""
 
   config: ModelConfig
   model: nnx.GraphDef  # as it is trained
@@ -123,9 +123,9 @@ def create_sharding(config: ConfigDict, mesh: Mesh | None) -> Sharding:
     return sharding.create(mesh, rules)
 
 
-def gathered_sharding(config: ConfigDict, where: Sharding) -> Sharding:
-  """How the parameters lie for sampling."""
-  return where.replicate("embed") if config.rollout.gather_params else where
+def gathered_sharding(config: ConfigDict, sharding: Sharding) -> Sharding:
+  """Says how the parameters lie for sampling."""
+  return sharding.replicate("embed") if config.rollout.gather_params else sharding
 
 
 def initial_params(config: ConfigDict, policy: Policy) -> Params:

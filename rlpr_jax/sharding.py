@@ -125,7 +125,7 @@ class Sharding:
     return any({"data", "fsdp"} & set(on) for name, on in self.rules if name not in ("batch", "sequence"))
 
   def by_process(self) -> "Sharding":
-    """The same with whole copies of the parameters on each process, which are split over its own devices alone."""
+    """Gives each process whole copies of the parameters, which are split over its own devices alone."""
     if self.processes == 1 or not self.splits_params:
       return self
     devices = self.mesh.devices.reshape(self.processes, 1, -1, self.mesh.shape["tensor"])
@@ -140,21 +140,21 @@ class Sharding:
     return dataclasses.replace(self, mesh=Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * 3))
 
   def replicate(self, axis: str) -> "Sharding":
-    """The same with one axis on every device."""
+    """Keeps one axis whole on every device."""
     return dataclasses.replace(self, rules=tuple((name, () if name == axis else on) for name, on in self.rules))
 
 
-def own_part(tree: Any, where: Sharding) -> Any:
-  """Arrays that lie as `where.by_process()` says, as arrays of this process's devices alone."""
-  own = where.own().mesh
+def own_part(tree: Any, sharding: Sharding) -> Any:
+  """Makes of arrays that lie as `sharding.by_process()` says arrays of this process's devices alone."""
+  mesh = sharding.own().mesh
 
-  def one(x: jax.Array) -> jax.Array:
+  def take(x: jax.Array) -> jax.Array:
     parts = [shard.data for shard in x.addressable_shards]
     if len(parts) == 1:
       return parts[0]
-    return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(own, x.sharding.spec), parts)
+    return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), parts)
 
-  return tree if jax.process_count() == 1 else jax.tree.map(one, tree)
+  return tree if jax.process_count() == 1 else jax.tree.map(take, tree)
 
 
 def create(mesh: Mesh | None, rules: Mapping[str, Sequence[str]] | None = None) -> Sharding:

@@ -1,4 +1,4 @@
-"""What a policy is and how it is run: two dataclasses for every family and every machine."""
+"""Configuration of a policy, and of how it is run: two dataclasses for every family and every machine."""
 
 import dataclasses
 

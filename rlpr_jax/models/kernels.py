@@ -24,7 +24,7 @@ BLOCKS = (512, 384, 256)  # lengths of splash's blocks in a long sequence
 
 @dataclasses.dataclass(frozen=True)
 class AttentionSettings:
-  """What is the same in every layer."""
+  """Settings of attention that all layers share."""
 
   backend: str  # xla | splash | tokamax | tokamax_or_xla, which is what "auto" becomes on a GPU
   scale: float  # of the scores

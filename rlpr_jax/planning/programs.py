@@ -250,11 +250,11 @@ def _ids(*shape: int) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _place_rows(where: Sharding, tree: Any) -> Any:
-  """Slots, or what was read into them, as they lie on a mesh: rows split, of caches key/value heads too."""
+def _place_rows(rows_sharding: Sharding, tree: Any) -> Any:
+  """Places slots, or what was read into them, on a mesh: rows split, of caches key/value heads too."""
 
-  def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     axes = CACHE if x.ndim == 5 else ("batch", *[None] * (x.ndim - 1))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where.named(axes))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows_sharding.named(axes))
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(place, tree)
