@@ -64,9 +64,10 @@ cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.pla
 	$(INSTALL) --no-deps --target .cache/cuda \
 	  $$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("cuda"))')
 
-lint: $(VENV)/ready-dev
+lint: $(VENV)/ready-dev  ## style, and types of the modules that pyproject.toml lists
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf .venv .venv-newest .cache runs

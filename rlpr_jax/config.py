@@ -351,7 +351,7 @@ def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -
 def longest_sequence(config: ConfigDict) -> int:
   """Most tokens of a prompt and its response, the reference answer included where a gradient goes through it."""
   answer = config.data.max_reference_length if config.training.answer_gradient != "none" else 0
-  return config.data.prompt_limit + config.rollout.max_response_length + answer
+  return int(config.data.prompt_limit + config.rollout.max_response_length + answer)
 
 
 def flatten(group: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

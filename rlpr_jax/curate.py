@@ -263,10 +263,8 @@ def _rate(
       raise InputError(
         f"--judge_url: {rated} of {len(indices)} rows rated, then given up ({answer.why}); the same command goes on"
       )
-  return {
-    index: answer.why if isinstance(answer, Unanswered) else answer
-    for index, answer in zip(indices, answers, strict=True)
-  }
+  notes = (answer.why if isinstance(answer, Unanswered) else answer for answer in answers)
+  return dict(zip(indices, notes, strict=True))
 
 
 # ---- the directory ----
@@ -362,7 +360,7 @@ def _write(out: pathlib.Path, settings: dict[str, Any], curated: Curated, client
   pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), table)
   lines = (json.dumps(row, ensure_ascii=False) for row in sorted(gone, key=lambda row: row["row"]))
   page = funnel.render(
-    settings["input"]["name"], read=len(examples), kept=kept, dropped=gone, settings=settings, note=note
+    settings["input"]["name"], rows=len(examples), kept=kept, dropped=gone, settings=settings, note=note
   )
   try:
     write_atomically(out / "train.parquet", table.getvalue().to_pybytes())

@@ -80,7 +80,7 @@ def in_field(field: str, separator: str = ": ") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def user_code(where: str, path: str | os.PathLike) -> Iterator[None]:
+def user_code(where: str, path: str | os.PathLike[str]) -> Iterator[None]:
   """Around what a file of the user's own does: what goes wrong in it is said in one line, with that of the file.
 
   Args:

@@ -22,9 +22,7 @@ class FilterConfig:
   scale: Real[ArrayLike, ""] = 0.5  # ema: a prompt is kept from scale * average on (Qwen 0.5, Llama 0.9, Gemma 1.0)
   alpha: Real[ArrayLike, ""] = 0.01  # ema: weight of the newest step in the average
   collect_from: Int[ArrayLike, ""] = 6  # ema: steps (counted from 1) before this one ignore the spread
-  start: Int[ArrayLike, ""] = (
-    11  # ema: first step that filters; its average starts as the mean over collect_from..start-1
-  )
+  start: Int[ArrayLike, ""] = 11  # ema: first step that filters; its average starts as the mean of those collected
   threshold: Real[ArrayLike, ""] = 0.0  # fixed: smallest spread that is kept
 
 

@@ -70,8 +70,8 @@ def separate_advantages(
   [[0.0, 0.0]]
   """
   weighted = list(zip(weights, parts, strict=True))
-  advantages = sum((weight * group_advantages(part, normalize)[0] for weight, part in weighted), jnp.zeros(()))
-  total = sum((weight * jnp.asarray(part, jnp.float32) for weight, part in weighted), jnp.zeros(()))
+  advantages = jnp.asarray(sum(weight * group_advantages(part, normalize)[0] for weight, part in weighted))
+  total = jnp.asarray(sum(weight * jnp.asarray(part, jnp.float32) for weight, part in weighted))
   return advantages, group_advantages(total, normalize)[1]
 
 

@@ -45,16 +45,16 @@ def start(
     raise InputError(f"{', '.join(missing)}: missing, expected --coordinator, --processes and --process together")
   if len(missing) == 3 and not distributed and not announced(os.environ):
     return
-  if not missing and index >= count:
+  if count is not None and index is not None and not missing and index >= count:
     raise InputError(f"--process: {index}, expected a number under --processes {count}")
-  place = {"num_processes": count, "process_id": index}
+  local_devices = None
   # jax knows Open MPI by a variable of its version 4. Later ones tell no address, which has to be given.
   if "OMPI_COMM_WORLD_SIZE" in os.environ and missing == ["--processes", "--process"]:
     names = ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
-    count, index, local = (int(os.environ[name]) for name in names)
-    place = {"num_processes": count, "process_id": index, "local_device_ids": [local]}
+    count, index, local_device = (int(os.environ[name]) for name in names)
+    local_devices = [local_device]
   try:
-    jax.distributed.initialize(coordinator, **place, heartbeat_timeout_seconds=_HEARTBEAT)
+    jax.distributed.initialize(coordinator, count, index, local_devices, heartbeat_timeout_seconds=_HEARTBEAT)
   except (RuntimeError, ValueError) as error:
     raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
@@ -110,11 +110,11 @@ def gather(tree: Any, total: int) -> Any:
     return tree
   size = -(-total // jax.process_count())
 
-  def one(x: np.ndarray) -> np.ndarray:
+  def gather_rows(x: np.ndarray) -> np.ndarray:
     padded = np.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
     return np.asarray(multihost_utils.process_allgather(padded, tiled=True))[:total]
 
-  return jax.tree.map(one, tree)
+  return jax.tree.map(gather_rows, tree)
 
 
 def any_of(flag: bool) -> bool:

@@ -331,7 +331,7 @@ def mixture(
   >>> mixture(jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0]), 0.5).tolist()
   [0.75, 0.25]
   """
-  return (1 - weight) * jnp.asarray(reference) + weight * jnp.asarray(verified)
+  return jnp.asarray((1 - weight) * jnp.asarray(reference) + weight * jnp.asarray(verified))
 
 
 def moving_average(
@@ -348,6 +348,7 @@ def moving_average(
   0.3
   """
   old, new = jnp.asarray(old, jnp.float32), jnp.asarray(new, jnp.float32)
+  rate = jnp.asarray(rate, jnp.float32)
   unknown = jnp.isnan(old)
   known_old, known_new = (jnp.where(unknown, 0.0, logps) for logps in (old, new))  # keeps NaN out of gradients
   average = jnp.logaddexp(known_old + jnp.log1p(-rate), known_new + jnp.log(rate))
@@ -399,7 +400,7 @@ def score_groups(
   total = combine(debiased, evidence.formats, scoring.format_coefficient, evidence.repetition + length)
   return Rewards(
     reference=reference,
-    baseline=baselines,
+    baseline=jnp.asarray(baselines),
     debiased=debiased,
     format=evidence.formats,
     repetition=evidence.repetition,

@@ -71,7 +71,8 @@ def splice(
     return None
   end = text.index(OPEN) + len(OPEN)
   prefix_length, head = _keep(tokenizer, ids, text, end)
-  space = re.match(r"\s*", text[end:]).group() or " "
+  written = re.match(r"\s*", text[end:])
+  space = (written and written[0]) or " "
   before = text[len(head) : end] + space
   suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}")
   return Splice(prefix_length, suffix_ids, mask)
@@ -139,7 +140,7 @@ def _is_scorable(text: str, template: str) -> bool:
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-  return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+  return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _keep(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, end: int) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """Checks of a config beyond types: choices and bounds of its fields, and how they fit each other."""
 
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -103,6 +104,6 @@ def _is_pair(value: Any, first: Any, second: Any) -> bool:
   return isinstance(value[0], first) and isinstance(value[1], second)
 
 
-def _expect(values: dict[str, Any], field: str, holds, expected: str) -> None:
+def _expect(values: dict[str, Any], field: str, holds: Callable[[Any], bool], expected: str) -> None:
   if not holds(values[field]):
     raise InputError(f"config.{field}: {values[field]!r}, expected {expected}")

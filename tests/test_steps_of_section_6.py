@@ -1,7 +1,8 @@
-"""Thirty steps of `collect` and the filter beside a simulation in plain Python, written from the text of rlpr.md alone.
+"""Thirty steps of `collect` and the filter beside a simulation in plain Python, written from the paper's text alone.
 
-Sections 1.3 and 6: prompts under the threshold are dropped, draws go on until enough are kept, what is kept beyond that
-is carried over; steps 1 to 5 ignore the spread, 6 to 10 collect it, 11 starts beta as their mean and filters.
+Section 3.3 of arXiv 2506.18254 and its appendix: prompts under the threshold are dropped, draws go on until enough are
+kept, what is kept beyond that is carried over; steps 1 to 5 ignore the spread, 6 to 10 collect it, 11 starts beta as
+their mean and filters.
 """
 
 import math

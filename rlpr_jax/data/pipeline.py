@@ -78,6 +78,7 @@ def reference_length(tokenizer: PreTrainedTokenizerBase, reference: str, templat
   """
   ids = tokenizer.encode("".join(TAGS[template]), add_special_tokens=False)
   spliced = splice(tokenizer, (), ids, reference, template)
+  assert spliced, "the template's own tags are scorable"
   return max(len(spliced.suffix_ids), len(baseline_suffix(tokenizer, reference, "tagged")[0]))
 
 

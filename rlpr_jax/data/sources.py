@@ -49,7 +49,7 @@ class Example:
   row: int  # 1-based data row of the file; in JSONL the line
 
 
-def load_examples(path: str | os.PathLike, split: str | None = None) -> list[Example]:
+def load_examples(path: str | os.PathLike[str], split: str | None = None) -> list[Example]:
   """Reads the questions of a `.parquet`, `.jsonl`, `.csv` or `.json` file, in the file's order.
 
   Args:
@@ -80,7 +80,7 @@ def load_examples(path: str | os.PathLike, split: str | None = None) -> list[Exa
   ]
 
 
-def load_demonstrations(path: str | os.PathLike, split: str | None = None) -> list[tuple[Example, str]]:
+def load_demonstrations(path: str | os.PathLike[str], split: str | None = None) -> list[tuple[Example, str]]:
   """Reads prompts, each with a response to imitate: a column of questions or of chat messages, and one of responses.
 
   Args, Raises: as for `load_examples`.
@@ -196,7 +196,7 @@ def plain_rows(table: "datasets.Dataset") -> list[dict[str, Any]]:
   for name, feature in table.features.items():
     if isinstance(feature, datasets.Image):
       table = table.cast_column(name, datasets.Image(decode=False))
-  return table.to_list()
+  return list(table.to_list())
 
 
 def _read_parquet(path: Path, wanted: Collection[str]) -> tuple[Columns, Rows]:

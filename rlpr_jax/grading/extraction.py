@@ -75,7 +75,8 @@ def boxed(text: str) -> str | None:
   start = min((i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0), default=-1)
   if start < 0:
     return None
-  last, opened = None, []  # opened: where the content of each open brace starts, negative for a plain brace
+  last = None
+  opened: list[int] = []  # where the content of each open brace starts, negative for a plain brace
   for token in _BOX.finditer(text, start):
     match token[0]:
       case "}":
@@ -98,18 +99,18 @@ def stated(text: str, grader: str) -> str | None:
   """
   if (found := _last(_ANSWER_IS, text)) is None:
     return None
-  rest = text[found.end() :].lstrip(" \t\r\n*_")
+  statement = text[found.end() :].lstrip(" \t\r\n*_")
   for begin, end in (("$$", "$$"), ("\\[", "\\]"), ("$", "$"), ("\\(", "\\)")):
-    close = rest.find(end, len(begin)) if rest.startswith(begin) else -1
-    if grader != "text" and close > 0 and not rest[close + len(end) :].lstrip(" .*\r")[:1].strip("\n"):
-      return rest[: close + len(end)]
-  rest = rest.split("\n\n" if grader == "text" else "\n", 1)[0]
-  if hope := _HOPE.search(rest):
-    rest = rest[: hope.start()]
-  if grader in ("math", "number") and (end := _SENTENCE_END.search(rest)):
-    rest = rest[: end.start()]
-  rest = unmarked(rest)
-  return (rest if grader == "text" else rest.rstrip(".")) or None
+    close = statement.find(end, len(begin)) if statement.startswith(begin) else -1
+    if grader != "text" and close > 0 and not statement[close + len(end) :].lstrip(" .*\r")[:1].strip("\n"):
+      return statement[: close + len(end)]
+  statement = statement.split("\n\n" if grader == "text" else "\n", 1)[0]
+  if hope := _HOPE.search(statement):
+    statement = statement[: hope.start()]
+  if grader in ("math", "number") and (stop := _SENTENCE_END.search(statement)):
+    statement = statement[: stop.start()]
+  statement = unmarked(statement)
+  return (statement if grader == "text" else statement.rstrip(".")) or None
 
 
 def unmarked(text: str) -> str:
@@ -119,5 +120,5 @@ def unmarked(text: str) -> str:
   return text.rstrip("*_ ") if text.endswith(("**", "__")) else text
 
 
-def _last(pattern: re.Pattern, text: str) -> re.Match | None:
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
   return next(iter(collections.deque(pattern.finditer(text), maxlen=1)), None)

@@ -91,7 +91,7 @@ def math(answer: str, reference: str) -> bool:
     return True
   if not answer.strip() or max(len(answer), len(reference)) > MATH_LIMIT:
     return False
-  return _judge.ask(answer, reference)
+  return math_process.ask(answer, reference)
 
 
 # --- benchmarks ---
@@ -373,7 +373,7 @@ def check_installed() -> None:
     raise InputError("verifier math: math-verify is not installed, expected pip install 'rlpr_jax[evaluate]'")
 
 
-class _Judge:
+class MathProcess:
   """The process in which math-verify works, started when it is first needed and again after each time it was killed."""
 
   def __init__(self):
@@ -410,7 +410,7 @@ class _Judge:
     return process
 
 
-_judge = _Judge()
+math_process = MathProcess()
 
 
 def _judge_pairs() -> None:

@@ -37,7 +37,8 @@ def letter(index: int) -> str:
 
 def options_of(question: str) -> dict[str, str]:
   """Letter -> text of the options that a question lists: the last run of marks A, B, ... of two or more."""
-  run, best = [], []
+  run: list[re.Match[str]] = []
+  best: list[re.Match[str]] = []
   for mark in _MARK.finditer(question):
     label = mark[1].upper()
     if label == "A":

@@ -228,8 +228,11 @@ def _unit(rest: str, quoted: frozenset[str]) -> Unit | None:
     return None
   if rest.startswith("/"):  # 1/s may be a variable's reciprocal
     spaced = False
-  measures, words, certain = {}, set(), True
-  power, sign, last = 1, 1, ""
+  measures: dict[str, int] = {}
+  words: set[str] = set()
+  certain = True
+  power = sign = 1
+  last = ""
   tokens = _UNIT_TOKEN.findall(rest)
   for token in tokens:
     symbol = "" if token.lower() == "in" and len(tokens) > 1 else _symbol(token)
@@ -296,8 +299,9 @@ def parse_list(text: str) -> list[float] | None:
     if c == "," and depth == 0:
       items.append(text[start:i])
       start = i + 1
-  values = [parse(item) for item in (*items, text[start:]) if item.strip()]
-  return None if not values or None in values else [number.value for number in values]
+  texts = [item for item in (*items, text[start:]) if item.strip()]
+  values = [number.value for item in texts if (number := parse(item))]
+  return values if values and len(values) == len(texts) else None
 
 
 def equal(answer: float, reference: float, rtol: float = 0.0, atol: float = 0.0) -> bool:
@@ -326,8 +330,9 @@ def _quotient(above: float, below: float) -> float:
 
 
 def _to_power(base: float, exponent: float) -> float:
-  whole = isinstance(base, int) and isinstance(exponent, int) and exponent >= 0
-  return base**exponent if whole and base.bit_length() * exponent <= _BITS else math.pow(base, exponent)
+  if isinstance(base, int) and isinstance(exponent, int) and exponent >= 0 and base.bit_length() * exponent <= _BITS:
+    return int(base**exponent)
+  return math.pow(base, exponent)
 
 
 class _Parser:
@@ -424,13 +429,14 @@ class _Parser:
     if name == "frac":
       above = self._argument(depth)
       below = self._argument(depth) if above is not None else None
-      return None if below is None else _quotient(above, below)
+      return None if above is None or below is None else _quotient(above, below)
     if name in _FUNCTIONS:
       root = 2.0
       if name == "sqrt" and self._take("["):
-        root = self.sum(depth + 1)
-        if root is None or not self._take("]"):
+        degree = self.sum(depth + 1)
+        if degree is None or not self._take("]"):
           return None
+        root = degree
       argument = self._argument(depth) if name == "sqrt" else self._power(depth + 1)
       if argument is None:
         return None
@@ -453,14 +459,14 @@ class _Parser:
 
   def _peek(self) -> tuple[str, str]:
     before = self._at
-    found = self._next()
+    token = self._next()
     self._at = before
-    return found
+    return token
 
   def _next(self) -> tuple[str, str]:
-    found = _TOKEN.match(self._text, self._at)
-    if not found:
+    token = _TOKEN.match(self._text, self._at)
+    if not token or not token.lastindex:
       return "", ""
-    self._at = found.end()
-    kind = ("number", "word", "symbol")[found.lastindex - 1]
-    return kind, found[found.lastindex]
+    self._at = token.end()
+    kind = ("number", "word", "symbol")[token.lastindex - 1]
+    return kind, token[token.lastindex]

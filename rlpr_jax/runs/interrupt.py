@@ -8,7 +8,7 @@ import sys
 class StopRequest:
   """Ctrl-C and SIGTERM ask the run to stop and save what it has; a second Ctrl-C interrupts at once."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._asked = False
 
   def __bool__(self) -> bool:
@@ -24,6 +24,6 @@ class StopRequest:
 
   def _ask(self, number: int, _: object) -> None:
     self._asked = True
-    signal.signal(number, self._previous[number])
+    signal.signal(number, self._previous[signal.Signals(number)])
     # Not by print, which may be what the signal came into.
     os.write(sys.stdout.fileno(), f"\n{signal.Signals(number).name}: saving what is done, then stopping\n".encode())

@@ -26,8 +26,9 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
   """
 
   def say(attempt: tenacity.RetryCallState) -> None:
-    error, pause = attempt.outcome.exception(), attempt.next_action.sleep
-    print(f"{where}: {reason(error)}, trying again in {pause:.0f}s", file=sys.stderr, flush=True)
+    error = attempt.outcome and attempt.outcome.exception()
+    why = reason(error) if error else "failed"
+    print(f"{where}: {why}, trying again in {attempt.upcoming_sleep:.0f}s", file=sys.stderr, flush=True)
 
   attempts = tenacity.Retrying(
     retry=tenacity.retry_if_exception_type(OSError),

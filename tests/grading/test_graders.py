@@ -357,7 +357,7 @@ def test_any_thread_may_ask():
 
 
 def test_math_verify_that_is_missing(monkeypatch):
-  monkeypatch.setattr(graders, "_judge", graders._Judge())
+  monkeypatch.setattr(graders, "math_process", graders.MathProcess())
   monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match=r"math-verify is not installed, expected pip install 'rlpr_jax\[evaluate\]'"):
     graders.math("1/2", "0.5")
@@ -365,7 +365,7 @@ def test_math_verify_that_is_missing(monkeypatch):
 
 
 def test_math_verify_that_does_not_start(monkeypatch):
-  monkeypatch.setattr(graders, "_judge", graders._Judge())
+  monkeypatch.setattr(graders, "math_process", graders.MathProcess())
   monkeypatch.setattr(graders.sys, "executable", "/bin/false")
   with pytest.raises(RuntimeError, match="did not start: exit status 1"):
     graders.math("1/2", "0.5")
