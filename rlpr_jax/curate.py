@@ -318,7 +318,7 @@ def _open(out: pathlib.Path, settings: dict[str, Any]) -> bool:
 
 
 class Curated(NamedTuple):
-  """What came of a file of questions."""
+  """Result of curating a file of questions."""
 
   examples: Sequence[Example]
   kept: Sequence[int]  # indices of the examples that stay
