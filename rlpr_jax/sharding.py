@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from rlpr_jax.errors import InputError
 
@@ -35,7 +35,7 @@ def create_mesh(
   data: int = 1,
   fsdp: int = -1,
   tensor: int = 1,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Sequence[Any] | None = None,
   together: bool = False,
 ) -> Mesh:
   """A mesh of the given sizes; one of them may be -1, for all devices that the others leave.
@@ -86,7 +86,7 @@ def count_processes(devices: Sequence[jax.Device]) -> int:
 class Sharding:
   """A mesh and the table. Without a mesh everything is on one device and the methods do nothing."""
 
-  mesh: Mesh | None = None
+  mesh: Mesh | AbstractMesh | None = None
   rules: tuple[tuple[str, tuple[str, ...]], ...] = tuple(RULES.items())
 
   def __post_init__(self):
@@ -157,7 +157,7 @@ def own_part(tree: Any, sharding: Sharding) -> Any:
   return tree if jax.process_count() == 1 else jax.tree.map(take, tree)
 
 
-def create(mesh: Mesh | None, rules: Mapping[str, Sequence[str]] | None = None) -> Sharding:
+def create(mesh: Mesh | AbstractMesh | None, rules: Mapping[str, Sequence[str]] | None = None) -> Sharding:
   """A sharding by `rules`, or by `RULES` where they say nothing.
 
   Raises:
