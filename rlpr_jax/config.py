@@ -349,7 +349,13 @@ def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -
 
 
 def longest_sequence(config: ConfigDict) -> int:
-  """Most tokens of a prompt and its response, the reference answer included where a gradient goes through it."""
+  """Most tokens of a prompt and its response, the reference answer included where a gradient goes through it.
+
+  >>> config = default()
+  >>> config.data.prompt_limit, config.rollout.max_response_length = 100, 400
+  >>> longest_sequence(config)
+  500
+  """
   answer = config.data.max_reference_length if config.training.answer_gradient != "none" else 0
   return int(config.data.prompt_limit + config.rollout.max_response_length + answer)
 
@@ -389,7 +395,12 @@ def read(path: pathlib.Path) -> ConfigDict:
 
 
 def first_difference(saved: dict[str, Any], config: ConfigDict) -> str | None:
-  """Where a saved config says another run: "field: saved value, not value"; None if a run may be resumed with it."""
+  """Where a saved config says another run: "field: saved value, not value"; None if a run may be resumed with it.
+
+  >>> saved = json.loads(to_json(default()))
+  >>> first_difference(saved | {"seed": 1}, default())
+  'config.seed is 1 there, 0 here'
+  """
   defaults, now = (flatten(json.loads(to_json(one))) for one in (default(), config))
   before = defaults | flatten(saved)  # a run of a version without a field was run with what is its default now
   for field in sorted(before | now):

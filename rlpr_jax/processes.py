@@ -79,7 +79,11 @@ def end_together() -> Iterator[None]:
 
 
 def announced(environment: Mapping[str, str]) -> bool:
-  """Whether the environment was set up for more than one process: by srun, mpirun, or GKE's TPU workers."""
+  """Whether the environment was set up for more than one process: by srun, mpirun, or GKE's TPU workers.
+
+  >>> announced({"SLURM_STEP_NUM_TASKS": "4"}), announced({"OMPI_COMM_WORLD_SIZE": "1"})
+  (True, False)
+  """
   names = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
   counts = [environment.get(name, "1") for name in names]
   workers = [environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES")]

@@ -63,7 +63,12 @@ def validate(config: ConfigDict) -> None:
 
 
 def is_within(field: Field, value: Any) -> bool:
-  """Whether a value is within the bounds of a field; NaN is within none."""
+  """Whether a value is within the bounds of a field; NaN is within none.
+
+  >>> alpha = Field(0.01, "weight", above=0, at_most=1)
+  >>> is_within(alpha, 1), is_within(alpha, 0)
+  (True, False)
+  """
   return (
     (field.at_least is None or value >= field.at_least)
     and (field.above is None or value > field.above)

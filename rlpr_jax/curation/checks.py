@@ -61,6 +61,9 @@ def unclear_answer(reference: str) -> str | None:
   """Why a reference answer is not one that others can be compared with, or None.
 
   A handful of patterns that hardly ever match a clear answer; most of what is unclear passes, and is a judge's to find.
+
+  >>> unclear_answer("It depends on the author."), unclear_answer("42") is None
+  ('depends', True)
   """
   text = reference.strip().lower()
   option = _OPTION.match(text) is not None
@@ -112,6 +115,11 @@ def is_mathematics(question: str, reference: str, source: str) -> bool:
   that finds 81% of MATH-500, 90% of AIME 2024, 37% of the mathematics in MMLU-Pro (whose questions often name nothing
   but "the following"), and takes for mathematics 2 to 4% of MMLU-Pro's other subjects and 0.1% of 4,000 questions of
   economics.
+
+  >>> is_mathematics("Find all integers $n$ divisible by 7.", "$7k$", source="")
+  True
+  >>> is_mathematics("Who wrote Emma?", "Austen", source="")
+  False
   """
   if _MATHEMATICS.search(source):
     return True
@@ -135,7 +143,12 @@ _LEAD = re.compile(r"^\s*(?:question|problem|q)\s*(?:\d+\s*)?[:.)]", re.IGNORECA
 
 
 def words_of(texts: Sequence[str]) -> list[Words]:
-  """The words of each text as 64-bit hashes, without a leading "Question:"."""
+  """The words of each text as 64-bit hashes, without a leading "Question:".
+
+  >>> first, second = words_of(["Question: Who wrote Emma?", "who wrote EMMA"])
+  >>> bool((first == second).all())
+  True
+  """
   hashes: dict[str, int] = {}
 
   def number(word: str) -> int:
@@ -152,7 +165,11 @@ def words_of(texts: Sequence[str]) -> list[Words]:
 
 
 def windows(words: Words, size: int) -> np.ndarray:
-  """Hashes of all runs of `size` words, in order; none of a text that is shorter."""
+  """Hashes of all runs of `size` words, in order; none of a text that is shorter.
+
+  >>> len(windows(words_of(["one two three four"])[0], size=3))
+  2
+  """
   count = max(len(words) - size + 1, 0)
   hashes = np.zeros(count, np.uint64)
   for offset in range(size):
@@ -185,7 +202,11 @@ def _covered(words: Words, shared: Set[int]) -> np.ndarray:
 
 
 def exact_duplicates(questions: Sequence[str]) -> dict[int, int]:
-  """Index of each question that was there before, but for case and whitespace -> index of the first."""
+  """Index of each question that was there before, but for case and whitespace -> index of the first.
+
+  >>> exact_duplicates(["Who wrote Emma?", "6 * 7?", "who wrote  Emma?"])
+  {2: 0}
+  """
   first: dict[str, int] = {}
   found = {}
   for index, question in enumerate(questions):
@@ -205,6 +226,9 @@ def near_duplicates(texts: Sequence[Words], similarity: float) -> dict[int, int]
   Args:
     texts: without boilerplate; one without words is like no other.
     similarity: above 0, at most 1.
+
+  >>> near_duplicates(words_of(["a b c d e f", "g h i", "a b c d e f g"]), similarity=0.8)
+  {2: 0}
   """
   sets = [np.unique(windows(words, min(_SHINGLE, len(words)))) if len(words) else words for words in texts]
   values, counts = np.unique(np.concatenate([*sets, np.zeros(0, np.uint64)]), return_counts=True)
@@ -238,6 +262,9 @@ def leaks(texts: Sequence[Words], benchmarks: Sequence[Protected], size: int, sh
     texts: with boilerplate.
     size: words, at least 1.
     shared: the boilerplate.
+
+  >>> leaks(words_of(["Now, who wrote Emma in 1815?"]), [Protected("novels", ["Who wrote Emma"])], size=3, shared=set())
+  {0: 'novels question 1'}
   """
   whole, bare = [], []  # questions with their names
   for benchmark in benchmarks:
@@ -336,7 +363,11 @@ def rating_conversation(question: str, reference: str) -> list[dict[str, str]]:
 
 
 def parse_rating(reply: str) -> Rating | None:
-  """The three lines that end a reply; None if one is missing or says anything else."""
+  """The three lines that end a reply; None if one is missing or says anything else.
+
+  >>> parse_rating("mathematics: no\\nunambiguous: yes\\nreasoning: 3")
+  Rating(mathematics=False, unambiguous=True, reasoning=3)
+  """
   said = {name.lower(): value.lower() for name, value in _RATING.findall(without_thoughts(reply))}
   yes_or_no = [{"yes": True, "no": False}.get(said.get(name)) for name in ("mathematics", "unambiguous")]
   reasoning = said.get("reasoning", "")
@@ -351,6 +382,9 @@ def drop_by_rating(
   Args:
     ratings: index -> what the judge says, or why there is nothing.
     reasoning: least that is needed, 0 to 4.
+
+  >>> drop_by_rating({0: Rating(False, True, 1)}, reasoning=2, keep_mathematics=False, keep_unjudged=True)
+  [Dropped(index=0, reason='too easy', detail='rated 1 of 4')]
   """
   dropped = []
   for index, rating in ratings.items():
@@ -382,6 +416,9 @@ def drop_by_score(left: Sequence[int], scores: Mapping[int, Score], keep: int) -
   By the mean of two ranks, that of the spread and that of the gain: a group whose rewards are all alike teaches nothing
   (section 3.4 of the paper), and a question that reasoning does not help rewards no reasoning. Of equal ones the first
   stay. What has no score goes.
+
+  >>> drop_by_score([0, 1], {0: Score(std=0.2, gain=0.3), 1: Score(std=0.1, gain=0.1)}, keep=1)
+  [Dropped(index=1, reason='low score', detail='place 2: std 0.1, gain 0.1')]
   """
   scored = [index for index in left if index in scores]
   columns = np.array([scores[index] for index in scored], np.float64).reshape(-1, 2)

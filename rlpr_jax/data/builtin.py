@@ -99,6 +99,9 @@ def examples(split: str, count: int, seed: int = 0, domains: str = "short") -> l
 
   Args:
     domains: one of `DOMAINS`.
+
+  >>> [example.source for example in examples("train", count=2)]
+  ['addition', 'weekday']
   """
   return [
     Example(({"role": "user", "content": question.text},), question.answer, question.domain, row)
@@ -107,7 +110,12 @@ def examples(split: str, count: int, seed: int = 0, domains: str = "short") -> l
 
 
 def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tuple[Example, str]]:
-  """`count` training questions, each with one response in the mixture of the three ways of thinking."""
+  """`count` training questions, each with one response in the mixture of the three ways of thinking.
+
+  >>> [(example, response)] = demonstrations(count=1)
+  >>> "<answer>" in response
+  True
+  """
   rng, makers = random.Random(f"demonstrations {seed}"), _makers(domains)
   pairs = []
   while len(pairs) < count:
@@ -119,7 +127,11 @@ def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tu
 
 
 def meaning(question: str) -> Meaning | None:
-  """Works out what the answer to a sentence question has to say; None for any other text."""
+  """Works out what the answer to a sentence question has to say; None for any other text.
+
+  >>> meaning("lee 36 eggs, cal 27. who has more?")
+  Meaning(domain='gap', names=('lee', 'cal'), number='9', unit='eggs')
+  """
   for grammar in _GRAMMARS.values():
     if found := grammar.question.fullmatch(question.strip()):
       return grammar.solve(*found.groups())
@@ -127,7 +139,11 @@ def meaning(question: str) -> Meaning | None:
 
 
 def wordings(meant: Meaning) -> list[str]:
-  """Every way in which the reference answers and demonstrations word a meaning."""
+  """Every way in which the reference answers and demonstrations word a meaning.
+
+  >>> "cal has 9 fewer eggs than lee" in wordings(meaning("lee 36 eggs, cal 27. who has more?"))
+  True
+  """
   content = {"n": meant.number, "u": meant.unit, "spoken": _spoken(meant.number)}
   return [form.format(*meant.names, **content) for form in _forms(meant.domain)]
 
@@ -138,6 +154,10 @@ def same_content(text: str, meant: Meaning) -> bool:
   Each name and the number must be said once. The names stand in the order of the meaning or in the opposite one, as
   words such as "more" and "fewer" tell. Any other word than those of the wordings makes the text wrong, since it may
   say anything: a wrong name, a wrong number, "not".
+
+  >>> meant = meaning("lee 36 eggs, cal 27. who has more?")
+  >>> same_content("cal has 9 fewer eggs than lee", meant), same_content("cal has 9 more eggs than lee", meant)
+  (True, False)
   """
   grammar = _GRAMMARS[meant.domain]
   text = _SPOKEN.sub(lambda time: f"{time[2]}:{time[1]:0>2}", " ".join(text.lower().split()))
@@ -152,7 +172,13 @@ def same_content(text: str, meant: Meaning) -> bool:
 
 
 def grade(question: str, answer: str) -> bool | None:
-  """Whether an answer to a sentence question is right, by what it says; None for any other question."""
+  """Whether an answer to a sentence question is right, by what it says; None for any other question.
+
+  >>> grade("lee 36 eggs, cal 27. who has more?", "lee has 9 more eggs than cal")
+  True
+  >>> grade("Who wrote Emma?", "Austen") is None
+  True
+  """
   meant = meaning(question)
   return None if meant is None else same_content(answer, meant)
 

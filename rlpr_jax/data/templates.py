@@ -42,6 +42,10 @@ def build_messages(
     examples: worked examples, each what the user says and how the assistant responds. They become turns before the
       question, the last message of the user.
     instruction: system message instead of the template's; "" for none. A row's own system message goes before either.
+
+  >>> example = Example(({"role": "user", "content": "6 * 7?"},), "42", "", 0)
+  >>> build_messages(example, "think", instruction="Be brief.")
+  [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': '6 * 7?'}]
   """
   if template not in INSTRUCTIONS:
     raise InputError(f"template {template!r}: expected one of {', '.join(INSTRUCTIONS)}")

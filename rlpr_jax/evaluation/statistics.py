@@ -32,6 +32,9 @@ def mean_at_k(right: np.ndarray) -> np.ndarray:
 
   Returns:
     [Q]; its `np.nanmean` is the benchmark's figure.
+
+  >>> mean_at_k(np.array([[1, 0, 1, np.nan], [0, 0, 0, 0]])).tolist()
+  [0.6666666666666666, 0.0]
   """
   right = np.asarray(right, np.float64)
   judged = np.sum(~np.isnan(right), axis=1)
@@ -49,6 +52,9 @@ def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
 
   Returns:
     [Q]; NaN where fewer than k samples were judged.
+
+  >>> pass_at_k(np.array([[1, 0, 0, 0]]), k=2).tolist()
+  [0.5]
   """
   right = np.asarray(right, np.float64)
   n, c = np.sum(~np.isnan(right), axis=1), np.nansum(right, axis=1)
@@ -71,6 +77,9 @@ def majority_at_k(answers: Sequence[Sequence[str | None]], right: np.ndarray) ->
 
   Returns:
     [Q]; 0 where no sample has an answer, NaN where the winner was not judged.
+
+  >>> majority_at_k([["42", "42", "41"]], np.array([[1, 1, 0]])).tolist()
+  [1.0]
   """
   right = np.asarray(right, np.float64)
   grades = np.zeros(len(right))
@@ -95,6 +104,10 @@ def bootstrap_interval(values: np.ndarray, resamples: int = 10_000, seed: int = 
 
   Returns:
     (low, high); NaN twice without values.
+
+  >>> low, high = bootstrap_interval(np.array([0.0, 1.0, 1.0, 1.0]))
+  >>> bool(low < 0.75 < high)
+  True
   """
   values = _known(values)
   if not len(values):
@@ -114,6 +127,9 @@ def paired_difference(a: np.ndarray, b: np.ndarray, resamples: int = 10_000, see
 
   Returns:
     the difference; NaN throughout without questions.
+
+  >>> paired_difference(np.array([1.0, 0.75]), np.array([0.5, 0.25])).difference
+  0.5
   """
   differences = _known(np.asarray(a, np.float64) - np.asarray(b, np.float64))
   if not len(differences):

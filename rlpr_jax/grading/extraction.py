@@ -51,6 +51,11 @@ def extract(text: str, grader: str) -> Extracted:
   Returns:
     the content of the first `<answer>`, closed or not; else of the last `\\boxed`; else what "the answer is" is
     followed by; else the last lone letter, or the last number.
+
+  >>> extract("<think>6 * 7</think> <answer> 42 </answer>", "number")
+  Extracted(answer='42', path='answer_tag')
+  >>> extract("So it is 42 apples.", "number").path
+  'last_number'
   """
   text = text.partition(_END_OF_THOUGHTS)[2] if _END_OF_THOUGHTS in text else text
   start = text.find(splicing.OPEN)
@@ -71,7 +76,11 @@ def extract(text: str, grader: str) -> Extracted:
 
 
 def boxed(text: str) -> str | None:
-  r"""The content of the last \boxed{} (or \fbox{}) whose braces balance, of nested ones the outermost, or None."""
+  r"""The content of the last \boxed{} (or \fbox{}) whose braces balance, of nested ones the outermost, or None.
+
+  >>> boxed(r"So \boxed{\frac{1}{2}}.")
+  '\\frac{1}{2}'
+  """
   start = min((i for i in (text.find("\\boxed"), text.find("\\fbox")) if i >= 0), default=-1)
   if start < 0:
     return None
@@ -96,6 +105,9 @@ def stated(text: str, grader: str) -> str | None:
 
   For mathematics that is displayed mathematics, or the rest of the sentence; for options the rest of the line; for text
   the rest of the paragraph.
+
+  >>> stated("Adding up, the answer is **42**. I hope it is correct.", "number")
+  '42'
   """
   if (found := _last(_ANSWER_IS, text)) is None:
     return None
@@ -114,7 +126,11 @@ def stated(text: str, grader: str) -> str | None:
 
 
 def unmarked(text: str) -> str:
-  """The text without the bold marks and the whitespace around it; a single star may be a part of it."""
+  """The text without the bold marks and the whitespace around it; a single star may be a part of it.
+
+  >>> unmarked("**42** "), unmarked("2*")
+  ('42', '2*')
+  """
   text = text.strip()
   text = text.lstrip("*_ ") if text.startswith(("**", "__")) else text
   return text.rstrip("*_ ") if text.endswith(("**", "__")) else text

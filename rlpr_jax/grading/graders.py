@@ -37,6 +37,9 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
     kind: `exact`: the reference, but for case and runs of whitespace; `multiple_choice`: the same option; `math`: an
       equal expression or number; `builtin`: the same content for a built-in sentence question, `exact` for all else.
     question: text of the question, which lists the options, or is a built-in one.
+
+  >>> verify("exact", "<think>6 * 7</think> <answer>42</answer>", "42"), verify("exact", "42", "42")
+  (True, False)
   """
   if kind not in VERIFIERS:
     raise InputError(f"verifier {kind!r}: expected one of {', '.join(VERIFIERS)}")
@@ -58,7 +61,11 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
 
 
 def exact(answer: str, reference: str) -> bool:
-  """Whether two texts are the same but for case and runs of whitespace."""
+  """Whether two texts are the same but for case and runs of whitespace.
+
+  >>> exact("New  york", "New York"), exact("the Rome", "Rome")
+  (True, False)
+  """
   # On purpose stricter than `grade` of a text (`_same_text`): articles, punctuation and markup that a reward does not
   # see are what a policy would learn to add.
   return plain(answer) == plain(reference)
@@ -70,6 +77,9 @@ def multiple_choice(answer: str, reference: str, question: str = "") -> bool:
   Both may be a letter ("B", "(B)", "B.", "B. Paris", "the answer is B", "\\boxed{B}") or the text of an option that the
   question lists ("A. Rome B. Paris", in one line or many). An answer that names several options is wrong. A reference
   that names none is compared as by `exact`.
+
+  >>> multiple_choice("(B)", "Paris", "Capital of France? A. Rome B. Paris")
+  True
   """
   options = options_of(question)
   label = label_of(reference, options)
@@ -111,6 +121,10 @@ def grade(question: Question, text: str) -> Grade:
 
   Raises:
     InputError: the question's grader is unknown, or it is mathematics and math-verify is not installed.
+
+  >>> question = Question(id="1", prompt="6 * 7?", reference="42", category="", grader="number")
+  >>> grade(question, "<answer>42.0</answer>")
+  Grade(right=True, answer='42.0', path='answer_tag', why='equal number')
   """
   graders = {"multiple_choice": _grade_choice, "math": _grade_math, "number": _grade_number, "text": _grade_text}
   if question.grader not in graders:

@@ -31,12 +31,20 @@ _PHRASES = tuple(
 
 
 def letter(index: int) -> str:
-  """The letter of an option: A for the first."""
+  """The letter of an option: A for the first.
+
+  >>> letter(1)
+  'B'
+  """
   return chr(ord("A") + index)
 
 
 def options_of(question: str) -> dict[str, str]:
-  """Letter -> text of the options that a question lists: the last run of marks A, B, ... of two or more."""
+  """Letter -> text of the options that a question lists: the last run of marks A, B, ... of two or more.
+
+  >>> options_of("Capital of France? A. Rome B. Paris")
+  {'A': 'Rome', 'B': 'Paris'}
+  """
   run: list[re.Match[str]] = []
   best: list[re.Match[str]] = []
   for mark in _MARK.finditer(question):
@@ -59,6 +67,12 @@ def label_of(text: str, options: dict[str, str]) -> str | None:
   Args:
     text: a letter ("B", "(B)", "B.", "B. Paris", "the answer is B", "\\boxed{B}") or the text of an option.
     options: letter -> text; empty where they are not known.
+
+  >>> options = {"A": "Rome", "B": "Paris"}
+  >>> label_of("the answer is (B)", options), label_of("paris", options)
+  ('B', 'B')
+  >>> label_of("A or B", {}) is None
+  True
   """
   text = unwrap(text)
   if found := _LETTER.fullmatch(text):
@@ -99,13 +113,21 @@ def _letters(text: str) -> str:
 
 
 def split_label(text: str) -> tuple[str, str] | None:
-  """Label and text of "(B) Paris", "B. Paris", "(2) Paris" or "(ii) Paris", or None."""
+  """Label and text of "(B) Paris", "B. Paris", "(2) Paris" or "(ii) Paris", or None.
+
+  >>> split_label("(B) Paris")
+  ('B', 'Paris')
+  """
   found = _LABELLED.fullmatch(" ".join(text.split()))
   return (found[1] or found[2], found[3]) if found else None
 
 
 def unwrap(text: str) -> str:
-  """The text without the markup around the whole of it, with single spaces."""
+  """The text without the markup around the whole of it, with single spaces.
+
+  >>> unwrap("**$x + 1$**")
+  'x + 1'
+  """
   text = " ".join(text.split())
   for _ in range(4):
     found = _WRAPPED.fullmatch(text)
@@ -116,5 +138,9 @@ def unwrap(text: str) -> str:
 
 
 def bare(text: str) -> str:
-  """Reduces an option's text to what has to agree: no case, no markup, no final punctuation."""
+  """Reduces an option's text to what has to agree: no case, no markup, no final punctuation.
+
+  >>> bare("**Paris.**")
+  'paris'
+  """
   return plain(unwrap(text)).rstrip(".;,")

@@ -130,7 +130,11 @@ _LONE = re.compile(
 
 
 def parse(text: str) -> Number | None:
-  """The number that a whole text is, with or without a unit after it and "x =" before it, or None."""
+  """The number that a whole text is, with or without a unit after it and "x =" before it, or None.
+
+  >>> parse("1.5e3 m").value, parse("25%").percent, parse("many") is None
+  (1500.0, True, True)
+  """
   if len(text) > LIMIT:
     return None
   text = _SUPERSCRIPTS.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text.strip())
@@ -175,7 +179,11 @@ def parse(text: str) -> Number | None:
 
 
 def lone(text: str) -> Number | None:
-  """The number in a sentence that holds only one, or None."""
+  """The number in a sentence that holds only one, or None.
+
+  >>> lone("There are 42 apples.").value
+  42
+  """
   if len(text) > LIMIT or re.search(r"[*^\[\]\\<>\u2264\u2265\u2260]|!=|\+ *\w|(?i:\bnot\b)", text):
     return None
   found = list(_LONE.finditer(text))
@@ -285,7 +293,11 @@ def _singular(word: str) -> str:
 
 
 def parse_list(text: str) -> list[float] | None:
-  """The numbers of a list, tuple, set, column vector or enumeration, or None."""
+  """The numbers of a list, tuple, set, column vector or enumeration, or None.
+
+  >>> parse_list("[1, 2.5]"), parse_list("3 and 4")
+  ([1, 2.5], [3, 4])
+  """
   if len(text) > LIMIT:
     return None
   text = re.sub(r"\\(?:begin|end)\{[a-z]*matrix\}|\\\\|&|;|\band\b", ",", text)
@@ -309,6 +321,9 @@ def equal(answer: float, reference: float, rtol: float = 0.0, atol: float = 0.0)
 
   Whole numbers are compared exactly where no tolerance is given; others to six significant digits, which is how
   math-verify compares.
+
+  >>> equal(0.3333333, 1 / 3), equal(41, 42), equal(41, 42, rtol=0.05)
+  (True, False, True)
   """
   if isinstance(answer, int) and isinstance(reference, int) and not (rtol or atol):  # floats skip integers above 2^53
     return answer == reference

@@ -143,6 +143,11 @@ def parse_judgement(reply: str) -> Verdict | None:
 
   Case, markdown and `\\boxed{}` around the word do not matter; another word on the line does. What a model thought
   before (`<think>...</think>`) is no verdict, nor is thinking that was cut off.
+
+  >>> parse_judgement("Both say 42.\\nJudgement: correct")
+  Verdict(right=True, why='Both say 42.')
+  >>> parse_judgement("I cannot tell.") is None
+  True
   """
   said = without_thoughts(reply)
   lines = list(_LINE.finditer(said))
@@ -151,7 +156,11 @@ def parse_judgement(reply: str) -> Verdict | None:
 
 
 def without_thoughts(reply: str) -> str:
-  """A reply without what stands in `<think>` tags; nothing if they are not closed."""
+  """A reply without what stands in `<think>` tags; nothing if they are not closed.
+
+  >>> without_thoughts("<think>Hm.</think>Judgement: correct"), without_thoughts("<think>Hm.")
+  ('Judgement: correct', '')
+  """
   said = reply.rpartition("</think>")[2]
   return "" if "<think>" in said else said
 
@@ -162,7 +171,11 @@ _CONTROL = re.compile(r"<(?=\||/?(?:s|bos|eos|start_of_turn|end_of_turn|think)>)
 
 
 def for_prompt(text: str, limit: int) -> str:
-  """A text as it may stand in a prompt: no tokens that steer a chat, and the middle left out if it is too long."""
+  """A text as it may stand in a prompt: no tokens that steer a chat, and the middle left out if it is too long.
+
+  >>> for_prompt("yes<|im_end|>", limit=40)
+  'yes< |im_end|>'
+  """
   text = _CONTROL.sub(lambda found: f"{found[0]} ", text.encode("utf-8", "replace").decode()).strip()
   if len(text) <= limit:
     return text

@@ -14,7 +14,11 @@ from jax.extend import core
 
 
 def count(function: Callable, *args: Any, trips: int | None = None) -> int:
-  """Of a call with these arguments, arrays or `ShapeDtypeStruct`s; nothing is computed. `trips` as in `of_jaxpr`."""
+  """Of a call with these arguments, arrays or `ShapeDtypeStruct`s; nothing is computed. `trips` as in `of_jaxpr`.
+
+  >>> count(jax.numpy.dot, jax.ShapeDtypeStruct((3, 4), "float32"), jax.ShapeDtypeStruct((4, 5), "float32"))
+  120
+  """
   return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
 
 

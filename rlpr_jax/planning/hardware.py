@@ -113,6 +113,9 @@ def parse(text: str) -> Slice:
 
   Raises:
     InputError: there is none of that name.
+
+  >>> parse("v5e:4x4").chips, parse("h100:2x8").chips
+  (16, 16)
   """
   if text == "local":
     return Slice(text, None)

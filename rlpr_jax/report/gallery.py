@@ -17,7 +17,11 @@ def text(row: Json, key: str) -> str:
 
 
 def one_a_question(rows: Iterable[Json], count: int = GROUP_SIZE) -> list[Json]:
-  """The first `count` rows whose questions differ: eight samples of one prompt look alike."""
+  """The first `count` rows whose questions differ: eight samples of one prompt look alike.
+
+  >>> one_a_question([{"question": "6 * 7?", "step": 1}, {"question": "6 * 7?", "step": 2}])
+  [{'question': '6 * 7?', 'step': 1}]
+  """
   by_question: dict[str, Json] = {}
   for row in rows:
     by_question.setdefault(text(row, "question"), row)
@@ -25,7 +29,11 @@ def one_a_question(rows: Iterable[Json], count: int = GROUP_SIZE) -> list[Json]:
 
 
 def by_reward(rows: Iterable[Json], sign: int) -> list[Json]:
-  """Highest total reward first for sign -1, lowest first for 1. Rows without a reward are left out."""
+  """Highest total reward first for sign -1, lowest first for 1. Rows without a reward are left out.
+
+  >>> by_reward([{"reward_total": 0.1}, {"reward_total": 0.6}, {}], sign=-1)
+  [{'reward_total': 0.6}, {'reward_total': 0.1}]
+  """
   rated = [(reward, row) for row in rows if (reward := number(row, "reward_total")) is not None]
   return [row for _, row in sorted(rated, key=lambda pair: sign * pair[0])]
 
@@ -93,7 +101,11 @@ def token_chip(token: str, probability: float | None) -> Markup:
 
 
 def highlight(response: str) -> Markup:
-  """The response with its tags marked, and what stands in `<answer>` marked as the answer."""
+  """The response with its tags marked, and what stands in `<answer>` marked as the answer.
+
+  >>> highlight("<answer>4 < 5")
+  '<span class="tag">&lt;answer&gt;</span><span class="answer">4 &lt; 5</span>'
+  """
   pieces = []
   inside = False
   for piece in TAGS.split(response):
@@ -106,7 +118,11 @@ def highlight(response: str) -> Markup:
 
 
 def share(value: float) -> str:
-  """A value in 0..1 as a CSS length."""
+  """A value in 0..1 as a CSS length.
+
+  >>> share(0.25)
+  '25.0%'
+  """
   return f"{100 * style.clip(value):.1f}%"
 
 

@@ -23,12 +23,20 @@ class Markup(str):
 
 
 def escape(text: object) -> Markup:
-  """`text` as HTML. Markup passes unchanged."""
+  """`text` as HTML. Markup passes unchanged.
+
+  >>> escape("1 < 2"), escape(escape("1 < 2"))
+  ('1 &lt; 2', '1 &lt; 2')
+  """
   return text if isinstance(text, Markup) else Markup(html.escape(str(text).translate(VISIBLE)))
 
 
 def join(*parts: object) -> Markup:
-  """All parts in a row, escaped where they are not Markup."""
+  """All parts in a row, escaped where they are not Markup.
+
+  >>> join("1 < 2 ", tag("b", "yes"))
+  '1 &lt; 2 <b>yes</b>'
+  """
   return Markup("".join(escape(part) for part in parts))
 
 

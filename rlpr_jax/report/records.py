@@ -68,14 +68,22 @@ class Run:
 
 
 def finite(value: object) -> float | None:
-  """A finite number, or None: NaN is what a diverged run writes."""
+  """A finite number, or None: NaN is what a diverged run writes.
+
+  >>> finite(2), finite(math.nan), finite("2")
+  (2.0, None, None)
+  """
   if isinstance(value, int | float) and math.isfinite(value):
     return float(value)
   return None
 
 
 def number(row: Json, key: str) -> float | None:
-  """The finite number under `key`, or None."""
+  """The finite number under `key`, or None.
+
+  >>> number({"loss": 2}, "loss")
+  2.0
+  """
   return finite(row.get(key))
 
 

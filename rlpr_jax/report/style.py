@@ -18,17 +18,29 @@ PROBABILITY_STOPS = ((242, 160, 138), (249, 239, 208), (118, 198, 180))
 
 
 def cycle(count: int) -> list[str]:
-  """`count` line colours; they repeat after ten."""
+  """`count` line colours; they repeat after ten.
+
+  >>> len(cycle(12)), cycle(12)[10] == cycle(1)[0]
+  (12, True)
+  """
   return list(itertools.islice(itertools.cycle(SERIES), count))
 
 
 def clip(value: float) -> float:
-  """The value on a scale from 0 to 1."""
+  """The value on a scale from 0 to 1.
+
+  >>> clip(1.2)
+  1.0
+  """
   return min(max(value, 0.0), 1.0)
 
 
 def probability_color(probability: float) -> str:
-  """From coral (0) over cream (1/2) to teal (1)."""
+  """From coral (0) over cream (1/2) to teal (1).
+
+  >>> probability_color(0.5)
+  '#f9efd0'
+  """
   position = 2 * clip(probability)
   low, high = PROBABILITY_STOPS[:2] if position < 1 else PROBABILITY_STOPS[1:]
   part = position - (position >= 1)
@@ -36,18 +48,31 @@ def probability_color(probability: float) -> str:
 
 
 def compact(value: float) -> str:
-  """Three significant digits, thousands grouped: 0.413, 12.7, 4,210, 1.2e-06."""
+  """Three significant digits, thousands grouped: 0.413, 12.7, 4,210, 1.2e-06.
+
+  >>> compact(0.41289), compact(4210.3)
+  ('0.413', '4,210')
+  """
   if abs(value) >= 1000:
     return f"{value:,.0f}"
   return f"{value:.3g}"
 
 
 def percent(value: float) -> str:
+  """Percentage with one decimal.
+
+  >>> percent(0.125)
+  '12.5%'
+  """
   return f"{100 * value:.1f}%"
 
 
 def duration(seconds: float) -> str:
-  """48 s, 12 min 05 s, 3 h 07 min."""
+  """48 s, 12 min 05 s, 3 h 07 min.
+
+  >>> duration(725)
+  '12 min 05 s'
+  """
   whole = round(seconds)
   if whole < 60:
     return f"{whole} s"
@@ -57,7 +82,11 @@ def duration(seconds: float) -> str:
 
 
 def visible(token: str) -> str:
-  """A token with its white space shown: ` 42` -> `␣42`, a line break -> `↵`."""
+  """A token with its white space shown: ` 42` -> `␣42`, a line break -> `↵`.
+
+  >>> visible(" 42")
+  '␣42'
+  """
   return token.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥") or "∅"
 
 

@@ -145,7 +145,11 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-  """3725 -> 1h02m; 125 -> 2m05s; 5 -> 5s."""
+  """3725 -> 1h02m; 125 -> 2m05s; 5 -> 5s.
+
+  >>> duration(3725), duration(125), duration(5)
+  ('1h02m', '2m05s', '5s')
+  """
   whole = round(seconds)
   if whole >= 3600:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

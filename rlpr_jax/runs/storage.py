@@ -47,7 +47,11 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
 
 
 def reason(error: BaseException) -> str:
-  """An error in one line."""
+  """An error in one line.
+
+  >>> reason(ValueError("too\\n long"))
+  'too long'
+  """
   return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())[:200]
 
 
