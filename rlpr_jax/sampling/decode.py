@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
@@ -29,7 +30,7 @@ class DecodeSettings:
   steps: int  # tokens a call, at most
   eos_ids: tuple[int, ...]
 
-  def without_eos(self, response: Sequence[int]) -> Sequence[int]:
+  def without_eos(self, response: Sequence[int] | np.ndarray) -> Sequence[int] | np.ndarray:
     """The response without the EOS that ended it.
 
     >>> DecodeSettings(steps=4, eos_ids=(2,)).without_eos([7, 9, 2])

@@ -42,7 +42,7 @@ class Suffix(NamedTuple):
   mask: list[bool]  # True on the tokens that are scored
 
   @classmethod
-  def after(cls, row: int, text: Sequence[int], ids: list[int], mask: list[bool]) -> "Suffix":
+  def after(cls, row: int, text: Sequence[int] | np.ndarray, ids: list[int], mask: list[bool]) -> "Suffix":
     """The suffix of a text, up to its last token that is scored.
 
     >>> Suffix.after(0, [5, 6], ids=[7, 8, 9], mask=[False, True, False])

@@ -36,7 +36,7 @@ class StoppedError(Exception):
 class SampleOptions:
   """How the responses of a batch end, and who hears of it."""
 
-  limits: Sequence[int] | None = None  # most tokens of each, a prompt's samples together; None: `max_response_length`
+  limits: Sequence[int] | np.ndarray | None = None  # most tokens of each, a prompt's samples together; None: T
   stop: Sequence[str] = ()  # strings that end a response, as in `Scheduler.add`
   progress: Callable[[int, int], None] = lambda done, total: None  # told how many responses have ended, of how many
   interrupted: Callable[[], bool] = lambda: False  # asked every few tokens; once it is true, `StoppedError` is raised
@@ -109,11 +109,11 @@ class Engine:
       seconds=scheduler.seconds,
     )
 
-  def response_text(self, response: Sequence[int]) -> str:
+  def response_text(self, response: Sequence[int] | np.ndarray) -> str:
     """A response's text, without its EOS."""
     return self.decode_text(self.device.settings.without_eos(response))
 
-  def decode_text(self, tokens: Sequence[int]) -> str:
+  def decode_text(self, tokens: Sequence[int] | np.ndarray) -> str:
     return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
   def baseline(self, params: Params, prompts: Sequence[Prompt]) -> Float[np.ndarray, "N A"]:

@@ -98,7 +98,12 @@ class Scheduler:
     return bool(self.waiting or self.running or self.finished or self.to_score)
 
   def add(
-    self, prompt: Prompt, draw: int, limits: Sequence[int], sampling: SamplingParams, stop: Sequence[str] = ()
+    self,
+    prompt: Prompt,
+    draw: int,
+    limits: Sequence[int] | np.ndarray,
+    sampling: SamplingParams,
+    stop: Sequence[str] = (),
   ) -> list[Request]:
     """Asks for a response to the prompt for each of the limits, which are of tokens, 1 or more.
 
@@ -110,7 +115,7 @@ class Scheduler:
     """
     group = Group(prompt, draw, sampling, tuple(stop), waiting=len(limits))
     most = self.shapes.max_response_length  # a slot has no room for more
-    requests = [Request(group, sample, min(limit, most)) for sample, limit in enumerate(limits)]
+    requests = [Request(group, sample, min(int(limit), most)) for sample, limit in enumerate(limits)]
     if self.shapes.takes(prompt):
       self.waiting += requests
     return requests
@@ -223,7 +228,7 @@ class Scheduler:
       request.text = text[: first_stop(text, request.group.stop)]
       splice = self.splice(prompt, response) if self.splice else None
       if splice:
-        kept = [*prompt.ids, *response[: splice.prefix_length]]
+        kept = [*prompt.ids.tolist(), *response[: splice.prefix_length]]
         suffix = Suffix.after(slot, kept, splice.suffix_ids, splice.answer_mask)
         request.overlong = len(suffix.ids) > self.shapes.suffix_length
       if splice and not request.overlong:

@@ -94,7 +94,7 @@ def bucket(lengths: Sequence[int], needed: int) -> int:
   return next(length for length in lengths if length >= needed)
 
 
-def pad_rows(rows: Sequence[Sequence], width: int, dtype: type = np.int32) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence | np.ndarray], width: int, dtype: type = np.int32) -> np.ndarray:
   """Rows of several lengths as one array [rows, width], with zeros behind each.
 
   >>> pad_rows([[1, 2], [], [3]], width=3).tolist()
