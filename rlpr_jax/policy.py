@@ -2,9 +2,8 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
@@ -109,7 +108,7 @@ def place_policy(
   )
 
 
-def create_mesh(config: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def create_mesh(config: ConfigDict, devices: Sequence[Any] | None = None) -> Mesh:
   """The config's mesh, of devices that may be only described."""
   table = gathered_sharding(config, create_sharding(config, None))
   with in_field("config.mesh"):

@@ -9,7 +9,7 @@ split. The mesh has three axes:
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,14 +70,14 @@ def create_mesh(
   return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
-def _place(device: jax.Device) -> tuple[int, ...]:
+def _place(device: Any) -> tuple[int, ...]:
   """Where a device lies in its torus, slice by slice; elsewhere its process comes first."""
   if device.platform != "tpu":
     return device.process_index, device.id
   return getattr(device, "slice_index", 0) or 0, *reversed(device.coords), device.core_on_chip
 
 
-def count_processes(devices: Sequence[jax.Device]) -> int:
+def count_processes(devices: Iterable[Any]) -> int:
   """How many processes have the devices: of those that are only described, how many would."""
   return len({device.process_index for device in devices})
 
