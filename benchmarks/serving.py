@@ -21,7 +21,7 @@ from absl import app, flags
 
 from benchmarks.common import MODEL, REPEATS, spread
 from rlpr_jax.data.templates import render
-from rlpr_jax.errors import size_names
+from rlpr_jax.errors import setting_names
 from rlpr_jax.runs import trained
 from rlpr_jax.serving.app import Limits, create_app
 from rlpr_jax.serving.loop import Loop
@@ -66,7 +66,7 @@ def main(_: list[str]) -> None:
     be_client(_CLIENT.value)
     return
   policy = trained.load(trained.find(MODEL.value), "float32")
-  with size_names({"slots": "--streams", "max_response_length": "--tokens"}):
+  with setting_names({"slots": "--streams", "max_response_length": "--tokens"}):
     engine = trained.create_engine(
       policy._replace(eos_ids=()), _STREAMS.value, prompt_limit=64, response_limit=_TOKENS.value
     )

@@ -13,28 +13,34 @@ class InputError(ValueError):
   """Wrong input. The message is one line and says what was found, where, and what was expected."""
 
 
-class SizeError(InputError):
-  """A size of the compiled programs that cannot be, in the words of those who found it.
+class _OwnNames(dict[str, str]):
+  """Names of settings that are those of the room that speaks."""
 
-  A program says the same with its own names of the sizes (`size_names`). Where it has no setting for one of them, it
+  def __missing__(self, name: str) -> str:
+    return name
+
+
+class SettingError(InputError):
+  """A setting that cannot be, in the words of the room that finds it.
+
+  A program says the same with its own names of the settings (`setting_names`). Where it has none for one of them, it
   says the next of the messages.
 
-  >>> error = SizeError("rows", "{rows}: 64 is too much", "{slots}: 300 is too much")
+  >>> error = SettingError("{rows}: 64 is too much", "{slots}: 300 is too much")
   >>> str(error), error.renamed({"slots": "--slots"})
   ('rows: 64 is too much', '--slots: 300 is too much')
   """
 
-  def __init__(self, size: str, *messages: str):
+  def __init__(self, *messages: str):
     """
     Args:
-      size: its name, a field of `sampling.shapes.Shapes`.
-      messages: with names of sizes in braces.
+      messages: with names of settings in braces, and all other braces doubled.
     """
-    self.size, self.messages = size, messages
-    super().__init__(messages[0].replace("{", "").replace("}", ""))
+    self.messages = messages
+    super().__init__(messages[0].format_map(_OwnNames()))
 
   def renamed(self, names: Mapping[str, str]) -> str:
-    """The first message whose sizes all have names here."""
+    """The first message whose settings all have names here."""
     for message in self.messages:
       with contextlib.suppress(KeyError):
         return message.format_map(names)
@@ -42,15 +48,15 @@ class SizeError(InputError):
 
 
 @contextlib.contextmanager
-def size_names(names: Mapping[str, str]) -> Iterator[None]:
-  """Around a program: of a size that cannot be, says which of the program's settings it is.
+def setting_names(names: Mapping[str, str]) -> Iterator[None]:
+  """Around a program: of a setting that cannot be, says which of the program's own it is.
 
   Args:
-    names: the settings, by fields of `sampling.shapes.Shapes`; only of those that a user can change.
+    names: the program's settings by the names of the rooms below; only of those that a user can change.
   """
   try:
     yield
-  except SizeError as error:
+  except SettingError as error:
     raise InputError(error.renamed(names)) from None
 
 

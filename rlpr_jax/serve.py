@@ -13,7 +13,7 @@ from absl import flags
 
 from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra, size_names
+from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra, setting_names
 from rlpr_jax.judging.client import read_key
 from rlpr_jax.runs import trained
 from rlpr_jax.runs.storage import reason
@@ -49,7 +49,7 @@ def serve(given: flags.FlagValues) -> None:
   listening = listen(given.host, given.port)
   keep_programs(given.compilation_cache)
   policy = trained.load(trained.find(given.model, given.step), given.dtype)
-  with size_names(SIZES):
+  with setting_names(SIZES):
     engine = trained.create_engine(policy, given.slots, given.prompt_limit, given.response_limit)
     print("compiling", flush=True)
     engine.device.compile_programs(policy.params, scoring=False)

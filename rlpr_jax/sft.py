@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 from rlpr_jax import entry, processes
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, setting_names
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.training import supervised
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
-from rlpr_jax.training.settings import check_lengths, check_rows
+from rlpr_jax.training.settings import NAMES, check_lengths, check_rows
 from rlpr_jax.training.supervised import SupervisedState
 
 
@@ -36,7 +36,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
   entry.write_config(config, workdir)
   optimizer = supervised.optimizer(settings)
   checkpoints = Checkpoints(workdir, config.log, _split, _join)
-  with StopRequest() as stop:
+  with StopRequest() as stop, setting_names(NAMES):
     like = SupervisedState(0, policy.trained, abstract_opt_state(optimizer, policy.trained, policy.sharding))
     state = checkpoints.restore(like)
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)

@@ -20,13 +20,13 @@ from rlpr_jax import custom_reward as custom_rewards
 from rlpr_jax import entry, processes
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data.pipeline import PromptStream
-from rlpr_jax.errors import InputError, size_names
+from rlpr_jax.errors import InputError, setting_names
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.guards import Watch
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.training import packing
+from rlpr_jax.training import packing, settings
 from rlpr_jax.training.collect import collect
 from rlpr_jax.training.held_out import evaluate_run
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
@@ -36,12 +36,6 @@ from rlpr_jax.training.state import abstract_state, finish_step, first_state, jo
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
-# The settings of a rollout's sizes.
-SIZES = {
-  "slots": "config.rollout.slots",
-  "prefill_rows": "config.rollout.prefill_prompts",
-  "score_rows": "config.rollout.score_rows",
-}
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward | None = None) -> None:
@@ -57,7 +51,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward
   entry.begin(config, workdir)
   if custom_reward is None and config.reward.custom:
     custom_reward = custom_rewards.load(config.reward.custom)
-  with StopRequest() as stop, size_names(SIZES):
+  with StopRequest() as stop, setting_names(settings.NAMES):
     run = set_up(config, custom_reward)
     entry.write_config(config, workdir)
     to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)

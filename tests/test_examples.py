@@ -31,6 +31,18 @@ def test_the_mathematics_work_outside_the_trainer():
   assert "[ True  True]" in done.stdout
 
 
+def test_the_whole_method_in_one_file():
+  path = EXAMPLES / "minimal_rlpr.py"
+  assert len(path.read_text().splitlines()) <= 300
+  done = subprocess.run(
+    [sys.executable, str(path), "--steps=1", "--warm_start=4"], capture_output=True, text=True, check=True
+  )
+  assert re.search(r"^held-out accuracy before RLPR: \d+\.\d%$", done.stdout, re.MULTILINE)
+  # The ratio of the trainer's probability to the sampler's, after three small steps.
+  step = re.search(r"^step 1/1  reward -?0\.\d+  kept 64/64  ratio (\d\.\d+)$", done.stdout, re.MULTILINE)
+  assert abs(float(step[1]) - 1) < 0.02
+
+
 @pytest.mark.slow
 def test_a_custom_reward_is_what_is_trained_on(tmp_path):
   brevity = runpy.run_path(str(EXAMPLES / "custom_reward.py"))["brevity"]

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
-from rlpr_jax.errors import InputError, size_names
+from rlpr_jax.errors import InputError, setting_names
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
 from rlpr_jax.runs import storage, trained
@@ -167,7 +167,7 @@ def _ask_engine(
   settings, where = asked.settings, asked.where
   policy = trained.load(asked.source, settings.dtype)
   fields = {"slots": "slots", "prompt_limit": "prompt_limit", "max_response_length": "max_tokens"}
-  with size_names({size: f"{where}.{field}" for size, field in fields.items()}):
+  with setting_names({size: f"{where}.{field}" for size, field in fields.items()}):
     engine = trained.create_engine(
       policy, settings.slots, settings.prompt_limit, settings.max_tokens, settings.decode_steps
     )

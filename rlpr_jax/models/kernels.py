@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from absl import flags
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import SettingError
 from rlpr_jax.sharding import Sharding
 
 TILE = 128  # whole blocks of either kernel: lanes of a TPU's registers, query rows of a Hopper's thread block
@@ -128,7 +128,7 @@ def tokamax_attention(
     The mixed values; None if none serves and the backend is "tokamax_or_xla".
 
   Raises:
-    InputError: none serves and the backend is "tokamax".
+    SettingError: none serves and the backend is "tokamax".
   """
   required = settings.backend == "tokamax"
   names = ["mosaic_gpu", "triton", "xla"] if required else ["mosaic_gpu", "triton"]
@@ -137,7 +137,7 @@ def tokamax_attention(
     implementations, mask = import_tokamax()
   except Exception as error:  # a package made for another JAX may raise anything
     if required:
-      raise InputError(f"attention: 'tokamax', but {_versions()} ({_line(error)}); take 'xla'") from error
+      raise _no_tokamax(f"{_versions()} ({_line(error)})") from error
     _warn(f"{_versions()} ({_line(error)}), going on with plain XLA, which holds all scores")
     return None
   failures = {}
@@ -155,8 +155,13 @@ def tokamax_attention(
         _warn(f"{name} of {_versions()} cannot be traced ({failures[name]}), going on with {following}")
   if required:
     reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-    raise InputError(f"attention: 'tokamax', but {_versions()} cannot be traced ({reasons}); take 'xla'")
+    raise _no_tokamax(f"{_versions()} cannot be traced ({reasons})")
   return None
+
+
+def _no_tokamax(why: str) -> SettingError:
+  why = why.replace("{", "{{").replace("}", "}}")
+  return SettingError(f"{{attention}}: 'tokamax', but {why}; take 'xla'")
 
 
 def import_tokamax() -> tuple[Mapping[str, Callable], type]:

@@ -13,12 +13,13 @@ import jax
 from rlpr_jax import config as configs
 from rlpr_jax import huggingface
 from rlpr_jax.data import builtin
-from rlpr_jax.errors import exit_on_input_error
+from rlpr_jax.errors import exit_on_input_error, setting_names
 from rlpr_jax.planning import hardware
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.planning.planner import Planner, plan
 from rlpr_jax.policy import new_config
 from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.training.settings import NAMES
 
 
 def main(job: pathlib.Path) -> None:
@@ -42,5 +43,5 @@ def main(job: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  with exit_on_input_error():
+  with exit_on_input_error(), setting_names(NAMES):
     main(pathlib.Path(sys.argv[1]))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import config as configs
 from rlpr_jax import huggingface
-from rlpr_jax.errors import InputError, SizeError
+from rlpr_jax.errors import InputError, SettingError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.runs.checkpoints import restore_params
@@ -132,16 +132,15 @@ def create_engine(
   """Makes an engine that samples and scores nothing.
 
   Raises:
-    SizeError: a size that the model or the mesh does not take.
+    SettingError: a size that the model or the mesh does not take.
   """
   policy = trained.policy
   num_shards = policy.sampling.sharding.num_shards("batch")
   if slots < 1 or slots % num_shards:
-    raise SizeError("slots", f"{{slots}}: {slots}, expected a multiple of the {num_shards} devices that share them")
+    raise SettingError(f"{{slots}}: {slots}, expected a multiple of the {num_shards} devices that share them")
   longest = policy.config.max_length
   if longest is not None and prompt_limit + response_limit > longest:
-    raise SizeError(
-      "max_response_length",
+    raise SettingError(
       f"{{prompt_limit}} + {{max_response_length}}: {prompt_limit + response_limit} tokens, expected at most"
       f" the model's context of {longest}",
     )

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from rlpr_jax import machine
-from rlpr_jax.errors import SizeError
+from rlpr_jax.errors import SettingError
 from rlpr_jax.models import KVCache, Params
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Slots, Suffixes
@@ -165,7 +165,7 @@ class Device:
     """Compiles every program that any lengths may ask for, by running each once on next to nothing.
 
     Raises:
-      SizeError: the device's memory is not enough, and which size to lower.
+      SettingError: the device's memory is not enough, and which size to lower.
     """
     shapes = self.shapes
     with self._memory(params, "slots"):
@@ -213,4 +213,4 @@ class Device:
       )
       # Who cannot change how many prompts are read at once can shorten them, or have fewer slots.
       messages = (f"{{{name}}}: {getattr(shapes, name)} {why}" for name in (size, "prompt_limit", "slots"))
-      raise SizeError(size, *messages) from None
+      raise SettingError(*messages) from None

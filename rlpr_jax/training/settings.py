@@ -10,6 +10,14 @@ from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackingSettings
 from rlpr_jax.training.update import UpdateSettings
 
+# The fields of a config by the names that the rooms below have for them, of those that they may find fault with.
+NAMES = {
+  "slots": "config.rollout.slots",
+  "prefill_rows": "config.rollout.prefill_prompts",
+  "score_rows": "config.rollout.score_rows",
+  "attention": "config.model.attention",
+}
+
 
 def rollout_shapes(config: ConfigDict, shares: int, num_shards: int) -> Shapes:
   """Sizes of the programs with which each of `shares` processes samples; its devices split rows `num_shards` ways."""

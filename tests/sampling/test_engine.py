@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from rlpr_jax import serve, splicing, train, types
-from rlpr_jax.errors import InputError, SizeError, size_names
+from rlpr_jax import serve, splicing, types
+from rlpr_jax.errors import InputError, SettingError, setting_names
 from rlpr_jax.models import Runtime, definition
 from rlpr_jax.runs import metrics
 from rlpr_jax.sampling import decode
@@ -26,7 +26,7 @@ from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine, SampleOptions
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import Shapes, buckets
-from rlpr_jax.training import packing
+from rlpr_jax.training import packing, settings
 from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import Prompt
 
@@ -272,7 +272,7 @@ def test_every_response_ends_at_its_own_limit(make, policy, draws, rollouts):
 
 def test_slots_that_do_not_fit_are_one_line(make, policy):
   line = r"^config\.rollout\.slots: 1000000 is too much for .*, room for at most \d+ slots; each .* MiB$"
-  with pytest.raises(InputError, match=line) as error, size_names(train.SIZES):
+  with pytest.raises(InputError, match=line) as error, setting_names(settings.NAMES):
     make(slots=10**6, max_response_length=10**6).device.compile_programs(policy.params, scoring=True)
   assert int(re.search(r"at most (\d+)", str(error.value))[1]) < 1000
 
@@ -280,7 +280,7 @@ def test_slots_that_do_not_fit_are_one_line(make, policy):
 @pytest.mark.parametrize(
   ("names", "says"),
   [
-    (train.SIZES, "config.rollout.prefill_prompts: 4"),
+    (settings.NAMES, "config.rollout.prefill_prompts: 4"),
     (serve.SIZES, f"--prompt_limit: {LIMIT}"),
     ({"slots": "--streams", "max_response_length": "--tokens"}, "--streams: 16"),
   ],
@@ -294,13 +294,12 @@ def test_prompts_that_do_not_fit_are_called_as_the_program_calls_them(make, poli
   slots = re.escape(names["slots"])
   with (
     pytest.raises(InputError, match=rf"^{re.escape(says)} is too much .*; each of {slots} takes [\d.]+ MiB$"),
-    size_names(names),
+    setting_names(names),
   ):
     device.compile_programs(policy.params, scoring=True)
   # And where no program has names for them, as the fields of `Shapes`.
-  with pytest.raises(SizeError, match=r"^prefill_rows: 4 is too much .*; each of slots takes [\d.]+ MiB$") as error:
+  with pytest.raises(SettingError, match=r"^prefill_rows: 4 is too much .*; each of slots takes [\d.]+ MiB$"):
     device.compile_programs(policy.params, scoring=True)
-  assert error.value.size == "prefill_rows"
 
 
 @pytest.mark.parametrize("steps", [1, 5])
