@@ -44,6 +44,11 @@ def validate(config: ConfigDict) -> None:
     names.add(name)
     if settings.baseline_policy not in ("none", config.reward.baseline_policy):
       raise InputError(f"config.reward.shadow {name}: baselines of the run itself or none, there are no others")
+  if config.training.answer_gradient == "jepo" and (config.reward.kind != "reference" or config.reward.custom):
+    raise InputError(
+      "config.training.answer_gradient: jepo takes its advantages from the bound, expected config.reward.kind reference"
+      " and no config.reward.custom"
+    )
   if config.filter.kind == "accuracy" and config.reward.verifier == "none":
     raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")
   if not all(_is_pair(pair, str, int | float) and pair[1] >= 0 for pair in config.filter.source_scales):

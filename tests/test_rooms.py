@@ -83,3 +83,16 @@ def test_an_arrow_up_is_seen(tmp_path):
     "if TYPE_CHECKING:\n  from rlpr_jax import models\n"
   )
   assert imports(path, {"training", "data.pipeline"}) == {"training", "data.pipeline", "__init__"}
+
+
+def test_no_test_imports_a_test():
+  """Helpers that several tests share stand in modules that are no tests."""
+  found = [
+    f"{path.relative_to(ROOT)} imports {node.module}"
+    for path in (ROOT / "tests").rglob("*.py")
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "tests"
+    for name in [(node.module or "").split(".")[-1], *(alias.name for alias in node.names)]
+    if name.startswith("test_")
+  ]
+  assert found == []

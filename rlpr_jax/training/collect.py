@@ -148,7 +148,7 @@ def gather_rollouts(rollouts: Rollouts, prompts: int, samples: int) -> Rollouts:
 def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantages:
   """Compares the responses of each group, and weighs the gradient through the reference answer if there is one."""
   settings, normalize = run.config.reward, run.config.training.advantages
-  if settings.kind == "mixture" and settings.normalization == "separate":
+  if run.custom_reward is None and settings.kind == "mixture" and settings.normalization == "separate":
     reference = compute_rewards(evidence, dataclasses.replace(run.reward, kind="reference")).total
     weights = [1 - settings.rule_weight, settings.rule_weight]
     advantages, stds = _separate_advantages([reference, evidence.verified], weights, normalize=normalize)

@@ -7,18 +7,19 @@ import jax
 import numpy as np
 import pytest
 
-from rlpr_jax import config, filtering, types
+from rlpr_jax import config, filtering, types, validation
 from rlpr_jax.data.pipeline import PromptStream
+from rlpr_jax.errors import InputError
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import finite_mean
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
-from rlpr_jax.training.collect import collect
+from rlpr_jax.training.collect import collect, compute_advantages
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.run import Run
-from rlpr_jax.types import Prompt, TrainState
+from rlpr_jax.types import Evidence, Prompt, Rewards, TrainState
 
 LIMIT, RESPONSE, SAMPLES = 8, 6, 4
 
@@ -86,6 +87,26 @@ def test_refused_prompts_are_counted_and_never_trained_on(harvest):
   refused = np.array([False, True, False, True] * 2)
   np.testing.assert_array_equal(np.isnan(found.stds), refused)  # no part of the filter's average
   assert found.metrics["reward/group_std"] == pytest.approx(found.stds[~refused].mean())
+
+
+def test_a_custom_reward_is_trained_on_whatever_the_mixture():
+  c = config.default()
+  c.reward.kind, c.reward.normalization, c.reward.verifier = "mixture", "separate", "exact"
+  evidence = Evidence(**dict.fromkeys(Evidence._fields))._replace(verified=np.eye(2, 4, dtype=np.float32))
+  evidence = evidence._replace(scorable=np.ones((2, 4), bool))
+  total = np.array([[1, 2, 3, 6], [0, 0, 1, 1]], np.float32)
+  run = Run(**dict.fromkeys(Run._fields))._replace(config=c, custom_reward=lambda *_: total)
+  found = compute_advantages(run, evidence, Rewards(**dict.fromkeys(Rewards._fields))._replace(total=total))
+  centred = total - total.mean(axis=1, keepdims=True)
+  np.testing.assert_allclose(found.advantages, centred / total.std(axis=1, ddof=1, keepdims=True), rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"reward.kind": "random"}, {"reward.custom": "mine.py:reward"}])
+def test_a_reward_that_jepo_would_ignore_is_refused(change):
+  c = config.default()
+  c.update_from_flattened_dict({"training.answer_gradient": "jepo"} | change)
+  with pytest.raises(InputError, match=r"^config\.training\.answer_gradient: jepo .* expected config\.reward\.kind"):
+    validation.validate(c)
 
 
 def test_means_leave_out_what_is_not_finite():
