@@ -22,7 +22,7 @@ import tests.typecheck
 # Before anything of them is imported: what their annotations say of shapes and dtypes is checked at every call.
 CHECKED = (
   "rewards", "filtering", "grpo", "splicing", "types", "policy", "sharding",
-  "training", "sampling",
+  "training", "sampling", "models", "huggingface",
 )  # fmt: skip
 jaxtyping.install_import_hook([f"rlpr_jax.{name}" for name in CHECKED], f"{tests.typecheck.__name__}.checked")
 

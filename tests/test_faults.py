@@ -11,22 +11,23 @@ import pytest
 from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
 from rlpr_jax.policy import initial_params, load_policy
+from rlpr_jax.training.update import Update
 from tests.tiny_run import RECIPE, final_state, rows, start, timeless, tiny
 
 
 def test_updates_that_are_not_finite_are_left_out_and_end_the_run(tmp_path, monkeypatch):
   """From the second step on, every gradient is NaN: the run stops with the batch on disk and the state before it."""
-  config, honest, calls = tiny(), training_program.update, []
+  config, honest, calls = tiny(), Update.__call__, []
   config.warm_start.steps, config.evaluation.prompts, config.training.minibatches = 0, 0, 2
   config.guards.max_skipped = 3
 
-  def broken(model, optimizer, frozen, params, opt_state, part, settings):
+  def broken(update, state, part):
     calls.append(part)
     if len(calls) > 2:
       part = part._replace(advantages=part.advantages * np.float32(np.nan))
-    return honest(model, optimizer, frozen, params, opt_state, part, settings)
+    return honest(update, state, part)
 
-  monkeypatch.setattr(training_program, "update", broken)
+  monkeypatch.setattr(Update, "__call__", broken)
   with pytest.raises(InputError, match=r"^stopped after step 3, which is saved: .* in a row .*step_000003.*npz"):
     training_program.train(config, tmp_path)
   found = rows(tmp_path)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from huggingface_hub import split_state_dict_into_shards_factory
+from jax.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from transformers import PreTrainedTokenizerBase
@@ -152,7 +153,11 @@ def _tensors(config: ModelConfig, params: Params, dtype: jnp.dtype | None) -> di
 
 @functools.partial(jax.jit, static_argnames=("place", "dtype"))
 def _layer(
-  stacked: jax.Array, i: int, place: Layout, dtype: jnp.dtype, adapter: tuple[jax.Array, jax.Array, float] | None
+  stacked: jax.Array,
+  i: ArrayLike,
+  place: Layout,
+  dtype: jnp.dtype,
+  adapter: tuple[jax.Array, jax.Array, ArrayLike] | None,
 ) -> jax.Array:
   """Layer i of a parameter [L, ...] as a file has it, with its adapter (a, b, scale) merged in."""
   weight = stacked[i]

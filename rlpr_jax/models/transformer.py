@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
@@ -26,6 +27,7 @@ from rlpr_jax.models.weights import WEIGHTS, axis_sizes, param_axes
 from rlpr_jax.sharding import Sharding, fit
 from rlpr_jax.types import Params
 
+Tokens = Int[Array | np.ndarray, "B T"]  # ids of tokens, or of their places or segments
 _ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 _REMAT = {
   "none": jax.checkpoint_policies.everything_saveable,
@@ -210,11 +212,12 @@ class Decoder(nnx.Module):
       sharding=runtime.sharding,
     )
 
-  def __call__(self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"]):
+  def __call__(self, tokens: Tokens, positions: Tokens, segment_ids: Tokens):
     """Hidden states [B, T, D] of packed rows, normed, ready for the head.
 
     Backwards, what `runtime.remat` says is kept and everything else is computed again.
     """
+    positions, segment_ids = jnp.asarray(positions), jnp.asarray(segment_ids)
     definition, stacked = nnx.split(self.layers)
 
     @functools.partial(jax.checkpoint, policy=_REMAT[self.runtime.remat])
@@ -227,7 +230,7 @@ class Decoder(nnx.Module):
     x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed))
     return self.final_norm(x)
 
-  def prefill(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T D"], KVCache]:
+  def prefill(self, tokens: Tokens) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states of rows read from their beginning, and their keys and values."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return self._read(tokens, positions, jnp.ones_like(tokens), ())
@@ -306,11 +309,11 @@ class Decoder(nnx.Module):
     """Whether each layer has the window; None where none has, so that nothing is computed for it."""
     return jnp.array(self.config.windowed) if any(self.config.windowed) else None
 
-  def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+  def _embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
     constrain = self.runtime.sharding.constrain
     # Whole rows of the table: looked up in parts of rows, they would have to be put together on every device.
     table = constrain(self.embedding[...].astype(self.runtime.compute_dtype), "vocab", None)
-    x = table[constrain(tokens, "batch", "sequence")]
+    x = table[constrain(jnp.asarray(tokens), "batch", "sequence")]
     if self.config.scale_embeddings:
       x *= jnp.asarray(self.config.embed_dim**0.5, x.dtype)
     return constrain(x, "batch", "sequence", "embed")

@@ -31,8 +31,9 @@ def row_logprobs(
   Place 0 and the first token of a segment have no prediction; their value means nothing and no mask covers them.
   """
   decoder: Decoder = nnx.merge(model, params)
-  hidden = decoder(rows.tokens, rows.positions, rows.segment_ids)
-  logps, entropy = decoder.logprobs(hidden[:, :-1], rows.tokens[:, 1:], temperature)
+  tokens = jnp.asarray(rows.tokens)
+  hidden = decoder(tokens, rows.positions, rows.segment_ids)
+  logps, entropy = decoder.logprobs(hidden[:, :-1], tokens[:, 1:], temperature)
   shift = ((0, 0), (1, 0))  # what is predicted at place t - 1 is the token at place t
   return jnp.pad(logps, shift), jnp.pad(entropy, shift)
 
