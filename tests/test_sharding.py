@@ -343,6 +343,8 @@ def test_every_optimizer_steps_on_a_mesh_as_on_one_device(eight, name):
   assert result["metrics"] == pytest.approx(result["expected_metrics"], rel=1e-4, abs=1e-5)
   assert result["moved"] > 1e-4
   assert result["scores"] < 1e-3
+  if name != "adamw":  # of whose steps the rounding of small gradients decides; its moments are compared above
+    assert result["params"] < 2e-5
   assert result["stayed"]
   large = max(math.prod(whole) for whole, _ in result["places"])
   split = {math.prod(whole) / math.prod(part) for whole, part in result["places"] if math.prod(whole) == large}

@@ -67,10 +67,15 @@ def launch(plain, tmp_path):
       return path.read_text().splitlines() if path.exists() else []
 
     def begin(self, script, *arguments):
-      return subprocess.Popen(
-        [self.root / f"launch/{script}.sh", *arguments], cwd=self.root, env=self.environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-      )  # fmt: skip
+      # What a shell runs in the background, these tests perhaps, ignores SIGINT, and its children would with it.
+      before = signal.signal(signal.SIGINT, signal.default_int_handler)
+      try:
+        return subprocess.Popen(
+          [self.root / f"launch/{script}.sh", *arguments], cwd=self.root, env=self.environment, text=True,
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+      finally:
+        signal.signal(signal.SIGINT, before)
 
     def __call__(self, script, *arguments, status=0):
       process = self.begin(script, *arguments)
