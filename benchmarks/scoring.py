@@ -21,12 +21,12 @@ from absl import app, flags
 from flax import nnx
 
 from benchmarks.common import MODEL, REPEATS, spread
+from benchmarks.suffixes import last_tokens
 from rlpr_jax import huggingface, models
 from rlpr_jax.models import Params
 from rlpr_jax.planning import flops
 from rlpr_jax.policy import load_tokenizer
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.decode import Suffixes
 
 TOLERANCE = 1e-4  # of log-probabilities in float32
 
@@ -58,16 +58,8 @@ def both_ways(model: nnx.GraphDef, params: Params, texts: np.ndarray, reference:
   """The last `reference` tokens of each text are scored after the rest of it."""
   rows, length = texts.shape
   kept = length - reference
-  places = np.broadcast_to(np.arange(reference, dtype=np.int32), (rows, reference))
-  targets = texts[:, kept:]
-  suffixes = Suffixes(
-    rows=np.arange(rows, dtype=np.int32),
-    tokens=texts[:, kept - 1 : -1],
-    positions=kept - 1 + places,
-    segment_ids=np.ones_like(places),
-    places=places,
-    targets=targets,
-  )
+  suffixes = last_tokens(texts, reference)
+  targets = suffixes.targets
   # In a rollout the cache is there already, from sampling.
   _, cache = decode.prefill(model, params, texts[:, :kept], np.full(rows, kept, np.int32))
 

@@ -24,8 +24,10 @@ import optax
 from flax import nnx
 
 from rlpr_jax import filtering, grpo, models, rewards, splicing
+from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.data.templates import build_messages, render
+from rlpr_jax.policy import new_config
 from rlpr_jax.training.optimizer import warm_start_optimizer
 
 PROMPT, RESPONSE, REFERENCE = 14, 32, 16  # most tokens of each
@@ -36,16 +38,7 @@ CLIP_LOW, CLIP_HIGH, ENTROPY = 0.2, 0.27, 0.001
 
 TOKENIZER = builtin.tokenizer()
 EOS = TOKENIZER.eos_token_id
-CONFIG = models.ModelConfig(
-  vocab_size=len(TOKENIZER),
-  embed_dim=96,
-  mlp_dim=256,
-  num_layers=3,
-  num_heads=3,
-  num_kv_heads=3,
-  head_dim=32,
-  qk_norm=True,
-)
+CONFIG = new_config(default(), vocab_size=len(TOKENIZER))  # the sizes of config.model
 MODEL = models.definition(CONFIG)
 
 

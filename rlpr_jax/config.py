@@ -360,6 +360,22 @@ def longest_sequence(config: ConfigDict) -> int:
   return int(config.data.prompt_limit + config.rollout.max_response_length + answer)
 
 
+def row_length(config: ConfigDict) -> int:
+  """Tokens of a row in the update, into which sequences are packed.
+
+  >>> config = default()
+  >>> config.training.row_length = 8192
+  >>> row_length(config)
+  8192
+  """
+  return int(config.training.row_length or longest_sequence(config))
+
+
+def longest_text(config: ConfigDict) -> int:
+  """Most tokens of a prompt, its reasoning and the reference answer behind it, as a scorer reads them."""
+  return int(config.data.prompt_limit + config.rollout.max_response_length + config.data.max_reference_length)
+
+
 def flatten(group: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """Values by the paths of their fields, of a config or of what JSON makes of one.
 

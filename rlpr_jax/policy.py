@@ -85,26 +85,26 @@ def place_policy(
   Raises:
     InputError: a model that the mesh cannot split, or adapters that cannot be.
   """
-  where = sharding.fit(create_sharding(config, mesh), models.axis_sizes(model_config))
+  fitted = sharding.fit(create_sharding(config, mesh), models.axis_sizes(model_config))
   if config.lora.rank:
     lora = models.LoRA(config.lora.rank, config.lora.alpha, parse_targets(config.lora.targets))
     model_config = dataclasses.replace(model_config, lora=lora)
-  runtime = Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, sharding=where)
+  runtime = Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, sharding=fitted)
   model = models.definition(model_config, runtime)
-  gathered = gathered_sharding(config, where)
+  gathered = gathered_sharding(config, fitted)
   sampling = dataclasses.replace(runtime, sharding=gathered.own(), int8_cache=config.rollout.int8_cache)
-  everything = models.abstract_params(model_config, where)
+  everything = models.abstract_params(model_config, fitted)
   trained = models.adapters(everything) if config.lora.rank else everything
   return Policy(
-    model_config,
-    model,
-    models.definition(model_config, sampling),
-    sampling,
-    gathered,
-    tokenizer,
-    where,
-    trained,
-    frozen,
+    config=model_config,
+    model=model,
+    sampler=models.definition(model_config, sampling),
+    sampling=sampling,
+    gathered=gathered,
+    tokenizer=tokenizer,
+    sharding=fitted,
+    trained=trained,
+    frozen=frozen,
   )
 
 

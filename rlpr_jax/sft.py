@@ -62,7 +62,7 @@ def _steps(config, policy, state, demonstrations, checkpoints, writer, stop) -> 
     stopping = processes.any_of(stop)
     if stopping or state.step == total or state.step % config.log.checkpoint_every == 0:
       checkpoints.save(state)
-      checkpoints.wait()  # before the next step gives the arrays away
+      checkpoints.wait()  # before the next step donates the arrays
     if stopping:
       break
   return state

@@ -164,7 +164,7 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
   batch, gap = resolve_ratios(run, state, batch)
   minibatches = packing.pack_minibatches(batch.groups, run.packing)
   if training.kl_coefficient:
-    initial = text_scorer(run, state.initial)
+    initial = training_scorer(run, state.initial)
     minibatches = [
       rows._replace(reference_logprobs=compute_logprobs(initial.program, initial.params, rows)) for rows in minibatches
     ]
@@ -186,7 +186,7 @@ def resolve_ratios(run: Run, state: TrainState, batch: StepBatch) -> tuple[StepB
   groups, training = packing.concatenate([batch.groups, batch.carried]), run.config.training
   fresh, gap = resolve_old_logprobs(
     groups.take(slice(batch.carried_in, None)),
-    text_scorer(run, state.params),
+    training_scorer(run, state.params),
     training.old_logprobs,
     training.sampler_gap_limit,
   )
@@ -195,7 +195,7 @@ def resolve_ratios(run: Run, state: TrainState, batch: StepBatch) -> tuple[StepB
   return batch, {f"sampler_gap/{name}": value for name, value in gap.items()}
 
 
-def text_scorer(run: Run, params: Params) -> TextScorer:
+def training_scorer(run: Run, params: Params) -> TextScorer:
   """A policy of the run, by its trained parameters, as what says how probable texts are in training."""
   settings = run.update.program.settings
   program = LogprobProgram(

@@ -140,12 +140,10 @@ def train(rewards, case):
   stream, steps = Stream(), []
   for t in range(1, STEPS + 1):
     before = stream.drawn
-    harvest = collect(run, state, stream, StopRequest())
-    state = state._replace(
-      step=t, filter=filtering.update(state.filter, harvest.stds, run.filter), carried=harvest.carried
-    )
-    trained, carried = (groups.prompt_tokens[:, 0].tolist() for groups in (harvest.groups, harvest.carried))
-    drawn, limit = stream.drawn - before, harvest.metrics["filter/threshold"]
+    batch = collect(run, state, stream, StopRequest())
+    state = state._replace(step=t, filter=filtering.update(state.filter, batch.stds, run.filter), carried=batch.carried)
+    trained, carried = (groups.prompt_tokens[:, 0].tolist() for groups in (batch.groups, batch.carried))
+    drawn, limit = stream.drawn - before, batch.metrics["filter/threshold"]
     steps.append(Step(trained, carried, drawn, limit, float(state.filter.average)))
   return steps
 

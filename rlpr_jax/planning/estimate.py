@@ -75,7 +75,7 @@ def micro_batches(layout: Layout, rows: int, lengths: Lengths) -> int:
   """How many of so many rows a minibatch of packed sequences takes."""
   config = layout.config
   sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
-  length = config.training.row_length or configs.longest_sequence(config)
+  length = configs.row_length(config)
   full = sequences * min((lengths.prompt + lengths.response) / length, 1)
   return max(math.ceil(full / rows), 1)
 

@@ -204,8 +204,8 @@ def abstract_rows(config: ConfigDict, micro_batch_rows: int) -> PackedRows:
   """Shapes of the rows of a minibatch: as many as it would take if no two sequences shared one."""
   sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
   count = -(-sequences // micro_batch_rows) * micro_batch_rows
-  length = config.training.row_length or configs.longest_sequence(config)
-  rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, types.PackedRows.empty(count, length)))
+  empty = functools.partial(types.PackedRows.empty, count, configs.row_length(config))
+  rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty()))
   if config.training.answer_gradient != "none":
     rows = rows._replace(answer_weights=rows.weights)
   if config.training.kl_coefficient:

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import numpy as np
 
+from rlpr_jax import config as configs
 from rlpr_jax import custom_reward, filtering, grpo, processes, rewards
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
@@ -35,18 +36,18 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
   config = run.config
   params = run.policy.sampling_params(state.params)
   batches: list[RolloutBatch] = []
-  groups = state.carried
-  while groups.num_groups < config.prompts_per_step and len(batches) < config.max_draws:
+  kept = [state.carried]
+  while sum(groups.num_groups for groups in kept) < config.prompts_per_step and len(batches) < config.max_draws:
     batch = draw(run, state, params, stream, stop)
     state = state._replace(baselines=batch.baselines)
-    groups = packing.concatenate([groups, kept_groups(run, batch)])
+    kept.append(kept_groups(run, batch))
     batches.append(batch)
+  groups, size = packing.concatenate(kept), config.prompts_per_step
   # One length whatever was drawn, so that nothing compiles again; the filter leaves NaN out.
   stds = np.full(config.max_draws * config.rollout.prompts_per_draw, np.nan, np.float32)
   for i, batch in enumerate(batches):
     stds[i * len(batch.prompts) : (i + 1) * len(batch.prompts)] = batch.advantages.stds
-  size = config.prompts_per_step
-  threshold = {
+  filter_metrics = {
     "filter/threshold": max(float(filtering.threshold(state.filter, run.filter)), 0.0),
     "filter/drawn": sum(len(batch.prompts) for batch in batches),
     "filter/kept": int(sum(batch.keep.sum() for batch in batches)),
@@ -59,7 +60,7 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
     carried_in=state.carried.num_groups,
     stds=stds,
     baselines=state.baselines,
-    metrics=threshold | rollout_metrics(config, batches),
+    metrics=filter_metrics | rollout_metrics(config, batches),
     rollouts=rollout_rows(batches[0], state.step + 1, config.log.rollouts, run.engine) if batches else [],
   )
 
@@ -90,7 +91,7 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
   scorer_params = params
   if config.reward.scorer != "policy":
     scorer_params = run.policy.sampling_params(state.initial if config.reward.scorer == "initial" else state.lagged)
-    rollouts = score_again(text_scorer(run, scorer_params), my_prompts, rollouts)
+    rollouts = score_again(reference_scorer(run, scorer_params), my_prompts, rollouts)
   baselines = renew_baselines(run, state, scorer_params, prompts)
 
   # 3. Gather the evidence: from here on every process knows of all responses, and decides alike.
@@ -124,7 +125,7 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
   )
 
 
-def text_scorer(run: Run, params: Params) -> TextScorer:
+def reference_scorer(run: Run, params: Params) -> TextScorer:
   """A policy that scores references on this process's devices; `params` as the sampler reads them."""
   config, policy = run.config, run.policy
   program = LogprobProgram(
@@ -133,8 +134,7 @@ def text_scorer(run: Run, params: Params) -> TextScorer:
     micro_batch_rows=config.rollout.score_rows,
     sharding=policy.sampling.sharding,
   )
-  length = config.data.prompt_limit + config.rollout.max_response_length + config.data.max_reference_length
-  return TextScorer(program, params, length)
+  return TextScorer(program, params, configs.longest_text(config))
 
 
 def gather_rollouts(rollouts: Rollouts, prompts: int, samples: int) -> Rollouts:

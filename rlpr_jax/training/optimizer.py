@@ -110,12 +110,11 @@ def moment_axes(path: Path, param_shape: tuple[int, ...], shape: tuple[int, ...]
   >>> moment_axes(("layers", "up", "weight"), (2, 8, 32), (2, 1, 1))
   ('layers', None, None)
   """
-  axes, names, place = param_axes(path), [], 0
+  axes = param_axes(path)
+  if len(shape) == len(param_shape):
+    return tuple(axis if size == whole else None for axis, size, whole in zip(axes, shape, param_shape, strict=True))
+  names, place = [], 0
   for size in shape:
-    if len(shape) == len(param_shape):
-      names.append(axes[place] if size == param_shape[place] else None)
-      place += 1
-      continue
     match = next((i for i in range(place, len(param_shape)) if param_shape[i] == size), None)
     names.append(None if match is None else axes[match])
     place = place if match is None else match + 1

@@ -35,6 +35,11 @@ def rollout_shapes(config: ConfigDict, shares: int, num_shards: int) -> Shapes:
   )
 
 
+def micro_batch_rows(config: ConfigDict, sharding: Sharding) -> int:
+  """Rows whose gradients are taken at once: as the config says, or one on each part of the mesh."""
+  return config.training.micro_batch_rows or sharding.num_shards("batch")
+
+
 def update_settings(config: ConfigDict, sharding: Sharding) -> UpdateSettings:
   """Settings of the update."""
   training = config.training
@@ -47,7 +52,7 @@ def update_settings(config: ConfigDict, sharding: Sharding) -> UpdateSettings:
     ratio_cap=training.ratio_cap,
     entropy_coefficient=training.entropy_coefficient,
     kl_coefficient=training.kl_coefficient,
-    micro_batch_rows=training.micro_batch_rows or sharding.num_shards("batch"),
+    micro_batch_rows=micro_batch_rows(config, sharding),
     sharding=sharding,
   )
 
@@ -59,8 +64,8 @@ def packing_settings(config: ConfigDict, sharding: Sharding) -> PackingSettings:
     prompts_per_step=config.prompts_per_step,
     minibatches=training.minibatches,
     aggregate=training.aggregate,
-    row_length=training.row_length or configs.longest_sequence(config),
-    micro_batch_rows=training.micro_batch_rows or sharding.num_shards("batch"),
+    row_length=configs.row_length(config),
+    micro_batch_rows=micro_batch_rows(config, sharding),
   )
 
 
@@ -83,7 +88,7 @@ def check_rows(config: ConfigDict, sharding: Sharding) -> None:
 
 def check_lengths(config: ConfigDict, max_length: int | None) -> None:
   """Checks that the longest text of a rollout fits into the context that the weights were made for."""
-  longest = config.data.prompt_limit + config.rollout.max_response_length + config.data.max_reference_length
+  longest = configs.longest_text(config)
   if max_length is not None and longest > max_length:
     raise InputError(
       f"config.data.prompt_limit + rollout.max_response_length + data.max_reference_length: {longest} tokens,"

@@ -24,6 +24,7 @@ from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import init_opt_state, warm_start_optimizer
 from rlpr_jax.training.packing import Segment
+from rlpr_jax.training.settings import micro_batch_rows
 from rlpr_jax.training.update import Update, UpdateProgram, UpdateSettings
 from rlpr_jax.types import PackedRows
 
@@ -113,10 +114,17 @@ def steps(
     InputError: so many updates in a row were not finite as `config.guards` bears.
   """
   settings = config.warm_start
-  micro_batch_rows = config.training.micro_batch_rows or policy.sharding.num_shards("batch")
+  size = micro_batch_rows(config, policy.sharding)
   row_length = config.training.row_length or config.data.prompt_limit + config.rollout.max_response_length
-  rows = -(-settings.batch_size // micro_batch_rows) * micro_batch_rows
-  compiled = UpdateSettings(1.0, 0.0, 0.0, 0.0, micro_batch_rows, sharding=policy.sharding)
+  rows = -(-settings.batch_size // size) * size
+  compiled = UpdateSettings(
+    temperature=1.0,
+    clip_low=0.0,
+    clip_high=0.0,
+    entropy_coefficient=0.0,
+    micro_batch_rows=size,
+    sharding=policy.sharding,
+  )
   update = Update(UpdateProgram(policy.model, optimizer(settings), compiled), policy.frozen)
   stream = batches(demonstrations, settings.batch_size, config.seed)
   skipped = 0

@@ -40,7 +40,7 @@ def loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """This micro-batch's share of the minibatch's loss, and sums over its response tokens for the metrics."""
   logps, entropy = row_logprobs(model, params, rows, settings.temperature)
-  policy_loss, metrics = grpo.policy_loss(
+  policy_loss, sums = grpo.policy_loss(
     logps,
     rows.old_logprobs,
     rows.advantages,
@@ -52,14 +52,7 @@ def loss(
     weights=rows.weights,
   )
   entropy = jnp.where(rows.mask, entropy, 0.0)
-  sums = {
-    "tokens": metrics["tokens"],
-    "loss": policy_loss,
-    "entropy": jnp.sum(entropy),
-    "ratio": metrics["ratio_sum"],
-    "ratio_worst": metrics["ratio_worst"],
-    "clipped": metrics["clipped_tokens"],
-  }
+  sums |= {"loss": policy_loss, "entropy": jnp.sum(entropy)}
   total = policy_loss - settings.entropy_coefficient * jnp.sum(rows.weights * entropy)
   if rows.answer_weights is not None:
     sums["answer_loss"] = -jnp.sum(jnp.where(rows.answer_weights == 0, 0.0, rows.answer_weights * logps))
@@ -137,9 +130,9 @@ def optimizer_step(
   metrics = {
     "loss": sums["loss"],
     "entropy": sums["entropy"] / tokens,
-    "ratio_mean": sums["ratio"] / tokens,
+    "ratio_mean": sums["ratio_sum"] / tokens,
     "ratio_worst": sums["ratio_worst"],
-    "clip_fraction": sums["clipped"] / tokens,
+    "clip_fraction": sums["clipped_tokens"] / tokens,
     "grad_norm": grad_norm,
     "skipped": ~sound,
   }

@@ -1,4 +1,4 @@
-"""One step's harvest: what is kept of what was drawn."""
+"""One step's batch: what is kept of what was drawn."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ class Stream(PromptStream):
 
 
 @pytest.fixture(scope="module")
-def harvest(policy):
+def batch(policy):
   """Of two draws of four prompts, of which the second cannot be read and the fourth is too long."""
   c = config.default()
   c.prompts_per_step, c.max_draws, c.samples_per_prompt = 100, 2, SAMPLES
@@ -74,8 +74,8 @@ def harvest(policy):
   return prompts, collect(run, state, Stream(prompts), StopRequest())
 
 
-def test_refused_prompts_are_counted_and_never_trained_on(harvest):
-  prompts, found = harvest
+def test_refused_prompts_are_counted_and_never_trained_on(batch):
+  prompts, found = batch
   assert found.metrics["rollout/refused_prompts"] == 4
   assert found.metrics["filter/drawn"] == 8
   assert found.metrics["filter/kept"] == found.metrics["filter/trained"] == found.groups.num_groups == 4

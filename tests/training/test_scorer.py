@@ -13,7 +13,7 @@ from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training.collect import text_scorer
+from rlpr_jax.training.collect import reference_scorer
 from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
 from rlpr_jax.types import Prompt
@@ -48,7 +48,7 @@ def case(policy):
 
 def test_the_same_policy_gives_the_same_scores(case, policy):
   run, prompts, rollouts = case
-  found = score_again(text_scorer(run, policy.params), prompts, rollouts)
+  found = score_again(reference_scorer(run, policy.params), prompts, rollouts)
   np.testing.assert_allclose(found.reference_logps, rollouts.reference_logps, atol=1e-5)
   assert np.abs(rollouts.reference_logps).max() > 1
 
@@ -57,7 +57,7 @@ def test_another_policy_scores_what_this_one_wrote(case, policy):
   """Its scores are those of an engine that had sampled the same tokens: greedy from weights that agree on them."""
   run, prompts, rollouts = case
   sharper = jax.tree.map(lambda x: x, policy.params) | {"head": policy.params["head"] * 1.3}
-  found = score_again(text_scorer(run, sharper), prompts, rollouts)
+  found = score_again(reference_scorer(run, sharper), prompts, rollouts)
   # Logits are 1.3 times as large, so this is the old policy at 1.3 times the inverse temperature.
   colder = dataclasses.replace(run.engine.device, score_temperature=0.8 / 1.3)
   colder = dataclasses.replace(run.engine, device=colder)

@@ -8,9 +8,9 @@ from flax import nnx
 from benchmarks.gpu import shapes
 from benchmarks.gpu.measure import seconds
 from benchmarks.gpu.report import Report
+from benchmarks.suffixes import last_tokens
 from rlpr_jax import models
 from rlpr_jax.sampling import decode
-from rlpr_jax.sampling.decode import Suffixes
 
 BOUND = 0.25  # of the largest difference of a log-probability, in nats, between two ways to compute it in bfloat16
 
@@ -27,17 +27,8 @@ def run(report: Report) -> None:
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (rows, text + reference)), np.int32)
     kept = np.full(rows, text, np.int32)
     _, cache = decode.prefill(model, params, tokens[:, :text], kept)
-    places = np.broadcast_to(np.arange(reference, dtype=np.int32), (rows, reference))
-    targets = jnp.asarray(tokens[:, text:])
-    suffixes = Suffixes(
-      rows=np.arange(rows, dtype=np.int32),
-      tokens=tokens[:, text - 1 : -1],
-      positions=text - 1 + places,
-      segment_ids=np.ones_like(places),
-      places=places,
-      targets=targets,
-    )
-    suffixes = jax.tree.map(jnp.asarray, suffixes)
+    suffixes = jax.tree.map(jnp.asarray, last_tokens(tokens, reference))
+    targets = suffixes.targets
 
     @jax.jit
     def whole(params, tokens, targets, text=text):
