@@ -389,7 +389,11 @@ def flatten(group: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, A
 
 
 def to_json(config: ConfigDict) -> str:
-  """The whole config, sorted, as it stands in WORKDIR/config.json."""
+  """The whole config, sorted, as it stands in WORKDIR/config.json.
+
+  >>> json.loads(to_json(default()))["seed"]
+  0
+  """
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 

@@ -38,7 +38,7 @@ def describe(mesh: Mesh, attention: str, compute_dtype: str) -> str:
   products = compute_dtype
   if compute_dtype == "float32" and jax.default_backend() in ("gpu", "tpu"):
     # Of their matrix units the default is fewer bits: TF32 on an NVIDIA GPU from Ampere on, bfloat16 on a TPU.
-    products += f" at matmul precision {jax.config.jax_default_matmul_precision or 'default'}"
+    products += f" at matmul precision {jax.config.read('jax_default_matmul_precision') or 'default'}"
   return (
     f"rlpr_jax {rlpr_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}\n"
     f"devices: {mesh.size} x {', '.join(kinds)} of {device_memory() / GIB:.1f} GiB, processes: {jax.process_count()},"

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax import huggingface, models, sharding
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError, in_field
-from rlpr_jax.models import ModelConfig, Params, Runtime
+from rlpr_jax.models import ModelConfig, ModelGraph, Params, Runtime
 from rlpr_jax.sharding import Sharding
 
 
@@ -21,8 +20,8 @@ class Policy(NamedTuple):
   """All that stays the same while a policy is trained."""
 
   config: ModelConfig
-  model: nnx.GraphDef  # as it is trained
-  sampler: nnx.GraphDef  # the same, as it samples and scores
+  model: ModelGraph  # as it is trained
+  sampler: ModelGraph  # the same, as it samples and scores
   sampling: Runtime  # how that one is run: by each process on its own devices
   gathered: Sharding  # how the parameters lie for it, on all devices
   tokenizer: PreTrainedTokenizerBase | None  # None for a policy that is only planned

@@ -391,6 +391,21 @@ def score_groups(
     baselines: r' of each prompt; zeros for no debiasing.
     scoring: which reward it is.
     weights: of `token_weights`; None for uniform ones.
+
+  >>> zeros, ones = jnp.zeros((1, 2)), jnp.ones((1, 2))
+  >>> evidence = Evidence(
+  ...   logps=jnp.log(jnp.array([[[0.8], [0.3]]])),
+  ...   mask=ones[..., None] > 0,
+  ...   scorable=ones > 0,
+  ...   baseline_logps=jnp.log(jnp.array([[0.2]])),
+  ...   formats=ones,
+  ...   repetition=zeros,
+  ...   excess=zeros,
+  ...   verified=zeros,
+  ...   noise=zeros,
+  ... )
+  >>> score_groups(evidence, baselines=jnp.array([0.2])).total.tolist()
+  [[0.64, 0.19]]
   """
   lowest = LOWEST_LOGPROB if scoring.aggregate == "mean_logprob" else 0.0
   score = reference_probability(evidence.logps, evidence.mask, scoring.aggregate, weights)

@@ -8,11 +8,13 @@ when the same command is given again.
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlpr_jax import entry, processes
 from rlpr_jax.errors import InputError, setting_names
+from rlpr_jax.models import Params
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
@@ -30,6 +32,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
   if not settings.steps:
     raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
   policy = load_policy(config)
+  assert policy.tokenizer is not None
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
   demonstrations = supervised.load(config, policy.tokenizer)
@@ -45,34 +48,29 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
       state = SupervisedState(0, params, init_opt_state(optimizer, params, policy.sharding))
     else:
       print(f"resumed after step {state.step} of {settings.steps}", flush=True)
-    state = _steps(config, policy, state, demonstrations, checkpoints, writer, stop)
+    progress, since = metrics.Progress("supervised, step"), time.perf_counter()
+    for state, losses in supervised.steps(config, policy, state, demonstrations):  # noqa: B020
+      now, since = time.perf_counter() - since, time.perf_counter()
+      values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
+      writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})
+      progress(state.step, settings.steps, f"loss {values['sft/loss']:.3f}")
+      stopping = processes.any_of(bool(stop))
+      if stopping or state.step == settings.steps or state.step % config.log.checkpoint_every == 0:
+        checkpoints.save(state)
+        checkpoints.wait()  # before the next step donates the arrays
+      if stopping:
+        break
     checkpoints.close()
     writer.close()
   how = "done" if state.step == settings.steps else "stopped and saved: the same command goes on from there"
   print(f"step {state.step} of {settings.steps}, {how}", flush=True)
 
 
-def _steps(config, policy, state, demonstrations, checkpoints, writer, stop) -> SupervisedState:
-  total, progress, since = config.warm_start.steps, metrics.Progress("supervised, step"), time.perf_counter()
-  for state, losses in supervised.steps(config, policy, state, demonstrations):  # noqa: B020
-    now, since = time.perf_counter() - since, time.perf_counter()
-    values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
-    writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})
-    progress(state.step, total, f"loss {values['sft/loss']:.3f}")
-    stopping = processes.any_of(stop)
-    if stopping or state.step == total or state.step % config.log.checkpoint_every == 0:
-      checkpoints.save(state)
-      checkpoints.wait()  # before the next step donates the arrays
-    if stopping:
-      break
-  return state
-
-
 def _split(state: SupervisedState) -> OnDisk:
   return OnDisk(state.params, {"opt_state": state.opt_state}, {"step": state.step})
 
 
-def _join(params, arrays, host) -> SupervisedState:
+def _join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> SupervisedState:
   return SupervisedState(host["step"], params, arrays["opt_state"])
 
 

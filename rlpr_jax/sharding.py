@@ -48,6 +48,9 @@ def create_mesh(
 
   Raises:
     InputError: the sizes do not multiply to the number of devices.
+
+  >>> dict(create_mesh(devices=jax.devices()[:1]).shape)
+  {'data': 1, 'fsdp': 1, 'tensor': 1}
   """
   devices = jax.devices() if devices is None else devices
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -89,15 +92,16 @@ class Sharding:
   mesh: Mesh | AbstractMesh | None = None
   rules: tuple[tuple[str, tuple[str, ...]], ...] = tuple(RULES.items())
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.mesh is not None and self.mesh.size == 1:
       object.__setattr__(self, "mesh", None)
 
   def spec(self, axes: Sequence[str | None]) -> PartitionSpec:
     """Mesh axes of an array whose axes are named so. A mesh axis serves the first name that asks for it."""
-    rules, taken, parts = dict(self.rules), set(), []
+    rules, taken = dict(self.rules), set[str]()
+    parts = []
     for axis in axes:
-      free = tuple(name for name in rules.get(axis, ()) if name not in taken)
+      free = tuple(name for name in (rules.get(axis, ()) if axis else ()) if name not in taken)
       taken.update(free)
       parts.append(free or None)
     return PartitionSpec(*parts)
@@ -126,14 +130,14 @@ class Sharding:
 
   def by_process(self) -> "Sharding":
     """Gives each process whole copies of the parameters, which are split over its own devices alone."""
-    if self.processes == 1 or not self.splits_params:
+    if self.mesh is None or self.processes == 1 or not self.splits_params:
       return self
     devices = self.mesh.devices.reshape(self.processes, 1, -1, self.mesh.shape["tensor"])
     return dataclasses.replace(self, mesh=Mesh(devices, ("process", *MESH_AXES), axis_types=(AxisType.Auto,) * 4))
 
   def own(self) -> "Sharding":
     """This process's part of `by_process`, as a mesh by itself."""
-    if self.processes == 1:
+    if self.mesh is None or self.processes == 1:
       return self
     parts = self.mesh.devices.reshape(-1, self.mesh.shape["tensor"])
     devices = np.stack([part for part in parts if part[0].process_index == jax.process_index()])[None]
@@ -147,14 +151,16 @@ class Sharding:
 def own_part(tree: Any, sharding: Sharding) -> Any:
   """Makes of arrays that lie as `sharding.by_process()` says arrays of this process's devices alone."""
   mesh = sharding.own().mesh
+  if mesh is None or jax.process_count() == 1:
+    return tree
 
-  def take(x: jax.Array) -> jax.Array:
+  def take(x: Any) -> jax.Array:
     parts = [shard.data for shard in x.addressable_shards]
     if len(parts) == 1:
       return parts[0]
     return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), parts)
 
-  return tree if jax.process_count() == 1 else jax.tree.map(take, tree)
+  return jax.tree.map(take, tree)
 
 
 def create(mesh: Mesh | AbstractMesh | None, rules: Mapping[str, Sequence[str]] | None = None) -> Sharding:
@@ -162,6 +168,9 @@ def create(mesh: Mesh | AbstractMesh | None, rules: Mapping[str, Sequence[str]] 
 
   Raises:
     InputError: a rule for a name that is not in `RULES`, or an axis that the mesh does not have.
+
+  >>> dict(create(None, {"embed": ()}).rules)["embed"]
+  ()
   """
   for name, on in (rules or {}).items():
     if name not in RULES:
@@ -177,12 +186,15 @@ def fit(sharding: Sharding, sizes: Mapping[str, int]) -> Sharding:
 
   Raises:
     InputError: an axis that cannot be split evenly, and into how many parts it could be.
+
+  >>> fit(Sharding(), {"heads": 3, "kv_heads": 1}).num_shards("heads")  # without a mesh everything fits
+  1
   """
   if sharding.num_shards("kv_heads") > 1 and sizes["kv_heads"] < sharding.num_shards("kv_heads"):
     sharding = sharding.replicate("kv_heads")
   for axis, size in sizes.items():
     num_shards = sharding.num_shards(axis)
-    if size % num_shards:
+    if sharding.mesh is not None and size % num_shards:
       # Parts that the heads allow; the key/value heads are replicated when there are fewer of them.
       fitting = [n for n in range(1, min(size, sharding.mesh.size) + 1) if size % n == 0]
       raise InputError(

@@ -97,7 +97,7 @@ def train_steps(
   run: Run,
   state: TrainState,
   workdir: pathlib.Path,
-  checkpoints: Checkpoints,
+  checkpoints: Checkpoints[TrainState],
   writer: metrics.MetricsWriter,
   stop: StopRequest,
 ) -> TrainState:
@@ -135,7 +135,7 @@ def train_steps(
 
     # 4. Save it, and go on if all is well.
     trouble, why_stop = watch.look(state.step, writer.rows, updated.minibatches, updated.losses)
-    stopping, accuracy = processes.any_of(stop), values.get(ACCURACY)
+    stopping, accuracy = processes.any_of(bool(stop)), values.get(ACCURACY)
     measured = accuracy is not None and config.log.keep_best > 0
     if state.step == config.steps or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
       checkpoints.save(state, accuracy)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float
 from rlpr_jax.filtering import FilterState
 
 Params = dict[str, Any]  # nested dictionary of arrays, as `nnx.to_pure_dict` gives it
+AnyArray = Array | np.ndarray  # on a device or on the host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity: == on arrays has no single answer
@@ -41,7 +42,7 @@ class Rollouts(NamedTuple):
   A response `<think> 3+5 </think> <answer> 9 </answer>` to a prompt with the reference 8 is scored as
   `<think> 3+5 </think> <answer> 8 </answer>`: the first `reference_starts` tokens of the response, then
   `reference_tokens`, of which `reference_mask` is true on 8 alone. Where nothing was to be scored, as in an evaluation,
-  all fields from `scorable` on are None.
+  nothing is scorable and E is 0.
   """
 
   tokens: np.ndarray  # int32[B, T] EOS included where it was sampled
@@ -51,12 +52,12 @@ class Rollouts(NamedTuple):
   texts: list[str]  # [B] decoded, without the EOS or stop string
   refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
   seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
-  scorable: np.ndarray | None = None  # bool[B] the reference answer could be spliced in
-  overlong: np.ndarray | None = None  # bool[B] it could have been, but did not fit
-  reference_starts: np.ndarray | None = None  # int32[B] tokens of the response that stand before the suffix
-  reference_tokens: np.ndarray | None = None  # int32[B, E] the suffix that was scored
-  reference_logps: np.ndarray | None = None  # float32[B, E] of the reference answer's own tokens, else 0
-  reference_mask: np.ndarray | None = None  # bool[B, E] True on the reference answer's own tokens
+  scorable: np.ndarray  # bool[B] the reference answer could be spliced in
+  overlong: np.ndarray  # bool[B] it could have been, but did not fit
+  reference_starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
+  reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
+  reference_logps: np.ndarray  # float32[B, E] of the reference answer's own tokens, else 0
+  reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
 
 
 class Evidence(NamedTuple):
@@ -68,15 +69,15 @@ class Evidence(NamedTuple):
       mask      [[[True, True], [False, False]]]  formats   [[1, 0]]
   """
 
-  logps: Float[Array, "P G A"]  # of the reference after the reasoning
-  mask: Bool[Array, "P G A"]  # True on the answer's tokens
-  scorable: Bool[Array, "P G"]
-  baseline_logps: Float[Array, "P A"]  # of the reference without reasoning; NaN where there is no token
-  formats: Float[Array, "P G"]  # 1 where the tags are right
-  repetition: Float[Array, "P G"]  # -1 where the response repeats itself
-  excess: Float[Array, "P G"]  # how much longer than the reference the answer is: 0 to -1
-  verified: Float[Array, "P G"]  # 1 where the verifier finds the answer right; 0 without a verifier
-  noise: Float[Array, "P G"]  # uniform in [0, 1)
+  logps: Float[AnyArray, "P G A"]  # of the reference after the reasoning
+  mask: Bool[AnyArray, "P G A"]  # True on the answer's tokens
+  scorable: Bool[AnyArray, "P G"]
+  baseline_logps: Float[AnyArray, "P A"]  # of the reference without reasoning; NaN where there is no token
+  formats: Float[AnyArray, "P G"]  # 1 where the tags are right
+  repetition: Float[AnyArray, "P G"]  # -1 where the response repeats itself
+  excess: Float[AnyArray, "P G"]  # how much longer than the reference the answer is: 0 to -1
+  verified: Float[AnyArray, "P G"]  # 1 where the verifier finds the answer right; 0 without a verifier
+  noise: Float[AnyArray, "P G"]  # uniform in [0, 1)
 
 
 class Rewards(NamedTuple):
@@ -86,13 +87,13 @@ class Rewards(NamedTuple):
   [[0.64, 0.19]].
   """
 
-  reference: Array  # [P, G] r: the reference answer's probability after the reasoning
-  baseline: Array  # [P]    r': the same without reasoning
-  debiased: Array  # [P, G] shaping(r - r')
-  format: Array  # [P, G] 1 where the tags of the template are all there, in order
-  repetition: Array  # [P, G] -1 where the response repeats itself, else 0
-  length: Array  # [P, G] at most 0: penalty of an answer longer than the reference
-  total: Array  # [P, G] what the policy is trained on
+  reference: Float[AnyArray, "P G"]  # r: the reference answer's probability after the reasoning
+  baseline: Float[AnyArray, "P"]  # r': the same without reasoning
+  debiased: Float[AnyArray, "P G"]  # shaping(r - r')
+  format: Float[AnyArray, "P G"]  # 1 where the tags of the template are all there, in order
+  repetition: Float[AnyArray, "P G"]  # -1 where the response repeats itself, else 0
+  length: Float[AnyArray, "P G"]  # at most 0: penalty of an answer longer than the reference
+  total: Float[AnyArray, "P G"]  # what the policy is trained on
 
 
 class Advantages(NamedTuple):

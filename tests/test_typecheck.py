@@ -5,8 +5,7 @@ import pytest
 from jaxtyping import TypeCheckError
 
 from rlpr_jax import filtering, sharding
-from rlpr_jax.huggingface import tensors
-from rlpr_jax.models import attention
+from rlpr_jax.models import attention, weights
 from rlpr_jax.sampling import shapes
 from rlpr_jax.training import packing
 
@@ -16,7 +15,7 @@ from rlpr_jax.training import packing
   [
     lambda: filtering.init(None),
     lambda: sharding.count_processes(3),
-    lambda: tensors.key_path(7),
+    lambda: weights.key_path(7),
     lambda: attention.rotate(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros(2)),
     lambda: attention.rotate(jnp.zeros((1, 2, 3, 4)), jnp.zeros((2, 2), int), jnp.zeros(2)),
     lambda: shapes.bucket((1, 2), "1"),

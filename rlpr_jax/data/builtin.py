@@ -117,7 +117,7 @@ def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tu
   True
   """
   rng, makers = random.Random(f"demonstrations {seed}"), _makers(domains)
-  pairs = []
+  pairs: list[tuple[Example, str]] = []
   while len(pairs) < count:
     question = makers[len(pairs) % len(makers)](rng)
     if not _is_held_out(question.text):
@@ -302,9 +302,16 @@ def _chain(rng: random.Random) -> Question:
   return Question("chain", f"{value}{''.join(f'{s:+d}' for s in steps)}", answer, careful, careless, wrong)
 
 
+def _own_meaning(text: str) -> Meaning:
+  """What the answer to a question that was made here has to say."""
+  known = meaning(text)
+  assert known is not None
+  return known
+
+
 def _sentence(rng: random.Random, text: str, careful: str, careless: str, wrong: Meaning) -> Question:
   """A question with right and wrong answers in wordings drawn at random."""
-  right = meaning(text)
+  right = _own_meaning(text)
   answer, careless_answer = (rng.choice(wordings(said)) for said in (right, wrong))
   return Question(right.domain, text, answer, careful, careless, careless_answer)
 
@@ -325,7 +332,7 @@ def _gap(rng: random.Random) -> Question:
     return f"{up} {'>'.join(said.names)}"
 
   text = f"{people[0]} {counts[0]} {unit}, {people[1]} {counts[1]}. who has more?"
-  right = meaning(text)
+  right = _own_meaning(text)
   if rng.random() < 0.5:
     wrong = right._replace(names=right.names[::-1])
   else:
@@ -355,7 +362,7 @@ def _late(rng: random.Random) -> Question:
     slip = rng.choice(slips)
     careless, wrong = think(slip, slip // 60)
   text = f"{unit} due {hour}:{due:02}, {late} min late. when?"
-  return _sentence(rng, text, careful, careless, meaning(text)._replace(number=wrong))
+  return _sentence(rng, text, careful, careless, _own_meaning(text)._replace(number=wrong))
 
 
 def _order(rng: random.Random) -> Question:
@@ -376,7 +383,7 @@ def _order(rng: random.Random) -> Question:
     return " ".join((*pairs, "-".join(names)))
 
   text = f"{text} order?"
-  return _sentence(rng, text, think(events), think(wrong), meaning(text)._replace(names=wrong))
+  return _sentence(rng, text, think(events), think(wrong), _own_meaning(text)._replace(names=wrong))
 
 
 class _Grammar(NamedTuple):

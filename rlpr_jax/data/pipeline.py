@@ -75,6 +75,10 @@ def reference_length(tokenizer: PreTrainedTokenizerBase, reference: str, templat
 
   Counted on a response with nothing in it but the template's tags, or on the longer baseline if that takes more. What
   a policy writes around `<answer>` moves this by a token or so, by more if it writes lines of whitespace.
+
+  >>> from rlpr_jax.data import builtin
+  >>> reference_length(builtin.tokenizer(), "42", "think")  # `>`, a space, 4, 2, a space, `</answer>`, EOS
+  7
   """
   ids = tokenizer.encode("".join(TAGS[template]), add_special_tokens=False)
   spliced = splice(tokenizer, (), ids, reference, template)

@@ -1,6 +1,7 @@
 """From a question to the token ids a policy continues: instruction, worked examples, chat template."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -79,9 +80,10 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
     attempts.append(_merge_system(messages))
   for attempt in attempts:
     try:
-      return tokenizer.apply_chat_template(
+      ids: Any = tokenizer.apply_chat_template(
         attempt, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
       )
+      return ids
     except jinja2.TemplateError as error:
       reason = " ".join(str(error).split())
   raise InputError(f"tokenizer {name}: its chat template rejects the messages: {reason}")

@@ -177,7 +177,7 @@ def _ask_engine(
   requests: dict[str, list[Request]] = {}  # by key
   key_of, done = {}, 0
   for key, task in missing.items():
-    ids = render(policy.policy.tokenizer, asked.messages(task.question))
+    ids = render(policy.tokenizer, asked.messages(task.question))
     prompt = Prompt(
       ids=np.array(ids, np.int32),
       reference=task.question.reference,

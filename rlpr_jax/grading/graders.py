@@ -205,10 +205,10 @@ def _grade_number(answer: str, question: Question) -> str:
     said = {_TRUTH[word] for word in words if word in _TRUTH}
     return "same truth" if said == {question.reference == "True"} and "not" not in words else ""
   if question.reference.startswith("["):
-    ours, theirs = numbers.parse_list(_core(answer, "number")), numbers.parse_list(question.reference)
-    if ours is None or theirs is None or len(ours) != len(theirs):
+    values, items = numbers.parse_list(_core(answer, "number")), numbers.parse_list(question.reference)
+    if values is None or items is None or len(values) != len(items):
       return ""
-    pairs = zip(sorted(ours), sorted(theirs), strict=True)
+    pairs = zip(sorted(values), sorted(items), strict=True)
     right = all(numbers.equal(value, item, question.rtol, question.atol) for value, item in pairs)
     return _tolerance(question, "equal items") if right else ""
   theirs = numbers.parse(question.reference)
@@ -390,14 +390,16 @@ def check_installed() -> None:
 class MathProcess:
   """The process in which math-verify works, started when it is first needed and again after each time it was killed."""
 
-  def __init__(self):
+  def __init__(self) -> None:
     self._lock = threading.Lock()
-    self._process: subprocess.Popen | None = None
+    self._process: subprocess.Popen[str] | None = None
 
   def ask(self, answer: str, reference: str) -> bool:
     with self._lock:
       if self._process is None:
         self._process = self._start()
+      assert self._process.stdin is not None
+      assert self._process.stdout is not None
       try:
         self._process.stdin.write(f"{json.dumps([answer, reference])}\n")
         self._process.stdin.flush()
@@ -410,7 +412,7 @@ class MathProcess:
         self._process = None
       return verdict == "true\n"
 
-  def _start(self) -> subprocess.Popen:
+  def _start(self) -> subprocess.Popen[str]:
     check_installed()
     # Its source and no module: it imports neither JAX nor this package. A session of its own, so that an interrupt from
     # the keyboard leaves it alone; it ends when its input does.
@@ -418,6 +420,7 @@ class MathProcess:
       [sys.executable, "-P", "-c", f"{inspect.getsource(_judge_pairs)}\n_judge_pairs()"],
       stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+    assert process.stdout is not None
     if process.stdout.readline() != "ready\n":
       process.communicate()
       raise RuntimeError(f"math-verify did not start: exit status {process.returncode}, see above")
@@ -440,7 +443,7 @@ def _judge_pairs() -> None:
   class TooSlow(BaseException):  # no `except Exception` on the way swallows it
     pass
 
-  def stop(*_):
+  def stop(*_: object) -> None:
     raise TooSlow
 
   def limit(seconds: float) -> None:
@@ -448,7 +451,7 @@ def _judge_pairs() -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_VIRTUAL, 1.5 * seconds)
 
-  def read(text: str) -> list:
+  def read(text: str) -> list[object]:
     """An expression without delimiters is LaTeX, unless words show that it is a sentence or has a unit."""
     if re.search(r"\$|\\boxed|\\\(|\\\[", text):
       return parse(text, parsing_timeout=None)

@@ -96,12 +96,12 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
   layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
   windowed, window = _windows(family, read, layers)
   rope, local_rope = _ropes(family, read)
-  biases = _ATTENTION_BIASES[:3] if family == "qwen2" else ()
+  biases: tuple[str, ...] = _ATTENTION_BIASES[:3] if family == "qwen2" else ()
   if read.flag("attention_bias"):
     biases = _ATTENTION_BIASES
   if read.flag("mlp_bias"):
     biases += _MLP_BIASES
-  config = {
+  config: dict[str, Any] = {
     "vocab_size": read.count("vocab_size"),
     "embed_dim": read.count("hidden_size"),
     "mlp_dim": read.count("intermediate_size"),
@@ -210,8 +210,8 @@ class _Reader:
       raise InputError(f"{self.where}: {field} is {value!r}, expected {expected}")
     return value
 
-  def number(self, field: str, default: float) -> float:
-    value = self.fields.get(field, default)
+  def number(self, field: str, default: float | None) -> float:
+    value: Any = self.fields.get(field, default)
     if type(value) not in (int, float) or not 0 < value < float("inf"):
       raise InputError(f"{self.where}: {field} is {value!r}, expected a positive number")
     return float(value)

@@ -13,16 +13,16 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from rlpr_jax import sharding
 from rlpr_jax.errors import InputError
 from rlpr_jax.huggingface.families import from_huggingface
-from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, key_path, layout
+from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, layout
 from rlpr_jax.models.config import ModelConfig
 from rlpr_jax.models.transformer import abstract_params
-from rlpr_jax.models.weights import tensor_name
+from rlpr_jax.models.weights import key_path, tensor_name
 from rlpr_jax.types import Params
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
@@ -33,7 +33,7 @@ _Tensors = dict[str, tuple[pathlib.Path, safe_open]]  # the file of each tensor,
 _Index = tuple[slice, ...]
 
 
-def resolve(path_or_repo: str | os.PathLike, files: Sequence[str] = _FILES) -> pathlib.Path:
+def resolve(path_or_repo: str | os.PathLike[str], files: Sequence[str] = _FILES) -> pathlib.Path:
   """The local directory of a model: a directory as it is, `org/name` or `org/name@revision` from the Hugging Face hub.
 
   Args:
@@ -61,8 +61,8 @@ def resolve(path_or_repo: str | os.PathLike, files: Sequence[str] = _FILES) -> p
 
 
 def load_pretrained(
-  path_or_repo: str | os.PathLike,
-  mesh: Mesh | None = None,
+  path_or_repo: str | os.PathLike[str],
+  mesh: Mesh | AbstractMesh | None = None,
   dtype: Any = jnp.float32,
   rules: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[ModelConfig, Params]:
@@ -140,9 +140,10 @@ def _place(read: Callable[[_Index], np.ndarray], layout: Layout, where: NamedSha
     return jax.block_until_ready(jnp.asarray(read((slice(None),) * len(layout.groups))))
   # Of axes that are one in the file the first alone is ever split: a head's dimensions stay together.
   spec = PartitionSpec(*(where.spec[group[0]] for group in layout.groups))
-  parts: dict[tuple, np.ndarray] = {}
+  parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
-  def part(index: _Index) -> np.ndarray:
+  def part(index: _Index | None) -> np.ndarray:
+    assert index is not None  # it is for what lies on no device of this process
     key = tuple((piece.start, piece.stop) for piece in index)
     if key not in parts:
       parts[key] = read(index)
@@ -163,7 +164,7 @@ def _read(file: safe_open, name: str, index: _Index) -> np.ndarray:
 
 def _check(directory: pathlib.Path, config: ModelConfig, abstract: Params, tensors: _Tensors) -> None:
   """Compares the tensors of the files with what the config says, before any is read."""
-  expected = {}
+  expected: dict[str, list[int]] = {}
   for path, leaf in jax.tree.leaves_with_path(abstract):
     keys = key_path(path)
     shape = leaf.shape[1:] if keys[0] == "layers" else leaf.shape
@@ -224,10 +225,10 @@ def _open_file(file: pathlib.Path) -> Iterator[safe_open]:
     yield reader
 
 
-def _read_json(file: pathlib.Path) -> dict:
+def _read_json(file: pathlib.Path) -> dict[str, Any]:
   """An object of a JSON file; a field that stands there twice is refused."""
 
-  def unique(pairs: list[tuple[str, Any]]) -> dict:
+  def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in pairs:
       if name in fields:

@@ -21,16 +21,16 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.huggingface.families import to_huggingface
-from rlpr_jax.huggingface.tensors import INDEX, Layout, key_path, layout
+from rlpr_jax.huggingface.tensors import INDEX, Layout, layout
 from rlpr_jax.models.config import ModelConfig
-from rlpr_jax.models.weights import WEIGHTS, tensor_name
+from rlpr_jax.models.weights import WEIGHTS, key_path, tensor_name
 from rlpr_jax.types import Params
 
 _METADATA = {"format": "pt"}  # transformers asks for it
 
 
 def save_pretrained(
-  directory: str | os.PathLike,
+  directory: str | os.PathLike[str],
   model_config: ModelConfig,
   params: Params,
   tokenizer: PreTrainedTokenizerBase | None = None,
@@ -74,7 +74,7 @@ def save_pretrained(
 
 
 def save_adapter(
-  directory: str | os.PathLike,
+  directory: str | os.PathLike[str],
   model_config: ModelConfig,
   params: Params,
   base: str,
@@ -179,7 +179,7 @@ def _fetch_layer(*args: Any) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _new_directory(directory: str | os.PathLike) -> Iterator[pathlib.Path]:
+def _new_directory(directory: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
   """A directory to write into, which becomes `directory` at the end; after an error nothing is left of it."""
   target = pathlib.Path(directory).resolve()
   if target.exists() and not (target.is_dir() and not any(target.iterdir())):

@@ -6,7 +6,7 @@ import math
 
 import jax
 
-from rlpr_jax.models.weights import WEIGHTS
+from rlpr_jax.models.weights import WEIGHTS, Path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,8 +38,12 @@ class Layout:
     return parameter.transpose(tuple(itertools.chain(*self.groups))).reshape(self.file_shape)
 
 
-def layout(path: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
-  """Layout of the parameter at `path`; `shape` is that of one layer where layers are stacked."""
+def layout(path: Path, shape: tuple[int, ...]) -> Layout:
+  """Layout of the parameter at `path`; `shape` is that of one layer where layers are stacked.
+
+  >>> layout(("layers", "query", "weight"), (64, 4, 16)).file_shape
+  (64, 64)
+  """
   axes = tuple(range(len(shape)))
   part = path[-1]
   if part == "bias":
@@ -48,8 +52,3 @@ def layout(path: tuple[str, ...], shape: tuple[int, ...]) -> Layout:
     ins = {"weight": WEIGHTS[path[-2]].inputs, "lora_a": len(shape) - 1, "lora_b": 1}[part]
     return Layout(shape, (axes[ins:], axes[:ins]))
   return Layout(shape, tuple((axis,) for axis in axes))
-
-
-def key_path(path: tuple[jax.tree_util.DictKey, ...]) -> tuple[str, ...]:
-  """The path of a leaf of the parameters, as names."""
-  return tuple(key.key for key in path)

@@ -4,6 +4,7 @@
 TPUs and GPUs for whole sequences.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from rlpr_jax.models import kernels
 from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.models.masks import Places
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.types import AnyArray
 
 
 class Cached(NamedTuple):
@@ -41,6 +43,11 @@ def attend(
 
   Args:
     cached: a segment sees what stands there before the position of its first token, and nothing that stands later.
+
+  >>> x = jnp.array([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # one row of two tokens, one head
+  >>> settings = AttentionSettings(backend="xla", scale=0.0)  # each sees itself and what is before it, all alike
+  >>> attend(x, x, x, Places(jnp.ones((1, 2), int)), settings)[0, :, 0].tolist()
+  [[1.0, 0.0], [0.5, 1.0]]
   """
   sharding = settings.sharding
   keys, values = _spread(keys, sharding, axis=2), _spread(values, sharding, axis=2)
@@ -83,20 +90,23 @@ def _attend_xla(
     return scores.reshape(batch, kv_heads, -1, keys.shape[3])
 
   parts, scores = [values.swapaxes(1, 2)], [score(keys.transpose(0, 2, 3, 1), places.sees(settings.window))]
-  begins = places.begins() if cached else None
   for part in cached:
     parts.append(part.values)
-    scores.append(score(part.keys, places.sees_cached(begins, part.positions, settings.window)))
+    scores.append(score(part.keys, places.sees_cached(part.positions, settings.window)))
   ends = np.cumsum([part.shape[3] for part in scores])
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
-  weights = jnp.split(weights, ends[:-1], axis=-1)
-  mixed = sum(jnp.matmul(share, part) for share, part in zip(weights, parts, strict=True))
+  shares = jnp.split(weights, ends[:-1], axis=-1)
+  mixed = functools.reduce(jnp.add, map(jnp.matmul, shares, parts))
   mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
   return mixed.reshape(batch, length, heads, head_dim)
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
-  """cap * tanh(x / cap): never beyond the cap (Gemma 2)."""
+  """cap * tanh(x / cap): never beyond the cap (Gemma 2).
+
+  >>> softcap(jnp.array([1.0, 1000.0]), 30.0).tolist()
+  [1.0, 30.0]
+  """
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -112,9 +122,14 @@ def _spread(x: Float[Array, "..."], sharding: Sharding, axis: int) -> Float[Arra
 
 
 def rotate(
-  x: Float[Array, "B T N H"], positions: Int[Array, "B T"], frequencies: Float[Array, "H/2"]
+  x: Float[Array, "B T N H"], positions: Int[AnyArray, "B T"], frequencies: Float[Array, "H/2"]
 ) -> Float[Array, "B T N H"]:
-  """Rotary position embedding, halves layout (the first half of the head is paired with the second), in float32."""
+  """Rotary position embedding, halves layout (the first half of the head is paired with the second), in float32.
+
+  >>> quarter = jnp.array([jnp.pi / 2])  # a quarter turn a position
+  >>> rotate(jnp.array([[[[1.0, 0.0]], [[1.0, 0.0]]]]), jnp.array([[0, 1]]), quarter).round(3)[0, :, 0].tolist()
+  [[1.0, 0.0], [0.0, 1.0]]
+  """
   angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
   sin, cos = jnp.sin(angles), jnp.cos(angles)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

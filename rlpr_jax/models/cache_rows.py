@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.types import AnyArray
 
 CACHE = ("layers", "batch", "kv_heads", None, None)
 ROWS = ("batch",)
@@ -22,9 +23,9 @@ def append_tokens(
 ) -> Shaped[Array, "L S K *C"]:
   """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on; `axis`: tokens."""
 
-  def rows(old, new, begin):
+  def rows(old: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
     for row in range(begin.size):
-      place = [0, row, 0, 0, 0]
+      place: list[int | jax.Array] = [0, row, 0, 0, 0]
       place[axis] = begin[row]
       old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], place)
     return old
@@ -35,13 +36,13 @@ def append_tokens(
 def fill_rows(
   old: Shaped[Array, "L S K *C"],
   new: Shaped[Array, "L P K *N"],
-  source: Int[Array, "I"],
-  target: Int[Array, "I"],
+  source: Int[AnyArray, "I"],
+  target: Int[AnyArray, "I"],
   sharding: Sharding,
 ) -> Shaped[Array, "L S K *C"]:
   """Writes rows of another cache to the beginning of rows of this one, or nowhere where the target is S."""
 
-  def rows(old, new, source, target):
+  def rows(old: jax.Array, new: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
     total, others = old.shape[1], new.shape[1]
     parts = sharding.spec(ROWS)[0] if sharding.mesh else None
     part = jax.lax.axis_index(parts) if parts else 0
@@ -66,8 +67,8 @@ def copy_rows(
   [3, 1, 2, 3]
   """
 
-  def rows(x, source, target):
-    def copy(i, x):
+  def rows(x: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
+    def copy(i: jax.Array, x: jax.Array) -> jax.Array:
       return jax.lax.dynamic_update_slice_in_dim(x, _row(x, source[i], axis), target[i], axis)
 
     return jax.lax.fori_loop(0, source.size, copy, x)
@@ -83,7 +84,7 @@ def _row(x: Shaped[Array, "..."], row: Int[Array, ""], axis: int) -> Shaped[Arra
 def _on_each_part(
   function: Callable[..., jax.Array],
   sharding: Sharding,
-  operands: Sequence[jax.Array],
+  operands: Sequence[AnyArray],
   axes: Sequence[Sequence[str | None]],
 ) -> jax.Array:
   """Calls `function` on each device's parts of the operands, whose axes are named so; the result is like the first."""

@@ -72,7 +72,7 @@ class ModelConfig:
   max_length: int | None = None  # tokens of context the weights were made for; None where nobody says
   lora: LoRA | None = None
 
-  def __post_init__(self):
+  def __post_init__(self) -> None:
     if self.num_heads % self.num_kv_heads:
       raise InputError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key/value heads")
     if self.windowed and len(self.windowed) != self.num_layers:

@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import sys
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,9 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlpr_jax.errors import SettingError
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.types import AnyArray
 
+Kernel = Callable[..., jax.Array]
 TILE = 128  # whole blocks of either kernel: lanes of a TPU's registers, query rows of a Hopper's thread block
 BLOCKS = (512, 384, 256)  # lengths of splash's blocks in a long sequence
 
@@ -37,7 +40,7 @@ def splash_attention(
   queries: Float[Array, "B T N H"],
   keys: Float[Array, "B T K H"],
   values: Float[Array, "B T K H"],
-  segment_ids: Int[Array, "B T"],
+  segment_ids: Int[AnyArray, "B T"],
   settings: AttentionSettings,
   windowed: Bool[Array, ""] | None,
 ) -> Float[Array, "B T N H"]:
@@ -53,7 +56,9 @@ def splash_attention(
 
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
-  def attend(queries, keys, values, segment_ids, windowed):
+  def attend(
+    queries: jax.Array, keys: jax.Array, values: jax.Array, segment_ids: jax.Array, windowed: jax.Array | None
+  ) -> jax.Array:
     length = queries.shape[1]
     block = block_length(length)
 
@@ -73,7 +78,11 @@ def splash_attention(
 
 
 def block_length(length: int) -> int:
-  """Tokens in a block of a sequence of this length: of the large ones, that which pads it least."""
+  """Tokens in a block of a sequence of this length: of the large ones, that which pads it least.
+
+  >>> block_length(200), block_length(700), block_length(1024)
+  (256, 384, 512)
+  """
   if length <= BLOCKS[0]:
     return length + -length % TILE
   return min(BLOCKS, key=lambda block: -length % block)
@@ -84,7 +93,7 @@ def _pad(x: Shaped[Array, "B T ..."], block: int, value: int = 0) -> Shaped[Arra
   return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
 
-def _splash_kernel(heads: int, length: int, block: int, window: int | None, softcap: float | None) -> Callable:
+def _splash_kernel(heads: int, length: int, block: int, window: int | None, softcap: float | None) -> Kernel:
   """The kernel for one row: queries [heads, length, H], keys and values [K, length, H], segment ids [length]."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
@@ -164,7 +173,7 @@ def _no_tokamax(why: str) -> SettingError:
   return SettingError(f"{{attention}}: 'tokamax', but {why}; take 'xla'")
 
 
-def import_tokamax() -> tuple[Mapping[str, Callable], type]:
+def import_tokamax() -> tuple[Mapping[str, Kernel], Callable[..., Any]]:
   """Tokamax's implementations by name, and its mask.
 
   Private, since its public function has no argument for the first key that a query sees, and would need a [T, T] mask.
@@ -182,14 +191,16 @@ def _is_news(record: logging.LogRecord) -> bool:
   return "Autotuning cache miss" not in str(record.msg)
 
 
-def attend_tokamax(implementation: Callable | None, mask: type, settings: AttentionSettings, *operands):
+def attend_tokamax(
+  implementation: Kernel | None, mask: Callable[..., Any], settings: AttentionSettings, *operands: jax.Array
+) -> jax.Array:
   """One implementation, on one device; None for one that tokamax could not import."""
   if implementation is None:
     raise ImportError("tokamax has no such implementation here")
-  *operands, first_visible = operands
+  *packed, first_visible = operands
   length = first_visible.shape[1]
   y = implementation(
-    *(_pad(x, TILE) for x in operands),
+    *(_pad(x, TILE) for x in packed),
     mask=mask(k_start=_pad(first_visible, TILE, length)[:, None], is_causal=True),
     logits_scale=settings.scale,
     logits_soft_cap=settings.softcap,
@@ -197,7 +208,14 @@ def attend_tokamax(implementation: Callable | None, mask: type, settings: Attent
   return y[:, :length]
 
 
-def _with_gradients(attend: Callable, settings: AttentionSettings, queries, keys, values, of_tokens):
+def _with_gradients(
+  attend: Kernel,
+  settings: AttentionSettings,
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  of_tokens: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """The output, and gradients of queries, keys and values for a gradient of its shape."""
   y, backwards = jax.vjp(lambda *x: _each_device(attend, settings, *x, of_tokens), queries, keys, values)
   return y, backwards(y)
@@ -220,7 +238,13 @@ def _warn(what: str) -> None:
 
 
 def _each_device(
-  attend: Callable, settings: AttentionSettings, queries, keys, values, of_tokens: Int[Array, "B T"], *whole
+  attend: Kernel,
+  settings: AttentionSettings,
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  of_tokens: Int[AnyArray, "B T"],
+  *whole: jax.Array | None,
 ) -> Float[Array, "B T N H"]:
   """`attend`(queries, keys, values, of_tokens, *whole), under a mesh for each device's rows and heads by themselves."""
   sharding = settings.sharding

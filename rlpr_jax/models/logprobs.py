@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from rlpr_jax.models.attention import softcap
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.types import AnyArray
 
 CHUNK = 1024  # tokens a device whose logits exist at once
 
@@ -13,7 +14,7 @@ CHUNK = 1024  # tokens a device whose logits exist at once
 def token_logprobs(
   head: Float[Array, "V D"],
   hidden: Float[Array, "B T D"],
-  targets: Int[Array, "B T"],
+  targets: Int[AnyArray, "B T"],
   temperature: float = 1.0,
   cap: float | None = None,
   sharding: Sharding = Sharding(),
@@ -25,6 +26,11 @@ def token_logprobs(
 
   Args:
     cap: soft cap of the logits (Gemma 2).
+
+  >>> head = jnp.log(jnp.array([[0.2], [0.5], [0.3]]))
+  >>> logprob, entropy = token_logprobs(head, jnp.ones((1, 1, 1)), jnp.array([[1]]))
+  >>> float(jnp.exp(logprob[0, 0])), float(entropy[0, 0])
+  (0.500, 1.030)
   """
   rows, length = targets.shape
   chunk = min(length, max(1, CHUNK * sharding.num_shards("batch") // rows))
@@ -37,7 +43,7 @@ def token_logprobs(
   head = head.astype(hidden.dtype)
 
   @jax.checkpoint
-  def one_chunk(scanned):
+  def one_chunk(scanned: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden, targets = scanned
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
     logits = sharding.constrain(softcap(logits, cap) / temperature, "batch", None, "vocab")

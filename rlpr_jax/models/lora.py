@@ -9,13 +9,21 @@ from rlpr_jax.types import Params
 
 
 def adapters(params: Params) -> Params:
-  """The adapters of a parameter tree, without anything else."""
+  """The adapters of a parameter tree, without anything else.
+
+  >>> adapters({"layers": {"query": {"weight": 1, "lora_a": 2}, "mlp_norm": {"scale": 3}}})
+  {'layers': {'query': {'lora_a': 2}}}
+  """
   kept = {name: adapters(part) if isinstance(part, dict) else part for name, part in params.items()}
   return {name: part for name, part in kept.items() if (part if isinstance(part, dict) else name.startswith("lora_"))}
 
 
 def combine(one: Params, other: Params) -> Params:
-  """Two parts of a parameter tree as one; nothing is copied."""
+  """Two parts of a parameter tree as one; nothing is copied.
+
+  >>> combine({"query": {"weight": 1}}, {"query": {"lora_a": 2}})
+  {'query': {'weight': 1, 'lora_a': 2}}
+  """
   whole = dict(one)
   for name, part in other.items():
     whole[name] = combine(whole[name], part) if name in whole else part

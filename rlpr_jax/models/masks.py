@@ -7,15 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from rlpr_jax.types import AnyArray
+
 UNSEEN = int(np.iinfo(np.int32).max)  # position of a cache slot that holds nothing
 
 
 class Places(NamedTuple):
   """Where the tokens of packed rows stand."""
 
-  segment_ids: Int[Array, "B T"]  # a token sees those before it in its segment, and itself; segments are contiguous
+  segment_ids: Int[AnyArray, "B T"]  # a token sees those before it in its segment, and itself; segments are contiguous
   windowed: Bool[Array, ""] | None = None  # whether this layer has the window; None for no
-  positions: Int[Array, "B T"] | None = None  # in the text; needed for cached tokens alone
+  positions: Int[AnyArray, "B T"] | None = None  # in the text; needed for cached tokens alone
 
   def first_visible(self, window: int | None) -> Int[Array, "B T"]:
     """The first place that each token sees."""
@@ -26,23 +28,20 @@ class Places(NamedTuple):
     places = jnp.arange(self.segment_ids.shape[1])
     return (places <= places[:, None]) & (places >= self.first_visible(window)[:, :, None])
 
-  def begins(self) -> Int[Array, "B T"]:
-    """Position in the text of the first token of each token's segment."""
-    places = jnp.arange(self.segment_ids.shape[1])
-    return self.positions - (places - first_visible(self.segment_ids, None, None))
-
-  def sees_cached(
-    self, begins: Int[Array, "B T"], cached: Int[Array, "B S"], window: int | None
-  ) -> Bool[Array, "B T S"]:
+  def sees_cached(self, cached: Int[Array, "B S"], window: int | None) -> Bool[Array, "B T S"]:
     """Whether each token sees each cached one: what stands before its segment begins, and nothing that stands later."""
+    if self.positions is None:
+      raise ValueError("positions: expected those of the tokens, where others are cached")
+    places = jnp.arange(self.segment_ids.shape[1])
+    begins = self.positions - (places - first_visible(self.segment_ids, None, None))  # of the segment, in the text
     mask = cached[:, None] < begins[:, :, None]
-    if self.windowed is not None:
+    if self.windowed is not None and window is not None:
       mask &= (cached[:, None] > self.positions[:, :, None] - window) | ~self.windowed
     return mask
 
 
 def first_visible(
-  segment_ids: Int[Array, "B T"], window: int | None, windowed: Bool[Array, ""] | None
+  segment_ids: Int[AnyArray, "B T"], window: int | None, windowed: Bool[Array, ""] | None
 ) -> Int[Array, "B T"]:
   """The first place that each token of a packed row sees; it sees all from there to itself.
 
@@ -62,6 +61,6 @@ def first_visible(
   places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
   begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
   first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
-  if windowed is None:
+  if windowed is None or window is None:
     return first
   return jnp.where(windowed, jnp.maximum(first, places + 1 - window), first)

@@ -11,24 +11,28 @@ they give the same numbers:
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
-from rlpr_jax.models.attention import AttentionSettings, Cached, attend, rotate, softcap
+from rlpr_jax.models.attention import Cached, attend, rotate, softcap
 from rlpr_jax.models.config import ModelConfig, Runtime
+from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.models.logprobs import token_logprobs
 from rlpr_jax.models.masks import Places
-from rlpr_jax.models.weights import WEIGHTS, axis_sizes, param_axes
+from rlpr_jax.models.weights import WEIGHTS, axis_sizes, key_path, param_axes
 from rlpr_jax.sharding import Sharding, fit
-from rlpr_jax.types import Params
+from rlpr_jax.types import AnyArray, Params
 
-Tokens = Int[Array | np.ndarray, "B T"]  # ids of tokens, or of their places or segments
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+Tokens = Int[AnyArray, "B T"]  # ids of tokens, or of their places or segments
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "silu": jax.nn.silu,
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+KeyPath = tuple[jax.tree_util.DictKey, ...]
 _REMAT = {
   "none": jax.checkpoint_policies.everything_saveable,
   "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -78,7 +82,7 @@ class CacheView(NamedTuple):
 
   cache: KVCache
   positions: Int[Array, "B S"]  # of the tokens in the first S slots of a row; UNSEEN where there is none
-  rows: Int[Array, "B"] | None = None  # of the cache that are read; None for the first B, on a mesh of each part
+  rows: Int[AnyArray, "B"] | None = None  # of the cache that are read; None for the first B, on a mesh of each part
 
   def layer(self, number: Int[Array, ""], num_shards: int, dtype: str) -> Cached:
     """Takes the tokens' keys and values of one layer; the cache's rows, and `rows`, are split `num_shards` ways."""
@@ -163,8 +167,10 @@ class Layer(nnx.Module):
       self.post_attention_norm = RMSNorm(config.embed_dim, config)
       self.post_mlp_norm = RMSNorm(config.embed_dim, config)
 
-  def project(self, x, positions, windowed):
-    """Rotated queries [B, T, N, H], rotated keys and values [B, T, K, H] of the residual stream x [B, T, D]."""
+  def project(
+    self, x: Float[Array, "B T D"], positions: Tokens, windowed: Bool[Array, ""] | None
+  ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
+    """Rotated queries, rotated keys, and values of the residual stream."""
     config, constrain = self.config, self.runtime.sharding.constrain
     x = self.attention_norm(x)
     queries = constrain(self.query(x), "batch", "sequence", "heads", None)
@@ -177,8 +183,8 @@ class Layer(nnx.Module):
       frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
     return rotate(queries, positions, frequencies), rotate(keys, positions, frequencies), values
 
-  def mix(self, x, attended):
-    """Adds the attention's output and the MLP to the residual stream x [B, T, D]."""
+  def mix(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
+    """Adds the attention's output and the MLP to the residual stream."""
     config, constrain = self.config, self.runtime.sharding.constrain
     y = self.out(attended)
     x = x + constrain(self.post_attention_norm(y) if config.post_norms else y, "batch", "sequence", "embed")
@@ -194,7 +200,7 @@ class Decoder(nnx.Module):
   def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
     self.config, self.runtime = config, runtime
 
-    def table(name: str) -> nnx.Param:
+    def table(name: str) -> nnx.Param[jax.Array]:
       weight = WEIGHTS[name]
       return nnx.Param(jax.random.normal(rngs.params(), weight.shape(config)) * weight.init_std(config))
 
@@ -212,8 +218,8 @@ class Decoder(nnx.Module):
       sharding=runtime.sharding,
     )
 
-  def __call__(self, tokens: Tokens, positions: Tokens, segment_ids: Tokens):
-    """Hidden states [B, T, D] of packed rows, normed, ready for the head.
+  def __call__(self, tokens: Tokens, positions: Tokens, segment_ids: Tokens) -> Float[Array, "B T D"]:
+    """Hidden states of packed rows, normed, ready for the head.
 
     Backwards, what `runtime.remat` says is kept and everything else is computed again.
     """
@@ -221,7 +227,7 @@ class Decoder(nnx.Module):
     definition, stacked = nnx.split(self.layers)
 
     @functools.partial(jax.checkpoint, policy=_REMAT[self.runtime.remat])
-    def body(x, scanned):
+    def body(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, None]:
       weights, windowed = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, windowed)
@@ -237,10 +243,10 @@ class Decoder(nnx.Module):
 
   def extend(
     self,
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
+    tokens: Tokens,
+    positions: Tokens,
     views: Sequence[CacheView],
-    segment_ids: Int[Array, "B T"] | None = None,
+    segment_ids: Tokens | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states of tokens that follow what parts of a cache hold, and their own keys and values.
 
@@ -266,14 +272,16 @@ class Decoder(nnx.Module):
       KVCache(Quantized.of(keys, -2), Quantized.of(values, -1)) if self.runtime.int8_cache else KVCache(keys, values)
     )
 
-  def _read(self, tokens, positions, segment_ids, views: Sequence[CacheView]):
+  def _read(
+    self, tokens: Tokens, positions: Tokens, segment_ids: Tokens, views: Sequence[CacheView]
+  ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states, and the tokens' keys and values.
 
     The cache is indexed by layer inside the scan, so that of each layer only what is read is touched.
     """
     definition, stacked = nnx.split(self.layers)
 
-    def body(x, scanned):
+    def body(x: jax.Array, scanned: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, KVCache]:
       weights, windowed, number = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, windowed)
@@ -295,7 +303,7 @@ class Decoder(nnx.Module):
     )
 
   def logprobs(
-    self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature: float = 1.0
+    self, hidden: Float[Array, "B T D"], targets: Tokens, temperature: float = 1.0
   ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and entropy there, as `logprobs.token_logprobs` gives them."""
     return token_logprobs(self._head, hidden, targets, temperature, self.config.final_softcap, self.runtime.sharding)
@@ -323,11 +331,19 @@ class Decoder(nnx.Module):
     return self.runtime.sharding.constrain(cache, "layers", "batch", "kv_heads", None, None)
 
 
-def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> nnx.GraphDef:
+ModelGraph = nnx.GraphDef[Decoder]  # a decoder without its parameters: `nnx.merge(graph, params)` is the module again
+
+
+def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> ModelGraph:
   """The static half of a decoder; with its parameters, `nnx.merge(definition, params)` is the module again.
 
   Raises:
     InputError: the model's axes do not divide by the mesh.
+
+  >>> config = ModelConfig(8, 4, 4, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2)
+  >>> decoder = nnx.merge(definition(config), init_params(config, seed=0))
+  >>> decoder.logits(decoder.prefill(jnp.array([[5, 6, 7]]))[0]).shape
+  (1, 3, 8)
   """
   fitted = fit(runtime.sharding, axis_sizes(config))
   attention = runtime.attention
@@ -338,7 +354,11 @@ def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> nnx.GraphDe
 
 
 def default_attention(platform: str) -> str:
-  """Which attention "auto" is on a platform, as its devices name it; of a GPU plain XLA where tokamax cannot serve."""
+  """Which attention "auto" is on a platform, as its devices name it; of a GPU plain XLA where tokamax cannot serve.
+
+  >>> default_attention("tpu"), default_attention("cpu")
+  ('splash', 'xla')
+  """
   return {"tpu": "splash", "gpu": "tokamax_or_xla"}.get(platform, "xla")
 
 
@@ -348,9 +368,7 @@ def _platform(sharding: Sharding) -> str:
 
 def place(params: Params, sharding: Sharding) -> Params:
   """Tells the compiler how parameters, or any part of their tree, are to lie."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, x: sharding.constrain(x, *param_axes(tuple(key.key for key in path))), params
-  )
+  return jax.tree_util.tree_map_with_path(lambda path, x: sharding.constrain(x, *param_axes(key_path(path))), params)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "source", "sharding"))
@@ -360,26 +378,36 @@ def cast(params: Params, dtype: str, source: Sharding, sharding: Sharding) -> Pa
   They come to lie as `sharding` says once they are cast: fewer bytes are moved.
   """
 
-  def cast_weight(path, x: jax.Array) -> jax.Array:
+  def cast_weight(path: KeyPath, x: jax.Array) -> jax.Array:
     return x if path[-1].key == "scale" else x.astype(dtype)
 
   return place(place(jax.tree_util.tree_map_with_path(cast_weight, params), source), sharding)
 
 
 def abstract_params(config: ModelConfig, sharding: Sharding = Sharding()) -> Params:
-  """Shapes, dtypes (float32) and shardings of the parameters, without computing anything."""
+  """Shapes, dtypes (float32) and shardings of the parameters, without computing anything.
+
+  >>> config = ModelConfig(8, 4, 4, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2)
+  >>> abstract_params(config)["layers"]["query"]["weight"].shape
+  (1, 4, 2, 2)
+  """
   sharding = fit(sharding, axis_sizes(config))
   shapes = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Decoder(config, Runtime(), rngs=nnx.Rngs(0))))[1])
 
-  def place(path, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    axes = param_axes(tuple(key.key for key in path))
+  def place(path: KeyPath, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    axes = param_axes(key_path(path))
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.named(axes))
 
   return jax.tree_util.tree_map_with_path(place, shapes)
 
 
 def init_params(config: ModelConfig, seed: int, sharding: Sharding = Sharding()) -> Params:
-  """Random float32 parameters, each device computing its own part."""
+  """Random float32 parameters, each device computing its own part.
+
+  >>> config = ModelConfig(8, 4, 4, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2)
+  >>> init_params(config, seed=0)["embedding"].shape
+  (8, 4)
+  """
 
   def make() -> Params:
     return nnx.to_pure_dict(nnx.split(Decoder(config, Runtime(), rngs=nnx.Rngs(seed)))[1])

@@ -5,7 +5,10 @@ The path of a parameter is ("embedding",), ("head",), ("final_norm", "scale") or
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import jax
 
 from rlpr_jax.models.config import ModelConfig
 
@@ -59,7 +62,11 @@ LINEAR = tuple(name for name, weight in WEIGHTS.items() if weight.linear)
 
 
 def axis_sizes(config: ModelConfig) -> dict[str, int]:
-  """Length of each axis of the parameters."""
+  """Length of each axis of the parameters.
+
+  >>> axis_sizes(ModelConfig(8, 4, 16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=2))["mlp"]
+  16
+  """
   return {
     "vocab": config.vocab_size,
     "embed": config.embed_dim,
@@ -71,8 +78,21 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
   }
 
 
+def key_path(path: Sequence[jax.tree_util.DictKey]) -> Path:
+  """The path of a leaf of the parameters, as names.
+
+  >>> key_path((jax.tree_util.DictKey("embedding"),))
+  ('embedding',)
+  """
+  return tuple(key.key for key in path)
+
+
 def weight_of(path: Path) -> Weight:
-  """Finds the weight to which the parameter at `path` belongs."""
+  """Finds the weight to which the parameter at `path` belongs.
+
+  >>> weight_of(("layers", "query", "weight")).axes
+  ('embed', 'heads', 'head_dim')
+  """
   return WEIGHTS[path[1] if path[0] == "layers" else path[0]]
 
 

@@ -99,6 +99,7 @@ class Checkpoints(Generic[State]):
     self._under_way = None
 
   def _start_saving(self) -> None:
+    assert self._under_way is not None
     (params, arrays, host), accuracy = self._under_way
     self._manager.save(
       host["step"],
@@ -117,6 +118,7 @@ class Checkpoints(Generic[State]):
     """
     if jax.process_count() > 1:
       raise RuntimeError(f"{self._directory}: cannot be written ({reason(error)})") from error
+    assert self._under_way is not None
     step = self._under_way[0].host["step"]
     print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)
 
@@ -210,7 +212,7 @@ def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tup
   with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
     steps = sorted(manager.all_steps())
     chosen = step if step is not None else max(steps, default=None)
-    if chosen not in steps:
+    if chosen is None or chosen not in steps:
       there = f"it has {', '.join(map(str, steps))}" if steps else "it has none"
       raise InputError(f"{directory}: no checkpoint of step {chosen}, {there}")
     params = ocp.args.StandardRestore(jax.tree.map(_abstract, like))

@@ -1,5 +1,6 @@
 """Signs in the metrics of long runs that go wrong; and batches that are not finite, kept for a look at them."""
 
+import functools
 import io
 import math
 import pathlib
@@ -76,7 +77,7 @@ class Watch:
         paths.append(path)
         print(f"update {i} of step {step} is not finite and left out: its rows are in {path}", flush=True)
         if processes.is_first():
-          persist(lambda path=path, i=i: dump(path, minibatches[i % len(minibatches)]), path, self._retry_seconds)
+          persist(functools.partial(dump, path, minibatches[i % len(minibatches)]), path, self._retry_seconds)
     raised = alarms(rows, self.settings)
     for alarm in raised if len(raised) > self._raised else ():
       print(f"alarm at step {step}: {alarm}", flush=True)
@@ -90,6 +91,7 @@ def dump(path: pathlib.Path, rows: Any) -> None:
   """Writes a minibatch as an .npz with the fields of a named tuple of rows, those of the rows in use."""
   used = np.any(rows.segment_ids > 0, axis=1)
   content = io.BytesIO()
-  np.savez_compressed(content, **{field: x[used] for field, x in rows._asdict().items() if isinstance(x, np.ndarray)})
+  fields: dict[str, Any] = {field: x[used] for field, x in rows._asdict().items() if isinstance(x, np.ndarray)}
+  np.savez_compressed(content, **fields)
   path.parent.mkdir(exist_ok=True)
   write_atomically(path, content.getvalue())

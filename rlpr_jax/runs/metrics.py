@@ -15,7 +15,7 @@ from rlpr_jax.runs.storage import append, persist, write_atomically
 _compilations = 0
 
 
-def _count_compilation(event: str, _: float, **__: Any) -> None:
+def _count_compilation(event: str, duration_secs: float, **_: str | int) -> None:
   global _compilations
   if event == "/jax/core/compile/backend_compile_duration":
     _compilations += 1
@@ -41,7 +41,8 @@ class MetricsWriter:
       retry_seconds: how long trouble with the storage is borne.
     """
     self._path, self._rollouts, self._seconds = workdir / "metrics.jsonl", workdir / "rollouts", retry_seconds
-    self._directory, self._events = workdir / "tensorboard", None
+    self._directory = workdir / "tensorboard"
+    self._events: Any = None  # the writer of its file, once something is written
     self.rows = read(self._path, resume_after)  # all that is written, on every process
     if processes.is_first():
       from tensorboardX.proto import event_pb2  # with it comes torch, where that is installed

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax.grading.agreement import auc, group_auc, within_group_correlation
 from rlpr_jax.sampling.engine import Engine
-from rlpr_jax.types import Rewards, RolloutBatch
+from rlpr_jax.types import AnyArray, Rewards, RolloutBatch
 
 
 def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict[str, float]:
@@ -41,7 +41,7 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
   }
 
 
-def finite_mean(parts: Sequence[np.ndarray]) -> float:
+def finite_mean(parts: Sequence[AnyArray]) -> float:
   """Mean of what is finite; 0 if nothing is.
 
   >>> finite_mean([np.array([1.0, np.nan]), np.array([[3.0, np.inf]])])
@@ -57,7 +57,7 @@ def compare_rewards(batches: Sequence[RolloutBatch], verifies: bool) -> dict[str
   AUCs say whether a reward tells right responses from wrong ones: of all prompts, and of one prompt's.
   """
 
-  def everywhere(pick: Callable[[RolloutBatch], np.ndarray]) -> np.ndarray:
+  def everywhere(pick: Callable[[RolloutBatch], AnyArray]) -> np.ndarray:
     return np.concatenate([pick(batch) for batch in batches])
 
   def aucs(name: str, scores: np.ndarray) -> dict[str, float | None]:
@@ -66,14 +66,15 @@ def compare_rewards(batches: Sequence[RolloutBatch], verifies: bool) -> dict[str
   total, right = everywhere(lambda batch: batch.rewards.total), everywhere(lambda batch: batch.evidence.verified)
   values: dict[str, float | None] = {}
   if verifies:
-    values = {"reward/verified": float(right.mean())} | aucs("reward", total)
+    values = {"reward/verified": float(right.mean()), **aucs("reward", total)}
   for name in batches[0].shadows:
-    shadow = everywhere(lambda batch, name=name: batch.shadows[name].total)
+    shadow = np.concatenate([batch.shadows[name].total for batch in batches])
     values |= {
       f"shadow/{name}/total": finite_mean([shadow]),
       f"shadow/{name}/group_std": finite_mean([np.std(shadow, axis=1, ddof=1)]) if shadow.shape[1] > 1 else 1.0,
       f"shadow/{name}/correlation": within_group_correlation(total, shadow),
-    } | aucs(f"shadow/{name}", shadow)
+      **aucs(f"shadow/{name}", shadow),
+    }
   return {name: value for name, value in values.items() if value is not None}
 
 

@@ -26,6 +26,7 @@ class Trained(NamedTuple):
 
   policy: Policy
   params: Params  # as the sampler reads them
+  tokenizer: PreTrainedTokenizerBase
   eos_ids: tuple[int, ...]  # tokens that end a response
   template: str  # think | answer_only
 
@@ -100,6 +101,8 @@ def load(source: Source, dtype: str) -> Trained:
   config = source.config.copy_and_resolve_references()
   config.model.compute_dtype = dtype
   policy = load_policy(config)
+  tokenizer = policy.tokenizer
+  assert tokenizer is not None
   if source.run:
     _, params = restore_params(source.run, source.step, policy.trained)
   else:
@@ -108,7 +111,8 @@ def load(source: Source, dtype: str) -> Trained:
   return Trained(
     policy=policy,
     params=policy.sampling_params(params),
-    eos_ids=eos_ids(config.model.path, policy.tokenizer),
+    tokenizer=tokenizer,
+    eos_ids=eos_ids(config.model.path, tokenizer),
     template=config.data.template,
   )
 
@@ -156,4 +160,4 @@ def create_engine(
     num_shards=num_shards,
   )
   device = Device(policy.sampler, DecodeSettings(decode_steps, trained.eos_ids), shapes)
-  return Engine(device, policy.tokenizer, trained.template, baseline_prefix="bare")
+  return Engine(device, trained.tokenizer, trained.template, baseline_prefix="bare")

@@ -18,9 +18,10 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, Params
+from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, ModelGraph, Params
 from rlpr_jax.models.cache_rows import append_tokens, copy_rows, fill_rows
 from rlpr_jax.sampling.params import RowParams, SamplingParams, sample_token, stack
+from rlpr_jax.types import AnyArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,16 +46,16 @@ class Prefilled(NamedTuple):
 
   hidden: Float[Array, "P D"]  # at each prompt's last token
   cache: KVCache  # of P rows
-  lengths: Int[Array, "P"]
+  lengths: Int[AnyArray, "P"]
 
 
 class Entries(NamedTuple):
   """Responses that begin: prompt `source[i]` of some that were read goes into slot `target[i]`. numpy or jax."""
 
-  source: Int[Array, "I"]
-  target: Int[Array, "I"]  # S: nowhere
+  source: Int[AnyArray, "I"]
+  target: Int[AnyArray, "I"]  # S: nowhere
   keys: UInt32[Array, "I 2"]
-  limits: Int[Array, "I"]
+  limits: Int[AnyArray, "I"]
   sampling: RowParams
 
 
@@ -75,9 +76,9 @@ class Slots(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))
-def empty_slots(model: nnx.GraphDef, params: Params, slots: int, capacity: int, limit: int) -> Slots:
+def empty_slots(model: ModelGraph, params: Params, slots: int, capacity: int, limit: int) -> Slots:
   """Makes slots with nothing in them; `capacity` is C, `limit` T."""
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   config, dtype = decoder.config, decoder.runtime.compute_dtype
   new = Slots(
     cache=decoder.empty_cache(slots, capacity),
@@ -99,16 +100,21 @@ def _place_slots(decoder: Decoder, slots: Slots) -> Slots:
   """Puts slots where they always are on the mesh; elsewhere, they would have all that takes them compiled again."""
   constrain = decoder.runtime.sharding.constrain
   cache = jax.tree.map(decoder.place_cache, slots.cache)
-  rows = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), slots._replace(cache=None))
+  rows = jax.tree.map(lambda x: constrain(x, "batch", *[None] * (x.ndim - 1)), _without_cache(slots))
   return rows._replace(cache=cache)
+
+
+def _without_cache(slots: Slots) -> Slots:
+  """All fields but one, to be mapped over: arrays whose rows are slots."""
+  return slots._replace(cache=None)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prefill(
-  model: nnx.GraphDef, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"]
+  model: ModelGraph, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"]
 ) -> tuple[Float[Array, "P D"], KVCache]:
   """Reads each prompt once; returns the hidden states of the last tokens, and all keys and values."""
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   hidden, cache = decoder.prefill(tokens)
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
 
@@ -125,12 +131,12 @@ def row_keys(key: jax.Array, draws: jax.Array, samples: jax.Array) -> UInt32[Arr
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
-def insert(model: nnx.GraphDef, params: Params, slots: Slots, prompts: Prefilled, entries: Entries) -> Slots:
+def insert(model: ModelGraph, params: Params, slots: Slots, prompts: Prefilled, entries: Entries) -> Slots:
   """Puts prefilled prompts into slots, for responses to begin."""
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   source, target = entries.source, entries.target
 
-  def at(old: jax.Array, new: jax.Array | int | bool) -> jax.Array:
+  def at(old: jax.Array, new: AnyArray | int | bool) -> jax.Array:
     return old.at[target].set(new, mode="drop")
 
   fill = functools.partial(fill_rows, source=source, target=target, sharding=decoder.runtime.sharding)
@@ -149,21 +155,21 @@ def insert(model: nnx.GraphDef, params: Params, slots: Slots, prompts: Prefilled
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
-def move(model: nnx.GraphDef, params: Params, slots: Slots, source: Int[Array, "M"], target: Int[Array, "M"]) -> Slots:
+def move(model: ModelGraph, params: Params, slots: Slots, source: Int[Array, "M"], target: Int[Array, "M"]) -> Slots:
   """Copies slot `source[i]` to slot `target[i]`; on a mesh each part of the slots its own M / parts, counted in it.
 
   Sources are no targets, but for those that stay where they are.
   """
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   copy = functools.partial(copy_rows, source=source, target=target, sharding=decoder.runtime.sharding)
   cache = jax.tree.map(functools.partial(copy, axis=1), slots.cache)
-  rows = jax.tree.map(functools.partial(copy, axis=0), slots._replace(cache=None))
+  rows = jax.tree.map(functools.partial(copy, axis=0), _without_cache(slots))
   return _place_slots(decoder, rows._replace(cache=cache))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "settings", "rows", "kv_length"), donate_argnames=("slots",))
 def decode(
-  model: nnx.GraphDef, params: Params, slots: Slots, settings: DecodeSettings, rows: int, kv_length: int
+  model: ModelGraph, params: Params, slots: Slots, settings: DecodeSettings, rows: int, kv_length: int
 ) -> Slots:
   """Draws up to `settings.steps` more tokens of every active row; ends early when none is active any more.
 
@@ -175,16 +181,16 @@ def decode(
     rows: R, how many slots are decoded; the first of them, or on a mesh the first of each part. The others stay.
     kv_length: how much of each slot is read; at least the longest text of an active row.
   """
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   num_shards, steps = decoder.runtime.sharding.num_shards("batch"), settings.steps
-  cache, all_rows = slots.cache, slots._replace(cache=None)
+  cache, all_rows = slots.cache, _without_cache(slots)
   state = jax.tree.map(lambda x: _first(x, rows, num_shards), all_rows)
   begin, numbers = state.lengths, jnp.arange(rows)
   eos_ids = jnp.array(settings.eos_ids)
   filled, offsets = jnp.arange(kv_length), jnp.arange(steps)
   text = CacheView(cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
 
-  def step(carry):
+  def step(carry: tuple[jax.Array, KVCache, Slots]) -> tuple[jax.Array, KVCache, Slots]:
     j, recent, state = carry
     # 1. Draw from what the step before left, with a key of the token's place alone, so that chunks change nothing.
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
@@ -208,7 +214,7 @@ def decode(
     )
     return j + 1, recent, state
 
-  def is_running(carry):
+  def is_running(carry: tuple[jax.Array, KVCache, Slots]) -> jax.Array:
     j, _, state = carry
     return (j < steps) & jnp.any(state.active)
 
@@ -246,17 +252,17 @@ class Suffixes(NamedTuple):
       segment_ids  1 1 1 0
   """
 
-  rows: Int[Array, "R"]  # of the cache
-  tokens: Int[Array, "R E"]
-  positions: Int[Array, "R E"]  # in the text
-  segment_ids: Int[Array, "R E"]  # 0 is padding
-  places: Int[Array, "R A"]  # the place before each token that is scored
-  targets: Int[Array, "R A"]  # the tokens that are scored
+  rows: Int[AnyArray, "R"]  # of the cache
+  tokens: Int[AnyArray, "R E"]
+  positions: Int[AnyArray, "R E"]  # in the text
+  segment_ids: Int[AnyArray, "R E"]  # 0 is padding
+  places: Int[AnyArray, "R A"]  # the place before each token that is scored
+  targets: Int[AnyArray, "R A"]  # the tokens that are scored
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "kv_length"))
 def score(
-  model: nnx.GraphDef, params: Params, cache: KVCache, suffixes: Suffixes, temperature: float, kv_length: int
+  model: ModelGraph, params: Params, cache: KVCache, suffixes: Suffixes, temperature: float, kv_length: int
 ) -> Float[Array, "R A"]:
   """Computes log-probabilities of suffixes after texts whose keys and values are in the cache.
 
@@ -266,7 +272,7 @@ def score(
   Args:
     kv_length: how much of each row is read; at least the longest text that a suffix follows.
   """
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   rows = suffixes.rows
   text = CacheView(cache, jnp.broadcast_to(jnp.arange(kv_length), (rows.size, kv_length)), rows)
   hidden, _ = decoder.extend(suffixes.tokens, suffixes.positions, (text,), suffixes.segment_ids)

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 
 from rlpr_jax import machine
 from rlpr_jax.errors import SettingError
-from rlpr_jax.models import KVCache, Params
+from rlpr_jax.models import KVCache, ModelGraph, Params
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Slots, Suffixes
 from rlpr_jax.sampling.params import SamplingParams, stack
@@ -65,18 +64,21 @@ def pack_suffixes(
   Returns the arrays, and the row of each suffix in them.
   """
   rows = np.repeat(np.arange(len(parts)) * rows_each, size).astype(np.int32)
-  packed = Suffixes(rows, *(np.zeros((rows.size, width), np.int32) for _ in Suffixes._fields[1:]))
+  tokens, positions, segment_ids, places, targets = np.zeros((5, rows.size, width), np.int32)
   placed = []
   for shard, suffixes in enumerate(parts):
     for i, suffix in enumerate(suffixes, shard * size):
       length, scored = len(suffix.ids), np.flatnonzero(suffix.mask)
-      packed.rows[i] = suffix.row
-      packed.tokens[i, :length] = [suffix.last_kept, *suffix.ids[:-1]]
-      packed.positions[i] = suffix.prefix - 1 + np.arange(width)
-      packed.segment_ids[i, :length] = 1
-      packed.places[i, : scored.size] = scored
-      packed.targets[i, : scored.size] = np.array(suffix.ids)[scored]
+      rows[i] = suffix.row
+      tokens[i, :length] = [suffix.last_kept, *suffix.ids[:-1]]
+      positions[i] = suffix.prefix - 1 + np.arange(width)
+      segment_ids[i, :length] = 1
+      places[i, : scored.size] = scored
+      targets[i, : scored.size] = np.array(suffix.ids)[scored]
       placed.append(i)
+  packed = Suffixes(
+    rows=rows, tokens=tokens, positions=positions, segment_ids=segment_ids, places=places, targets=targets
+  )
   return packed, placed
 
 
@@ -84,7 +86,7 @@ def pack_suffixes(
 class Device:
   """A model on its devices, and the programs that sample and score with it."""
 
-  model: nnx.GraphDef
+  model: ModelGraph
   settings: DecodeSettings
   shapes: Shapes
   score_temperature: float = 1.0
@@ -144,7 +146,7 @@ class Device:
     for number, suffix in enumerate(suffixes):
       by_width[bucket(self.shapes.suffix_buckets, len(suffix.ids))].append(number)
     for width, numbers in sorted(by_width.items()):
-      waiting = [[] for _ in range(num_shards)]
+      waiting: list[list[int]] = [[] for _ in range(num_shards)]
       for number in numbers:
         waiting[suffixes[number].row * num_shards // cache.rows].append(number)
       while any(waiting):

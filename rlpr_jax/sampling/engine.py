@@ -56,25 +56,13 @@ class Engine:
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
   ) -> Rollouts:
     """Samples responses to each prompt; a draw's number and `key` decide its responses, not slots or neighbours."""
-    return self._finish(self.scheduler(params, key), draws, samples, options)[1]
+    return self._finish(self.scheduler(params, key), draws, samples, options)
 
   def rollout(
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
   ) -> Rollouts:
     """Samples responses and scores the reference answer in the place of each response's own (RLPR, section 3.2)."""
-    requests, rollouts = self._finish(self.scheduler(params, key, scoring=True), draws, samples, options)
-    references, width = [request.reference or _NO_REFERENCE for request in requests], self.device.shapes.suffix_length
-    mask = pad_rows([reference.mask for reference in references], width, bool)
-    logps = np.zeros(mask.shape, np.float32)
-    logps[mask] = np.concatenate([_NO_REFERENCE.logps, *(reference.logps for reference in references)])
-    return rollouts._replace(
-      scorable=mask.any(axis=1),
-      overlong=np.array([request.overlong for request in requests], bool),
-      reference_starts=np.array([reference.start for reference in references], np.int32),
-      reference_tokens=pad_rows([reference.tokens for reference in references], width),
-      reference_logps=logps,
-      reference_mask=mask,
-    )
+    return self._finish(self.scheduler(params, key, scoring=True), draws, samples, options)
 
   def scheduler(self, params: Params, key: jax.Array, scoring: bool = False) -> Scheduler:
     """A scheduler of responses whose text is this tokenizer's; with `scoring`, of their references too."""
@@ -83,11 +71,10 @@ class Engine:
   def _splice(self, prompt: Prompt, response: list[int]) -> splicing.Splice | None:
     return splicing.splice(self.tokenizer, prompt.ids, response, prompt.reference, self.template)
 
-  def _finish(
-    self, scheduler: Scheduler, draws: Draws, samples: int, options: SampleOptions
-  ) -> tuple[list[Request], Rollouts]:
+  def _finish(self, scheduler: Scheduler, draws: Draws, samples: int, options: SampleOptions) -> Rollouts:
     """Runs until all of a batch has ended; request b is sample b % G of prompt b // G."""
-    shapes, total, requests = self.device.shapes, len(draws) * samples, []
+    shapes, total = self.device.shapes, len(draws) * samples
+    requests: list[Request] = []
     limits = [shapes.max_response_length] * total if options.limits is None else options.limits
     for draw, prompt in draws:
       of_prompt = limits[len(requests) : len(requests) + samples]
@@ -99,7 +86,12 @@ class Engine:
       scheduler.round()
       if done != (done := total - len(scheduler.waiting) - len(scheduler.running)):
         options.progress(done, total)
-    return requests, Rollouts(
+    references = [request.reference or _NO_REFERENCE for request in requests]
+    width = shapes.suffix_length if scheduler.splice else 0
+    mask = pad_rows([reference.mask for reference in references], width, bool)
+    logps = np.zeros(mask.shape, np.float32)
+    logps[mask] = np.concatenate([_NO_REFERENCE.logps, *(reference.logps for reference in references)])
+    return Rollouts(
       tokens=pad_rows([request.tokens for request in requests], shapes.max_response_length),
       lengths=np.array([request.tokens.size for request in requests], np.int32),
       logprobs=pad_rows([request.logprobs for request in requests], shapes.max_response_length, np.float32),
@@ -107,6 +99,12 @@ class Engine:
       texts=[request.text for request in requests],
       refused=np.array([not shapes.takes(request.group.prompt) for request in requests], bool),
       seconds=scheduler.seconds,
+      scorable=np.any(mask, axis=1),
+      overlong=np.array([request.overlong for request in requests], bool),
+      reference_starts=np.array([reference.start for reference in references], np.int32),
+      reference_tokens=pad_rows([reference.tokens for reference in references], width),
+      reference_logps=logps,
+      reference_mask=mask,
     )
 
   def response_text(self, response: Sequence[int] | np.ndarray) -> str:
@@ -114,7 +112,7 @@ class Engine:
     return self.decode_text(self.device.settings.without_eos(response))
 
   def decode_text(self, tokens: Sequence[int] | np.ndarray) -> str:
-    return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
   def baseline(self, params: Params, prompts: Sequence[Prompt]) -> Float[np.ndarray, "N A"]:
     """Scores each reference straight after its prompt, with no reasoning.

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from rlpr_jax.types import AnyArray
+
 _COLDEST = 1e-4
 
 
@@ -25,10 +27,10 @@ class SamplingParams:
 class RowParams(NamedTuple):
   """A `SamplingParams` of each row. numpy or jax."""
 
-  temperature: Float[Array, "B"]
-  top_k: Int[Array, "B"]
-  top_p: Float[Array, "B"]
-  min_p: Float[Array, "B"]
+  temperature: Float[AnyArray, "B"]
+  top_k: Int[AnyArray, "B"]
+  top_p: Float[AnyArray, "B"]
+  min_p: Float[AnyArray, "B"]
 
 
 def stack(rows: Sequence[SamplingParams]) -> RowParams:

@@ -69,7 +69,7 @@ class Scheduler:
     device: Device,
     params: Params,
     key: jax.Array,
-    decode_text: Callable[[Sequence[int]], str],
+    decode_text: Callable[[Sequence[int] | np.ndarray], str],
     splice: Callable[[Prompt, list[int]], Splice | None] | None = None,
   ):
     """
@@ -172,9 +172,7 @@ class Scheduler:
     while self.free and self.waiting:
       request, slot = self.waiting.popleft(), self.free.pop(0)
       group = request.group
-      if group.place is None:
-        self.read_prompts(group)
-      prompts, row = group.place
+      prompts, row = group.place or self.read_prompts(group)
       entry = Entry(
         row=row, slot=slot, draw=group.draw, sample=request.sample, limit=request.limit, sampling=group.sampling
       )
@@ -188,8 +186,8 @@ class Scheduler:
       for first in range(0, len(new), size):
         self.slots = self.device.insert(self.params, self.slots, prompts, self.key, new[first : first + size])
 
-  def read_prompts(self, first: Group) -> None:
-    """Prefills a prompt, and with it the next ones that were not read yet and fit into the same bucket."""
+  def read_prompts(self, first: Group) -> tuple[decode.Prefilled, int]:
+    """Prefills a prompt, and with it the next ones of the same bucket that were not read yet; returns where it is."""
     size, width = self.shapes.prefill_rows, bucket(self.shapes.prompt_buckets, len(first.prompt.ids))
     near: dict[Group, None] = {}  # not far ahead: what is read waits in memory for its turn
     for request in self.waiting:
@@ -201,13 +199,15 @@ class Scheduler:
     prompts = self.device.prefill(self.params, [group.prompt for group in chosen], width)
     for row, group in enumerate(chosen):
       group.place = prompts, row
+    return prompts, 0
 
   def compact(self) -> int:
     """Moves rows to the front once so few are left that a smaller program decodes them; returns how many it decodes."""
     shapes, each = self.shapes, self.slots_each
     taken = collections.Counter(slot // each for slot in range(shapes.slots) if slot not in self.free)
     rows = bucket(shapes.decode_rows, max(taken.values(), default=0) * shapes.num_shards)
-    front, pairs = rows // shapes.num_shards, []
+    front = rows // shapes.num_shards
+    pairs: list[tuple[int, int]] = []
     for shard in range(shapes.num_shards):
       behind = [slot for slot in self.running if slot // each == shard and slot % each >= front]
       places = sorted(slot for slot in self.free if slot // each == shard and slot % each < front)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -94,13 +95,13 @@ def bucket(lengths: Sequence[int], needed: int) -> int:
   return next(length for length in lengths if length >= needed)
 
 
-def pad_rows(rows: Sequence[Sequence | np.ndarray], width: int, dtype: type = np.int32) -> np.ndarray:
+def pad_rows(rows: Sequence[Sequence[Any] | np.ndarray], width: int, dtype: type = np.int32) -> np.ndarray:
   """Rows of several lengths as one array [rows, width], with zeros behind each.
 
   >>> pad_rows([[1, 2], [], [3]], width=3).tolist()
   [[1, 2, 0], [0, 0, 0], [3, 0, 0]]
   """
-  padded = np.zeros((len(rows), width), dtype)
+  padded: np.ndarray = np.zeros((len(rows), width), dtype)
   for row, values in zip(padded, rows, strict=True):
     row[: len(values)] = values
   return padded

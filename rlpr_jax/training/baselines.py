@@ -20,7 +20,7 @@ def unknown_baselines(run: Run) -> np.ndarray:
 def initial_baselines(run: Run, params: Params, stop: StopRequest) -> np.ndarray:
   """Measures every reference's under the initial policy, float32[N, A]; they are kept in the state."""
   size, prompts = run.config.rollout.prompts_per_draw, processes.share(run.prompts)
-  params, baselines = run.policy.sampling_params(params), processes.share(unknown_baselines(run))
+  params, baselines = run.policy.sampling_params(params), unknown_baselines(run)[: len(prompts)]
   progress = metrics.Progress("baselines, prompt")
   for first in range(0, len(prompts), size):
     if stop:

@@ -20,7 +20,18 @@ from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
 from rlpr_jax.training.reward import compute_rewards, gather_evidence
 from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
-from rlpr_jax.types import Advantages, Answers, Evidence, Groups, Rewards, RolloutBatch, Rollouts, StepBatch, TrainState
+from rlpr_jax.types import (
+  Advantages,
+  Answers,
+  AnyArray,
+  Evidence,
+  Groups,
+  Rewards,
+  RolloutBatch,
+  Rollouts,
+  StepBatch,
+  TrainState,
+)
 
 _group_advantages = jax.jit(grpo.group_advantages, static_argnames=("normalize",))
 _separate_advantages = jax.jit(grpo.separate_advantages, static_argnames=("normalize",))
@@ -84,7 +95,7 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
   with contextlib.suppress(StoppedError):
     options = SampleOptions(interrupted=stop.__bool__)
     rollouts = run.engine.rollout(params, my_numbered, run.key, samples, options)
-  if processes.any_of(rollouts is None):
+  if processes.any_of(rollouts is None) or rollouts is None:
     raise StoppedError
 
   # 2. Score the references by another policy than the one that sampled, if the config says so; measure r'.
@@ -154,7 +165,7 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
     advantages, stds = _separate_advantages([reference, evidence.verified], weights, normalize=normalize)
   else:
     advantages, stds = _group_advantages(parts.total, normalize)
-  answer_weights = np.zeros_like(parts.total)
+  answer_weights: AnyArray = np.zeros_like(parts.total)
   match run.config.training.answer_gradient:
     case "verifree":
       answer_weights = grpo.verifree_weights(np.maximum(parts.debiased, 0))  # never away from the reference
@@ -167,7 +178,7 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
       advantages = size * gain + _group_advantages(others, "none")[0]
       answer_weights = size * shares
   answer_weights = np.where(evidence.scorable, answer_weights, 0.0) * run.config.training.answer_coefficient
-  return jax.device_get(Advantages(advantages, stds, answer_weights.astype(np.float32)))
+  return jax.device_get(Advantages(advantages, stds, np.asarray(answer_weights, np.float32)))
 
 
 def kept_groups(run: Run, batch: RolloutBatch) -> Groups:

@@ -67,7 +67,7 @@ def evaluate(
   mine, out = processes.share(list(enumerate(prompts))), None
   with contextlib.suppress(StoppedError):
     out = engine.sample(params, mine, key, samples, options)
-  if processes.any_of(out is None):
+  if processes.any_of(out is None) or out is None:
     raise StoppedError
   graded = np.zeros((len(mine) * samples, 3), np.float32)  # right, well-formed, length
   for i, (text, length) in enumerate(zip(out.texts, out.lengths, strict=True)):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from rlpr_jax.models import Decoder, Params
+from rlpr_jax.models import ModelGraph, Params
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Segment
@@ -24,13 +24,13 @@ Carry = TypeVar("Carry")
 
 
 def row_logprobs(
-  model: nnx.GraphDef, params: Params, rows: PackedRows, temperature: float
+  model: ModelGraph, params: Params, rows: PackedRows, temperature: float
 ) -> tuple[Float[Array, "R L"], Float[Array, "R L"]]:
   """Log-probability of the token at each place given those before it in its segment, and the entropy there.
 
   Place 0 and the first token of a segment have no prediction; their value means nothing and no mask covers them.
   """
-  decoder: Decoder = nnx.merge(model, params)
+  decoder = nnx.merge(model, params)
   tokens = jnp.asarray(rows.tokens)
   hidden = decoder(tokens, rows.positions, rows.segment_ids)
   logps, entropy = decoder.logprobs(hidden[:, :-1], tokens[:, 1:], temperature)
@@ -60,7 +60,7 @@ def fold_micro_batches(
 class LogprobProgram(NamedTuple):
   """All that `compute_logprobs` is compiled for, beside its shapes."""
 
-  model: nnx.GraphDef
+  model: ModelGraph
   temperature: float  # of the distribution
   micro_batch_rows: int  # rows that are computed at once
   sharding: Sharding
@@ -86,21 +86,21 @@ class TextScorer(NamedTuple):
   params: Params  # all of the policy's
   row_length: int  # tokens of a row; the longest text fits
 
-  def logprobs(self, segments: Sequence[Segment], one_micro_batch: bool = False) -> list[np.ndarray | None]:
+  def logprobs(self, segments: Sequence[Segment], one_micro_batch: bool = False) -> list[np.ndarray]:
     """Computes the log-probability of each token of each text, given those before it.
 
     Args:
-      one_micro_batch: only as many texts as are packed into the first one; None for the others.
+      one_micro_batch: only as many texts as are packed into the first one; of the others nothing.
 
     Returns:
-      float32[N] for each text; the first number of each means nothing.
+      float32[N] for each text, float32[0] for one that was left out; the first number of each means nothing.
     """
     size = self.program.micro_batch_rows
     places = packing.first_fit([segment.tokens.size for segment in segments], self.row_length)
     used = places[:, 0].max(initial=-1) + 1
-    out: list[np.ndarray | None] = [None] * len(segments)
+    out = [np.zeros(0, np.float32)] * len(segments)
     for first in range(0, size if one_micro_batch else used, size):
-      inside = np.flatnonzero((places[:, 0] >= first) & (places[:, 0] < first + size))
+      inside = np.flatnonzero((places[:, 0] >= first) & (places[:, 0] < first + size)).tolist()
       rows = packing.pack_rows([segments[i] for i in inside], places[inside] - [first, 0], size, self.row_length)
       logps = np.asarray(compute_logprobs(self.program, self.params, rows))
       for i in inside:

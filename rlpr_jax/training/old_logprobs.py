@@ -64,6 +64,6 @@ def trainer_logprobs(groups: Groups, trainer: TextScorer, everything: bool) -> n
   for (k, g), logps in zip(
     np.ndindex(groups.lengths.shape), trainer.logprobs(segments, one_micro_batch=not everything), strict=True
   ):
-    if logps is not None:
+    if logps.size:
       logprobs[k, g, : groups.lengths[k, g]] = logps[groups.prompt_lengths[k] :]
   return logprobs

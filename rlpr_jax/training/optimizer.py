@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optax
@@ -9,9 +10,8 @@ from ml_collections import ConfigDict
 from optax.contrib import MuonDimensionNumbers, muon
 
 from rlpr_jax.models import Params, matrix_axes, param_axes
+from rlpr_jax.models.weights import Path, key_path
 from rlpr_jax.sharding import Sharding
-
-Path = tuple[str, ...]
 
 
 def learning_rate(peak: float, schedule: str, warmup: int, total: int) -> optax.ScalarOrSchedule:
@@ -92,7 +92,7 @@ def muon_dimensions(params: Params) -> Params:
   """Says of each parameter which axes Muon takes as the rows and columns of a matrix; None where Adam serves."""
 
   def dimensions(path: Sequence[jax.tree_util.DictKey], _: jax.Array) -> MuonDimensionNumbers | None:
-    axes = matrix_axes(tuple(key.key for key in path))
+    axes = matrix_axes(key_path(path))
     return MuonDimensionNumbers(*axes) if axes else None
 
   return jax.tree_util.tree_map_with_path(dimensions, params)
@@ -123,10 +123,10 @@ def moment_axes(path: Path, param_shape: tuple[int, ...], shape: tuple[int, ...]
 
 def abstract_opt_state(optimizer: optax.GradientTransformation, params: Params, sharding: Sharding) -> optax.OptState:
   """Shapes, dtypes and shardings of the optimiser's state: moments lie as their parameters do, all else everywhere."""
-  shapes = {tuple(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  shapes = {key_path(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
-  def place(path: Sequence, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    keys = tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+  def place(path: Sequence[Any], leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    keys = key_path([key for key in path if isinstance(key, jax.tree_util.DictKey)])
     param = next((keys[i:] for i in range(len(keys)) if keys[i:] in shapes), None)  # whose moment this is
     axes = moment_axes(param, shapes[param], leaf.shape) if param else ()
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding.named(axes))

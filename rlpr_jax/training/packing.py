@@ -12,7 +12,12 @@ from rlpr_jax.types import Groups, PackedRows
 
 
 def concatenate(groups: Sequence[Groups]) -> Groups:
-  """Joins groups in their order."""
+  """Joins groups in their order.
+
+  >>> empty = Groups.empty(prompt_limit=4, samples=2, response_limit=3)
+  >>> concatenate([empty, empty]).tokens.shape
+  (0, 2, 3)
+  """
   return jax.tree.map(lambda *fields: np.concatenate(fields), *groups)
 
 
@@ -103,13 +108,13 @@ def to_segments(groups: Groups, weights: np.ndarray) -> list[Segment]:
     start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + sampled[k, g]
     parts = [groups.prompt_tokens[k, :start], groups.tokens[k, g, : end - start]]
     places = np.flatnonzero(answers.mask[k, g]) if answers else np.zeros(0, int)
-    if places.size:
+    if answers and places.size:
       parts.append(answers.tokens[k, g, : places[-1] + 1])
     tokens = np.concatenate(parts)
     mask, old_logprobs = np.zeros(tokens.size, bool), np.zeros(tokens.size, np.float32)
     mask[start:end], old_logprobs[start:end] = True, groups.logprobs[k, g, : end - start]
     segment = Segment(
-      tokens=tokens, mask=mask, old_logprobs=old_logprobs, advantage=groups.advantages[k, g], weight=weight
+      tokens=tokens, mask=mask, old_logprobs=old_logprobs, advantage=float(groups.advantages[k, g]), weight=weight
     )
     if answers:
       answer_weights = np.zeros(tokens.size, np.float32)
@@ -120,7 +125,12 @@ def to_segments(groups: Groups, weights: np.ndarray) -> list[Segment]:
 
 
 def pack_segments(segments: Sequence[Segment], rows: int, row_length: int) -> PackedRows:
-  """Packs sequences first-fit into rows; what is left of them is padding."""
+  """Packs sequences first-fit into rows; what is left of them is padding.
+
+  >>> texts = [Segment.of_tokens(np.array(ids)) for ids in ([5, 6], [7, 8, 9], [4])]
+  >>> pack_segments(texts, rows=2, row_length=4).tokens.tolist()
+  [[7, 8, 9, 4], [5, 6, 0, 0]]
+  """
   places = first_fit([segment.tokens.size for segment in segments], row_length)
   return pack_rows(segments, places, rows, row_length)
 
@@ -146,7 +156,12 @@ def first_fit(lengths: Sequence[int] | np.ndarray, row_length: int) -> np.ndarra
 
 
 def pack_rows(segments: Sequence[Segment], places: np.ndarray, rows: int, row_length: int) -> PackedRows:
-  """Lays each segment at its place in rows; those of a row are numbered as they stand in it."""
+  """Lays each segment at its place in rows; those of a row are numbered as they stand in it.
+
+  >>> texts = [Segment.of_tokens(np.array(ids)) for ids in ([5, 6], [7])]
+  >>> pack_rows(texts, places=np.array([[0, 0], [0, 2]]), rows=1, row_length=4).segment_ids.tolist()
+  [[1, 1, 2, 0]]
+  """
   out, count = PackedRows.empty(rows, row_length), np.zeros(rows, np.int32)
   if segments[0].answer_weights is not None:
     out = out._replace(answer_weights=np.zeros_like(out.weights))

@@ -7,6 +7,7 @@ which one is better can be asked in one run.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,11 @@ def gather_evidence(
 
 
 def align(logps: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Log-probabilities [B, E] and mask of the answer's tokens, moved to the left: column k is the k-th of them."""
+  """Log-probabilities [B, E] and mask of the answer's tokens, moved to the left: column k is the k-th of them.
+
+  >>> align(np.array([[0.0, -0.5, -0.1]]), np.array([[False, True, True]]))[0].tolist()
+  [[-0.5, -0.1, 0.0]]
+  """
   order = np.argsort(~mask, axis=1, kind="stable")
   return np.take_along_axis(logps, order, axis=1), np.take_along_axis(mask, order, axis=1)
 
@@ -116,7 +121,7 @@ def parse_shadow(config: ConfigDict, text: str) -> tuple[str, RewardSettings]:
   Raises:
     InputError: no name, or a field or value that `config.reward` could not have.
   """
-  fields = {field.name: field.type for field in dataclasses.fields(RewardSettings)}
+  fields: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(RewardSettings)}
   name, colon, overrides = text.partition(":")
   values = {}
   for override in filter(None, map(str.strip, overrides.split(","))):

@@ -54,6 +54,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   settings.check_rows(config, policy.sharding)
   settings.check_lengths(config, policy.config.max_length)
   tokenizer = policy.tokenizer
+  assert tokenizer is not None
   splicing.check_tokenizer(tokenizer)
   prompts = load_prompts(config, config.data, tokenizer, builtin_split="train", count=config.data.count)
   held_out = []

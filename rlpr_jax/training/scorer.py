@@ -19,7 +19,7 @@ def score_again(scorer: TextScorer, prompts: Sequence[Prompt], rollouts: Rollout
     scorer: with room in a row for a prompt, a response and a reference answer.
   """
   samples = len(rollouts.lengths) // max(len(prompts), 1)
-  scorable = np.flatnonzero(rollouts.scorable)
+  scorable = np.flatnonzero(rollouts.scorable).tolist()
   segments, places = [], []
   for i in scorable:
     prompt, answer = prompts[i // samples].ids, np.flatnonzero(rollouts.reference_mask[i])

@@ -57,7 +57,7 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   baselines = unknown_baselines(run)
   if run.config.reward.baseline_policy == "initial":
     baselines = initial_baselines(run, params, stop)
-  if processes.any_of(stop):
+  if processes.any_of(bool(stop)):
     return None
   try:
     accuracies = held_out.evaluate_run(run, params, 0, stop)

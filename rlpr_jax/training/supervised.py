@@ -84,7 +84,12 @@ def batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> It
 
 
 def pack(batch: Sequence[Demonstration], rows: int, row_length: int) -> PackedRows:
-  """Packs rows whose loss is the mean of -log p over the tokens of the responses."""
+  """Packs rows whose loss is the mean of -log p over the tokens of the responses.
+
+  >>> rows = pack([Demonstration(prompt=[5, 6], response=[7, 2])], rows=1, row_length=6)
+  >>> rows.answer_weights.tolist()
+  [[0.0, 0.0, 0.5, 0.5, 0.0, 0.0]]
+  """
   weight, segments = 1 / sum(len(item.response) for item in batch), []
   for prompt, response in batch:
     tokens = np.array([*prompt, *response], np.int32)
@@ -148,6 +153,6 @@ def warm_start(
   progress, total = Progress("warm start, step"), config.warm_start.steps
   for state, losses in steps(config, policy, state, demonstrations):  # noqa: B020
     progress(state.step, total, f"loss {float(losses['answer_loss']):.3f}")
-    if processes.any_of(stop):
+    if processes.any_of(bool(stop)):
       break
   return state.params

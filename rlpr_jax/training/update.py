@@ -5,15 +5,14 @@ state, metrics = update(state, rows)
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from rlpr_jax import grpo
-from rlpr_jax.models import Params, combine, place
+from rlpr_jax.models import ModelGraph, Params, combine, place
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.logprobs import fold_micro_batches, row_logprobs
 from rlpr_jax.types import PackedRows
@@ -36,7 +35,7 @@ class UpdateSettings:
 
 
 def loss(
-  model: nnx.GraphDef, params: Params, rows: PackedRows, settings: UpdateSettings
+  model: ModelGraph, params: Params, rows: PackedRows, settings: UpdateSettings
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """This micro-batch's share of the minibatch's loss, and sums over its response tokens for the metrics."""
   logps, entropy = row_logprobs(model, params, rows, settings.temperature)
@@ -68,7 +67,7 @@ def loss(
 class UpdateProgram(NamedTuple):
   """All that an update is compiled for, beside its shapes."""
 
-  model: nnx.GraphDef
+  model: ModelGraph
   optimizer: optax.GradientTransformation
   settings: UpdateSettings
 
@@ -104,7 +103,9 @@ def optimizer_step(
     return loss(model, combine(frozen, params), micro_batch, settings)
 
   # 1. Gradients of each micro-batch, added up in float32, each device keeping its part.
-  def accumulate(micro_batch, total, _):
+  def accumulate(
+    micro_batch: PackedRows, total: tuple[dict[str, jax.Array], Params], _: jax.Array
+  ) -> tuple[dict[str, jax.Array], Params]:
     sums, gradients = total
     (_, new), micro = jax.value_and_grad(share, has_aux=True)(params, micro_batch)
     worst = jnp.maximum(sums["ratio_worst"], new["ratio_worst"])
@@ -143,17 +144,20 @@ def optimizer_step(
   return new._replace(params=place(new.params, settings.sharding)), metrics
 
 
+AnyState = TypeVar("AnyState", bound="State")
+
+
 @runtime_checkable
 class State(Protocol):
   """A NamedTuple with what an update changes, such as `types.TrainState`."""
 
-  params: Params
-  opt_state: optax.OptState
+  @property
+  def params(self) -> Params: ...
 
-  def _replace(self, **changes: Any) -> "State": ...
+  @property
+  def opt_state(self) -> optax.OptState: ...
 
-
-AnyState = TypeVar("AnyState", bound=State)
+  def _replace(self: AnyState, *, params: Params = ..., opt_state: optax.OptState = ...) -> AnyState: ...
 
 
 class Update(NamedTuple):
@@ -165,4 +169,4 @@ class Update(NamedTuple):
   def __call__(self, state: AnyState, rows: PackedRows) -> tuple[AnyState, dict[str, jax.Array]]:
     """Takes the step on a minibatch. The state's parameters and optimiser state are donated, all else stays."""
     trainable, metrics = optimizer_step(self.program, self.frozen, Trainable(state.params, state.opt_state), rows)
-    return state._replace(**trainable._asdict()), metrics
+    return state._replace(params=trainable.params, opt_state=trainable.opt_state), metrics

@@ -97,7 +97,7 @@ def assert_same(found, expected, scored=True):
   for name in found._fields:
     ours, theirs = getattr(found, name), getattr(expected, name)
     if name in SCORED and not scored:
-      assert ours is None
+      assert not ours.any()
     elif name in ("logprobs", "reference_logps"):
       np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
     elif name != "seconds":
