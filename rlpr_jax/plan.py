@@ -46,21 +46,21 @@ def main(argv: Sequence[str] | None = None) -> None:
       min(given.reference_tokens, config.data.max_reference_length),
       given.draws,
     )
-    results = []
+    plans = []
     for place, environment in zip(places, environments, strict=True):
       try:
-        results.append(ask(config, place, environment, lengths, given.fast, given.search))
+        plans.append(ask(config, place, environment, lengths, fast=given.fast, search=given.search))
       except InputError as error:
         if not given.compare:
           raise
-        results.append({"topology": place.name, "chips": place.chips, "fits": False, "error": str(error)})
+        plans.append({"topology": place.name, "chips": place.chips, "fits": False, "error": str(error)})
   if given.json:
-    print(json.dumps(results if given.compare else results[0], indent=2))
+    print(json.dumps(plans if given.compare else plans[0], indent=2))
   elif given.compare:
-    print(table.comparison(results, config.steps))
+    print(table.comparison(plans, config.steps))
   else:
-    print(table.of_one(results[0], config.steps))
-  sys.exit(0 if any(result.get("fits") for result in results) else DOES_NOT_FIT)
+    print(table.of_one(plans[0], config.steps))
+  sys.exit(0 if any(plan.get("fits") for plan in plans) else DOES_NOT_FIT)
 
 
 def _version(package: str) -> str:

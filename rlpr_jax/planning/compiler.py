@@ -46,7 +46,7 @@ def requirements(platform: str) -> list[str]:
   """
   extra, package = {"tpu": ("tpu", "libtpu"), "cuda": ("cuda13", "jax-cuda13-plugin")}[platform]
   pattern = re.compile(rf"{package}(?:\[.*?\])?([^;]*);.*extra == ['\"]{extra}['\"]")
-  named = [found[1].strip() for line in importlib.metadata.requires("jax") or [] if (found := pattern.match(line))]
+  named = [match[1].strip() for line in importlib.metadata.requires("jax") or [] if (match := pattern.match(line))]
   version = re.sub(r"<=([\w.]+),>=\1$", r"==\1", named[0]) if named else ""
   return [package + version] if platform == "tpu" else [package + version, "jax-cuda13-pjrt" + version]
 
@@ -168,34 +168,34 @@ def compile_program(
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    found = Compiled(_why(str(error)), 0, 0, {}, hlo.kernels(lowered.as_text()), time.perf_counter() - started)
+    account = Compiled(_why(str(error)), 0, 0, {}, hlo.kernels(lowered.as_text()), time.perf_counter() - started)
   else:
     memory = compiled.memory_analysis()
     # Elsewhere temporaries are one block, which is there from the beginning to the end, and no part of the peak.
     sums = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    found = Compiled(
-      "",
-      memory.peak_memory_in_bytes if platform == "tpu" else sums + memory.temp_size_in_bytes,
-      memory.temp_size_in_bytes,
-      hlo.traffic(compiled.as_text(), program.trips, far),
-      hlo.kernels(compiled.as_text()),
-      time.perf_counter() - started,
+    account = Compiled(
+      refused="",
+      peak=memory.peak_memory_in_bytes if platform == "tpu" else sums + memory.temp_size_in_bytes,
+      temporary=memory.temp_size_in_bytes,
+      traffic=hlo.traffic(compiled.as_text(), program.trips, far),
+      kernels=hlo.kernels(compiled.as_text()),
+      seconds=time.perf_counter() - started,
     )
   if file:
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps(found._asdict()))
-  return found
+    write_atomically(file, json.dumps(account._asdict()))
+  return account
 
 
 def _read(file: pathlib.Path) -> Compiled | None:
   try:
-    found = Compiled(**json.loads(file.read_text()))
+    account = Compiled(**json.loads(file.read_text()))
   except (OSError, ValueError, TypeError):  # none, or of another version: it is made anew
     return None
-  return found._replace(traffic={kind: hlo.Traffic(*numbers) for kind, numbers in found.traffic.items()})
+  return account._replace(traffic={kind: hlo.Traffic(*numbers) for kind, numbers in account.traffic.items()})
 
 
 def _why(error: str) -> str:
   """The sentence of a refusal that has the figures in it."""
-  found = re.search(r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+\. Exceeded [^.]*\.[^.]*\.", error)
-  return " ".join((found[0] if found else error).split())[:200]
+  sentence = re.search(r"Used [\d.]+[KMGT]? of [\d.]+[KMGT]? \w+\. Exceeded [^.]*\.[^.]*\.", error)
+  return " ".join((sentence[0] if sentence else error).split())[:200]

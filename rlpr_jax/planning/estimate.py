@@ -34,7 +34,11 @@ class Sizes(NamedTuple):
 
 
 class Roofline(NamedTuple):
-  """Seconds of a step's part."""
+  """Seconds of a step's part.
+
+  >>> Roofline(operations=2.0, memory=1.0, links=3.0, overlap=True).seconds
+  3.0
+  """
 
   operations: float
   memory: float
@@ -48,7 +52,12 @@ class Roofline(NamedTuple):
 
 
 def memory_peak(program: Program, compiled: Compiled) -> int:
-  """Bytes a device while the program runs, with all that is alive beside it."""
+  """Bytes a device while the program runs, with all that is alive beside it.
+
+  >>> program = Program(lambda: None, trips=1, parts={}, beside=100)
+  >>> memory_peak(program, Compiled("", peak=20, temporary=0, traffic={}, kernels=[], seconds=1.0))
+  120
+  """
   return compiled.peak + program.beside
 
 

@@ -30,6 +30,10 @@ def of_jaxpr(jaxpr: core.Jaxpr, trips: int | None = None) -> int:
 
   Raises:
     ValueError: there are products in such a loop, and `trips` is None.
+
+  >>> matrix = jax.ShapeDtypeStruct((3, 3), "float32")
+  >>> of_jaxpr(jax.make_jaxpr(lambda a: a @ a)(matrix).jaxpr)
+  54
   """
   return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
 

@@ -119,10 +119,11 @@ def parse(text: str) -> Slice:
   """
   if text == "local":
     return Slice(text, None)
-  found = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
-  if not found or found[1] not in CHIPS:
+  match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?", text)
+  if not match or match[1] not in CHIPS:
     raise InputError(f"--topology: {text!r}, expected local, or CHIP:SHAPE with a chip of {', '.join(CHIPS)}")
-  chip, shape, slices = CHIPS[found[1]], tuple(map(int, found[2].split("x"))), int(found[3] or 1)
+  chip, slices = CHIPS[match[1]], int(match[3] or 1)
+  shape = tuple(map(int, match[2].split("x")))
   if chip.platform == "cuda":
     if slices > 1 or len(shape) > 2 or not math.prod(shape):
       raise InputError(f"--topology: {text!r}, expected GPUS or HOSTSxGPUS after the colon")
@@ -135,10 +136,9 @@ def parse(text: str) -> Slice:
 def _tpus(kind: str, shape: tuple[int, ...], slices: int) -> list[jax.Device]:
   # A torus closes its rings where a slice spans a pod (v5e, v6e), or is made of whole cubes of 64 chips.
   closed = [x == 16 for x in shape] if len(shape) == 2 else [all(x % 4 == 0 for x in shape)] * 3
-  options: dict[str, Any] = {"wrap": [*closed, False][:3], "num_slices": slices}
-  if kind == "v4":
-    options["chip_config_name"] = "megacore"
-  return _describe("tpu", f"{kind}:{'x'.join(map(str, shape))}", **options)
+  megacore = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  name = f"{kind}:{'x'.join(map(str, shape))}"
+  return _describe("tpu", name, wrap=[*closed, False][:3], num_slices=slices, **megacore)
 
 
 def _gpus(kind: str, shape: str) -> list[jax.Device]:

@@ -49,6 +49,10 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
     text: of the compiled program.
     trips: how often loops run that the compiler does not know the length of.
     far: whether a group of devices, by their places in the mesh, reaches beyond a slice or host.
+
+  >>> lines = ["ENTRY %main (x: f32[8]) -> f32[8] {", "  %y = f32[8] all-reduce(%x), replica_groups={{0,1}}"]
+  >>> traffic(chr(10).join(lines), trips=1, far=lambda group: False)
+  {'all-reduce': Traffic(count=1, received=32.0, far=0)}
   """
   bodies, entry = _computations(text)
   seen: dict[str, dict[str, Traffic]] = {}
@@ -59,7 +63,7 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
       for line in bodies.get(name, ()):
         if kind := _KIND.search(line):
           which = "reduce-scatter" if name.startswith(_SCATTER) else kind[1]
-          _add(total, {which: _one(line, which, bool(kind[2]), far, whole=which != kind[1])}, 1)
+          _add(total, {which: _collective(line, which, bool(kind[2]), far, unsplit=which != kind[1])}, 1)
         elif " while(" in line:
           _add(total, of(_BODY.search(line)[1]), _length(line, bodies) or trips)
         elif not _GOES_ON.search(line):
@@ -84,8 +88,8 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
   bodies: dict[str, list[str]] = {}
   entry = name = ""
   for line in text.splitlines():
-    if found := _COMPUTATION.match(line):
-      name = found[1]
+    if match := _COMPUTATION.match(line):
+      name = match[1]
       bodies[name] = []
       entry = name if line.startswith("ENTRY") else entry
     elif name:
@@ -98,7 +102,7 @@ def _length(line: str, bodies: dict[str, list[str]]) -> int | None:
   if known := _TRIPS.search(line):
     return int(known[1])
   condition = bodies.get(_CONDITION.search(line)[1], [])
-  ends = [found[2] for text in condition if (found := _CONSTANT.match(text))]
+  ends = [match[2] for text in condition if (match := _CONSTANT.match(text))]
   compares = [text for text in condition if " compare(" in text]
   if len(ends) != 1 or len(compares) != 1 or "direction=LT" not in compares[0]:
     return None
@@ -107,19 +111,19 @@ def _length(line: str, bodies: dict[str, list[str]]) -> int | None:
 
 def _stride(condition: list[str], body: list[str]) -> int:
   """Step by which a loop's body moves the counter of its condition; 1 where that cannot be seen."""
-  places = [found[1] for text in condition if (found := re.search(r" get-tuple-element\(.*index=(\d+)", text))]
+  places = [match[1] for text in condition if (match := re.search(r" get-tuple-element\(.*index=(\d+)", text))]
   root = next((text for text in body if text.lstrip().startswith("ROOT ") and " tuple(" in text), "")
   state = re.findall(r"%([\w.\-]+)", root.partition(" tuple(")[2].partition(")")[0])
   if len(places) != 1 or int(places[0]) >= len(state):
     return 1
-  lines = {found[1]: text for text in body if (found := re.match(r"\s*%([\w.\-]+) =", text))}
+  lines = {match[1]: text for text in body if (match := re.match(r"\s*%([\w.\-]+) =", text))}
   added = re.findall(r"%([\w.\-]+)", lines.get(state[int(places[0])], "").partition(" add(")[2].partition(")")[0])
-  steps = [int(found[2]) for name in added if (found := _CONSTANT.match(lines.get(name, "")))]
+  steps = [int(match[2]) for name in added if (match := _CONSTANT.match(lines.get(name, "")))]
   return steps[0] if len(steps) == 1 else 1
 
 
-def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], whole: bool) -> Traffic:
-  """`whole`: of a reduce-scatter, whether the result in the text is what is reduced, not yet split."""
+def _collective(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], unsplit: bool) -> Traffic:
+  """`unsplit`: of a reduce-scatter, whether the result in the text is what is reduced, not yet split."""
   arrays = [
     _SIZES.get(dtype, 4) * math.prod(map(int, filter(None, sizes.split(","))))
     for dtype, sizes in _ARRAY.findall(line[line.index("=") : _KIND.search(line).start()])
@@ -127,38 +131,38 @@ def _one(line: str, kind: str, started: bool, far: Callable[[list[int]], bool], 
   if started and kind != "all-reduce":  # operands, results, and of a permutation tokens
     arrays = arrays[1:2] if kind == "collective-permute" else arrays[len(arrays) // 2 :]
   group = _group(line)
-  size, result = len(group), sum(arrays)
+  size, result_bytes = len(group), sum(arrays)
   share = (size - 1) / size if size else 1
   received = {
-    "all-gather": share * result,
-    "all-reduce": 2 * share * result,  # a reduce-scatter and an all-gather
-    "reduce-scatter": share * result if whole else (size - 1) * result,
-    "collective-permute": result,
-  }.get(kind, share * result)
+    "all-gather": share * result_bytes,
+    "all-reduce": 2 * share * result_bytes,  # a reduce-scatter and an all-gather
+    "reduce-scatter": share * result_bytes if unsplit else (size - 1) * result_bytes,
+    "collective-permute": result_bytes,
+  }.get(kind, share * result_bytes)
   return Traffic(1, received, received if far(group) else 0)
 
 
 def _group(line: str) -> list[int]:
   """The devices of the first group."""
-  if found := _IOTA.search(line):
-    groups, size = int(found[1]), int(found[2])
-    numbers = np.arange(groups * size).reshape([int(x) for x in found[3].split(",")])
-    if found[4]:
-      numbers = numbers.transpose([int(x) for x in found[4].split(",")])
+  if match := _IOTA.search(line):
+    groups, size = int(match[1]), int(match[2])
+    numbers = np.arange(groups * size).reshape([int(x) for x in match[3].split(",")])
+    if match[4]:
+      numbers = numbers.transpose([int(x) for x in match[4].split(",")])
     return numbers.reshape(groups, size)[0].tolist()
-  if found := _MESH.search(line):
-    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", found[1])}
-    inside = re.findall(r"'([^']+)'", found[2])
+  if match := _MESH.search(line):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match[1])}
+    inside = re.findall(r"'([^']+)'", match[2])
     numbers = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     return numbers[tuple(slice(None) if name in inside else 0 for name in sizes)].ravel().tolist()
-  if found := _LISTS.search(line):
-    return [int(x) for x in found[1].split("}")[0].strip("{").split(",") if x]
-  if found := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
-    return [int(found[1]), int(found[2])]
+  if match := _LISTS.search(line):
+    return [int(x) for x in match[1].split("}")[0].strip("{").split(",") if x]
+  if match := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", line):
+    return [int(match[1]), int(match[2])]
   return []
 
 
 def _add(total: dict[str, Traffic], more: dict[str, Traffic], times: int) -> None:
-  for kind, one in more.items():
+  for kind, new in more.items():
     old = total.get(kind, Traffic())
-    total[kind] = Traffic(*(a + times * b for a, b in zip(old, one, strict=True)))
+    total[kind] = Traffic(*(a + times * b for a, b in zip(old, new, strict=True)))

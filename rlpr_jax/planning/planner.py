@@ -51,7 +51,7 @@ class Planner:
   def compile(self, name: str, program: Program) -> Compiled:
     """Says what it does, since it may take minutes."""
     self.say(f"compiling {name}")
-    return compile_program(name, program, self.place, self.far, self.cache)
+    return compile_program(name, program, self.place, self.far, cache=self.cache)
 
   def fits(self, program: Program, compiled: Compiled) -> bool:
     return not compiled.refused and estimate.memory_peak(program, compiled) <= self.place.granted
@@ -102,7 +102,12 @@ class Planner:
 
 
 def attention_of(name: str, compiled: Compiled) -> str:
-  """The attention that a program was compiled with: a kernel, or that of plain XLA; "" where there is none."""
+  """The attention that a program was compiled with: a kernel, or that of plain XLA; "" where there is none.
+
+  >>> compiled = Compiled("", peak=20, temporary=0, traffic={}, kernels=["splash"], seconds=1.0)
+  >>> attention_of("decode", compiled), attention_of("gather", compiled)
+  ('splash', '')
+  """
   if name in programs.WITHOUT_ATTENTION:
     return ""
   return ", ".join(compiled.kernels) or "xla"
@@ -133,7 +138,7 @@ def plan(planner: Planner, lengths: Lengths, search: bool) -> dict[str, Any]:
   mesh = layout.policy.sharding.mesh
   counted = programs.rollout_programs(planner.flat, slots) | programs.update_programs(planner.flat, micro)
   operations = estimate.count_flops(counted)
-  result = {
+  figures = {
     "topology": place.name,
     "chips": place.chips,
     "processes": layout.processes,
@@ -158,10 +163,10 @@ def plan(planner: Planner, lengths: Lengths, search: bool) -> dict[str, Any]:
       for name, program in all_programs.items()
     },
     "lengths": lengths._asdict(),
-    "step": step_of(planner, lengths, slots, micro, compiled),
+    "step": step_of(planner, lengths, slots, micro, compiled=compiled),
   }
   if search:
-    wanted_slots, wanted_rows = fastest(planner, lengths, slots, micro, compiled)
+    wanted_slots, wanted_rows = fastest(planner, lengths, slots, micro, compiled=compiled)
     best_rows, update = planner.most(
       make=lambda rows: programs.update_programs(layout, rows * num_shards)["update"],
       name="update",
@@ -170,7 +175,7 @@ def plan(planner: Planner, lengths: Lengths, search: bool) -> dict[str, Any]:
       round_down=lambda rows: 2 ** (rows.bit_length() - 1) if rows else 0,
     )
     # Of the programs of a rollout, what decoding leaves room for may be too much for another one.
-    needed = {name: program["peak"] for name, program in result["programs"].items() if name != "update"}
+    needed = {name: program["peak"] for name, program in figures["programs"].items() if name != "update"}
     spare = max(needed.values()) - needed["decode"] if all(needed.values()) else 0
 
     def decoding(count: int) -> Program:
@@ -185,11 +190,11 @@ def plan(planner: Planner, lengths: Lengths, search: bool) -> dict[str, Any]:
       round_down=lambda count: count - count % _STEP if count > _STEP else count,
     )
     used = best_slots * own_shards, best_rows * num_shards
-    result["best"] = {"slots": used[0] * layout.processes, "micro_batch_rows": used[1]}
+    figures["best"] = {"slots": used[0] * layout.processes, "micro_batch_rows": used[1]}
     if update and decode:
-      result["best"]["step"] = step_of(planner, lengths, *used, compiled | {"update": update, "decode": decode})
-  result["seconds"] = time.perf_counter() - planner.started
-  return result
+      figures["best"]["step"] = step_of(planner, lengths, *used, compiled | {"update": update, "decode": decode})
+  figures["seconds"] = time.perf_counter() - planner.started
+  return figures
 
 
 def fastest(

@@ -69,13 +69,12 @@ def place_on_slice(config: ConfigDict, model_config: ModelConfig, place: Slice) 
   if config.model.attention == "auto":  # of a single device the programs would not know what it is
     config = config.copy_and_resolve_references()
     config.model.attention = models.default_attention(devices[0].platform)
-  mesh = create_mesh(config, devices)
-  own = place.describe_host(devices)
-  if own is not devices:
+  process_mesh = mesh = create_mesh(config, devices)
+  process_devices = place.describe_host(devices)
+  if process_devices is not devices:
     with in_field("config.mesh"):
-      own_mesh = sharding.create_mesh(1, -1, config.mesh.tensor, own)
-    return place_on_mesh(config, model_config, mesh, own_mesh)
-  return place_on_mesh(config, model_config, mesh, mesh)
+      process_mesh = sharding.create_mesh(1, -1, config.mesh.tensor, process_devices)
+  return place_on_mesh(config, model_config, mesh, process_mesh)
 
 
 def place_on_mesh(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own: Mesh) -> Layout:
@@ -89,8 +88,8 @@ def place_on_mesh(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own
   check_lengths(config, policy.config.max_length)
   on_own = dataclasses.replace(policy.gathered, mesh=own)
   sampling = dataclasses.replace(policy.sampling, sharding=sharding.Sharding(on_own.mesh, on_own.rules))
-  whole = policy.merged_params(policy.trained)
-  sampled = _like(_sampling_dtypes(policy, whole), models.abstract_params(policy.config, sampling.sharding))
+  merged = policy.merged_params(policy.trained)
+  sampled = _like(_sampling_dtypes(policy, merged), models.abstract_params(policy.config, sampling.sharding))
   sampled = _on_device(sampled, own)
   optimizer = create_optimizer(config)
   opt_state = _on_device(abstract_opt_state(optimizer, policy.trained, policy.sharding), mesh)
@@ -130,7 +129,8 @@ def extent_of(layout: Layout, prompt: int, reference: int) -> Extent:
 def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -> dict[str, Program]:
   """Programs with which a process samples and scores, with so many slots; `extent`: None for the longest texts."""
   config, policy = layout.config, layout.sampler
-  where, model, params = policy.sampling.sharding, policy.sampler, layout.sampled
+  where = policy.sampling.sharding
+  model, params = policy.sampler, layout.sampled
   num_shards = where.num_shards("batch")
   shapes = dataclasses.replace(rollout_shapes(config, layout.processes, num_shards), slots=slots)
   extent = extent or Extent(shapes.prompt_limit, shapes.suffix_length)
@@ -154,7 +154,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   suffixes = decode.Suffixes(
     _ids(shapes.score_rows), *(_ids(shapes.score_rows, extent.suffix) for _ in decode.Suffixes._fields[1:])
   )
-  weights, cache, waiting = device_bytes(params), device_bytes(rows), device_bytes(read)
+  weights, cache, waiting = map(device_bytes, (params, rows, read))
   # A batch of prompts that was read waits until its last sample has a slot.
   parts = layout.state | {"sampling copy": weights, "slots": cache, "prompts read": waiting}
   state = sum(layout.state.values())
@@ -178,9 +178,9 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   }  # fmt: skip
   if copies_to_sample(layout):
     source, gathered = policy.sharding, policy.gathered.by_process()
-    whole, dtype = policy.merged_params(policy.trained), policy.sampling.compute_dtype
-    trace = functools.partial(models.cast.trace, whole, dtype, source, gathered)
-    beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(whole)
+    merged, dtype = policy.merged_params(policy.trained), policy.sampling.compute_dtype
+    trace = functools.partial(models.cast.trace, merged, dtype, source, gathered)
+    beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(merged)
     gather = Program(trace, 1, layout.state | {"sampling copy": weights}, beside + layout.state["optimiser"])
     programs = {"gather": gather} | programs
   return programs
@@ -214,7 +214,11 @@ def abstract_rows(config: ConfigDict, micro_batch_rows: int) -> PackedRows:
 
 
 def device_bytes(tree: Any) -> int:
-  """Bytes of the arrays on one device; what says nothing of its place lies on every one."""
+  """Bytes of the arrays on one device; what says nothing of its place lies on every one.
+
+  >>> device_bytes({"kernel": jax.ShapeDtypeStruct((2, 3), "float32")})
+  24
+  """
   return sum(
     math.prod(x.sharding.shard_shape(x.shape) if x.sharding else x.shape) * x.dtype.itemsize
     for x in jax.tree.leaves(tree)

@@ -29,7 +29,8 @@ def of_one(plan: dict[str, Any], steps: int) -> str:
   ]
   for name, program in plan["programs"].items():
     kinds = [
-      f"{kind} {one['received'] / GIB:.3f} ({one['count']:.0f})" for kind, one in sorted(program["collectives"].items())
+      f"{kind} {traffic['received'] / GIB:.3f} ({traffic['count']:.0f})"
+      for kind, traffic in sorted(program["collectives"].items())
     ]
     operations = program["operations"] / program["devices"] / 1e12
     lines.append(f"| {name} | {program['attention'] or '-'} | {operations:.2f} | {', '.join(kinds) or 'none'} |")
@@ -61,31 +62,34 @@ def _step(step: dict[str, Any], lengths: dict[str, float], steps: int) -> list[s
 
 
 def best(plan: dict[str, Any], steps: int) -> str:
-  """Settings to take."""
-  found = plan["best"]
-  if not found["slots"] or not found["micro_batch_rows"]:
-    missing = [
-      name
-      for name, field in (
-        ("a single slot for each part of the mesh", "slots"),
-        ("one row at a time", "micro_batch_rows"),
-      )
-      if not found[field]
-    ]
+  """Settings to take.
+
+  >>> best({"best": {"slots": 64, "micro_batch_rows": 8}}, steps=100)
+  'Best of what fits: --config.rollout.slots=64 --config.training.micro_batch_rows=8'
+  """
+  chosen = plan["best"]
+  if not chosen["slots"] or not chosen["micro_batch_rows"]:
+    names = {"slots": "a single slot for each part of the mesh", "micro_batch_rows": "one row at a time"}
+    missing = [name for field, name in names.items() if not chosen[field]]
     return (
       f"Does not fit with {' nor with '.join(missing)}: take more chips, config.model.remat=full, a smaller"
       " config.data.prompt_limit or rollout.max_response_length, more config.mesh.tensor, or"
       " config.rollout.gather_params=False."
     )
-  time = f"; a step then: {found['step']['seconds']:.1f} s" if found.get("step") else ""
+  time = f"; a step then: {chosen['step']['seconds']:.1f} s" if chosen.get("step") else ""
   return (
     "Best of what fits: "
-    f"--config.rollout.slots={found['slots']} --config.training.micro_batch_rows={found['micro_batch_rows']}{time}"
+    f"--config.rollout.slots={chosen['slots']} --config.training.micro_batch_rows={chosen['micro_batch_rows']}{time}"
   )
 
 
 def comparison(plans: list[dict[str, Any]], steps: int) -> str:
-  """Several slices in one table."""
+  """Several slices in one table.
+
+  >>> lines = comparison([{"topology": "v5e:1x1", "chips": 1, "error": "no compiler"}], steps=100).splitlines()
+  >>> lines[2]
+  '| v5e:1x1 | 1 | no compiler | no | | | | |'
+  """
   lines = [
     f"| slice | chips | largest peak of granted, GiB | fits | best slots | best micro-batch |"
     f" s a step (estimate) | chip-hours of {steps} steps (estimate) |",
@@ -96,11 +100,11 @@ def comparison(plans: list[dict[str, Any]], steps: int) -> str:
       lines.append(f"| {plan['topology']} | {plan['chips']} | {plan['error']} | no | | | | |")
       continue
     peak = max(program["peak"] for program in plan["programs"].values())
-    found = plan.get("best", {})
-    step = (found.get("step") if found else plan["step"]) or {}
+    chosen = plan.get("best", {})
+    step = (chosen.get("step") if chosen else plan["step"]) or {}
     lines.append(
       f"| {plan['topology']} | {plan['chips']} | {peak / GIB:.1f} of {plan['granted'] / GIB:.1f} |"
-      f" {'yes' if plan['fits'] else 'no'} | {found.get('slots', '')} | {found.get('micro_batch_rows', '')} |"
+      f" {'yes' if plan['fits'] else 'no'} | {chosen.get('slots', '')} | {chosen.get('micro_batch_rows', '')} |"
       f" {_number(step.get('seconds'), 1)} | {_number(step.get('device_hours'), 0)} |"
     )
   return "\n".join([*lines, "", _ROOFLINE])
