@@ -65,20 +65,20 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
       respond(asked, settings.seed, missing, store, Progress(f"{name}, question"))
     everything += _grade(name, loaded, tasks, store)
   if judging:
-    everything = _judge(everything, loaded, settings.judge, judging, workdir)
-  write = functools.partial(_write, everything, loaded, settings, judging, workdir)
+    everything = _judge(everything, loaded, settings.judge, client=judging, workdir=workdir)
+  write = functools.partial(_write, everything, loaded, settings, asked=judging, workdir=workdir)
   storage.persist(write, workdir / "summary.json", seconds=60)
 
 
 def _load(name: str, settings: ConfigDict, seed: int) -> Loaded:
   known = BENCHMARKS.get(name)
   questions, dropped = benchmarks.load(
-    name if known else "own", settings.path, settings.split, settings.limit, seed, settings.subset
+    name if known else "own", settings.path, settings.split, limit=settings.limit, seed=seed, subset=settings.subset
   )
   said = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
   print(f"{name}: {len(questions)} questions, dropped: {said}", flush=True)
   samples = settings.samples or (known.samples if known else 2)
-  return Loaded(name, questions, samples, known.free_form if known else True, dropped)
+  return Loaded(name, questions, samples, free_form=known.free_form if known else True, dropped=dropped)
 
 
 def _tasks(loaded: Sequence[Loaded], greedy: bool) -> list[Task]:
@@ -93,7 +93,7 @@ def _tasks(loaded: Sequence[Loaded], greedy: bool) -> list[Task]:
 
 def _grade(model: str, loaded: Sequence[Loaded], tasks: dict[str, Task], store: Store) -> list[Graded]:
   """The rule's grades of all that a model answered."""
-  found = {(task.benchmark, task.mode, task.question.id): store.get(key) for key, task in tasks.items()}
+  stored = {(task.benchmark, task.mode, task.question.id): store.get(key) for key, task in tasks.items()}
   modes = list(dict.fromkeys(task.mode for task in tasks.values()))
   progress, done = Progress(f"{model}, graded"), 0
   everything = []
@@ -101,22 +101,22 @@ def _grade(model: str, loaded: Sequence[Loaded], tasks: dict[str, Task], store: 
     for mode in modes:
       rows = []
       for question in benchmark.questions:
-        responses = found[benchmark.name, mode, question.id]
+        responses = stored[benchmark.name, mode, question.id]
         rows.append([Sample(response, graders.grade(question, response.text), None) for response in responses])
         progress(done := done + 1, len(tasks))
-      everything.append(Graded(model, benchmark.name, mode, benchmark.questions, rows, False))
+      everything.append(Graded(model, benchmark.name, mode, benchmark.questions, samples=rows, judged=False))
   return everything
 
 
 def _open_judge(settings: ConfigDict) -> Client:
   return Client(
     Endpoint(
-      settings.url,
-      settings.model,
-      settings.key_variable,
-      settings.concurrency,
-      settings.time_limit,
-      settings.attempts,
+      base_url=settings.url,
+      model=settings.model,
+      key_variable=settings.key_variable,
+      concurrency=settings.concurrency,
+      time_limit=settings.time_limit,
+      attempts=settings.attempts,
       max_tokens=settings.max_tokens,
       price_in=settings.price_in,
       price_out=settings.price_out,
@@ -167,17 +167,17 @@ def _write(
     for question, row in zip(graded.questions, graded.samples, strict=True)
     for i, sample in enumerate(row)
   ]
-  found = summary.summarize(everything, settings.resamples, settings.seed)
-  found["dropped"] = {benchmark.name: benchmark.dropped for benchmark in loaded}
-  found["judge"] = _usage(settings.judge, asked.usage) if asked else None
+  all_figures = summary.summarize(everything, settings.resamples, settings.seed)
+  all_figures["dropped"] = {benchmark.name: benchmark.dropped for benchmark in loaded}
+  all_figures["judge"] = _usage(settings.judge, asked.usage) if asked else None
   notes = [_note(settings.judge, asked.usage)] if asked else []
-  page = summary.to_markdown(found, notes)
+  page = summary.to_markdown(all_figures, notes)
   storage.write_atomically(workdir / "samples.jsonl", "\n".join(lines) + "\n")
   storage.write_atomically(workdir / "config.json", json.dumps(settings.to_dict(), indent=2, sort_keys=True))
-  summary.draw(found, workdir / "summary.png")
-  storage.write_atomically(workdir / "summary.json", json.dumps(found, indent=2))
+  summary.draw(all_figures, workdir / "summary.png")
+  storage.write_atomically(workdir / "summary.json", json.dumps(all_figures, indent=2))
   storage.write_atomically(workdir / "summary.md", page)
-  for model, averages in found["models"].items():
+  for model, averages in all_figures["models"].items():
     for name, modes in averages.items():
       for mode, figures in modes.items():
         said = f"{model}, {name}, {mode}: {100 * figures['rule']['avg']:.1f}% by rule"

@@ -164,7 +164,7 @@ def _aime(row: Row) -> Question:
     raise InputError(f"{row.where('answer')}: expected an integer from 0 to 999, found {reprlib.repr(answer)}")
   # "025" on the answer sheet is 25.
   return Question(
-    row.key("id"), row.text("problem", "question"), str(int(answer)), "AIME 2024", "number", row=row.number
+    row.key("id"), row.text("problem", "question"), str(int(answer)), "AIME 2024", grader="number", row=row.number
   )
 
 
@@ -173,7 +173,8 @@ def _mmlu_pro(row: Row) -> Question:
   letters = [multiple_choice.letter(i) for i in range(len(options))]
   if answer not in letters:
     raise InputError(f"{row.where('answer')}: expected one of {', '.join(letters)}, found {reprlib.repr(answer)}")
-  return _choice(row, row.key("question_id"), row.text("question"), options, answer, row.optional("category"))
+  category = row.optional("category")
+  return _choice(row, row.key("question_id"), row.text("question"), options, answer=answer, category=category)
 
 
 def _gpqa(row: Row) -> Question:
@@ -184,12 +185,12 @@ def _gpqa(row: Row) -> Question:
   random.Random(key).shuffle(options)
   category = row.optional("Subdomain", "High-level domain")
   answer = multiple_choice.letter(options.index(right))
-  return _choice(row, key, row.text("Question"), tuple(options), answer, category)
+  return _choice(row, key, row.text("Question"), tuple(options), answer=answer, category=category)
 
 
 def _choice(row: Row, key: str, question: str, options: tuple[str, ...], answer: str, category: str) -> Question:
-  lines = [f"{multiple_choice.letter(i)}. {option}" for i, option in enumerate(options)]
-  return Question(key, "\n".join([question, *lines]), answer, category, "multiple_choice", options, row.number)
+  lines = [question, *(f"{multiple_choice.letter(i)}. {option}" for i, option in enumerate(options))]
+  return Question(key, "\n".join(lines), answer, category, grader="multiple_choice", options=options, row=row.number)
 
 
 # TheoremQA's own rules (https://github.com/TIGER-AI-Lab/TheoremQA, utils.py): a number that should be an integer is
@@ -209,8 +210,7 @@ def _theoremqa(row: Row) -> Question | str:
     return "picture"
   kind = row.text("Answer_type")
   if kind not in _THEOREMQA:
-    expected = ", ".join(_THEOREMQA)
-    raise InputError(f"{row.where('Answer_type')}: expected one of {expected}, found {reprlib.repr(kind)}")
+    raise InputError(f"{row.where('Answer_type')}: expected one of {', '.join(_THEOREMQA)}, found {reprlib.repr(kind)}")
   grader, rtol, atol = _THEOREMQA[kind]
   question, options = row.text("Question"), ()
   answer = row.values.get("Answer")
@@ -219,14 +219,16 @@ def _theoremqa(row: Row) -> Question | str:
   if kind == "option":
     if (label := multiple_choice.label_of(answer, {})) is None:
       raise InputError(where)
-    options, answer = _listed(question), label
+    options, answer = tuple(multiple_choice.options_of(question).values()), label
   elif kind == "bool":
     if answer not in ("True", "False"):
       raise InputError(where)
   elif not (_are_finite(answer) if kind.startswith("list") else _is_finite(answer)):
     raise InputError(where)
   category = row.optional("field", "subfield")
-  return Question(row.key("id"), question, answer, category, grader, options, row.number, rtol, atol)
+  return Question(
+    row.key("id"), question, answer, category, grader=grader, options=options, row=row.number, rtol=rtol, atol=atol
+  )
 
 
 # Minerva's numbers are rounded to the digits that a problem asks for. Its own check of OCWCourses has a threshold of 1%
@@ -242,21 +244,20 @@ def _minerva(row: Row) -> Question:
   if not reference:
     raise InputError(f"{row.where(column)}: expected a \\boxed{{}} answer, found none")
   grader = "number" if _is_number(reference, letters=False) else "math"  # units stand outside the box
-  category = row.optional("type")
   question = row.text("problem", "question")
   return Question(
-    row.key("idx"), question, reference, category, grader, row=row.number,
+    row.key("idx"), question, reference, row.optional("type"), grader=grader, row=row.number,
     rtol=_MINERVA_RTOL if grader == "number" else 0.0,
   )  # fmt: skip
 
 
 def _webinstruct(row: Row) -> Question:
   question, reference = row.text("question", "prompt"), row.text("answer", "reference")
-  kind = row.optional("answer_type")
   grader, reference, options = _infer(question, reference)
-  if kind == "String" and grader != "multiple_choice":
+  if row.optional("answer_type") == "String" and grader != "multiple_choice":
     grader = "text"
-  return Question(row.key("id"), question, reference, row.optional("category"), grader, options, row.number)
+  category = row.optional("category")
+  return Question(row.key("id"), question, reference, category, grader=grader, options=options, row=row.number)
 
 
 def _gsm8k(row: Row) -> Question:
@@ -264,7 +265,7 @@ def _gsm8k(row: Row) -> Question:
   _, mark, reference = answer.rpartition("####")
   if not mark or not _is_finite(reference):
     raise InputError(f"{row.where('answer')}: expected a number after ####, found {reprlib.repr(answer)}")
-  return Question(row.key("id"), row.text("question"), reference.strip(), "", "number", row=row.number)
+  return Question(row.key("id"), row.text("question"), reference.strip(), category="", grader="number", row=row.number)
 
 
 def _olympiadbench(row: Row) -> Question:
@@ -276,7 +277,7 @@ def _olympiadbench(row: Row) -> Question:
     raise InputError(f"{row.where('error')}: expected a number or nothing, found {reprlib.repr(error)}")
   grader = "number" if _is_number(reference, letters=False) else "math"
   return Question(
-    row.key("id"), row.text("question"), reference, row.optional("subfield"), grader, row=row.number,
+    row.key("id"), row.text("question"), reference, row.optional("subfield"), grader=grader, row=row.number,
     atol=tolerance.value if tolerance and grader == "number" else 0.0,
   )  # fmt: skip
 
@@ -284,13 +285,14 @@ def _olympiadbench(row: Row) -> Question:
 def _bbh(row: Row) -> Question:
   question = row.text("input")
   grader, reference, options = _infer(question, row.text("target"))
-  return Question(row.key("id"), question, reference, "", grader, options, row.number)
+  return Question(row.key("id"), question, reference, "", grader=grader, options=options, row=row.number)
 
 
 def _own(example: sources.Example, path: str) -> Question:
   question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
   grader, reference, options = _infer(question, example.reference)
-  return Question(f"{Path(path).stem}/{example.row}", question, reference, example.source, grader, options, example.row)
+  key = f"{Path(path).stem}/{example.row}"
+  return Question(key, question, reference, example.source, grader=grader, options=options, row=example.row)
 
 
 # ---- what a reference is, where no column says it ----
@@ -312,11 +314,11 @@ def _infer(question: str, reference: str) -> tuple[str, str, tuple[str, ...]]:
     return "multiple_choice", label, tuple(options.values())
   if len(reference) == 1 and "A" <= reference.upper() <= "J":
     return "multiple_choice", reference.upper(), ()
-  rest = _FUNCTION.sub("", _COMMAND.sub("", reference))
+  prose = _FUNCTION.sub("", _COMMAND.sub("", reference))
   if labelled is None and any(c.isalnum() for c in reference) and len(reference) <= numbers.LIMIT:
     if "=" not in reference and _is_number(reference, letters=True):
       return "number", reference, ()
-    if (_COMMAND.search(reference) or _MATHEMATICAL.search(reference)) and not _WORD.search(rest):
+    if (_COMMAND.search(reference) or _MATHEMATICAL.search(reference)) and not _WORD.search(prose):
       return "math", reference, ()
   return "text", reference, ()
 
@@ -341,10 +343,6 @@ def _is_finite(reference: str) -> bool:
 def _are_finite(reference: str) -> bool:
   values = numbers.parse_list(reference)
   return values is not None and all(map(math.isfinite, values))
-
-
-def _listed(question: str) -> tuple[str, ...]:
-  return tuple(multiple_choice.options_of(question).values())
 
 
 # k and the questions are the paper's. It takes 1000 questions of MMLU-Pro at random: `limit`.

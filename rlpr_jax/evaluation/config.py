@@ -12,7 +12,11 @@ from rlpr_jax.evaluation.benchmarks import BENCHMARKS
 
 
 def default() -> ConfigDict:
-  """No models and no benchmarks yet; no judge."""
+  """No models and no benchmarks yet; no judge.
+
+  >>> len(default().models), default().judge.when
+  (0, 'wrong')
+  """
   c = ConfigDict()
   c.seed = 0  # decides which questions are drawn, and the responses of our own engine
   c.greedy = True  # one greedy response to each question beside the sampled ones
@@ -39,7 +43,11 @@ def default() -> ConfigDict:
 
 
 def model(**changes) -> ConfigDict:
-  """A model and how it is asked, with some fields changed. The defaults are the paper's for its own models."""
+  """A model and how it is asked, with some fields changed. The defaults are the paper's for its own models.
+
+  >>> model(path="runs/first", top_p=0.9).top_p
+  0.9
+  """
   c = ConfigDict()
   c.path = ""  # directory of a run, Hugging Face directory, or name on the hub (org/name)
   c.step = -1  # checkpoint of a run; -1 for the newest
@@ -67,7 +75,11 @@ def model(**changes) -> ConfigDict:
 
 
 def benchmark(**changes) -> ConfigDict:
-  """A benchmark, with some fields changed."""
+  """A benchmark, with some fields changed.
+
+  >>> benchmark(limit=100).limit
+  100
+  """
   c = ConfigDict()
   c.path = ""  # .parquet, .jsonl, .json or .csv in the benchmark's own columns, or of your own; "" for the hub
   c.split = ""  # "" for the benchmark's own

@@ -158,7 +158,7 @@ def respond(
     InputError: the model cannot be loaded, or an endpoint did not answer everything.
   """
   ask = _ask_engine if asked.source else _ask_endpoint
-  ask(asked, seed, missing, store, progress)
+  ask(asked, seed, missing, store, progress=progress)
 
 
 def _ask_engine(
@@ -169,7 +169,7 @@ def _ask_engine(
   fields = {"slots": "slots", "prompt_limit": "prompt_limit", "max_response_length": "max_tokens"}
   with setting_names({size: f"{where}.{field}" for size, field in fields.items()}):
     engine = trained.create_engine(
-      policy, settings.slots, settings.prompt_limit, settings.max_tokens, settings.decode_steps
+      policy, settings.slots, settings.prompt_limit, settings.max_tokens, decode_steps=settings.decode_steps
     )
     engine.device.compile_programs(policy.params, scoring=False)
   scheduler = engine.scheduler(policy.params, jax.random.key(seed))
@@ -191,7 +191,7 @@ def _ask_engine(
       continue
     sampling = SamplingParams(0.0) if task.mode == "greedy" else sampled
     limits = [settings.max_tokens] * task.samples
-    requests[key] = scheduler.add(prompt, task.seed, limits, sampling, settings.stop)
+    requests[key] = scheduler.add(prompt, task.seed, limits, sampling, stop=settings.stop)
     key_of |= dict.fromkeys(requests[key], key)
   unfinished = {key: len(of_task) for key, of_task in requests.items()}
   while scheduler.busy:

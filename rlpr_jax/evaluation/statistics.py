@@ -60,8 +60,8 @@ def pass_at_k(right: np.ndarray, k: int) -> np.ndarray:
   n, c = np.sum(~np.isnan(right), axis=1), np.nansum(right, axis=1)
   # As a product of k quotients: the binomials themselves overflow. A quotient of 0 says that too few are wrong.
   drawn = np.arange(k)
-  wrong_left, left = (n - c)[:, None] - drawn, n[:, None] - drawn
-  all_wrong = np.prod(np.maximum(wrong_left, 0) / np.maximum(left, 1), axis=1)
+  wrong_remaining, remaining = (n - c)[:, None] - drawn, n[:, None] - drawn
+  all_wrong = np.prod(np.maximum(wrong_remaining, 0) / np.maximum(remaining, 1), axis=1)
   return np.where(n >= k, 1 - all_wrong, np.nan)
 
 

@@ -59,7 +59,11 @@ def _final(sample: Sample) -> float:
 
 
 def summarize(everything: Sequence[Graded], resamples: int, seed: int) -> Json:
-  """All figures. Accuracies are shares, 0 to 1; intervals are 95% bootstrap intervals over questions."""
+  """All figures. Accuracies are shares, 0 to 1; intervals are 95% bootstrap intervals over questions.
+
+  >>> summarize([], resamples=100, seed=0)
+  {'models': {}, 'averages': {}, 'differences': []}
+  """
   models: Json = {}
   for graded in everything:
     figures = _figures(graded, resamples, seed)
@@ -69,7 +73,7 @@ def summarize(everything: Sequence[Graded], resamples: int, seed: int) -> Json:
     "models": models,
     "averages": {name: _average(models[name]) for name in names},
     "differences": [
-      difference for name in names[1:] for difference in _differences(everything, names[0], name, resamples, seed)
+      difference for name in names[1:] for difference in _differences(everything, names[0], name, resamples, seed=seed)
     ],
   }
 
@@ -146,23 +150,23 @@ def _average(benchmarks: Json) -> Json:
   modes = list(dict.fromkeys(mode for by_mode in benchmarks.values() for mode in by_mode))
   averages = {}
   for mode in modes:
-    found = [by_mode[mode] for by_mode in benchmarks.values() if mode in by_mode]
-    rule = [figures["rule"]["avg"] for figures in found]
-    final = [figures.get("judge", figures["rule"])["avg"] for figures in found]
+    of_mode = [by_mode[mode] for by_mode in benchmarks.values() if mode in by_mode]
+    rule = [figures["rule"]["avg"] for figures in of_mode]
+    final = [figures.get("judge", figures["rule"])["avg"] for figures in of_mode]
     averages[mode] = {
-      "benchmarks": len(found),
+      "benchmarks": len(of_mode),
       "rule": float(np.mean(rule)),
-      "judge": None if None in final or not any("judge" in figures for figures in found) else float(np.mean(final)),
+      "judge": None if None in final or not any("judge" in figures for figures in of_mode) else float(np.mean(final)),
     }
   return averages
 
 
 def _differences(everything: Sequence[Graded], base: str, other: str, resamples: int, seed: int) -> list[Json]:
   """`other` minus `base` on the questions of each benchmark and mode."""
-  found = {(graded.model, graded.benchmark, graded.mode): graded for graded in everything}
+  by_key = {(graded.model, graded.benchmark, graded.mode): graded for graded in everything}
   rows = []
-  for (model, benchmark, mode), ours in found.items():
-    theirs = found.get((base, benchmark, mode))
+  for (model, benchmark, mode), ours in by_key.items():
+    theirs = by_key.get((base, benchmark, mode))
     if model != other or theirs is None:
       continue
     pair = (statistics.mean_at_k(graded.final) for graded in (ours, theirs))
@@ -191,7 +195,11 @@ _COLUMNS = (
 
 
 def to_markdown(summary: Json, notes: Sequence[str]) -> str:
-  """The page: both graders side by side, differences, categories, how answers were found."""
+  """The page: both graders side by side, differences, categories, how answers were found.
+
+  >>> to_markdown({"models": {}, "averages": {}, "differences": []}, notes=["No models."]).splitlines()[:3]
+  ['# Evaluation', '', 'No models.']
+  """
   parts = ["# Evaluation", *notes, "![Accuracy of each model on each benchmark](summary.png)"]
   for model, benchmarks in summary["models"].items():
     rows = [
@@ -215,12 +223,12 @@ def to_markdown(summary: Json, notes: Sequence[str]) -> str:
   for model, benchmarks in summary["models"].items():
     for benchmark, by_mode in benchmarks.items():
       figures = next(iter(by_mode.values()))
-      found = ", ".join(f"{path} {count}" for path, count in figures["found_by"].items())
+      path_counts = ", ".join(f"{path} {count}" for path, count in figures["found_by"].items())
       rows = [
         [name, row["questions"], _percent(row["rule"]), _percent(row.get("judge"))]
         for name, row in figures["categories"].items()
       ]
-      parts += [f"### {model}, {benchmark}", f"Answers were found by: {found}."]
+      parts += [f"### {model}, {benchmark}", f"Answers were found by: {path_counts}."]
       if len(rows) > 1:
         parts.append(_table(["category", "questions", "by rule", "by judge"], rows))
   return "\n\n".join(parts) + "\n"
