@@ -72,14 +72,14 @@ def read_flags(given: flags.FlagValues) -> Options:
   for name, expected in (("path", "a file of questions"), ("out", "a directory")):
     if not given[name].value:
       raise InputError(f"--{name}: missing, expected {expected}")
-  for name, other in (
+  for name, needed in (
     ("judge_url", "judge_model"),
     ("judge_model", "judge_url"),
     ("scores", "keep"),
     ("keep", "scores"),
   ):
-    if given[name].value and not given[other].value:
-      raise InputError(f"--{name}: given without --{other}, expected both or neither")
+    if given[name].value and not given[needed].value:
+      raise InputError(f"--{name}: given without --{needed}, expected both or neither")
   judge = Endpoint(
     given.judge_url, given.judge_model, given.judge_key_variable, given.judge_concurrency,
     temperature=given.judge_temperature if given.judge_temperature >= 0 else None,
@@ -185,7 +185,7 @@ def score(examples: Sequence[Example], path: pathlib.Path) -> dict[int, Score]:
   """
   if not path.is_dir():
     by_row = read_scores(path)
-    found = {index: by_row[example.row] for index, example in enumerate(examples) if example.row in by_row}
+    scores = {index: by_row[example.row] for index, example in enumerate(examples) if example.row in by_row}
   else:
     by_question: dict[str, list[Score]] = {}
     for file in sorted((path / "rollouts").glob("step_*.jsonl")):
@@ -197,10 +197,10 @@ def score(examples: Sequence[Example], path: pathlib.Path) -> dict[int, Score]:
         reference, baseline, std = (_number(row, name, where) for name in _ROLLOUT)
         by_question.setdefault(question, []).append(Score(std, reference - baseline))
     texts = [[message["content"] for message in example.messages if message["role"] == "user"] for example in examples]
-    found = {index: _mean(by_question[text[-1]]) for index, text in enumerate(texts) if text[-1] in by_question}
-  if not found:
+    scores = {index: _mean(by_question[text[-1]]) for index, text in enumerate(texts) if text[-1] in by_question}
+  if not scores:
     raise InputError(f"{path}: expected scores of some of the questions, found none")
-  return found
+  return scores
 
 
 def _mean(scores: Sequence[Score]) -> Score:
@@ -216,11 +216,11 @@ def read_scores(path: pathlib.Path) -> dict[int, Score]:
   Raises:
     InputError: it cannot be read, or a row is not as expected.
   """
-  found: dict[int, list[Score]] = {}
+  groups: dict[int, list[Score]] = {}
   for number, row in read_rows(path)[1]:
     values = [_number(row, name, f"{path}: row {number}") for name in _SCORES]
-    found.setdefault(int(values[0]), []).append(Score(*values[1:]))
-  return {row: _mean(group) for row, group in found.items()}
+    groups.setdefault(int(values[0]), []).append(Score(*values[1:]))
+  return {row: _mean(group) for row, group in groups.items()}
 
 
 def _number(row: dict[str, Any], name: str, where: str) -> float:
@@ -293,23 +293,23 @@ def _sha256(path: pathlib.Path) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _open(out: pathlib.Path, settings: dict[str, Any]) -> bool:
+def _open(directory: pathlib.Path, settings: dict[str, Any]) -> bool:
   """Makes the directory ours; True if it is finished already."""
-  record = out / "curation.json"
+  record = directory / "curation.json"
   try:
-    out.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if record.exists():
-      found = json.loads(record.read_text())
-      if found["finished"]:
+      recorded = json.loads(record.read_text())
+      if recorded["finished"]:
         for name, value in settings.items():
-          if found["settings"].get(name) != value:
-            raise InputError(f"--out: {out} holds another curation ({name} differs), expected a new directory")
+          if recorded["settings"].get(name) != value:
+            raise InputError(f"--out: {directory} holds another curation ({name} differs), expected a new directory")
         return True
-    elif any(out.iterdir()):
-      raise InputError(f"--out: {out} holds other files, expected a new or empty directory")
+    elif any(directory.iterdir()):
+      raise InputError(f"--out: {directory} holds other files, expected a new or empty directory")
     write_atomically(record, json.dumps({"finished": False, "settings": settings}, indent=2))
   except OSError as error:
-    raise InputError(f"--out: {out} cannot be written ({reason(error)})") from None
+    raise InputError(f"--out: {directory} cannot be written ({reason(error)})") from None
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     if isinstance(error, InputError):
       raise
@@ -326,7 +326,7 @@ class Curated(NamedTuple):
   ratings: dict[int, Rating | str]  # by index; a text says why there is none
 
 
-def _write(out: pathlib.Path, settings: dict[str, Any], curated: Curated, client: Client | None) -> None:
+def _write(directory: pathlib.Path, settings: dict[str, Any], curated: Curated, client: Client | None) -> None:
   examples, ratings = curated.examples, curated.ratings
 
   def shown(index: int) -> dict[str, Any]:
@@ -363,18 +363,18 @@ def _write(out: pathlib.Path, settings: dict[str, Any], curated: Curated, client
     settings["input"]["name"], rows=len(examples), kept=kept, dropped=gone, settings=settings, note=note
   )
   try:
-    write_atomically(out / "train.parquet", table.getvalue().to_pybytes())
-    write_atomically(out / "dropped.jsonl", "".join(f"{line}\n" for line in lines))
-    write_atomically(out / "report.html", page)
+    write_atomically(directory / "train.parquet", table.getvalue().to_pybytes())
+    write_atomically(directory / "dropped.jsonl", "".join(f"{line}\n" for line in lines))
+    write_atomically(directory / "report.html", page)
     # Last: with it the directory is finished.
     write_atomically(
-      out / "curation.json", json.dumps({"finished": True, "settings": settings, "counts": counts}, indent=2)
+      directory / "curation.json", json.dumps({"finished": True, "settings": settings, "counts": counts}, indent=2)
     )
   except OSError as error:
-    raise InputError(f"--out: {out} cannot be written ({reason(error)})") from None
+    raise InputError(f"--out: {directory} cannot be written ({reason(error)})") from None
   for name, count in reasons.items():
     print(f"{count:8,} {name}")
-  print(f"{len(curated.kept):8,} of {len(examples):,} kept in {out / 'train.parquet'}")
+  print(f"{len(curated.kept):8,} of {len(examples):,} kept in {directory / 'train.parquet'}")
   if note:
     print(note)
 

@@ -34,7 +34,11 @@ class Protected(NamedTuple):
 
 
 def question_of(example: Example) -> str:
-  """The text of the user's messages."""
+  """The text of the user's messages.
+
+  >>> question_of(Example(({"role": "user", "content": "6 * 7?"},), reference="42", source="sums", row=1))
+  '6 * 7?'
+  """
   return "\n".join(message["content"] for message in example.messages if message["role"] == "user")
 
 
@@ -178,14 +182,24 @@ def windows(words: Words, size: int) -> np.ndarray:
 
 
 def shared_runs(texts: Sequence[Words]) -> set[int]:
-  """Boilerplate: runs of 8 words that more than 2% of the texts (and more than 10) share, as instructions are."""
+  """Boilerplate: runs of 8 words that more than 2% of the texts (and more than 10) share, as instructions are.
+
+  >>> texts = words_of([f"Think about it step by step before you answer: {number}" for number in range(20)])
+  >>> len(shared_runs(texts))
+  2
+  """
   distinct = [np.unique(windows(words, _BOILERPLATE)) for words in texts]
   values, counts = np.unique(np.concatenate([*distinct, np.zeros(0, np.uint64)]), return_counts=True)
   return set(values[counts > max(_SHARED_LEAST, _SHARED_BY * len(texts))].tolist())
 
 
 def without_boilerplate(texts: Sequence[Words], shared: Set[int]) -> list[Words]:
-  """The texts without such runs."""
+  """The texts without such runs.
+
+  >>> words = words_of(["Think about it step by step before you: 42"])
+  >>> [len(text) for text in without_boilerplate(words, shared=set(windows(words[0], 8).tolist()[:1]))]
+  [1]
+  """
   return [words[~_covered(words, shared)] for words in texts]
 
 
@@ -208,12 +222,12 @@ def exact_duplicates(questions: Sequence[str]) -> dict[int, int]:
   {2: 0}
   """
   first: dict[str, int] = {}
-  found = {}
+  duplicates = {}
   for index, question in enumerate(questions):
     original = first.setdefault(" ".join(_LEAD.sub("", question).casefold().split()), index)
     if original != index:
-      found[index] = original
-  return found
+      duplicates[index] = original
+  return duplicates
 
 
 def near_duplicates(texts: Sequence[Words], similarity: float) -> dict[int, int]:
@@ -233,22 +247,22 @@ def near_duplicates(texts: Sequence[Words], similarity: float) -> dict[int, int]
   sets = [np.unique(windows(words, min(_SHINGLE, len(words)))) if len(words) else words for words in texts]
   values, counts = np.unique(np.concatenate([*sets, np.zeros(0, np.uint64)]), return_counts=True)
   holders: dict[int, list[int]] = defaultdict(list)  # rare shingle -> texts that stay
-  found = {}
+  duplicates = {}
   for index, shingles in enumerate(sets):
     by_rarity = shingles[np.argsort(counts[np.searchsorted(values, shingles)], kind="stable")]
     size = len(shingles)
     prefix = by_rarity[: size - math.ceil(similarity * size - 1e-9) + 1].tolist() if size else []
-    for other in sorted({other for shingle in prefix for other in holders.get(shingle, ())}):
-      least = similarity * max(size, len(sets[other]))  # of shared shingles, whatever the union
-      if min(size, len(sets[other])) >= least:
-        shared = len(np.intersect1d(shingles, sets[other], assume_unique=True))
-        if shared >= similarity * (size + len(sets[other]) - shared) - 1e-9:
-          found[index] = other
+    for earlier in sorted({earlier for shingle in prefix for earlier in holders.get(shingle, ())}):
+      least = similarity * max(size, len(sets[earlier]))  # of shared shingles, whatever the union
+      if min(size, len(sets[earlier])) >= least:
+        shared = len(np.intersect1d(shingles, sets[earlier], assume_unique=True))
+        if shared >= similarity * (size + len(sets[earlier]) - shared) - 1e-9:
+          duplicates[index] = earlier
           break
     else:
       for shingle in prefix:
         holders[shingle].append(index)
-  return found
+  return duplicates
 
 
 def leaks(texts: Sequence[Words], benchmarks: Sequence[Protected], size: int, shared: Set[int]) -> dict[int, str]:
@@ -266,16 +280,16 @@ def leaks(texts: Sequence[Words], benchmarks: Sequence[Protected], size: int, sh
   >>> leaks(words_of(["Now, who wrote Emma in 1815?"]), [Protected("novels", ["Who wrote Emma"])], size=3, shared=set())
   {0: 'novels question 1'}
   """
-  whole, bare = [], []  # questions with their names
+  complete, bare = [], []  # questions with their names
   for benchmark in benchmarks:
     questions = words_of(benchmark.questions)
     names = [f"{benchmark.name} question {number}" for number in range(1, len(questions) + 1)]
     # An instruction that stands in the texts and throughout the benchmark would make a leak of every text.
     both = shared & shared_runs(questions)
-    whole += [pair for pair in zip(names, questions, strict=True) if not _any_run(_covered(pair[1], both), size)]
+    complete += [pair for pair in zip(names, questions, strict=True) if not _any_run(_covered(pair[1], both), size)]
     bare += zip(names, without_boilerplate(questions, shared), strict=True)
-  found = _overlaps(without_boilerplate(texts, shared), bare, size) | _overlaps(texts, whole, size)
-  return dict(sorted(found.items()))
+  overlaps = _overlaps(without_boilerplate(texts, shared), bare, size) | _overlaps(texts, complete, size)
+  return dict(sorted(overlaps.items()))
 
 
 def _any_run(covered: np.ndarray, size: int) -> bool:
@@ -291,12 +305,12 @@ def _overlaps(texts: Sequence[Words], questions: Sequence[tuple[str, Words]], si
       runs.setdefault(run, name)
     if 0 < len(words) < size:
       short.setdefault(words.tobytes(), name)
-  found = {}
+  overlaps = {}
   for index, words in enumerate(texts):
     name = next((runs[run] for run in windows(words, size).tolist() if run in runs), short.get(words.tobytes()))
     if name:
-      found[index] = name
-  return found
+      overlaps[index] = name
+  return overlaps
 
 
 class Dropped(NamedTuple):
@@ -356,7 +370,11 @@ class Rating(NamedTuple):
 
 
 def rating_conversation(question: str, reference: str) -> list[dict[str, str]]:
-  """Writes the judge's prompt about a question."""
+  """Writes the judge's prompt about a question.
+
+  >>> [message["role"] for message in rating_conversation("6 * 7?", reference="42")]
+  ['user']
+  """
   question, reference = (for_prompt(text, _RATING_LIMIT) for text in (question, reference))
   content = _RATING_PROMPT.format(mark=fence_mark(question, reference), question=question, reference=reference)
   return [{"role": "user", "content": content}]
@@ -457,6 +475,9 @@ def sift(
 
   Returns:
     indices of what stays, in order; and what does not, in the order of the checks.
+
+  >>> sift([Example(({"role": "user", "content": "Who wrote Emma?"},), "It depends.", source="novels", row=1)])
+  ([], [Dropped(index=0, reason='unclear answer', detail='depends')])
   """
   questions = [question_of(example) for example in examples]
   kept = list(range(len(examples)))
