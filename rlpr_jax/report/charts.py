@@ -105,18 +105,32 @@ THEMES: dict[str, tuple[Panel, ...]] = {
 
 
 def domain_panel(run: Run) -> Panel:
-  """Accuracy over steps, one line a domain."""
+  """Accuracy over steps, one line a domain.
+
+  >>> run = Run("first", rows={0: {"held_out/accuracy/law": 0.5}}, config={}, rollouts=[], unreadable=0)
+  >>> domain_panel(run).lines
+  {'held_out/accuracy/law': 'law'}
+  """
   lines = {f"{ACCURACY}/{domain}": domain for domain in run.domains()}
   return Panel("Accuracy by domain", "share correct", lines)
 
 
 def other_panels(run: Run, known: set[str]) -> tuple[Panel, ...]:
-  """A panel for each metric that no theme names, so that nothing written stays unseen."""
+  """A panel for each metric that no theme names, so that nothing written stays unseen.
+
+  >>> run = Run("first", rows={0: {"mine": 0.5}}, config={}, rollouts=[], unreadable=0)
+  >>> [panel.title for panel in other_panels(run, known=set())]
+  ['mine']
+  """
   return tuple(Panel(key, "value", {key: "value"}) for key in run.metrics() if key not in known)
 
 
 def all_themes(run: Run) -> dict[str, tuple[Panel, ...]]:
-  """The themes of this run: the fixed ones, its domains, and whatever else it wrote."""
+  """The themes of this run: the fixed ones, its domains, and whatever else it wrote.
+
+  >>> list(all_themes(Run("first", rows={}, config={}, rollouts=[], unreadable=0)))
+  ['Held-out questions', 'Reward', 'Responses', 'Update', 'Speed', 'Everything else']
+  """
   themes = dict(THEMES)
   themes[HELD_OUT] += (domain_panel(run),)
   known = {key for panels in themes.values() for panel in panels for key in panel.lines}
@@ -124,7 +138,11 @@ def all_themes(run: Run) -> dict[str, tuple[Panel, ...]]:
 
 
 def thin(series: Series) -> Series:
-  """At most POINTS points: means of equal bins, at the last step of each."""
+  """At most POINTS points: means of equal bins, at the last step of each.
+
+  >>> len(thin(Series(np.arange(1000), np.ones(1000))))
+  400
+  """
   if len(series) <= POINTS:
     return series
   bins = np.array_split(np.arange(len(series)), POINTS)
@@ -133,7 +151,11 @@ def thin(series: Series) -> Series:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-  """A centred moving mean over a twelfth of the curve. It narrows to the ends, where a trend would bend it."""
+  """A centred moving mean over a twelfth of the curve. It narrows to the ends, where a trend would bend it.
+
+  >>> smooth(np.array([0.0, 3.0, 0.0])).tolist()
+  [0.0, 1.0, 0.0]
+  """
   index = np.arange(len(values))
   half = np.minimum(np.minimum(index, index[::-1]), len(values) // 24 + 1)
   sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -153,10 +175,10 @@ def draw_line(axes: Axes, series: Series, color: str, smoothed: bool = True) -> 
 
 def draw_stack(axes: Axes, run: Run, panel: Panel) -> None:
   """Areas of the parts of a step; the last line of the panel is the whole, its area what the parts leave."""
-  *parts, whole = panel.lines
-  total = thin(run.series(whole))
+  *part_keys, total_key = panel.lines
+  total = thin(run.series(total_key))
   heights = []
-  for key in parts:
+  for key in part_keys:
     part = run.series(key)
     heights.append(np.interp(total.steps, part.steps, part.values) if len(part) else np.zeros(len(total)))
   heights.append(np.maximum(total.values - np.sum(heights, axis=0), 0.0))
@@ -183,7 +205,11 @@ def draw_panel(axes: Axes, run: Run, panel: Panel) -> None:
 
 
 def to_svg(figure: Figure) -> Markup:
-  """The figure as an `<svg>` element that takes the width it is given."""
+  """The figure as an `<svg>` element that takes the width it is given.
+
+  >>> to_svg(Figure()).startswith("<svg")
+  True
+  """
   buffer = io.StringIO()
   figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
   text = buffer.getvalue()
@@ -191,7 +217,12 @@ def to_svg(figure: Figure) -> Markup:
 
 
 def legend(run: Run, panel: Panel) -> Markup:
-  """Name, colour and latest value of each line that has one."""
+  """Name, colour and latest value of each line that has one.
+
+  >>> run = Run("first", rows={0: {"loss": 0.5}}, config={}, rollouts=[], unreadable=0)
+  >>> legend(run, Panel("Loss", "loss", {"loss": "mean"}))
+  '<span class="legend"><span><i style="background:#0f766e"></i>mean <b>0.5</b></span></span>'
+  """
   items = []
   for (key, label), color in zip(panel.lines.items(), style.cycle(len(panel.lines)), strict=True):
     series = run.series(key)
@@ -205,7 +236,12 @@ def legend(run: Run, panel: Panel) -> Markup:
 
 
 def render(run: Run, panel: Panel) -> Markup | None:
-  """One `<figure>`, or None where the run wrote nothing for it."""
+  """One `<figure>`, or None where the run wrote nothing for it.
+
+  >>> run = Run("first", rows={0: {"loss": 0.5}}, config={}, rollouts=[], unreadable=0)
+  >>> render(run, Panel("Entropy", "nats", {"entropy": "mean"})) is None
+  True
+  """
   needed = list(panel.lines)[-1:] if panel.stacked else list(panel.lines)
   if not any(len(run.series(key)) for key in needed):
     return None

@@ -21,6 +21,9 @@ def render(name: str, rows: int, kept: Sequence[Json], dropped: Sequence[Json], 
     kept: {row, question, reference, rating}; rating None where no judge was asked.
     dropped: {row, reason, detail, question, reference}, in the order of the checks.
     note: what the judge cost, or "".
+
+  >>> render("sums.jsonl", rows=2, kept=[], dropped=[], settings={}, note="").startswith("<!doctype html>")
+  True
   """
   reasons = Counter(row["reason"] for row in dropped)
   head = tag("head", Markup(HEAD), tag("title", f"{name} · curation"), tag("style", Markup(style.CSS)))
@@ -47,16 +50,16 @@ def render(name: str, rows: int, kept: Sequence[Json], dropped: Sequence[Json], 
 
 
 def _funnel(rows: int, reasons: Counter[str]) -> Iterator[Markup]:
-  yield _bar("read", 0, rows, rows, f"{rows:,}")
-  left = rows
+  yield _bar("read", gone=0, remaining=rows, rows=rows, numbers=f"{rows:,}")
+  remaining = rows
   for reason, count in reasons.items():
-    left -= count
-    yield _bar(reason, count, left, rows, join(f"{-count:,} → ", tag("b", f"{left:,}")))
+    remaining -= count
+    yield _bar(reason, count, remaining, rows, numbers=join(f"{-count:,} → ", tag("b", f"{remaining:,}")))
 
 
-def _bar(name: str, gone: int, left: int, rows: int, numbers: object) -> Markup:
+def _bar(name: str, gone: int, remaining: int, rows: int, numbers: object) -> Markup:
   """Bar of the rows that remain, and behind it those that this check took."""
-  parts = ((left, 0, style.TEAL), (gone, left, style.CORAL))
+  parts = ((remaining, 0, style.TEAL), (gone, remaining, style.CORAL))
   drawn = (
     tag("i", style=f"left:{100 * start / rows:.2f}%;width:{100 * width / rows:.2f}%;background:{color}")
     for width, start, color in parts

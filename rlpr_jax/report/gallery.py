@@ -39,7 +39,12 @@ def by_reward(rows: Iterable[Json], sign: int) -> list[Json]:
 
 
 def choose(run: Run) -> dict[str, list[Json]]:
-  """The groups of the gallery: title -> rollouts."""
+  """The groups of the gallery: title -> rollouts.
+
+  >>> run = Run("first", rows={}, config={}, rollouts=[{"step": 3, "question": "6 * 7?"}], unreadable=0)
+  >>> choose(run)["Newest"]
+  [{'step': 3, 'question': '6 * 7?'}]
+  """
   rows = run.rollouts
   newest = max((number(row, "step") or 0 for row in rows), default=0)
   scorable = [row for row in rows if row.get("scorable")]
@@ -52,7 +57,11 @@ def choose(run: Run) -> dict[str, list[Json]]:
 
 
 def is_short(row: Json) -> bool:
-  """Fits on a screen, and the reference is more than a letter."""
+  """Fits on a screen, and the reference is more than a letter.
+
+  >>> is_short({"question": "6 * 7?", "response": "42", "reference_probs": [0.5, 0.9]})
+  True
+  """
   characters = len(text(row, "question")) + len(text(row, "response"))
   return 2 <= len(row["reference_probs"]) <= 24 and characters < 900
 
@@ -61,6 +70,9 @@ def featured(run: Run) -> list[Json]:
   """The pair that shows the reward best: responses to one question that make the reference likely and unlikely.
 
   One where no question has two scored responses, none where nothing was scored.
+
+  >>> featured(Run("first", rows={}, config={}, rollouts=[], unreadable=0))
+  []
   """
   scored = [row for row in run.rollouts if row.get("scorable") and row.get("reference_probs")]
   groups: dict[tuple[object, str], list[Json]] = {}
@@ -78,7 +90,11 @@ def featured(run: Run) -> list[Json]:
 
 
 def reference_tokens(row: Json) -> list[tuple[str, float | None]]:
-  """(token, its probability) of the reference answer; None where the rollout was not scored."""
+  """(token, its probability) of the reference answer; None where the rollout was not scored.
+
+  >>> reference_tokens({"reference_tokens": ["4", "2"], "reference_probs": [0.5]})
+  [('4', 0.5), ('2', None)]
+  """
   tokens = [str(token) for token in row.get("reference_tokens") or []]
   probabilities = row.get("reference_probs") or []
   known = [finite(probability) for probability in probabilities[: len(tokens)]]
@@ -86,7 +102,11 @@ def reference_tokens(row: Json) -> list[tuple[str, float | None]]:
 
 
 def token_chip(token: str, probability: float | None) -> Markup:
-  """One token of the reference, coloured by its probability."""
+  """One token of the reference, coloured by its probability.
+
+  >>> token_chip("42", None)
+  '<span class="token"><b>42</b><small>—</small></span>'
+  """
   if probability is None:
     return tag("span", tag("b", style.visible(token)), tag("small", "—"), class_="token")
   color = style.probability_color(probability)
@@ -127,7 +147,11 @@ def share(value: float) -> str:
 
 
 def track(before: float, after: float) -> Markup:
-  """A bar from 0 to 1: a tick at `before`, one at `after`, and the way between them."""
+  """A bar from 0 to 1: a tick at `before`, one at `after`, and the way between them.
+
+  >>> "left:25.0%;width:50.0%" in track(before=0.25, after=0.75)
+  True
+  """
   low, high = sorted((before, after))
   color = style.TEAL if after >= before else style.CORAL
   way = f"left:{share(low)};width:{share(high - low)};background:{color}"
@@ -136,7 +160,11 @@ def track(before: float, after: float) -> Markup:
 
 
 def reward_parts(row: Json) -> Iterator[Markup]:
-  """Each part of the reward that the row has, by name."""
+  """Each part of the reward that the row has, by name.
+
+  >>> list(reward_parts({"reward_total": 0.5}))
+  ['<span>total <b>0.50</b></span>']
+  """
   parts = {
     "after reasoning, r": "reward_reference",
     "without, r'": "reward_baseline",
@@ -154,7 +182,11 @@ def reward_parts(row: Json) -> Iterator[Markup]:
 
 
 def badges(row: Json) -> Iterator[Markup]:
-  """Where the rollout comes from and how it ended."""
+  """Where the rollout comes from and how it ended.
+
+  >>> list(badges({"step": 3, "length": 12}))
+  ['<span class="badge">step 3</span>', '<span class="badge">12 tokens</span>']
+  """
   for label in (f"step {row.get('step', '?')}", text(row, "source"), f"{row.get('length', '?')} tokens"):
     if label:
       yield tag("span", label, class_="badge")
@@ -202,7 +234,11 @@ def explanation(responses: int) -> Markup:
 
 
 def gallery(run: Run) -> Markup:
-  """All groups, each rollout a card."""
+  """All groups, each rollout a card.
+
+  >>> gallery(Run("first", rows={}, config={}, rollouts=[], unreadable=0))
+  '<p class="muted">No rollouts were written.</p>'
+  """
   groups = [(title, rows) for title, rows in choose(run).items() if rows]
   if not groups:
     return tag("p", "No rollouts were written.", class_="muted")

@@ -18,7 +18,11 @@ HEAD = """<meta charset="utf-8">
 
 
 def hero(run: Run) -> Markup:
-  """Held-out accuracy before and after."""
+  """Held-out accuracy before and after.
+
+  >>> hero(Run("first", rows={}, config={}, rollouts=[], unreadable=0))
+  '<div class="tile hero"><span>Held-out accuracy, not evaluated yet</span><b>—</b></div>'
+  """
   label, numbers = run.headline()
   values = run.series(ACCURACY).values
   gain = 100 * (values[-1] - values[0]) if len(values) > 1 else None
@@ -31,7 +35,11 @@ def tile(label: str, value: str, note: str = "") -> Markup:
 
 
 def change(label: str, series: Series) -> Markup:
-  """First and last value of a curve."""
+  """First and last value of a curve.
+
+  >>> change("Reward", Run("first", {1: {"reward": 0.1}, 2: {"reward": 0.6}}, {}, [], 0).series("reward"))
+  '<div class="tile"><span>Reward</span><b>0.6 <small>from 0.1</small></b></div>'
+  """
   return tile(label, style.compact(series.values[-1]), f"from {style.compact(series.values[0])}")
 
 
@@ -81,7 +89,11 @@ def sections(run: Run) -> Iterator[tuple[str, Markup]]:
 
 
 def flatten(config: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
-  """(`a.b.c`, value) for each leaf of a nested config."""
+  """(`a.b.c`, value) for each leaf of a nested config.
+
+  >>> list(flatten({"model": {"depth": 2}, "seed": 0}))
+  [('model.depth', '2'), ('seed', '0')]
+  """
   for key, value in config.items():
     if isinstance(value, dict) and value:
       yield from flatten(value, f"{prefix}{key}.")
@@ -90,7 +102,11 @@ def flatten(config: Json, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def config_table(config: Json) -> Markup:
-  """The config, folded away."""
+  """The config, folded away.
+
+  >>> config_table({"seed": 0})
+  '<details><summary>Config (1 fields)</summary><table><tr><td>seed</td><td>0</td></tr></table></details>'
+  """
   rows = [tag("tr", tag("td", name), tag("td", value)) for name, value in flatten(config)]
   summary = tag("summary", f"Config ({len(rows)} fields)" if rows else "Config: none was written")
   return tag("details", summary, tag("table", *rows))
@@ -102,7 +118,11 @@ def footer(run: Run) -> Markup:
 
 
 def render_page(run: Run) -> str:
-  """The whole document."""
+  """The whole document.
+
+  >>> render_page(Run("first", rows={0: {}}, config={}, rollouts=[], unreadable=0)).startswith("<!doctype html>")
+  True
+  """
   title = f"{run.name} · RLPR run"
   # A style sheet is raw text in HTML: escaped, its quotes would no longer be quotes.
   head = tag("head", Markup(HEAD), tag("title", title), tag("style", Markup(style.CSS)))

@@ -23,7 +23,8 @@ WIDTH, DPI = 864.0, 200
 MARGIN, PADDING = 26.0, 18.0
 HEADLINE, PANELS = 100.0, 205.0
 SIZE, LEADING = 10.0, 16.0  # of the text of the rollout
-CHIP_SIZE, CHIP_HEIGHT, CHIP_GAP = 14.0, 36.0, 5.0
+CHIP_SIZE = 14.0
+CHIP_HEIGHT, CHIP_GAP = 36.0, 5.0
 ADVANCE = 0.602  # width of a DejaVu Sans Mono character, as a part of its size
 LINES = 6  # of a response; of a longer one, its beginning and its end
 CHIP_ROWS = 3  # of a reference; of a longer one, its beginning
@@ -56,13 +57,21 @@ class Chip:
 
 
 def drawable(text: str) -> str:
-  """One line without what a font cannot draw."""
-  whole = " ".join(text.encode("utf-8", "replace").decode().split())
-  return "".join(character for character in whole if character.isprintable())
+  """One line without what a font cannot draw.
+
+  >>> drawable("6 * 7\\n= 42")
+  '6 * 7 = 42'
+  """
+  line = " ".join(text.encode("utf-8", "replace").decode().split())
+  return "".join(character for character in line if character.isprintable())
 
 
 def response_words(response: str) -> Iterator[Word]:
-  """The words of a response: tags blue, the answer bold."""
+  """The words of a response: tags blue, the answer bold.
+
+  >>> [word.weight for word in response_words("so <answer>42</answer>")]
+  ['normal', 'bold', 'bold', 'bold']
+  """
   inside = False
   for piece in gallery.TAGS.split(drawable(response)):
     if gallery.TAGS.fullmatch(piece):
@@ -74,7 +83,11 @@ def response_words(response: str) -> Iterator[Word]:
 
 
 def wrap(words: Iterator[Word], columns: int) -> list[list[Word]]:
-  """Lines of at most `columns` characters, LINES of them at most."""
+  """Lines of at most `columns` characters, LINES of them at most.
+
+  >>> [[word.text for word in line] for line in wrap(map(Word, ["a", "long", "line"]), columns=6)]
+  [['a', 'long'], ['line']]
+  """
   lines: list[list[Word]] = [[]]
   used = 0
   for word in words:
@@ -91,7 +104,11 @@ def wrap(words: Iterator[Word], columns: int) -> list[list[Word]]:
 
 
 def place_chips(row: Json, width: float) -> list[Chip]:
-  """The reference tokens, left to right in rows of `width`."""
+  """The reference tokens, left to right in rows of `width`.
+
+  >>> [chip.row for chip in place_chips({"reference_tokens": ["4", "2"]}, width=50.0)]
+  [0, 1]
+  """
   chips: list[Chip] = []
   left, line = 0.0, 0
   for token, probability in gallery.reference_tokens(row):
@@ -109,8 +126,7 @@ def place_chips(row: Json, width: float) -> list[Chip]:
 def draw_words(axes: Axes, left: float, top: float, words: list[Word]) -> None:
   """One line of monospaced words."""
   for word in words:
-    look = {"color": word.color, "weight": word.weight, "family": "monospace"}
-    axes.text(left, top, word.text, size=SIZE, va="top", **look)
+    axes.text(left, top, word.text, size=SIZE, va="top", color=word.color, weight=word.weight, family="monospace")
     left += (len(word.text) + 1) * SIZE * ADVANCE
 
 
@@ -193,7 +209,7 @@ def answer_blocks(title: str, row: Json) -> list[Block]:
     Block(7, lambda axes, top: None),
     label("The reference answer in its place, and the probability of each token"),
     Block(chip_rows * (CHIP_HEIGHT + CHIP_GAP) + 8, lambda axes, top: draw_chips(axes, PADDING, top + 1, chips)),
-    Block(34, lambda axes, top: draw_track(axes, PADDING, top, inner, row)),
+    Block(34, lambda axes, top: draw_track(axes, PADDING, top, width=inner, row=row)),
   ]
 
 

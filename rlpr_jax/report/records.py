@@ -31,7 +31,12 @@ class Series:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run, as far as it got."""
+  """One run, as far as it got.
+
+  >>> run = Run("first", rows={0: {"loss": 2.0}, 1: {"loss": 1.5}}, config={}, rollouts=[], unreadable=0)
+  >>> run.series("loss").values.tolist()
+  [2.0, 1.5]
+  """
 
   name: str
   rows: dict[int, Json]  # step -> its metrics, in step order

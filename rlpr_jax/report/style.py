@@ -73,12 +73,12 @@ def duration(seconds: float) -> str:
   >>> duration(725)
   '12 min 05 s'
   """
-  whole = round(seconds)
-  if whole < 60:
-    return f"{whole} s"
-  if whole < 3600:
-    return f"{whole // 60} min {whole % 60:02d} s"
-  return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+  rounded = round(seconds)
+  if rounded < 60:
+    return f"{rounded} s"
+  if rounded < 3600:
+    return f"{rounded // 60} min {rounded % 60:02d} s"
+  return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def visible(token: str) -> str:
