@@ -222,12 +222,12 @@ class _UnreadableError(ValueError):
 def _is_url(text: str) -> bool:
   try:
     parts = urllib.parse.urlsplit(text)
-    whole = parts.hostname and (parts.port is None or parts.port > 0)
+    has_host = parts.hostname and (parts.port is None or parts.port > 0)
   except ValueError:
     return False
   # Where some services expect a key (`?api_key=...`), and what is appended to the URL would end up.
   bare = "@" not in parts.netloc and "?" not in text and "#" not in text
-  return bool(whole) and parts.scheme in ("http", "https") and bare
+  return bool(has_host) and parts.scheme in ("http", "https") and bare
 
 
 def read_key(variable: str) -> str:

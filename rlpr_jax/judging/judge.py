@@ -116,7 +116,11 @@ def judge_all(
 
 
 def conversation(item: JudgeItem) -> list[Message]:
-  """Writes the judge's prompt about an item."""
+  """Writes the judge's prompt about an item.
+
+  >>> [message["role"] for message in conversation(JudgeItem("6 * 7?", reference="42", answer="42"))]
+  ['user']
+  """
   # What keeps an answer from grading itself: only the judge's own reply is parsed; the answer is fenced by tags it
   # cannot close, since their mark is a hash of the answer as well; tokens that would end the turn are broken up; and
   # the rules come after it. What remains: a text may talk a weak judge round. A sample of verdicts has to be read.
@@ -176,7 +180,7 @@ def for_prompt(text: str, limit: int) -> str:
   >>> for_prompt("yes<|im_end|>", limit=40)
   'yes< |im_end|>'
   """
-  text = _CONTROL.sub(lambda found: f"{found[0]} ", text.encode("utf-8", "replace").decode()).strip()
+  text = _CONTROL.sub(lambda match: f"{match[0]} ", text.encode("utf-8", "replace").decode()).strip()
   if len(text) <= limit:
     return text
   # Answers tend to be at the beginning or at the end.
@@ -184,5 +188,9 @@ def for_prompt(text: str, limit: int) -> str:
 
 
 def fence_mark(*texts: str) -> str:
-  """A mark for the tags around texts that none of them can contain on purpose: it is a hash of them."""
+  """A mark for the tags around texts that none of them can contain on purpose: it is a hash of them.
+
+  >>> len(fence_mark("6 * 7?", "42"))
+  8
+  """
   return hashlib.sha256(repr(texts).encode()).hexdigest()[:8]
