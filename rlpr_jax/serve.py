@@ -56,7 +56,7 @@ def serve(given: flags.FlagValues) -> None:
   loop = Loop(engine, policy.params, given.max_waiting)
   limits = Limits(given.max_body_kib * 1024, given.time_limit)
   name = given.name or given.model
-  application = create_app(engine, loop, name, limits, key)
+  application = create_app(engine, loop, name, limits, key=key)
   # A client that no longer reads may not hold up the end for longer than a request may take.
   patience = math.ceil(given.time_limit)
   config = uvicorn.Config(application, log_config=None, server_header=False, timeout_graceful_shutdown=patience)

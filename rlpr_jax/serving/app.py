@@ -176,7 +176,8 @@ class _Answer:
     self.call, self.completion_tokens = call, 0
     self.prompt_tokens = sum(len(prompt.ids) for prompt in call.prompts)
     self.unfinished = len(call.prompts) * call.n  # samples
-    self._engine, self._loop, self._seconds = engine, loop, seconds
+    self._engine, self._loop = engine, loop
+    self._seconds = seconds
     self._common = protocol.identify(call.chat) | {"model": model}
     self._news: asyncio.Queue[tuple[int, Written] | None] = asyncio.Queue()
     self._jobs: list[Job] = []
@@ -245,8 +246,7 @@ class _Answer:
       begin = stream.told
       text = stream.grow(written.tokens) if written.text is None else stream.end(written.text)
       if text or written.text is not None:
-        logprobs = self._logprobs(written, told[index], begin)
-        piece = protocol.Piece(index, text, self._reason(written), logprobs)
+        piece = protocol.Piece(index, text, self._reason(written), self._logprobs(written, told[index], begin))
         yield common | {"choices": [protocol.choice_body(call.chat, piece, streamed=True)]}
         told[index] = len(written.tokens)
     if call.usage:
@@ -279,5 +279,5 @@ class _Answer:
     eos_ids = self._engine.device.settings.eos_ids
     seen = [i for i in range(first, len(written.tokens)) if written.tokens[i] not in eos_ids]
     return protocol.token_logprobs(
-      self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen], begin
+      self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen], begin=begin
     )

@@ -78,7 +78,7 @@ class Loop:
     with self._changed:
       if self._closing or self.error:
         raise ClosedError
-      taken = self.waiting + self.running + sum(len(other.limits) for other in self._new)
+      taken = self.waiting + self.running + sum(len(queued.limits) for queued in self._new)
       if taken + len(job.limits) > self.most:
         raise FullError
       self._new.append(job)
@@ -105,7 +105,8 @@ class Loop:
           self._count()
     except Exception as error:  # whatever it is, no client may wait for ever
       with self._changed:
-        self.error, self.waiting, self.running = error, 0, 0
+        self.error = error
+        self.waiting = self.running = 0
         jobs = {*self._taken, *self.jobs.values(), *self._new}
       for job in jobs:
         job.tell(None)
@@ -122,7 +123,7 @@ class Loop:
         self._new.clear()
         self._cancelled = []
         for job in self._taken:
-          job.requests = scheduler.add(job.prompt, job.seed, job.limits, job.sampling, job.stop)
+          job.requests = scheduler.add(job.prompt, job.seed, job.limits, job.sampling, stop=job.stop)
           self.jobs |= dict.fromkeys(job.requests, job)
         for job in cancelled:
           scheduler.cancel(job.requests)
@@ -144,6 +145,5 @@ class Loop:
         if job and job.stream:
           job.tell(Written(request.sample, request.tokens, request.logprobs, text=None, finished=False))
     for request in done:
-      job = self.jobs.pop(request, None)  # None: cancelled after it had finished
-      if job:
-        job.tell(Written(request.sample, request.tokens, request.logprobs, request.text, request.finished))
+      if job := self.jobs.pop(request, None):  # None: cancelled after it had finished
+        job.tell(Written(request.sample, request.tokens, request.logprobs, request.text, finished=request.finished))

@@ -58,11 +58,17 @@ _COMPLETION_TOKENS = 16  # where a plain completion does not say how many, as Op
 
 
 class RequestError(Exception):
-  """A request that cannot be served; the message is one line for the client."""
+  """A request that cannot be served; the message is one line for the client.
+
+  >>> RequestError(404, "no such model", code="model_not_found").body()["error"]["code"]
+  'model_not_found'
+  """
 
   def __init__(self, status: int, message: str, kind: str = "invalid_request_error", code: str | None = None):
     super().__init__(message)
-    self.status, self.kind, self.code = status, kind, code
+    self.status = status
+    self.kind = kind
+    self.code = code
 
   def body(self) -> Json:
     return {"error": {"message": str(self), "type": self.kind, "param": None, "code": self.code}}
@@ -232,7 +238,8 @@ class TextStream:
   """
 
   def __init__(self, tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], stop: Sequence[str]):
-    self._tokenizer, self._eos_ids, self._stop = tokenizer, eos_ids, stop
+    self._tokenizer = tokenizer
+    self._eos_ids, self._stop = eos_ids, stop
     self._seen = 0  # tokens of the response
     self._ids: list[int] = []  # the last ones
     self._settled = 0  # how many of these are told, or held
@@ -285,7 +292,11 @@ class TextStream:
 
 
 def identify(chat: bool) -> Json:
-  """Makes what all bodies that answer one request have in common."""
+  """Makes what all bodies that answer one request have in common.
+
+  >>> identify(chat=True)["object"]
+  'chat.completion'
+  """
   kind = "chat.completion" if chat else "text_completion"
   return {
     "id": f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}",
@@ -342,8 +353,5 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
   >>> usage(3, 4)
   {'prompt_tokens': 3, 'completion_tokens': 4, 'total_tokens': 7}
   """
-  return {
-    "prompt_tokens": prompt_tokens,
-    "completion_tokens": completion_tokens,
-    "total_tokens": prompt_tokens + completion_tokens,
-  }
+  total = prompt_tokens + completion_tokens
+  return {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": total}
