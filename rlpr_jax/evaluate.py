@@ -62,7 +62,7 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
     tasks = keys(asked, settings.seed, _tasks(loaded, settings.greedy))
     missing = {key: task for key, task in tasks.items() if store.get(key) is None}
     if missing:
-      respond(asked, settings.seed, missing, store, Progress(f"{name}, question"))
+      respond(asked, settings.seed, missing, store, progress=Progress(f"{name}, question"))
     everything += _grade(name, loaded, tasks, store)
   if judging:
     everything = _judge(everything, loaded, settings.judge, client=judging, workdir=workdir)
