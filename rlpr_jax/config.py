@@ -289,6 +289,12 @@ FIELDS = {
   ),
   "guards.stop": Field(False, "whether an alarm stops the run, beside being printed and saved", may_change=True),
   "guards.min_length_share": Field(0.25, "of the first steps' mean response length", at_least=0, may_change=True),
+  "guards.max_truncated": Field(
+    0.5,
+    "share of responses that reach their limit, as of a policy that does not end",
+    at_least=0,
+    may_change=True,
+  ),
   "guards.min_entropy": Field(0.01, "nats a token", at_least=0, may_change=True),
   "guards.min_format": Field(0.2, "share of well-formed responses", at_least=0, may_change=True),
   "guards.min_gain": Field(

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import huggingface, models, sharding
 from rlpr_jax.data import builtin
+from rlpr_jax.data.templates import TurnEnd, turn_end
 from rlpr_jax.errors import InputError, in_field
 from rlpr_jax.models import ModelConfig, ModelGraph, Params, Runtime
 from rlpr_jax.sharding import Sharding
@@ -24,7 +25,8 @@ class Policy(NamedTuple):
   sampler: ModelGraph  # the same, as it samples and scores
   sampling: Runtime  # how that one is run: by each process on its own devices
   gathered: Sharding  # how the parameters lie for it, on all devices
-  tokenizer: PreTrainedTokenizerBase | None  # None for a policy that is only planned
+  tokenizer: PreTrainedTokenizerBase | None  # None for a policy that is only placed, to be planned
+  turn_end: TurnEnd | None  # how its responses end; None likewise
   sharding: Sharding
   trained: Params  # shapes, dtypes and shardings of the parameters that are trained
   frozen: Params  # parameters that are not: the base under LoRA, else nothing
@@ -54,28 +56,31 @@ def load_policy(config: ConfigDict) -> Policy:
   mesh = create_mesh(config)
   if config.model.path:
     directory = huggingface.resolve(config.model.path)
-    tokenizer, model_config = load_tokenizer(str(directory)), huggingface.load_config(directory)
+    model_config = huggingface.load_config(directory)
+    tokenizer = load_tokenizer(str(directory))
+    end = turn_end(tokenizer, huggingface.generation_eos(huggingface.load_generation(directory)))
   else:
     tokenizer = builtin.tokenizer(config.data.domains)
     model_config = new_config(config, len(tokenizer))
-  if len(tokenizer) > model_config.vocab_size:
-    raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
+    end = turn_end(tokenizer)
+  if end.eos_id >= model_config.vocab_size:
+    raise InputError(
+      f"{config.model.path}: a response ends in token {end.eos_id} ({tokenizer.decode([end.eos_id])!r}), expected one"
+      f" of the model's {model_config.vocab_size}"
+    )
+  known_tokens = max(tokenizer.get_vocab().values()) + 1
+  if known_tokens < model_config.vocab_size:
+    model_config = dataclasses.replace(model_config, known_tokens=known_tokens)
   frozen: Params = {}
   if config.lora.rank:
     if not config.model.path:
       raise InputError("config.lora.rank: adapters need a pretrained model, expected config.model.path")
     rules = dict(create_sharding(config, mesh).rules)
     frozen = huggingface.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
-  return place_policy(config, model_config, mesh, frozen, tokenizer)
+  return place_policy(config, model_config, mesh, frozen)._replace(tokenizer=tokenizer, turn_end=end)
 
 
-def place_policy(
-  config: ConfigDict,
-  model_config: ModelConfig,
-  mesh: Mesh,
-  frozen: Params,
-  tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Policy:
+def place_policy(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, frozen: Params) -> Policy:
   """The policy on the devices of a mesh, which may be only described.
 
   Args:
@@ -100,7 +105,8 @@ def place_policy(
     sampler=models.definition(model_config, sampling),
     sampling=sampling,
     gathered=gathered,
-    tokenizer=tokenizer,
+    tokenizer=None,
+    turn_end=None,
     sharding=fitted,
     trained=trained,
     frozen=frozen,

@@ -33,9 +33,10 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
     raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
   policy = load_policy(config)
   assert policy.tokenizer is not None
+  assert policy.turn_end is not None
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
-  demonstrations = supervised.load(config, policy.tokenizer)
+  demonstrations = supervised.load(config, policy.tokenizer, policy.turn_end.eos_id)
   entry.write_config(config, workdir)
   optimizer = supervised.optimizer(settings)
   checkpoints = Checkpoints(workdir, config.log, _split, _join)

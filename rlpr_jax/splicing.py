@@ -40,6 +40,7 @@ def splice(
   response_ids: Sequence[int] | np.ndarray,
   reference: str,
   template: str = "think",
+  eos_id: int | None = None,
 ) -> Splice | None:
   """Put the reference answer in the place of the response's own answer.
 
@@ -53,6 +54,7 @@ def splice(
     response_ids: sampled ids, in any tokenisation, with or without EOS at the end.
     reference: the reference answer, without whitespace around it.
     template: `think` or `answer_only`.
+    eos_id: the token that ends a response; None for the tokenizer's EOS.
 
   Returns:
     The splice, or None when the response is not scorable: a tag of the template is missing, repeated or out of order.
@@ -74,12 +76,12 @@ def splice(
   written = re.match(r"\s*", text[end:])
   space = (written and written[0]) or " "
   before = text[len(head) : end] + space
-  suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}")
+  suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}", eos_id)
   return Splice(prefix_length, suffix_ids, mask)
 
 
 def baseline_suffix(
-  tokenizer: PreTrainedTokenizerBase, reference: str, prefix: str = "bare"
+  tokenizer: PreTrainedTokenizerBase, reference: str, prefix: str = "bare", eos_id: int | None = None
 ) -> tuple[list[int], list[bool]]:
   """Tokenise the reference straight after the assistant header, with no reasoning: what r' is measured on.
 
@@ -88,6 +90,7 @@ def baseline_suffix(
     reference: the reference answer, without whitespace around it.
     prefix: `bare` for the text `" " + y* + " "`, as the reference implementation has it; `tagged` puts `<answer>`
       before it.
+    eos_id: as for `splice`.
 
   Returns:
     Token ids up to and including EOS, and the mask of the reference's tokens, of the same length.
@@ -99,7 +102,7 @@ def baseline_suffix(
   before = {"bare": " ", "tagged": f"{OPEN} "}
   if prefix not in before:
     raise InputError(f"baseline prefix {prefix!r}: expected one of {', '.join(before)}")
-  return _encode_around(tokenizer, before[prefix], reference, " ")
+  return _encode_around(tokenizer, before[prefix], reference, " ", eos_id)
 
 
 def extract_answer(text: str) -> str | None:
@@ -117,8 +120,6 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
   name = tokenizer.name_or_path or type(tokenizer).__name__
   if not tokenizer.is_fast:
     raise InputError(f"tokenizer {name}: expected a fast tokenizer (tokenizer.json), only those say where a token lies")
-  if tokenizer.eos_token_id is None:
-    raise InputError(f"tokenizer {name}: expected an EOS token, found none")
   # What a splice does, without the answer: keep the ids before the last `>`, tokenise the rest by itself. A tokenizer
   # that puts a space before every text or between tokens, or does not know the characters, gives another text.
   ids = 2 * tokenizer.encode(OPEN, add_special_tokens=False)
@@ -174,7 +175,7 @@ def _keep(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, end: in
 
 
 def _encode_around(
-  tokenizer: PreTrainedTokenizerBase, before: str, reference: str, after: str
+  tokenizer: PreTrainedTokenizerBase, before: str, reference: str, after: str, eos_id: int | None
 ) -> tuple[list[int], list[bool]]:
   """Ids of `before + reference + after` and EOS, and which of them hold a character of the reference."""
   text = before + reference + after
@@ -191,4 +192,4 @@ def _encode_around(
   # ByteLevel's `trim_offsets` takes spaces off a span, down to an empty one for a token of spaces. Since a reference
   # begins and ends with something else, a span stays inside it or outside it.
   mask = [left < end and right > start for left, right in encoded["offset_mapping"]]
-  return [*encoded["input_ids"], tokenizer.eos_token_id], [*mask, False]
+  return [*encoded["input_ids"], tokenizer.eos_token_id if eos_id is None else eos_id], [*mask, False]

@@ -1,7 +1,7 @@
 """From a question to the token ids a policy continues: instruction, worked examples, chat template."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ INSTRUCTIONS = {
 # Llama 3's templates print today's date unless told one. This is the one they fall back on: a prompt stays the same
 # from day to day, and so does what was computed for it.
 DATE = "26 Jul 2024"
+_SAID = "what an assistant said"  # a marker in a rendered chat
 
 
 def build_messages(
@@ -72,9 +73,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
   Raises:
     InputError: the tokenizer has no chat template, or its template rejects the messages.
   """
-  name = tokenizer.name_or_path or type(tokenizer).__name__
   if not tokenizer.chat_template:
-    raise InputError(f"tokenizer {name}: expected a chat template, found none")
+    raise InputError(f"tokenizer {_name(tokenizer)}: expected a chat template, found none")
   attempts = [list(messages)]
   if messages[0]["role"] == "system":
     attempts.append(_merge_system(messages))
@@ -86,7 +86,56 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
       return ids
     except jinja2.TemplateError as error:
       reason = " ".join(str(error).split())
-  raise InputError(f"tokenizer {name}: its chat template rejects the messages: {reason}")
+  raise InputError(f"tokenizer {_name(tokenizer)}: its chat template rejects the messages: {reason}")
+
+
+class TurnEnd(NamedTuple):
+  """How a response ends."""
+
+  eos_ids: tuple[int, ...]  # the tokens after which nothing more is written, ascending
+  eos_id: int  # of these the one that the chat template writes behind what an assistant said
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, eos_ids: Collection[int] = ()) -> TurnEnd:
+  """Finds the tokens that end a response: the tokenizer's EOS, its chat template's, and those given.
+
+  A published model may end its turns with a token that its tokenizer does not call EOS: Gemma's `<end_of_turn>`.
+
+  Args:
+    eos_ids: more of them, say those of generation_config.json.
+
+  Raises:
+    InputError: there is none at all.
+
+  >>> from rlpr_jax.data import builtin
+  >>> turn_end(builtin.tokenizer())
+  TurnEnd(eos_ids=(1,), eos_id=1)
+  """
+  of_template, eos = _template_end(tokenizer), tokenizer.eos_token_id
+  last = eos if of_template is None else of_template
+  if last is None:
+    raise InputError(f"tokenizer {_name(tokenizer)}: expected an EOS token, found none")
+  return TurnEnd(tuple(sorted({last, *eos_ids, *([] if eos is None else [eos])})), last)
+
+
+def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
+  """The control token that the chat template writes behind an assistant's turn; None where it writes none."""
+  messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _SAID}]
+  try:
+    text: Any = tokenizer.apply_chat_template(messages, tokenize=False, date_string=DATE)
+  except Exception:  # whatever a template raises; `render` says so where it matters
+    return None
+  after = text.rpartition(_SAID)[2].lstrip()
+  control = {
+    token.content: number
+    for number, token in tokenizer.added_tokens_decoder.items()
+    if token.special and after.startswith(token.content)
+  }
+  return control[max(control, key=len)] if control else None
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+  return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def _merge_system(messages: Sequence[Message]) -> list[Message]:

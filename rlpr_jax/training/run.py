@@ -55,6 +55,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   settings.check_lengths(config, policy.config.max_length)
   tokenizer = policy.tokenizer
   assert tokenizer is not None
+  assert policy.turn_end is not None
   splicing.check_tokenizer(tokenizer)
   prompts = load_prompts(config, config.data, tokenizer, builtin_split="train", count=config.data.count)
   held_out = []
@@ -62,7 +63,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     held_out = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
   device = Device(
     model=policy.sampler,
-    settings=DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
+    settings=DecodeSettings(config.rollout.decode_steps, policy.turn_end.eos_ids),
     shapes=settings.rollout_shapes(config, jax.process_count(), policy.sampling.sharding.num_shards("batch")),
     score_temperature=config.reward.score_temperature,
   )
@@ -72,6 +73,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     template=config.data.template,
     baseline_prefix=config.reward.baseline_prefix,
     sampling=SamplingParams(config.rollout.temperature),
+    eos_id=policy.turn_end.eos_id,
   )
   program = UpdateProgram(policy.model, create_optimizer(config), settings.update_settings(config, policy.sharding))
   return Run(

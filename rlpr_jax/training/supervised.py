@@ -41,8 +41,11 @@ class Demonstration(NamedTuple):
   response: list[int]  # EOS included
 
 
-def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> list[Demonstration]:
+def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase, eos_id: int | None = None) -> list[Demonstration]:
   """The demonstrations of `config.warm_start`, built-in or of a file; says how many were too long and are left out.
+
+  Args:
+    eos_id: the token that ends a response; None for the tokenizer's EOS.
 
   Raises:
     InputError: none is left, or a file that is not as expected.
@@ -53,11 +56,12 @@ def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> list[Demonst
   else:
     pairs = builtin.demonstrations(settings.steps * settings.batch_size, config.seed, data.domains)
     name = "built-in demonstrations"
+  eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
   instruction = None if data.instruction == "default" else data.instruction
   found, long_prompts, long_responses = [], 0, 0
   for example, response in pairs:
     ids = render(tokenizer, build_messages(example, data.template, data.examples, instruction))
-    answer = [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+    answer = [*tokenizer.encode(response, add_special_tokens=False), eos_id]
     if len(ids) > data.prompt_limit:
       long_prompts += 1
     elif len(answer) > config.rollout.max_response_length:
