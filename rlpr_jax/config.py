@@ -87,6 +87,13 @@ FIELDS = {
     "of those, the held-out ones and the warm start's demonstrations: short | sentences | all",
     choices=("short", "sentences", "all"),
   ),
+  "data.chat_template": Field(
+    "",
+    'a file, "plain" (for a base model), or the name of one of the tokenizer\'s own; "" for its own',
+  ),
+  "data.chat_template_kwargs": Field(
+    "", 'variables of the chat template, a JSON object such as {"enable_thinking": false}; "" for none'
+  ),
   "data.template": Field(
     "think", "tags that a response must have: think (and answer) | answer_only", choices=("think", "answer_only")
   ),

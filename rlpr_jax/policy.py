@@ -1,6 +1,8 @@
 """The policy of a run: its model and tokenizer, how it lies on the devices, and which parameters are trained."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import huggingface, models, sharding
 from rlpr_jax.data import builtin
-from rlpr_jax.data.templates import TurnEnd, turn_end
+from rlpr_jax.data.templates import TurnEnd, choose_template, turn_end
 from rlpr_jax.errors import InputError, in_field
 from rlpr_jax.models import ModelConfig, ModelGraph, Params, Runtime
 from rlpr_jax.sharding import Sharding
@@ -58,8 +60,13 @@ def load_policy(config: ConfigDict) -> Policy:
     directory = huggingface.resolve(config.model.path)
     model_config = huggingface.load_config(directory)
     tokenizer = load_tokenizer(str(directory))
+    variables = parse_variables(config.data.chat_template_kwargs)
+    with in_field("config.data.chat_template"):
+      choose_template(tokenizer, config.data.chat_template, variables)
     end = turn_end(tokenizer, huggingface.generation_eos(huggingface.load_generation(directory)))
   else:
+    if config.data.chat_template or config.data.chat_template_kwargs:
+      raise InputError("config.data.chat_template: the built-in policy has its own, expected config.model.path with it")
     tokenizer = builtin.tokenizer(config.data.domains)
     model_config = new_config(config, len(tokenizer))
     end = turn_end(tokenizer)
@@ -161,6 +168,21 @@ def split_names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.replace(" ", "").split(",")))
 
 
+def parse_variables(text: str) -> dict[str, Any]:
+  """The variables of a chat template, of `config.data.chat_template_kwargs`.
+
+  >>> parse_variables('{"enable_thinking": false}')
+  {'enable_thinking': False}
+  """
+  try:
+    variables = json.loads(text or "{}")
+  except ValueError as error:
+    raise InputError(f"config.data.chat_template_kwargs: {text!r}, expected a JSON object ({error})") from None
+  if not isinstance(variables, dict) or not all(name.isidentifier() for name in variables):
+    raise InputError(f"config.data.chat_template_kwargs: {text!r}, expected a JSON object whose keys are names")
+  return variables
+
+
 def parse_targets(text: str) -> tuple[str, ...]:
   """Names of the linear layers that get adapters, from "query,value"."""
   targets = split_names(text)
@@ -179,6 +201,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
   from transformers import AutoTokenizer  # with it comes torch, where that is installed
 
   try:
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
+  file = pathlib.Path(path) / "chat_template.json"  # of models that see, too: transformers leaves it to their processor
+  if not tokenizer.chat_template and file.exists():
+    try:
+      tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise InputError(f"{file}: expected an object with chat_template ({error})") from None
+  return tokenizer

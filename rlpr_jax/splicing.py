@@ -26,6 +26,9 @@ OPEN, CLOSE = "<answer>", "</answer>"
 TAGS = {template: tags[:-1] for template, tags in TEMPLATE_TAGS.items()}
 
 
+_OPENING = re.compile(r"<think>\s*(</think>)?\s*$")
+
+
 class Splice(NamedTuple):
   """A response with the reference answer in it: `response_ids[:prefix_length] + suffix_ids`."""
 
@@ -49,8 +52,8 @@ def splice(
 
   Args:
     tokenizer: a tokenizer that passed `check_tokenizer`.
-    prompt_ids: ids of the prompt. They change nothing: tags count in the response alone, and no token of a response
-      reaches back into its prompt.
+    prompt_ids: ids of the prompt. A tag that they end with counts as the response's first; beside that tags count in
+      the response alone, and no token of a response reaches back into its prompt.
     response_ids: sampled ids, in any tokenisation, with or without EOS at the end.
     reference: the reference answer, without whitespace around it.
     template: `think` or `answer_only`.
@@ -66,10 +69,9 @@ def splice(
   >>> tokenizer.decode(ids[: spliced.prefix_length] + spliced.suffix_ids)
   '<think>6*7</think> <answer> 42 </answer><end>'
   """
-  del prompt_ids
   ids = [int(i) for i in response_ids]
   text = _decode(tokenizer, ids)
-  if not _is_scorable(text, template):
+  if not _is_scorable(prompt_opening(tokenizer, prompt_ids) + text, template):
     return None
   end = text.index(OPEN) + len(OPEN)
   prefix_length, head = _keep(tokenizer, ids, text, end)
@@ -78,6 +80,23 @@ def splice(
   before = text[len(head) : end] + space
   suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}", eos_id)
   return Splice(prefix_length, suffix_ids, mask)
+
+
+def prompt_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] | np.ndarray) -> str:
+  """Find the tags that a prompt ends with, which count as the response's first.
+
+  Chat templates of models that always think open the thought themselves; those that can be told not to close it, too.
+
+  Returns:
+    "<think>", "<think></think>", or "".
+
+  >>> from rlpr_jax.data import builtin
+  >>> tokenizer = builtin.tokenizer()
+  >>> prompt_opening(tokenizer, tokenizer.encode("<q>6*7<a><think>"))
+  '<think>'
+  """
+  end = _OPENING.search(_decode(tokenizer, [int(i) for i in prompt_ids[-16:]]))
+  return "".join(end[0].split()) if end else ""
 
 
 def baseline_suffix(

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.errors import InputError
-from rlpr_jax.splicing import TAGS, baseline_suffix, splice
+from rlpr_jax.splicing import TAGS, baseline_suffix, prompt_opening, splice
 from rlpr_jax.types import Prompt
 
 
@@ -57,6 +57,7 @@ def prepare(
           ids=np.array(ids, np.int32),
           reference=example.reference,
           question=question,
+          opening=prompt_opening(tokenizer, ids),
           source=example.source,
           row=len(prompts),
         )

@@ -1,9 +1,14 @@
 """From a question to the token ids a policy continues: instruction, worked examples, chat template."""
 
-from collections.abc import Collection, Sequence
+import contextlib
+import functools
+import json
+import pathlib
+import re
+import threading
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.data.sources import Example
@@ -27,6 +32,13 @@ INSTRUCTIONS = {
 # Llama 3's templates print today's date unless told one. This is the one they fall back on: a prompt stays the same
 # from day to day, and so does what was computed for it.
 DATE = "26 Jul 2024"
+_PRIVATE = 0xF0000  # where the characters begin that Unicode leaves to everybody for himself
+# For a base model, which has none: roles as words, and EOS behind what the assistant says.
+PLAIN = (
+  "{{ bos_token }}{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}"
+  "{{ eos_token if message.role == 'assistant' }}\n\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_LONGEST = 10  # seconds that a template may take for a short chat
 _SAID = "what an assistant said"  # a marker in a rendered chat
 
 
@@ -66,27 +78,87 @@ def build_messages(
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
-  """Token ids of the chat, ending where the assistant begins to write.
+  """Token ids of the chat, ending where the assistant begins to write, or goes on with the last message if it is its.
 
   A template that rejects system messages (Gemma 2) gets the system message at the start of the first user message.
+  What a message says stays text: a control token that is spelled there, and the thoughts of worked examples, which
+  some templates would leave out.
 
   Raises:
     InputError: the tokenizer has no chat template, or its template rejects the messages.
   """
   if not tokenizer.chat_template:
     raise InputError(f"tokenizer {_name(tokenizer)}: expected a chat template, found none")
-  attempts = [list(messages)]
+  hidden = _Hidden(_control_tokens(tokenizer))
+  attempts = [[message | {"content": hidden.hide(message)} for message in messages]]
   if messages[0]["role"] == "system":
-    attempts.append(_merge_system(messages))
+    attempts.append(_merge_system(attempts[0]))
+  goes_on = messages[-1]["role"] == "assistant"
   for attempt in attempts:
     try:
-      ids: Any = tokenizer.apply_chat_template(
-        attempt, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
+      text: Any = tokenizer.apply_chat_template(
+        attempt,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
+        tokenize=False,
+        date_string=DATE,
       )
-      return ids
-    except jinja2.TemplateError as error:
+      return hidden.encode(tokenizer, text)
+    except Exception as error:  # of jinja, or of whatever a template does
       reason = " ".join(str(error).split())
   raise InputError(f"tokenizer {_name(tokenizer)}: its chat template rejects the messages: {reason}")
+
+
+@functools.lru_cache(maxsize=8)
+def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+  """Special tokens and their ids, the longest first."""
+  tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+  return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+
+class _Hidden:
+  """Parts of messages that a template or tokenizer is not to see, each behind a character that nobody writes."""
+
+  def __init__(self, controls: Collection[str]):
+    """`controls`: special tokens, the longest first."""
+    self._pattern = re.compile("|".join(map(re.escape, controls)) or "(?!)")
+    self._thoughts = re.compile("|".join(map(re.escape, (*controls, "<think>", "</think>"))))
+    self._parts: list[str] = []
+
+  def hide(self, message: Message) -> str:
+    """The message's text, with a character in the place of each such part."""
+    pattern = self._thoughts if message["role"] == "assistant" else self._pattern
+
+    def put_away(match: re.Match[str]) -> str:
+      self._parts.append(match[0])
+      return chr(_PRIVATE + len(self._parts) - 1)
+
+    return pattern.sub(put_away, message["content"])
+
+  def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The ids of a text with the parts in their places again: thoughts as they are, control tokens spelled out."""
+    if not self._parts:
+      return list(tokenizer.encode(text, add_special_tokens=False))
+    for number, part in enumerate(self._parts):
+      if not self._pattern.fullmatch(part):
+        text = text.replace(chr(_PRIVATE + number), part)
+    ids: list[int] = []
+    for piece in re.split(f"([{chr(_PRIVATE)}-{chr(_PRIVATE + len(self._parts) - 1)}])", text):
+      spelled = len(piece) == 1 and ord(piece) >= _PRIVATE
+      written = self._parts[ord(piece) - _PRIVATE] if spelled else piece
+      ids += tokenizer(written, add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
+    return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+  """Token ids of what somebody says: a control token that is spelled there stays text.
+
+  >>> from rlpr_jax.data import builtin
+  >>> builtin.tokenizer().decode(encode_text(builtin.tokenizer(), "<answer>7</answer>"))
+  '<answer>7</answer>'
+  """
+  hidden = _Hidden(_control_tokens(tokenizer))
+  return hidden.encode(tokenizer, hidden.hide({"role": "user", "content": text}))
 
 
 class TurnEnd(NamedTuple):
@@ -126,12 +198,76 @@ def _template_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
   except Exception:  # whatever a template raises; `render` says so where it matters
     return None
   after = text.rpartition(_SAID)[2].lstrip()
-  control = {
-    token.content: number
-    for number, token in tokenizer.added_tokens_decoder.items()
-    if token.special and after.startswith(token.content)
-  }
-  return control[max(control, key=len)] if control else None
+  return next((number for token, number in _control_tokens(tokenizer).items() if after.startswith(token)), None)
+
+
+def own_system_message(tokenizer: PreTrainedTokenizerBase) -> str:
+  """Finds what a chat template writes before the first user message if no system message is given.
+
+  Returns:
+    its text if there is a system message in it, as in Qwen2.5's ("You are Qwen ..."), else "".
+  """
+  text: Any = tokenizer.apply_chat_template([{"role": "user", "content": _SAID}], tokenize=False, date_string=DATE)
+  before = str(text).partition(_SAID)[0]
+  return " ".join(before.split()) if "system" in before else ""
+
+
+def choose_template(tokenizer: PreTrainedTokenizerBase, choice: str, variables: Mapping[str, Any]) -> None:
+  """Gives a tokenizer the chat template of a run, which is saved with it, and sees that it comes to an end.
+
+  Args:
+    choice: a file, `plain`, or the name of one of the tokenizer's own; "" for its own.
+    variables: what the template knows beside the messages, unless the caller says otherwise: `enable_thinking`.
+
+  Raises:
+    InputError: there is no such template, it is no text, or rendering a short chat takes longer than a few seconds.
+  """
+  own = tokenizer.chat_template
+  named = own if isinstance(own, dict) else {}
+  if choice == "plain":
+    template: Any = PLAIN
+  elif choice in named:
+    template = named[choice]
+  elif choice:
+    try:
+      template = pathlib.Path(choice).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+      expected = ", ".join(["a file", "plain", *named])
+      raise InputError(f"{choice}: no chat template ({error}), expected {expected}") from None
+  elif named and "default" not in named:
+    raise InputError(
+      f"tokenizer {_name(tokenizer)}: has the chat templates {', '.join(named)}, expected one to be chosen"
+    )
+  else:
+    template = named.get("default", own)
+  if template is None:
+    return
+  if not isinstance(template, str):
+    raise InputError(f"tokenizer {_name(tokenizer)}: its chat template is {template!r}, expected text")
+  for name, value in variables.items():
+    template = f"{{% set {name} = {name} if {name} is defined else {_jinja(value)} %}}{template}"
+  tokenizer.chat_template = template
+  _check_end(tokenizer)
+
+
+def _jinja(value: Any) -> str:
+  """A value of JSON as Jinja spells it."""
+  return "none" if value is None else json.dumps(value)
+
+
+def _check_end(tokenizer: PreTrainedTokenizerBase) -> None:
+  """Refuses a template that loops for ever, by a short chat."""
+  turns = [("system", "Be brief."), ("user", "1 + 1?"), ("assistant", "2"), ("user", "2 + 2?")]
+
+  def probe() -> None:
+    with contextlib.suppress(InputError):  # which `render` will say again, where it matters
+      render(tokenizer, [{"role": role, "content": content} for role, content in turns])
+
+  thread = threading.Thread(target=probe, daemon=True)  # left behind if it does not end: nothing can stop it
+  thread.start()
+  thread.join(_LONGEST)
+  if thread.is_alive():
+    raise InputError(f"tokenizer {_name(tokenizer)}: its chat template was not done with a short chat in {_LONGEST} s")
 
 
 def _name(tokenizer: PreTrainedTokenizerBase) -> str:

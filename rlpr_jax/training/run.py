@@ -1,5 +1,6 @@
 """From a config to a run: policy, data, engine and update, with everything checked before anything compiles."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +12,8 @@ from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.data.sources import load_examples
+from rlpr_jax.data.templates import own_system_message
+from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.sampling.decode import DecodeSettings
@@ -57,10 +60,14 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   assert tokenizer is not None
   assert policy.turn_end is not None
   splicing.check_tokenizer(tokenizer)
+  if config.data.instruction == "" and (own := own_system_message(tokenizer)):
+    print(f"config.data.instruction: empty, and the chat template begins with a system message of its own: {own}")
   prompts = load_prompts(config, config.data, tokenizer, builtin_split="train", count=config.data.count)
   held_out = []
   if count := config.evaluation.prompts:
     held_out = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
+  for field, of_field in (("config.data", prompts), ("config.evaluation", held_out)):
+    check_vocabulary(field, of_field, policy.config.vocab_size)
   device = Device(
     model=policy.sampler,
     settings=DecodeSettings(config.rollout.decode_steps, policy.turn_end.eos_ids),
@@ -90,6 +97,20 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     shadows=dict(parse_shadow(config, text) for text in config.reward.shadow),
     custom_reward=custom_reward,
   )
+
+
+def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> None:
+  """Checks that the model knows all tokens of the prompts: a tokenizer may have more, such as one for images.
+
+  >>> check_vocabulary("config.data", [Prompt(ids=jax.numpy.array([5, 8]), row=3)], vocab_size=8)
+  Traceback (most recent call last):
+  rlpr_jax.errors.InputError: config.data: prompt 3 holds token 8, expected tokens of the model, under 8
+  """
+  for prompt in prompts:
+    if prompt.ids.max(initial=0) >= vocab_size:
+      raise InputError(
+        f"{field}: prompt {prompt.row} holds token {prompt.ids.max()}, expected tokens of the model, under {vocab_size}"
+      )
 
 
 def load_prompts(

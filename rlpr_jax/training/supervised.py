@@ -15,12 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax import processes
 from rlpr_jax.data import builtin
 from rlpr_jax.data.sources import load_demonstrations
-from rlpr_jax.data.templates import build_messages, render
+from rlpr_jax.data.templates import build_messages, encode_text, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.metrics import Progress
+from rlpr_jax.splicing import prompt_opening
 from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import init_opt_state, warm_start_optimizer
 from rlpr_jax.training.packing import Segment
@@ -61,7 +62,10 @@ def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase, eos_id: int | N
   found, long_prompts, long_responses = [], 0, 0
   for example, response in pairs:
     ids = render(tokenizer, build_messages(example, data.template, data.examples, instruction))
-    answer = [*tokenizer.encode(response, add_special_tokens=False), eos_id]
+    opening = prompt_opening(tokenizer, ids)
+    if opening and response.lstrip().startswith(opening):  # the prompt has written it
+      response = response.lstrip().removeprefix(opening).lstrip()
+    answer = [*encode_text(tokenizer, response), eos_id]
     if len(ids) > data.prompt_limit:
       long_prompts += 1
     elif len(answer) > config.rollout.max_response_length:
