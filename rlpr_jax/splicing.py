@@ -139,6 +139,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
   name = tokenizer.name_or_path or type(tokenizer).__name__
   if not tokenizer.is_fast:
     raise InputError(f"tokenizer {name}: expected a fast tokenizer (tokenizer.json), only those say where a token lies")
+  if tokenizer.eos_token_id is None:
+    raise InputError(f"tokenizer {name}: expected an EOS token, found none")
   # What a splice does, without the answer: keep the ids before the last `>`, tokenise the rest by itself. A tokenizer
   # that puts a space before every text or between tokens, or does not know the characters, gives another text.
   ids = 2 * tokenizer.encode(OPEN, add_special_tokens=False)
