@@ -1,5 +1,6 @@
 """From a config to a run: policy, data, engine and update, with everything checked before anything compiles."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from rlpr_jax.data.templates import own_system_message
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
+from rlpr_jax.runs import inputs
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
@@ -97,6 +99,16 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     shadows=dict(parse_shadow(config, text) for text in config.reward.shadow),
     custom_reward=custom_reward,
   )
+
+
+def digest_inputs(run: Run) -> inputs.Inputs:
+  """Digests what stands behind the paths of a run's config."""
+  config = run.config
+  parts = inputs.model_digests(config, run.engine.tokenizer)
+  file = pathlib.Path(config.reward.custom.rpartition(":")[0])
+  if file.is_file():
+    parts["custom reward"] = inputs.digest_text(file.read_text())
+  return inputs.Inputs("train", parts, inputs.digest_rows(run.prompts))
 
 
 def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> None:
