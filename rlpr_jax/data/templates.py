@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.data.sources import Example
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, in_field
 
 Message = dict[str, str]  # {role: system | user | assistant, content}
 
@@ -87,26 +87,50 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
   Raises:
     InputError: the tokenizer has no chat template, or its template rejects the messages.
   """
+  return render_all(tokenizer, [messages])[0]
+
+
+def render_all(
+  tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], origins: Sequence[str] = ()
+) -> list[list[int]]:
+  """Token ids of each chat, as `render` gives them; of many together in a small part of the time.
+
+  Args:
+    origins: where each chat comes from, for messages.
+  """
   if not tokenizer.chat_template:
     raise InputError(f"tokenizer {_name(tokenizer)}: expected a chat template, found none")
-  hidden = _Hidden(_control_tokens(tokenizer))
-  attempts = [[message | {"content": hidden.hide(message)} for message in messages]]
-  if messages[0]["role"] == "system":
-    attempts.append(_merge_system(attempts[0]))
+  texts: list[tuple[_Hidden, str]] = []
+  for chat, origin in zip(chats, origins or [""] * len(chats), strict=True):
+    hidden = _Hidden(_control_tokens(tokenizer))
+    with in_field(origin, ": " if origin else ""):
+      texts.append((hidden, _chat_text(tokenizer, [message | {"content": hidden.hide(message)} for message in chat])))
+  return _encode_all(tokenizer, texts)
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
+  """The chat as the template writes it: with a system message, or else with that in the first user message."""
   goes_on = messages[-1]["role"] == "assistant"
+  attempts = [list(messages)]
+  if messages[0]["role"] == "system":
+    attempts.append(_merge_system(messages))
   for attempt in attempts:
     try:
-      text: Any = tokenizer.apply_chat_template(
-        attempt,
-        add_generation_prompt=not goes_on,
-        continue_final_message=goes_on,
-        tokenize=False,
-        date_string=DATE,
+      return str(
+        tokenizer.apply_chat_template(
+          attempt, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False, date_string=DATE
+        )
       )
-      return hidden.encode(tokenizer, text)
     except Exception as error:  # of jinja, or of whatever a template does
       reason = " ".join(str(error).split())
   raise InputError(f"tokenizer {_name(tokenizer)}: its chat template rejects the messages: {reason}")
+
+
+def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple["_Hidden", str]]) -> list[list[int]]:
+  """The ids of texts with parts of them hidden; those without any go through the tokenizer together."""
+  plain = [text for hidden, text in texts if not hidden.parts]
+  ids = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
+  return [hidden.encode(tokenizer, text) if hidden.parts else next(ids) for hidden, text in texts]
 
 
 @functools.lru_cache(maxsize=8)
@@ -123,42 +147,41 @@ class _Hidden:
     """`controls`: special tokens, the longest first."""
     self._pattern = re.compile("|".join(map(re.escape, controls)) or "(?!)")
     self._thoughts = re.compile("|".join(map(re.escape, (*controls, "<think>", "</think>"))))
-    self._parts: list[str] = []
+    self.parts: list[str] = []
 
   def hide(self, message: Message) -> str:
     """The message's text, with a character in the place of each such part."""
     pattern = self._thoughts if message["role"] == "assistant" else self._pattern
 
     def put_away(match: re.Match[str]) -> str:
-      self._parts.append(match[0])
-      return chr(_PRIVATE + len(self._parts) - 1)
+      self.parts.append(match[0])
+      return chr(_PRIVATE + len(self.parts) - 1)
 
     return pattern.sub(put_away, message["content"])
 
   def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text with the parts in their places again: thoughts as they are, control tokens spelled out."""
-    if not self._parts:
-      return list(tokenizer.encode(text, add_special_tokens=False))
-    for number, part in enumerate(self._parts):
+    for number, part in enumerate(self.parts):
       if not self._pattern.fullmatch(part):
         text = text.replace(chr(_PRIVATE + number), part)
     ids: list[int] = []
-    for piece in re.split(f"([{chr(_PRIVATE)}-{chr(_PRIVATE + len(self._parts) - 1)}])", text):
+    for piece in re.split(f"([{chr(_PRIVATE)}-{chr(_PRIVATE + len(self.parts) - 1)}])", text):
       spelled = len(piece) == 1 and ord(piece) >= _PRIVATE
-      written = self._parts[ord(piece) - _PRIVATE] if spelled else piece
+      written = self.parts[ord(piece) - _PRIVATE] if spelled else piece
       ids += tokenizer(written, add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
     return ids
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
   """Token ids of what somebody says: a control token that is spelled there stays text.
 
   >>> from rlpr_jax.data import builtin
-  >>> builtin.tokenizer().decode(encode_text(builtin.tokenizer(), "<answer>7</answer>"))
+  >>> tokenizer = builtin.tokenizer()
+  >>> tokenizer.decode(encode_texts(tokenizer, ["<answer>7</answer>"])[0])
   '<answer>7</answer>'
   """
-  hidden = _Hidden(_control_tokens(tokenizer))
-  return hidden.encode(tokenizer, hidden.hide({"role": "user", "content": text}))
+  hidden = [(_Hidden(_control_tokens(tokenizer)), text) for text in texts]
+  return _encode_all(tokenizer, [(parts, parts.hide({"role": "user", "content": text})) for parts, text in hidden])
 
 
 class TurnEnd(NamedTuple):

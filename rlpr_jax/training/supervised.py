@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax import processes
 from rlpr_jax.data import builtin
 from rlpr_jax.data.sources import load_demonstrations
-from rlpr_jax.data.templates import build_messages, encode_text, render
+from rlpr_jax.data.templates import build_messages, encode_texts, render
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy
@@ -65,7 +65,7 @@ def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase, eos_id: int | N
     opening = prompt_opening(tokenizer, ids)
     if opening and response.lstrip().startswith(opening):  # the prompt has written it
       response = response.lstrip().removeprefix(opening).lstrip()
-    answer = [*encode_text(tokenizer, response), eos_id]
+    answer = [*encode_texts(tokenizer, [response])[0], eos_id]
     if len(ids) > data.prompt_limit:
       long_prompts += 1
     elif len(answer) > config.rollout.max_response_length:
