@@ -25,7 +25,8 @@ from absl import flags
 from rlpr_jax import command_line
 from rlpr_jax.curation import checks
 from rlpr_jax.curation.checks import Dropped, Protected, Rating, Score
-from rlpr_jax.data.sources import Example, load_examples, read_rows
+from rlpr_jax.data.sources import Example, load_examples
+from rlpr_jax.data.tables import read_rows
 from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.judging.client import Cache, Client, Endpoint, ReplyFormat, Unanswered, ask_all
 from rlpr_jax.report import funnel
