@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -257,9 +256,3 @@ def test_nothing_is_left_in_the_home_directory(tmp_path):
   )
   assert (done.stdout, done.stderr) == ("1\n", "")
   assert list(home.rglob("*")) == []
-
-
-def test_settings_of_datasets_come_back(tmp_path):
-  before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-  load_examples(write_parquet(tmp_path / "a.parquet", question=["q"], answer=["a"]))
-  assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
