@@ -34,6 +34,7 @@ def build_messages(
   template: str,
   examples: Sequence[tuple[str, str]] = (),
   instruction: str | None = None,
+  system: str = "",
 ) -> list[Message]:
   """The chat of one question.
 
@@ -43,6 +44,7 @@ def build_messages(
     examples: worked examples, each what the user says and how the assistant responds. They become turns before the
       question, the last message of the user.
     instruction: system message instead of the template's; "" for none. A row's own system message goes before either.
+    system: system message instead of the row's own and of these; "" leaves them.
 
   >>> example = Example(({"role": "user", "content": "6 * 7?"},), "42", "", 0)
   >>> build_messages(example, "think", instruction="Be brief.")
@@ -58,6 +60,8 @@ def build_messages(
     for role, content in zip(("user", "assistant"), pair, strict=True)
   ]
   messages[question:question] = turns
+  if system:
+    messages = [{"role": "system", "content": system}, *(one for one in messages if one["role"] != "system")]
   instruction = INSTRUCTIONS[template] if instruction is None else instruction
   if instruction and all(message["role"] != "system" for message in messages):
     messages.insert(0, {"role": "system", "content": instruction})
@@ -72,21 +76,41 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
   Raises:
     InputError: the tokenizer has no chat template, or its template rejects the messages.
   """
-  name = tokenizer.name_or_path or type(tokenizer).__name__
+  return render_all(tokenizer, [messages])[0]
+
+
+def render_all(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
+  """Token ids of each chat, as `render` gives them; of many together in a small part of the time."""
   if not tokenizer.chat_template:
-    raise InputError(f"tokenizer {name}: expected a chat template, found none")
-  attempts = [list(messages)]
+    raise InputError(f"tokenizer {_name(tokenizer)}: expected a chat template, found none")
+  try:
+    return _apply(tokenizer, chats)
+  except jinja2.TemplateError:  # of one of them, which does not say how the others are to be written
+    return _apply(tokenizer, [_accepted(tokenizer, chat) for chat in chats])
+
+
+def _apply(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], tokenize: bool = True) -> Any:
+  return tokenizer.apply_chat_template(
+    [list(chat) for chat in chats], add_generation_prompt=True, tokenize=tokenize, return_dict=False, date_string=DATE
+  )
+
+
+def _accepted(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> Sequence[Message]:
+  """The messages as the tokenizer's template takes them: as they are, or else without a system message."""
+  attempts = [messages]
   if messages[0]["role"] == "system":
     attempts.append(_merge_system(messages))
   for attempt in attempts:
     try:
-      ids: Any = tokenizer.apply_chat_template(
-        attempt, add_generation_prompt=True, tokenize=True, return_dict=False, date_string=DATE
-      )
-      return ids
+      _apply(tokenizer, [attempt], tokenize=False)
+      return attempt
     except jinja2.TemplateError as error:
       reason = " ".join(str(error).split())
-  raise InputError(f"tokenizer {name}: its chat template rejects the messages: {reason}")
+  raise InputError(f"tokenizer {_name(tokenizer)}: its chat template rejects the messages: {reason}")
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+  return tokenizer.name_or_path or type(tokenizer).__name__
 
 
 def _merge_system(messages: Sequence[Message]) -> list[Message]:

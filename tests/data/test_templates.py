@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from rlpr_jax.data.sources import Example
-from rlpr_jax.data.templates import INSTRUCTIONS, build_messages, render
+from rlpr_jax.data.templates import INSTRUCTIONS, build_messages, render, render_all
 from rlpr_jax.errors import InputError
 
 PLAIN = (
@@ -52,6 +52,15 @@ def test_a_system_message_of_the_row_stays():
     assert build_messages(example(SYSTEM, QUESTION), "think", instruction=instruction) == [SYSTEM, QUESTION]
 
 
+def test_a_system_message_for_every_row():
+  """It goes before the row's own and before the instruction; worked examples stay where they are."""
+  for row in (example(SYSTEM, QUESTION), example(QUESTION)):
+    for instruction in (None, "Be kind.", ""):
+      built = build_messages(row, "think", [("1?", "1")], instruction, system="Be fast.")
+      turns = [message("user", "1?"), message("assistant", "1")]
+      assert built == [message("system", "Be fast."), *turns, QUESTION]
+
+
 def test_instructions_name_the_tags_of_their_template():
   assert all(tag in INSTRUCTIONS["think"] for tag in ("<think>", "</think>", "<answer>", "</answer>"))
   assert all(tag in INSTRUCTIONS["answer_only"] for tag in ("<answer>", "</answer>"))
@@ -92,6 +101,13 @@ def test_render_merges_a_system_message_that_the_template_rejects(across_words):
   ids = render(with_template(across_words, STRICT), messages)
   assert across_words.decode(ids) == "[user]Be brief.\n\n1?[assistant]1[user]6 * 7?[assistant]"
   assert messages == before
+
+
+@pytest.mark.parametrize("template", [PLAIN, STRICT])
+def test_many_chats_are_rendered_as_one_by_one(across_words, template):
+  tokenizer = with_template(across_words, template)
+  chats = [[SYSTEM, QUESTION], [QUESTION], [message("user", "<|end|> 中 "), message("assistant", "1"), QUESTION]]
+  assert render_all(tokenizer, chats * 3) == [render(tokenizer, chat) for chat in chats] * 3
 
 
 @pytest.mark.parametrize("messages", [[QUESTION, QUESTION], [SYSTEM, QUESTION, QUESTION]])
