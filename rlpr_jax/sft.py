@@ -35,7 +35,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
   assert policy.tokenizer is not None
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
-  demonstrations = supervised.load(config, policy.tokenizer)
+  demonstrations, dropped = supervised.load(config, policy.tokenizer)
   entry.write_config(config, workdir)
   optimizer = supervised.optimizer(settings)
   checkpoints = Checkpoints(workdir, config.log, _split, _join)
@@ -43,6 +43,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
     like = SupervisedState(0, policy.trained, abstract_opt_state(optimizer, policy.trained, policy.sharding))
     state = checkpoints.restore(like)
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
+    writer.write_dropped_rows("config.warm_start.path", dropped)
     if state is None:
       params = initial_params(config, policy)
       state = SupervisedState(0, params, init_opt_state(optimizer, params, policy.sharding))

@@ -14,7 +14,7 @@ from rlpr_jax.errors import InputError
 from rlpr_jax.splicing import count_baseline_tokens, count_suffix_tokens
 from rlpr_jax.types import Prompt
 
-_BATCH = 1024  # examples that are tokenised together
+BATCH = 1024  # examples that are tokenised together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ def prepare(
   prompts: list[Prompt] = []
   weights: list[float] = []
   dropped = {"prompt_too_long": 0, "reference_too_long": 0}
-  for start in range(0, len(examples), _BATCH):
-    batch = examples[start : start + _BATCH]
+  for start in range(0, len(examples), BATCH):
+    batch = examples[start : start + BATCH]
     chats = [
       build_messages(example, settings.template, settings.worked_examples, settings.instruction, settings.system)
       for example in batch
@@ -80,7 +80,7 @@ def prepare(
         )
       )
       weights.append(example.weight)
-    if progress and len(examples) > _BATCH:
+    if progress and len(examples) > BATCH:
       progress(start + len(batch), len(examples))
   if not prompts:
     raise InputError(

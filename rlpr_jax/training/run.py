@@ -10,9 +10,11 @@ from rlpr_jax import filtering, splicing
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
-from rlpr_jax.data.sources import load_examples
+from rlpr_jax.data.sources import DroppedRow, read_examples
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
+from rlpr_jax.runs.dropped_rows import describe_dropped_rows
+from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
@@ -40,6 +42,7 @@ class Run(NamedTuple):
   reward: RewardSettings
   shadows: dict[str, RewardSettings]  # by name
   custom_reward: CustomReward | None
+  dropped_rows: dict[str, list[DroppedRow]]  # that cannot be used, by the field of the config that names their files
 
 
 def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run:
@@ -56,10 +59,16 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   tokenizer = policy.tokenizer
   assert tokenizer is not None
   splicing.check_tokenizer(tokenizer)
-  prompts = load_prompts(config, config.data, tokenizer, builtin_split="train", count=config.data.count)
-  held_out = []
+  dropped_rows: dict[str, list[DroppedRow]] = {}
+  prompts, dropped_rows["config.data.path"] = load_prompts(
+    config, config.data, tokenizer, builtin_split="train", count=config.data.count
+  )
+  held_out: list[Prompt] = []
   if count := config.evaluation.prompts:
-    held_out = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
+    held_out, dropped_rows["config.evaluation.path"] = load_prompts(
+      config, config.evaluation, tokenizer, builtin_split="held_out", count=count
+    )
+    held_out = held_out[:count]
   device = Device(
     model=policy.sampler,
     settings=DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
@@ -87,23 +96,29 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     reward=RewardSettings.of(config.reward),
     shadows=dict(parse_shadow(config, text) for text in config.reward.shadow),
     custom_reward=custom_reward,
+    dropped_rows=dropped_rows,
   )
 
 
 def load_prompts(
   config: ConfigDict, source: ConfigDict, tokenizer: PreTrainedTokenizerBase, builtin_split: str, count: int
-) -> list[Prompt]:
-  """Loads questions of a file, or of the built-in set, as prompts; says how many were dropped.
+) -> tuple[list[Prompt], list[DroppedRow]]:
+  """Loads questions of files, or of the built-in set, as prompts; says how many were dropped.
 
   Args:
     source: `config.data` or `config.evaluation`.
     count: how many of the built-in ones there are to be.
+
+  Returns:
+    prompts, and the rows that cannot be used.
   """
   data = config.data
+  name = source.path or f"built-in {builtin_split} questions"
   if source.path:
-    examples = load_examples(source.path, source.split or None)
+    print(f"{name}: reading", flush=True)
+    examples, unusable = read_examples(source.path, source.split or None, data.max_dropped)
   else:
-    examples = builtin.examples(builtin_split, count, config.seed, data.domains)
+    examples, unusable = builtin.examples(builtin_split, count, config.seed, data.domains), []
   prompts, dropped = prepare(
     examples,
     tokenizer,
@@ -113,8 +128,12 @@ def load_prompts(
       worked_examples=data.examples,
       prompt_limit=data.prompt_limit,
       max_reference_length=data.max_reference_length,
+      system=data.system,
+      seed=config.seed,
     ),
+    Progress(f"{name}: tokenised"),
   )
-  name = source.path or f"built-in {builtin_split} questions"
-  print(f"{name}: {len(prompts)} prompts, dropped: {dropped}", flush=True)
-  return prompts
+  print(f"{name}: {len(prompts)} prompts, dropped: {dropped}{describe_dropped_rows(unusable)}", flush=True)
+  if several := sum(bool(example.other_references) for example in examples):
+    print(f"{name}: {several} rows have several references, the first of each counts", flush=True)
+  return prompts, unusable
