@@ -405,7 +405,7 @@ def _cost(client: Client, unjudged: int) -> str:
 
 def define_flags() -> flags.FlagValues:
   given = flags.FlagValues()
-  flags.DEFINE_string("path", None, "Questions: .parquet, .jsonl or .csv, as config.data.path.", flag_values=given)
+  flags.DEFINE_string("path", None, "Questions: a .parquet, .jsonl, .csv or .json file.", flag_values=given)
   flags.DEFINE_string(
     "out", None, "Directory to write; new, empty, or of a run of the same command that was stopped.", flag_values=given
   )
