@@ -58,11 +58,8 @@ def prepare(
       build_messages(example, settings.template, settings.worked_examples, settings.instruction, settings.system)
       for example in batch
     ]
-    fitting = [
-      (example, ids)
-      for example, ids in zip(batch, render_all(tokenizer, chats), strict=True)
-      if len(ids) <= settings.prompt_limit
-    ]
+    rendered = zip(batch, render_all(tokenizer, chats, [example.origin for example in batch]), strict=True)
+    fitting = [(example, ids) for example, ids in rendered if len(ids) <= settings.prompt_limit]
     dropped["prompt_too_long"] += len(batch) - len(fitting)
     lengths = reference_lengths(tokenizer, [example.reference for example, _ in fitting], settings.template)
     for (example, ids), length in zip(fitting, lengths, strict=True):

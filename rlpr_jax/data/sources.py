@@ -13,7 +13,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -51,8 +51,15 @@ class Example:
   reference: str  # not empty, without whitespace around it
   source: str  # where the question comes from; the file's stem when the file does not say
   row: int  # 1-based data row of its file; in JSONL the line
-  other_references: tuple[str, ...] = ()  # further answers that are as right; nothing trains on them yet
-  weight: float = 1.0  # how often it is drawn, relative to others
+  # Not shown, as most examples have none of these.
+  other_references: tuple[str, ...] = field(default=(), repr=False)  # as right; nothing trains on them yet
+  weight: float = field(default=1.0, repr=False)  # how often it is drawn, relative to others
+  file: str = field(default="", repr=False, compare=False)  # that it stands in, "" if in none
+
+  @property
+  def origin(self) -> str:
+    """File and row, for messages; "" where there are none."""
+    return f"{self.file}: row {self.row}" if self.file else ""
 
 
 class DroppedRow(NamedTuple):
@@ -215,7 +222,7 @@ def _question_parser(file: files.DataFile, columns: Columns, weight: float) -> C
       messages = _before_response(messages)
     to_references = _verl_references if answer == "reward_model" else _references
     reference, *others = to_references(row.get(answer), answer)
-    return Example(messages, reference, _source(row, file), number, tuple(others), weight)
+    return Example(messages, reference, _source(row, file), number, tuple(others), weight, file.name)
 
   return parse
 
@@ -229,7 +236,8 @@ def _demonstration_parser(
 
   def parse(number: int, row: Row) -> tuple[Example, str]:
     messages = to_messages(row.get(question), question)
-    return Example(messages, "", file.source, number, weight=weight), _text(row.get(response), response)
+    example = Example(messages, "", file.source, number, weight=weight, file=file.name)
+    return example, _text(row.get(response), response)
 
   return parse
 

@@ -7,7 +7,7 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.data.sources import Example
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, in_field
 
 Message = dict[str, str]  # {role: system | user | assistant, content}
 
@@ -79,14 +79,24 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
   return render_all(tokenizer, [messages])[0]
 
 
-def render_all(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
-  """Token ids of each chat, as `render` gives them; of many together in a small part of the time."""
+def render_all(
+  tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], origins: Sequence[str] = ()
+) -> list[list[int]]:
+  """Token ids of each chat, as `render` gives them; of many together in a small part of the time.
+
+  Args:
+    origins: where each chat comes from, for messages.
+  """
   if not tokenizer.chat_template:
     raise InputError(f"tokenizer {_name(tokenizer)}: expected a chat template, found none")
   try:
     return _apply(tokenizer, chats)
   except jinja2.TemplateError:  # of one of them, which does not say how the others are to be written
-    return _apply(tokenizer, [_accepted(tokenizer, chat) for chat in chats])
+    accepted = []
+    for chat, origin in zip(chats, origins or [""] * len(chats), strict=True):
+      with in_field(origin, ": " if origin else ""):
+        accepted.append(_accepted(tokenizer, chat))
+    return _apply(tokenizer, accepted)
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], tokenize: bool = True) -> Any:

@@ -95,7 +95,8 @@ def _tokenize(
   instruction = None if data.instruction == "default" else data.instruction
   chats = [build_messages(example, data.template, data.examples, instruction, data.system) for example, _ in pairs]
   responses = tokenizer([response for _, response in pairs], add_special_tokens=False, verbose=False)["input_ids"]
-  return render_all(tokenizer, chats), [[*ids, tokenizer.eos_token_id] for ids in responses]
+  prompts = render_all(tokenizer, chats, [example.origin for example, _ in pairs])
+  return prompts, [[*ids, tokenizer.eos_token_id] for ids in responses]
 
 
 def batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:

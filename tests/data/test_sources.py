@@ -279,6 +279,11 @@ def test_bad_rows_are_dropped_and_named(tmp_path):
   assert next(iter(count_reasons(read.dropped))) == "answer: empty"
 
 
+def test_examples_say_where_they_stand(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}] * 2)
+  assert [example.origin for example in load_examples(path)] == [f"{path}: row 1", f"{path}: row 2"]
+
+
 def test_the_largest_share_is_one_that_passes(tmp_path):
   path = bad_rows(tmp_path / "a.jsonl", [5], 19)
   assert len(read_examples(str(path), max_dropped=0.05).items) == 19

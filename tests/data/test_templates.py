@@ -119,6 +119,12 @@ def test_render_says_what_the_template_rejects(across_words, messages):
   assert str(caught.value) == "tokenizer some/model: its chat template rejects the messages: Roles must alternate"
 
 
+def test_of_many_chats_the_rejected_one_is_named(across_words):
+  tokenizer = with_template(across_words, STRICT)
+  with pytest.raises(InputError, match=r"^a\.csv: row 2: tokenizer .* rejects the messages: Roles must alternate$"):
+    render_all(tokenizer, [[SYSTEM, QUESTION], [QUESTION, QUESTION]], ["a.csv: row 1", "a.csv: row 2"])
+
+
 @pytest.mark.parametrize("template", [None, ""])
 def test_render_without_a_chat_template(across_words, template):
   tokenizer = with_template(across_words, template)
