@@ -105,6 +105,8 @@ def _find_part(text: str, default_split: str | None) -> Part:
     listed = _list_directory(local)
     chosen, split = _choose(path, listed, _read_card(local / _README), None, split)
     files = [DataFile(local / name, str(local / name), _stem(name)) for name in chosen]
+  elif hub is None and not local.exists() and local.suffix.lower() not in SUFFIXES:
+    raise InputError(f"{path}: no such file or directory, expected one, or org/name of the Hugging Face hub")
   elif local.exists() or local.suffix.lower() in SUFFIXES or hub is None:
     return one_file(local, split)._replace(name=text, needs_column=named, weight=weight)
   else:

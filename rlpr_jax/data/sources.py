@@ -145,10 +145,10 @@ def _check(name: str, read: Read[T], max_dropped: float) -> Read[T]:
     return read
   reason, count = next(iter(count_reasons(read.dropped).items()))
   first = next(row for row in read.dropped if row.reason == reason)
-  raise InputError(
-    f"{name}: {len(read.dropped)} of {total} rows cannot be used, expected at most {100 * max_dropped:g}%"
-    f" (max_dropped); {count} of them: {reason}, first {_describe(first)}"
-  )
+  found = f"{len(read.dropped)} of {total} rows cannot be used, expected at most {100 * max_dropped:g}% (max_dropped)"
+  if not read.items:
+    found = f"none of {total} rows can be used"
+  raise InputError(f"{name}: {found}; {count} of them: {reason}, first {_describe(first)}")
 
 
 def _describe(row: DroppedRow) -> str:

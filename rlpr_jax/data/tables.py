@@ -62,9 +62,11 @@ def read_rows(
     raise InputError(f"{name}: expected a file, found {'a directory' if path.is_dir() else 'none'}")
   try:
     return readers[suffix](path, refuse or fail)
+  except InputError:
+    raise
   except _NotReadableError as error:
     raise InputError(f"{name}: {error}") from error.__cause__
-  except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+  except (OSError, ValueError, OverflowError, pa.ArrowException) as error:  # of text that is no UTF-8, dates of no year
     reason = " ".join(str(error).split())
     raise InputError(f"{name}: cannot be read as {suffix[1:]}: {reason}") from error
 

@@ -230,6 +230,13 @@ def test_what_no_one_can_mean(text):
     files.find(text)
 
 
+@pytest.mark.parametrize("name", ["a b", "name", "/no/such/directory", "a.txt:2"])
+def test_what_is_neither_here_nor_a_name_on_the_hub(tmp_path, monkeypatch, name):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(InputError, match=r"^[^:]*: no such file or directory, expected one, or org/name of the Hugging"):
+    files.find(name)
+
+
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf"])
 def test_a_weight_that_cannot_be(tmp_path, weight):
   (tmp_path / "a.jsonl").write_bytes(jsonl("1"))

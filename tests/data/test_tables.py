@@ -47,6 +47,13 @@ def test_parquet_rows_of_several_row_groups_are_numbered_through(tmp_path):
   ]
 
 
+def test_parquet_values_that_python_has_not(tmp_path):
+  table = pa.table({"question": ["q"], "answer": pa.array([2**45], pa.timestamp("s"))})
+  pq.write_table(table, tmp_path / "a.parquet")
+  with pytest.raises(InputError, match=r"a\.parquet: cannot be read as parquet: "):
+    load_examples(tmp_path / "a.parquet")
+
+
 def test_parquet_floats_are_written_as_they_were(tmp_path):
   """0.1 in 32 bits is 0.10000000149011612 in 64."""
   pq.write_table(pa.table({"answer": pa.array([0.1, 2, None], pa.float32())}), tmp_path / "a.parquet")
