@@ -179,6 +179,7 @@ def _choose(
     configurations = dict(_configurations(card))
   except (AttributeError, KeyError, TypeError):  # a card of another form; the files speak for themselves
     configurations = {}
+  asked = subset
   if subset is None and len(configurations) > 1:
     default = [one["config_name"] for one in card["configs"] if one.get("default") or one["config_name"] == "default"]
     if not default:
@@ -193,6 +194,8 @@ def _choose(
       by_split = _by_name(by_split[""])
   else:
     by_split = _by_name([file for file in files if subset is None or file.startswith(f"{subset.strip('/')}/")])
+  if asked is None and not any(by_split.values()):  # the card is of other files
+    by_split = _by_name(files)
   if not any(by_split.values()):
     raise InputError(f"{name}: expected files named {', '.join('*' + suffix for suffix in SUFFIXES)}, found none")
   named = sorted(set(by_split) - {""})

@@ -21,7 +21,7 @@ def write_dropped_rows(workdir: pathlib.Path, field: str, rows: Sequence[Dropped
     return
   others = path.read_text().splitlines() if path.exists() else []
   lines = [line for line in others if json.loads(line)["field"] != field]
-  lines += [json.dumps({"field": field, **row._asdict()}, ensure_ascii=False) for row in rows]
+  lines += [json.dumps({"field": field, **row._asdict()}) for row in rows]
   if lines:
     persist(lambda: write_atomically(path, "".join(f"{line}\n" for line in lines)), path, retry_seconds)
   else:

@@ -202,6 +202,12 @@ def test_a_directory_with_splits(tmp_path):
     answers(str(tmp_path))
 
 
+def test_a_directory_whose_card_is_of_other_files(tmp_path):
+  (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: a\n  data_files: other/*\n---\n")
+  (tmp_path / "a.jsonl").write_bytes(jsonl("1"))
+  assert answers(str(tmp_path)) == ["1"]
+
+
 def test_a_directory_without_rows(tmp_path):
   (tmp_path / "notes.txt").write_text("no rows")
   with pytest.raises(InputError, match=r"expected files named \*\.parquet, .* found none"):

@@ -84,7 +84,10 @@ def read(path):
 
 
 def test_rows_of_each_field_are_written_once(tmp_path):
-  row, other = DroppedRow("a.csv", 1, "answer: empty", "found ''"), DroppedRow("é.csv", 2, "answer: empty", "")
+  row, other = (
+    DroppedRow("a.csv", 1, "answer: empty", "found ''"),
+    DroppedRow("é.csv", 2, "answer: empty", "\\ud83d\\u2028"),
+  )
   write_dropped_rows(tmp_path, "config.data.path", [], 0)
   assert list(tmp_path.iterdir()) == []
   write_dropped_rows(tmp_path, "config.data.path", [row], 0)
