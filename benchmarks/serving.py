@@ -67,9 +67,8 @@ def main(_: list[str]) -> None:
     return
   policy = trained.load(trained.find(MODEL.value), "float32")
   with setting_names({"slots": "--streams", "max_response_length": "--tokens"}):
-    engine = trained.create_engine(
-      policy._replace(eos_ids=()), _STREAMS.value, prompt_limit=64, response_limit=_TOKENS.value
-    )
+    endless = policy._replace(turn_end=policy.turn_end._replace(eos_ids=()))
+    engine = trained.create_engine(endless, _STREAMS.value, prompt_limit=64, response_limit=_TOKENS.value)
     engine.device.compile_programs(policy.params, scoring=False)
   draws = [
     (

@@ -102,6 +102,13 @@ FIELDS = {
     "of those, the held-out ones and the warm start's demonstrations: short | sentences | all",
     choices=("short", "sentences", "all"),
   ),
+  "data.chat_template": Field(
+    "",
+    'a file, "plain" (for a base model), or the name of one of the tokenizer\'s own; "" for its own',
+  ),
+  "data.chat_template_kwargs": Field(
+    "", 'variables of the chat template, a JSON object such as {"enable_thinking": false}; "" for none'
+  ),
   "data.template": Field(
     "think", "tags that a response must have: think (and answer) | answer_only", choices=("think", "answer_only")
   ),
@@ -303,6 +310,12 @@ FIELDS = {
   ),
   "guards.stop": Field(False, "whether an alarm stops the run, beside being printed and saved", may_change=True),
   "guards.min_length_share": Field(0.25, "of the first steps' mean response length", at_least=0, may_change=True),
+  "guards.max_truncated": Field(
+    0.5,
+    "share of responses that reach their limit, as of a policy that does not end",
+    at_least=0,
+    may_change=True,
+  ),
   "guards.min_entropy": Field(0.01, "nats a token", at_least=0, may_change=True),
   "guards.min_format": Field(0.2, "share of well-formed responses", at_least=0, may_change=True),
   "guards.min_gain": Field(

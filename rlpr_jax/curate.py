@@ -142,7 +142,7 @@ def curate(options: Options) -> None:
 
 
 def _without(indices: Sequence[int], dropped: Sequence[Dropped]) -> list[int]:
-  gone = {drop.index for drop in dropped}
+  gone = {drop.row for drop in dropped}
   return [index for index in indices if index not in gone]
 
 
@@ -341,7 +341,7 @@ def _write(directory: pathlib.Path, settings: dict[str, Any], curated: Curated, 
     answer = ratings.get(index)
     return answer.reasoning if isinstance(answer, Rating) else None
 
-  gone = [{**shown(drop.index), "reason": drop.reason, "detail": drop.detail} for drop in curated.dropped]
+  gone = [{**shown(drop.row), "reason": drop.reason, "detail": drop.detail} for drop in curated.dropped]
   kept = [{**shown(index), "rating": rating(index)} for index in curated.kept]
   reasons = dict(Counter(drop.reason for drop in curated.dropped))
   unjudged = sum(isinstance(rating, str) for rating in ratings.values())

@@ -13,11 +13,12 @@ from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.policy import create_mesh
+from rlpr_jax.runs.inputs import check_program
 from rlpr_jax.runs.storage import write_atomically
 
 
 def run(
-  program: Callable[[ConfigDict, pathlib.Path], None],
+  program: Callable[..., None],
   argv: Sequence[str] | None,
   doc: str,
   recipe: str = "quickstart",
@@ -25,6 +26,7 @@ def run(
   """Runs a program on the config and directory that a command line names.
 
   Args:
+    program: is called with the config, the directory, and `accept_changes`.
     argv: the program's name and its arguments; those of this process if None.
     doc: what --help says before the flags.
     recipe: where the command line names none.
@@ -37,7 +39,7 @@ def run(
       raise InputError(f"--workdir: {given.workdir}, expected a directory: mount the bucket, for instance by gcsfuse")
     processes.start(given.distributed, given.coordinator, given.processes, given.process)
     with processes.end_together():
-      program(config, pathlib.Path(given.workdir))
+      program(config, pathlib.Path(given.workdir), accept_changes=given.accept_changes)
 
 
 def define_flags(recipe: str) -> flags.FlagValues:
@@ -45,6 +47,12 @@ def define_flags(recipe: str) -> flags.FlagValues:
   given = flags.FlagValues()
   command_line.define_config(given, recipe)
   flags.DEFINE_string("workdir", None, "Directory for all that is written.", flag_values=given)
+  flags.DEFINE_bool(
+    "accept_changes",
+    False,
+    "Go on with other data, tokenizer, chat template, weights or custom reward than the run began with.",
+    flag_values=given,
+  )
   flags.DEFINE_bool(
     "distributed",
     False,
@@ -57,8 +65,11 @@ def define_flags(recipe: str) -> flags.FlagValues:
   return given
 
 
-def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
+def begin(config: ConfigDict, workdir: pathlib.Path, program: str) -> None:
   """Checks the config and the directory, before anything is written or compiled, and says what runs on what.
+
+  Args:
+    program: train | sft.
 
   Raises:
     InputError: a config that cannot be, or a directory that cannot be written or holds another run.
@@ -70,6 +81,7 @@ def begin(config: ConfigDict, workdir: pathlib.Path) -> None:
     attention = f"auto ({models.default_attention(mesh.devices.flat[0].platform)})"
   print(machine.describe(mesh, attention, config.model.compute_dtype), flush=True)
   open_workdir(workdir)
+  check_program(workdir, program)
   check_same_run(workdir, config)
   keep_programs(config.compilation_cache)
 

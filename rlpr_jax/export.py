@@ -42,7 +42,16 @@ def export(workdir: pathlib.Path, out: pathlib.Path, step: int | None, dtype: st
   if adapter:
     huggingface.save_adapter(out, policy.config, params, base=config.model.path, tokenizer=policy.tokenizer)
   else:
-    huggingface.save_pretrained(out, policy.config, policy.merged_params(params), policy.tokenizer, jnp.dtype(dtype))
+    assert policy.turn_end is not None
+    generation = huggingface.load_generation(huggingface.resolve(config.model.path)) if config.model.path else {}
+    huggingface.save_pretrained(
+      out,
+      policy.config,
+      policy.merged_params(params),
+      policy.tokenizer,
+      jnp.dtype(dtype),
+      generation=huggingface.with_eos(generation, policy.turn_end.eos_ids),
+    )
   print(f"wrote {'the adapters' if adapter else 'the policy'} of step {step} to {out}")
 
 

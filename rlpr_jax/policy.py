@@ -1,6 +1,8 @@
 """The policy of a run: its model and tokenizer, how it lies on the devices, and which parameters are trained."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import huggingface, models, sharding
 from rlpr_jax.data import builtin
+from rlpr_jax.data.templates import TurnEnd, choose_template, turn_end
 from rlpr_jax.errors import InputError, in_field
 from rlpr_jax.models import ModelConfig, ModelGraph, Params, Runtime
 from rlpr_jax.sharding import Sharding
@@ -24,7 +27,8 @@ class Policy(NamedTuple):
   sampler: ModelGraph  # the same, as it samples and scores
   sampling: Runtime  # how that one is run: by each process on its own devices
   gathered: Sharding  # how the parameters lie for it, on all devices
-  tokenizer: PreTrainedTokenizerBase | None  # None for a policy that is only planned
+  tokenizer: PreTrainedTokenizerBase | None  # None for a policy that is only placed, to be planned
+  turn_end: TurnEnd | None  # how its responses end; None likewise
   sharding: Sharding
   trained: Params  # shapes, dtypes and shardings of the parameters that are trained
   frozen: Params  # parameters that are not: the base under LoRA, else nothing
@@ -54,28 +58,36 @@ def load_policy(config: ConfigDict) -> Policy:
   mesh = create_mesh(config)
   if config.model.path:
     directory = huggingface.resolve(config.model.path)
-    tokenizer, model_config = load_tokenizer(str(directory)), huggingface.load_config(directory)
+    model_config = huggingface.load_config(directory)
+    tokenizer = load_tokenizer(str(directory))
+    variables = parse_variables(config.data.chat_template_kwargs)
+    with in_field("config.data.chat_template"):
+      choose_template(tokenizer, config.data.chat_template, variables)
+    end = turn_end(tokenizer, huggingface.generation_eos(huggingface.load_generation(directory)))
   else:
+    if config.data.chat_template or config.data.chat_template_kwargs:
+      raise InputError("config.data.chat_template: the built-in policy has its own, expected config.model.path with it")
     tokenizer = builtin.tokenizer(config.data.domains)
     model_config = new_config(config, len(tokenizer))
-  if len(tokenizer) > model_config.vocab_size:
-    raise InputError(f"{config.model.path}: tokenizer has {len(tokenizer)} ids, the model {model_config.vocab_size}")
+    end = turn_end(tokenizer)
+  if end.eos_id >= model_config.vocab_size:
+    raise InputError(
+      f"{config.model.path}: a response ends in token {end.eos_id} ({tokenizer.decode([end.eos_id])!r}), expected one"
+      f" of the model's {model_config.vocab_size}"
+    )
+  known_tokens = max(tokenizer.get_vocab().values()) + 1
+  if known_tokens < model_config.vocab_size:
+    model_config = dataclasses.replace(model_config, known_tokens=known_tokens)
   frozen: Params = {}
   if config.lora.rank:
     if not config.model.path:
       raise InputError("config.lora.rank: adapters need a pretrained model, expected config.model.path")
     rules = dict(create_sharding(config, mesh).rules)
     frozen = huggingface.load_pretrained(str(directory), mesh, jnp.dtype(config.lora.base_dtype), rules)[1]
-  return place_policy(config, model_config, mesh, frozen, tokenizer)
+  return place_policy(config, model_config, mesh, frozen)._replace(tokenizer=tokenizer, turn_end=end)
 
 
-def place_policy(
-  config: ConfigDict,
-  model_config: ModelConfig,
-  mesh: Mesh,
-  frozen: Params,
-  tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Policy:
+def place_policy(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, frozen: Params) -> Policy:
   """The policy on the devices of a mesh, which may be only described.
 
   Args:
@@ -100,7 +112,8 @@ def place_policy(
     sampler=models.definition(model_config, sampling),
     sampling=sampling,
     gathered=gathered,
-    tokenizer=tokenizer,
+    tokenizer=None,
+    turn_end=None,
     sharding=fitted,
     trained=trained,
     frozen=frozen,
@@ -155,6 +168,21 @@ def split_names(text: str) -> tuple[str, ...]:
   return tuple(filter(None, text.replace(" ", "").split(",")))
 
 
+def parse_variables(text: str) -> dict[str, Any]:
+  """The variables of a chat template, of `config.data.chat_template_kwargs`.
+
+  >>> parse_variables('{"enable_thinking": false}')
+  {'enable_thinking': False}
+  """
+  try:
+    variables = json.loads(text or "{}")
+  except ValueError as error:
+    raise InputError(f"config.data.chat_template_kwargs: {text!r}, expected a JSON object ({error})") from None
+  if not isinstance(variables, dict) or not all(name.isidentifier() for name in variables):
+    raise InputError(f"config.data.chat_template_kwargs: {text!r}, expected a JSON object whose keys are names")
+  return variables
+
+
 def parse_targets(text: str) -> tuple[str, ...]:
   """Names of the linear layers that get adapters, from "query,value"."""
   targets = split_names(text)
@@ -173,6 +201,13 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
   from transformers import AutoTokenizer  # with it comes torch, where that is installed
 
   try:
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
+  file = pathlib.Path(path) / "chat_template.json"  # of models that see, too: transformers leaves it to their processor
+  if not tokenizer.chat_template and file.exists():
+    try:
+      tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
+    except (ValueError, KeyError, TypeError) as error:
+      raise InputError(f"{file}: expected an object with chat_template ({error})") from None
+  return tokenizer

@@ -18,6 +18,7 @@ from rlpr_jax.models import Params
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
+from rlpr_jax.runs.inputs import Inputs, check_inputs, digest_text, model_digests, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.training import supervised
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
@@ -25,18 +26,27 @@ from rlpr_jax.training.settings import NAMES, check_lengths, check_rows
 from rlpr_jax.training.supervised import SupervisedState
 
 
-def sft(config: ConfigDict, workdir: pathlib.Path) -> None:
-  """The supervised steps of `config.warm_start` in `workdir`, from its last checkpoint or from the beginning."""
-  entry.begin(config, workdir)
+def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False) -> None:
+  """The supervised steps of `config.warm_start` in `workdir`, from its last checkpoint or from the beginning.
+
+  Args:
+    accept_changes: goes on with other demonstrations, tokenizer, chat template or weights than the run began with.
+  """
+  entry.begin(config, workdir, "sft")
   settings = config.warm_start
   if not settings.steps:
     raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
   policy = load_policy(config)
   assert policy.tokenizer is not None
+  assert policy.turn_end is not None
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
-  demonstrations, dropped = supervised.load(config, policy.tokenizer)
+  demonstrations, dropped = supervised.load(config, policy.tokenizer, policy.turn_end.eos_id)
+  rows = [digest_text(str(row)) for row in demonstrations] if settings.path else []
+  inputs = Inputs("sft", model_digests(config, policy.tokenizer), rows)
+  check_inputs(workdir, read_inputs(workdir), inputs, accept_changes)
   entry.write_config(config, workdir)
+  write_inputs(workdir, inputs)
   optimizer = supervised.optimizer(settings)
   checkpoints = Checkpoints(workdir, config.log, _split, _join)
   with StopRequest() as stop, setting_names(NAMES):

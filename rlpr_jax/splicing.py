@@ -26,6 +26,9 @@ OPEN, CLOSE = "<answer>", "</answer>"
 TAGS = {template: tags[:-1] for template, tags in TEMPLATE_TAGS.items()}
 
 
+_OPENING = re.compile(r"<think>\s*(</think>)?\s*$")
+
+
 class Splice(NamedTuple):
   """A response with the reference answer in it: `response_ids[:prefix_length] + suffix_ids`."""
 
@@ -40,6 +43,7 @@ def splice(
   response_ids: Sequence[int] | np.ndarray,
   reference: str,
   template: str = "think",
+  eos_id: int | None = None,
 ) -> Splice | None:
   """Put the reference answer in the place of the response's own answer.
 
@@ -48,11 +52,12 @@ def splice(
 
   Args:
     tokenizer: a tokenizer that passed `check_tokenizer`.
-    prompt_ids: ids of the prompt. They change nothing: tags count in the response alone, and no token of a response
-      reaches back into its prompt.
+    prompt_ids: ids of the prompt. A tag that they end with counts as the response's first; beside that tags count in
+      the response alone, and no token of a response reaches back into its prompt.
     response_ids: sampled ids, in any tokenisation, with or without EOS at the end.
     reference: the reference answer, without whitespace around it.
     template: `think` or `answer_only`.
+    eos_id: the token that ends a response; None for the tokenizer's EOS.
 
   Returns:
     The splice, or None when the response is not scorable: a tag of the template is missing, repeated or out of order.
@@ -64,22 +69,38 @@ def splice(
   >>> tokenizer.decode(ids[: spliced.prefix_length] + spliced.suffix_ids)
   '<think>6*7</think> <answer> 42 </answer><end>'
   """
-  del prompt_ids
   ids = [int(i) for i in response_ids]
   text = _decode(tokenizer, ids)
-  if not _is_scorable(text, template):
+  if not _is_scorable(prompt_opening(tokenizer, prompt_ids) + text, template):
     return None
   end = text.index(OPEN) + len(OPEN)
   prefix_length, head = _keep(tokenizer, ids, text, end)
   written = re.match(r"\s*", text[end:])
   space = (written and written[0]) or " "
   before = text[len(head) : end] + space
-  suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}")
+  suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}", eos_id)
   return Splice(prefix_length, suffix_ids, mask)
 
 
+def prompt_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] | np.ndarray) -> str:
+  """Find the tags that a prompt ends with, which count as the response's first.
+
+  Chat templates of models that always think open the thought themselves; those that can be told not to close it, too.
+
+  Returns:
+    "<think>", "<think></think>", or "".
+
+  >>> from rlpr_jax.data import builtin
+  >>> tokenizer = builtin.tokenizer()
+  >>> prompt_opening(tokenizer, tokenizer.encode("<q>6*7<a><think>"))
+  '<think>'
+  """
+  end = _OPENING.search(_decode(tokenizer, [int(i) for i in prompt_ids[-16:]]))
+  return "".join(end[0].split()) if end else ""
+
+
 def baseline_suffix(
-  tokenizer: PreTrainedTokenizerBase, reference: str, prefix: str = "bare"
+  tokenizer: PreTrainedTokenizerBase, reference: str, prefix: str = "bare", eos_id: int | None = None
 ) -> tuple[list[int], list[bool]]:
   """Tokenise the reference straight after the assistant header, with no reasoning: what r' is measured on.
 
@@ -88,6 +109,7 @@ def baseline_suffix(
     reference: the reference answer, without whitespace around it.
     prefix: `bare` for the text `" " + y* + " "`, as the reference implementation has it; `tagged` puts `<answer>`
       before it.
+    eos_id: as for `splice`.
 
   Returns:
     Token ids up to and including EOS, and the mask of the reference's tokens, of the same length.
@@ -99,7 +121,7 @@ def baseline_suffix(
   before = {"bare": " ", "tagged": f"{OPEN} "}
   if prefix not in before:
     raise InputError(f"baseline prefix {prefix!r}: expected one of {', '.join(before)}")
-  return _encode_around(tokenizer, before[prefix], reference, " ")
+  return _encode_around(tokenizer, before[prefix], reference, " ", eos_id)
 
 
 def count_suffix_tokens(tokenizer: PreTrainedTokenizerBase, references: Sequence[str], template: str) -> list[int]:
@@ -212,7 +234,7 @@ def _count_around(tokenizer: PreTrainedTokenizerBase, before: str, references: S
 
 
 def _encode_around(
-  tokenizer: PreTrainedTokenizerBase, before: str, reference: str, after: str
+  tokenizer: PreTrainedTokenizerBase, before: str, reference: str, after: str, eos_id: int | None
 ) -> tuple[list[int], list[bool]]:
   """Ids of `before + reference + after` and EOS, and which of them hold a character of the reference."""
   text = before + reference + after
@@ -229,4 +251,4 @@ def _encode_around(
   # ByteLevel's `trim_offsets` takes spaces off a span, down to an empty one for a token of spaces. Since a reference
   # begins and ends with something else, a span stays inside it or outside it.
   mask = [left < end and right > start for left, right in encoded["offset_mapping"]]
-  return [*encoded["input_ids"], tokenizer.eos_token_id], [*mask, False]
+  return [*encoded["input_ids"], tokenizer.eos_token_id if eos_id is None else eos_id], [*mask, False]

@@ -24,6 +24,7 @@ from rlpr_jax.errors import InputError, setting_names
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.guards import Watch
+from rlpr_jax.runs.inputs import check_inputs, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import packing, settings
@@ -31,32 +32,44 @@ from rlpr_jax.training.collect import collect
 from rlpr_jax.training.held_out import evaluate_run
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
 from rlpr_jax.training.old_logprobs import resolve_old_logprobs
-from rlpr_jax.training.run import Run, set_up
-from rlpr_jax.training.state import abstract_state, finish_step, first_state, join, split
+from rlpr_jax.training.run import Run, digest_inputs, set_up
+from rlpr_jax.training.state import abstract_state, adopt_rows, finish_step, first_state, join, split
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, custom_reward: CustomReward | None = None) -> None:
+def train(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  custom_reward: CustomReward | None = None,
+  accept_changes: bool = False,
+) -> None:
   """Runs `config` in `workdir` from its last checkpoint, or from the beginning, until `config.steps` are done.
 
   Args:
     custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence; as
       `config.reward.custom`, which then holds its name.
+    accept_changes: goes on with other data, tokenizer, chat template, weights or custom reward than the run began with.
   """
   if custom_reward is not None:
     config = config.copy_and_resolve_references()
     config.reward.custom = f"{custom_reward.__module__}.{custom_reward.__qualname__}"
-  entry.begin(config, workdir)
+  entry.begin(config, workdir, "train")
   if custom_reward is None and config.reward.custom:
     custom_reward = custom_rewards.load(config.reward.custom)
   with StopRequest() as stop, setting_names(settings.NAMES):
     run = set_up(config, custom_reward)
+    saved, inputs = read_inputs(workdir), digest_inputs(run)
+    check_inputs(workdir, saved, inputs, accept_changes)
     entry.write_config(config, workdir)
     to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
     checkpoints = Checkpoints(workdir, config.log, to_disk, join)
-    state = checkpoints.restore(abstract_state(run))
+    began_with = saved.rows if saved else inputs.rows
+    state = checkpoints.restore(abstract_state(run, len(began_with)))
+    if state and began_with != inputs.rows:
+      state = adopt_rows(run, state, began_with, inputs.rows)
+    write_inputs(workdir, inputs)
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
     try:
       for field, rows in run.dropped_rows.items():

@@ -32,6 +32,7 @@ class Prompt:
   ids: np.ndarray  # int32[length], ending where the assistant begins to write
   reference: str = ""  # the reference answer
   question: str = ""  # text of the last user message
+  opening: str = ""  # tags that its text ends with: they count as the response's first, as `<think>` in R1's template
   source: str = ""  # where the question comes from
   row: int = 0  # index into the data set's prompts, by which per-prompt state such as r' is kept
 

@@ -107,6 +107,7 @@ def test_a_checkpoint_is_a_model_that_transformers_loads(full_run, base, tmp_pat
   theirs = their_logits(load_torch(tmp_path / "out"))
   np.testing.assert_allclose(theirs, our_logits(*policy_of(full_run, 2)), atol=1e-5)
   assert np.abs(theirs - their_logits(load_torch(base))).max() > 1e-2  # it has learned
+  assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == {"eos_token_id": 1}
   assert AutoTokenizer.from_pretrained(tmp_path / "out").encode("1+2") == builtin.tokenizer().encode("1+2")
 
 

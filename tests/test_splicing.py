@@ -13,7 +13,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.splicing import baseline_suffix, check_tokenizer, extract_answer, splice
+from rlpr_jax.splicing import baseline_suffix, check_tokenizer, extract_answer, prompt_opening, splice
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # ByteLevel's spelling of bytes
 THOUGHT = "<think> 6 times 7: 中文 😀 </think> "
@@ -325,3 +325,28 @@ def test_check_tokenizer_rejects(tokenizer, message):
   with pytest.raises(InputError, match=message) as caught:
     check_tokenizer(tokenizer)
   assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+  ("prompt", "opening"),
+  [
+    ("Question<think>", "<think>"),
+    ("Question<think>\n", "<think>"),
+    ("Question<think>\n\n</think>\n\n", "<think></think>"),
+    ("<think> what <think> is", ""),
+    ("", ""),
+  ],
+)
+def test_tags_that_the_prompt_ends_with_count(tokenizer, prompt, opening):
+  prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+  assert prompt_opening(tokenizer, prompt_ids) == opening
+  written = ("<think>", "6 * 7 ", "</think>", " <answer> 41 </answer>")
+  response = "".join(part for part in written if part not in opening)
+  ids = tokenizer.encode(response, add_special_tokens=False)
+  spliced = splice(tokenizer, prompt_ids, ids, "42")
+  alone = splice(tokenizer, [], ids, "42")
+  assert spliced is not None
+  assert (alone is None) == bool(opening)
+  assert tokenizer.decode(ids[: spliced.prefix_length] + spliced.suffix_ids[:-1]).endswith("<answer> 42 </answer>")
+  twice = tokenizer.encode("".join(written), add_special_tokens=False)
+  assert (splice(tokenizer, prompt_ids, twice, "42") is None) == bool(opening)  # the tag is there twice

@@ -316,7 +316,7 @@ def _overlaps(texts: Sequence[Words], questions: Sequence[tuple[str, Words]], si
 class Dropped(NamedTuple):
   """A question that is left out."""
 
-  index: int  # of the example
+  row: int  # of the example, counted from 0
   reason: str
   detail: str
 
@@ -402,7 +402,7 @@ def drop_by_rating(
     reasoning: least that is needed, 0 to 4.
 
   >>> drop_by_rating({0: Rating(False, True, 1)}, reasoning=2, keep_mathematics=False, keep_unjudged=True)
-  [Dropped(index=0, reason='too easy', detail='rated 1 of 4')]
+  [Dropped(row=0, reason='too easy', detail='rated 1 of 4')]
   """
   dropped = []
   for index, rating in ratings.items():
@@ -436,7 +436,7 @@ def drop_by_score(left: Sequence[int], scores: Mapping[int, Score], keep: int) -
   stay. What has no score goes.
 
   >>> drop_by_score([0, 1], {0: Score(std=0.2, gain=0.3), 1: Score(std=0.1, gain=0.1)}, keep=1)
-  [Dropped(index=1, reason='low score', detail='place 2: std 0.1, gain 0.1')]
+  [Dropped(row=1, reason='low score', detail='place 2: std 0.1, gain 0.1')]
   """
   scored = [index for index in left if index in scores]
   columns = np.array([scores[index] for index in scored], np.float64).reshape(-1, 2)
@@ -477,7 +477,7 @@ def sift(
     indices of what stays, in order; and what does not, in the order of the checks.
 
   >>> sift([Example(({"role": "user", "content": "Who wrote Emma?"},), "It depends.", source="novels", row=1)])
-  ([], [Dropped(index=0, reason='unclear answer', detail='depends')])
+  ([], [Dropped(row=0, reason='unclear answer', detail='depends')])
   """
   questions = [question_of(example) for example in examples]
   kept = list(range(len(examples)))

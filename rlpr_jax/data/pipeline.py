@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render_all
 from rlpr_jax.errors import InputError
-from rlpr_jax.splicing import count_baseline_tokens, count_suffix_tokens
+from rlpr_jax.splicing import count_baseline_tokens, count_suffix_tokens, prompt_opening
 from rlpr_jax.types import Prompt
 
 BATCH = 1024  # examples that are tokenised together
@@ -72,6 +72,7 @@ def prepare(
           ids=np.array(ids, np.int32),
           reference=example.reference,
           question=question,
+          opening=prompt_opening(tokenizer, ids),
           source=example.source,
           row=len(prompts),
         )

@@ -192,7 +192,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
   again = from_huggingface(fields, "config.json")
   for field in dataclasses.fields(config):
     found, wanted = getattr(again, field.name), getattr(config, field.name)
-    if field.name != "lora" and found != wanted:  # adapters do not stand in a config.json
+    if field.name not in ("lora", "known_tokens") and found != wanted:  # these do not stand in a config.json
       raise InputError(f"{field.name} is {wanted}, which a config.json of {family} cannot say, expected {found}")
   return fields
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.huggingface.families import to_huggingface
+from rlpr_jax.huggingface.generation import GENERATION
 from rlpr_jax.huggingface.tensors import INDEX, Layout, layout
 from rlpr_jax.models.config import ModelConfig
 from rlpr_jax.models.weights import WEIGHTS, key_path, tensor_name
@@ -36,6 +37,7 @@ def save_pretrained(
   tokenizer: PreTrainedTokenizerBase | None = None,
   dtype: Any = None,
   max_shard_bytes: int = 5 * 10**9,
+  generation: dict[str, Any] | None = None,
 ) -> None:
   """Writes config.json, safetensors and the tokenizer's files. Adapters are merged into the weights, in float32.
 
@@ -48,6 +50,7 @@ def save_pretrained(
     tokenizer: its special tokens go into config.json too.
     dtype: of the tensors; None for that of each parameter.
     max_shard_bytes: of one file, unless a single tensor is larger.
+    generation: what is to stand in generation_config.json, such as the tokens that end a response; None for no file.
 
   Raises:
     InputError: the directory is not empty or cannot be written, or no family has the settings of the config.
@@ -65,6 +68,8 @@ def save_pretrained(
   )
   with _new_directory(directory) as files:
     _write_json(files / "config.json", config)
+    if generation is not None:
+      _write_json(files / GENERATION, generation)
     if tokenizer is not None:
       tokenizer.save_pretrained(files)
     for file, names in shards.filename_to_tensors.items():

@@ -69,6 +69,7 @@ class ModelConfig:
   tie_embeddings: bool = False  # the output head is the embedding
   biases: tuple[str, ...] = ()  # linear layers that have one
   qk_norm: bool = False  # RMS norm of queries and keys over the head (Qwen3, Gemma 3)
+  known_tokens: int | None = None  # ids from here on are of no token, and never sampled; None for none
   max_length: int | None = None  # tokens of context the weights were made for; None where nobody says
   lora: LoRA | None = None
 

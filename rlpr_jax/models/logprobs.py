@@ -18,6 +18,7 @@ def token_logprobs(
   temperature: float = 1.0,
   cap: float | None = None,
   sharding: Sharding = Sharding(),
+  known_tokens: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """Log-probability of each target and entropy of its distribution softmax(logits / temperature), float32, in nats.
 
@@ -26,6 +27,7 @@ def token_logprobs(
 
   Args:
     cap: soft cap of the logits (Gemma 2).
+    known_tokens: as for `drop_unknown`.
 
   >>> head = jnp.log(jnp.array([[0.2], [0.5], [0.3]]))
   >>> logprob, entropy = token_logprobs(head, jnp.ones((1, 1, 1)), jnp.array([[1]]))
@@ -46,7 +48,8 @@ def token_logprobs(
   def one_chunk(scanned: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     hidden, targets = scanned
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
-    logits = sharding.constrain(softcap(logits, cap) / temperature, "batch", None, "vocab")
+    logits = drop_unknown(softcap(logits, cap) / temperature, known_tokens)
+    logits = sharding.constrain(logits, "batch", None, "vocab")
     logps = jax.nn.log_softmax(logits)
     entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
     # Not a gather: each device has its part of the vocabulary.
@@ -56,3 +59,15 @@ def token_logprobs(
   logps, entropy = jax.lax.map(one_chunk, (hidden, targets))
   logps, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logps, entropy))
   return logps, entropy
+
+
+def drop_unknown(logits: Float[Array, "*B V"], known_tokens: int | None) -> Float[Array, "*B V"]:
+  """Gives no probability to rows of the embedding that are no token's; `known_tokens`: where they begin, None: nowhere.
+
+  >>> jax.nn.softmax(drop_unknown(jnp.zeros(4), 2)).tolist()
+  [0.5, 0.5, 0.0, 0.0]
+  """
+  if known_tokens is None:
+    return logits
+  # The least number, not -inf: p log p of it is 0 and not NaN.
+  return jnp.where(jnp.arange(logits.shape[-1]) < known_tokens, logits, jnp.finfo(logits.dtype).min)

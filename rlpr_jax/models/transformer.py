@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 from rlpr_jax.models.attention import Cached, attend, rotate, softcap
 from rlpr_jax.models.config import ModelConfig, Runtime
 from rlpr_jax.models.kernels import AttentionSettings
-from rlpr_jax.models.logprobs import token_logprobs
+from rlpr_jax.models.logprobs import drop_unknown, token_logprobs
 from rlpr_jax.models.masks import Places
 from rlpr_jax.models.weights import WEIGHTS, axis_sizes, key_path, param_axes
 from rlpr_jax.sharding import Sharding, fit
@@ -298,15 +298,22 @@ class Decoder(nnx.Module):
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Float32 logits. For whole sequences take `logprobs`, which never holds them all."""
     head = self._head.astype(hidden.dtype)
-    return softcap(
-      jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32), self.config.final_softcap
-    )
+    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+    return drop_unknown(softcap(logits, self.config.final_softcap), self.config.known_tokens)
 
   def logprobs(
     self, hidden: Float[Array, "B T D"], targets: Tokens, temperature: float = 1.0
   ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and entropy there, as `logprobs.token_logprobs` gives them."""
-    return token_logprobs(self._head, hidden, targets, temperature, self.config.final_softcap, self.runtime.sharding)
+    return token_logprobs(
+      self._head,
+      hidden,
+      targets,
+      temperature,
+      cap=self.config.final_softcap,
+      sharding=self.runtime.sharding,
+      known_tokens=self.config.known_tokens,
+    )
 
   @property
   def _head(self) -> Float[Array, "V D"]:

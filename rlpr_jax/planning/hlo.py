@@ -37,7 +37,7 @@ _KERNELS = {"tpu_custom_call": "splash", "mosaic_gpu": "mosaic_gpu", "__gpu$xla.
 class Traffic(NamedTuple):
   """Of one kind of collective."""
 
-  count: float = 0  # how often it is run
+  runs: float = 0  # how often it is run
   received: float = 0  # bytes that a device receives from the others of its group, at least
   far: float = 0  # of those, the bytes of groups that reach beyond a slice or host
 
@@ -52,7 +52,7 @@ def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str
 
   >>> lines = ["ENTRY %main (x: f32[8]) -> f32[8] {", "  %y = f32[8] all-reduce(%x), replica_groups={{0,1}}"]
   >>> traffic(chr(10).join(lines), trips=1, far=lambda group: False)
-  {'all-reduce': Traffic(count=1, received=32.0, far=0)}
+  {'all-reduce': Traffic(runs=1, received=32.0, far=0)}
   """
   bodies, entry = _computations(text)
   seen: dict[str, dict[str, Traffic]] = {}

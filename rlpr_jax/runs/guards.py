@@ -30,16 +30,19 @@ def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[st
     return []
   usual = float(np.mean([row["rollout/response_length"] for row in steps[: settings.patience]]))
   signs = (
-    ("rollout/response_length", settings.min_length_share * usual, "responses of {:.1f} tokens"),
-    ("update/entropy", settings.min_entropy, "an entropy of {:.4f} nats a token"),
-    ("reward/format", settings.min_format, "a format rate of {:.2f}"),
-    ("reward/gain", settings.min_gain, "a gain of {:.3f} of reasoning over none"),
+    ("rollout/response_length", settings.min_length_share * usual, math.inf, "responses of {:.1f} tokens"),
+    ("rollout/truncated", 0, settings.max_truncated, "a share of {:.2f} of the responses cut at their limit"),
+    ("update/entropy", settings.min_entropy, math.inf, "an entropy of {:.4f} nats a token"),
+    ("reward/format", settings.min_format, math.inf, "a format rate of {:.2f}"),
+    ("reward/gain", settings.min_gain, math.inf, "a gain of {:.3f} of reasoning over none"),
   )
   raised = []
-  for name, least, text in signs:
-    values = [row.get(name, math.inf) for row in recent]
-    if all(value < least for value in values):
+  for name, least, most, text in signs:
+    values = [row[name] for row in recent if name in row]
+    if len(values) == len(recent) and all(value < least for value in values):
       raised.append(f"{text.format(values[-1])}, under {least:.4g} for {settings.patience} steps")
+    if len(values) == len(recent) and all(value > most for value in values):
+      raised.append(f"{text.format(values[-1])}, over {most:.4g} for {settings.patience} steps")
   return raised
 
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import config as configs
 from rlpr_jax import huggingface
+from rlpr_jax.data.templates import TurnEnd
 from rlpr_jax.errors import InputError, SettingError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy, load_policy
@@ -27,7 +28,7 @@ class Trained(NamedTuple):
   policy: Policy
   params: Params  # as the sampler reads them
   tokenizer: PreTrainedTokenizerBase
-  eos_ids: tuple[int, ...]  # tokens that end a response
+  turn_end: TurnEnd
   template: str  # think | answer_only
 
 
@@ -101,8 +102,9 @@ def load(source: Source, dtype: str) -> Trained:
   config = source.config.copy_and_resolve_references()
   config.model.compute_dtype = dtype
   policy = load_policy(config)
-  tokenizer = policy.tokenizer
+  tokenizer, end = policy.tokenizer, policy.turn_end
   assert tokenizer is not None
+  assert end is not None
   if source.run:
     _, params = restore_params(source.run, source.step, policy.trained)
   else:
@@ -112,22 +114,9 @@ def load(source: Source, dtype: str) -> Trained:
     policy=policy,
     params=policy.sampling_params(params),
     tokenizer=tokenizer,
-    eos_ids=eos_ids(config.model.path, tokenizer),
+    turn_end=end,
     template=config.data.template,
   )
-
-
-def eos_ids(path: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-  """Finds the tokenizer's EOS and those of generation_config.json: a chat model may end a turn with another token."""
-  ids = {tokenizer.eos_token_id}
-  file = huggingface.resolve(path) / "generation_config.json" if path else None
-  if file and file.exists():
-    try:
-      more = json.loads(file.read_text()).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-      raise InputError(f"{file}: expected a JSON object ({error})") from None
-    ids |= set(more if isinstance(more, list) else [more])
-  return tuple(sorted(ids - {None}))
 
 
 def create_engine(
@@ -159,5 +148,5 @@ def create_engine(
     insert_rows=min(8, slots),
     num_shards=num_shards,
   )
-  device = Device(policy.sampler, DecodeSettings(decode_steps, trained.eos_ids), shapes)
-  return Engine(device, trained.tokenizer, trained.template, baseline_prefix="bare")
+  device = Device(policy.sampler, DecodeSettings(decode_steps, trained.turn_end.eos_ids), shapes)
+  return Engine(device, trained.tokenizer, trained.template, baseline_prefix="bare", eos_id=trained.turn_end.eos_id)

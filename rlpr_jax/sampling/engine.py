@@ -51,6 +51,7 @@ class Engine:
   template: str  # think | answer_only
   baseline_prefix: str  # bare | tagged
   sampling: SamplingParams = SamplingParams()
+  eos_id: int | None = None  # that ends a reference answer; None: the tokenizer's EOS
 
   def sample(
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
@@ -69,7 +70,7 @@ class Engine:
     return Scheduler(self.device, params, key, self.decode_text, self._splice if scoring else None)
 
   def _splice(self, prompt: Prompt, response: list[int]) -> splicing.Splice | None:
-    return splicing.splice(self.tokenizer, prompt.ids, response, prompt.reference, self.template)
+    return splicing.splice(self.tokenizer, prompt.ids, response, prompt.reference, self.template, self.eos_id)
 
   def _finish(self, scheduler: Scheduler, draws: Draws, samples: int, options: SampleOptions) -> Rollouts:
     """Runs until all of a batch has ended; request b is sample b % G of prompt b // G."""
@@ -132,7 +133,9 @@ class Engine:
         cache = self.device.prefill(params, [prompts[row] for row in part], width).cache
         suffixes = {}  # by row of the result
         for place, row in enumerate(part):
-          ids, mask = splicing.baseline_suffix(self.tokenizer, prompts[row].reference, self.baseline_prefix)
+          ids, mask = splicing.baseline_suffix(
+            self.tokenizer, prompts[row].reference, self.baseline_prefix, self.eos_id
+          )
           suffix = Suffix.after(place, prompts[row].ids, ids, mask)
           if len(suffix.ids) <= shapes.suffix_length:
             suffixes[row] = suffix

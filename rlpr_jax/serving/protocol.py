@@ -330,7 +330,7 @@ def _bytes(text: str) -> list[int] | None:
 class Piece(NamedTuple):
   """One response of a body, or a piece of it."""
 
-  index: int
+  choice: int  # its number among the responses
   text: str
   reason: str | None  # why it ended; None before
   logprobs: Json | None
@@ -344,7 +344,7 @@ def choice_body(chat: bool, piece: Piece, streamed: bool) -> Json:
   """
   content = {"role": "assistant", "content": piece.text}
   said = {"delta" if streamed else "message": content} if chat else {"text": piece.text}
-  return {"index": piece.index, **said, "logprobs": piece.logprobs, "finish_reason": piece.reason}
+  return {"index": piece.choice, **said, "logprobs": piece.logprobs, "finish_reason": piece.reason}
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> Json:

@@ -73,7 +73,7 @@ def evaluate(
   for i, (text, length) in enumerate(zip(out.texts, out.lengths, strict=True)):
     prompt = mine[i // samples][1]
     right = graders.verify("builtin", text, prompt.reference, prompt.question)
-    graded[i] = right, rewards.format_score(text, engine.template), length
+    graded[i] = right, rewards.format_score(prompt.opening + text, engine.template), length
   graded = processes.gather(graded.reshape(len(mine), samples, 3), len(prompts))
   by_source = defaultdict(list)
   for prompt, of_prompt in zip(prompts, graded, strict=True):

@@ -65,7 +65,7 @@ def gather_evidence(
     mask=mask.reshape(*shape, mask.shape[1]),
     scorable=rollouts.scorable.reshape(shape),
     baseline_logps=baseline_logps,
-    formats=each(lambda text, _: rewards.format_score(text, config.data.template)),
+    formats=each(lambda text, prompt: rewards.format_score(prompt.opening + text, config.data.template)),
     repetition=each(
       lambda text, _: rewards.repetition_penalty(text, settings.repetition_window, settings.repetition_limit)
     ),

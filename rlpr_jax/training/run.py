@@ -1,5 +1,7 @@
 """From a config to a run: policy, data, engine and update, with everything checked before anything compiles."""
 
+import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,8 +13,11 @@ from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.data.sources import DroppedRow, read_examples
+from rlpr_jax.data.templates import own_system_message
+from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
+from rlpr_jax.runs import inputs
 from rlpr_jax.runs.dropped_rows import describe_dropped_rows
 from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.sampling.decode import DecodeSettings
@@ -58,7 +63,11 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   settings.check_lengths(config, policy.config.max_length)
   tokenizer = policy.tokenizer
   assert tokenizer is not None
+  assert policy.turn_end is not None
   splicing.check_tokenizer(tokenizer)
+  empty = config.data.instruction == "" and not config.data.system
+  if empty and (own := own_system_message(tokenizer)):
+    print(f"config.data.instruction: empty, and the chat template begins with a system message of its own: {own}")
   dropped_rows: dict[str, list[DroppedRow]] = {}
   prompts, dropped_rows["config.data.path"] = load_prompts(
     config, config.data, tokenizer, builtin_split="train", count=config.data.count
@@ -69,9 +78,11 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
       config, config.evaluation, tokenizer, builtin_split="held_out", count=count
     )
     held_out = held_out[:count]
+  for field, of_field in (("config.data", prompts), ("config.evaluation", held_out)):
+    check_vocabulary(field, of_field, policy.config.vocab_size)
   device = Device(
     model=policy.sampler,
-    settings=DecodeSettings(config.rollout.decode_steps, (tokenizer.eos_token_id,)),
+    settings=DecodeSettings(config.rollout.decode_steps, policy.turn_end.eos_ids),
     shapes=settings.rollout_shapes(config, jax.process_count(), policy.sampling.sharding.num_shards("batch")),
     score_temperature=config.reward.score_temperature,
   )
@@ -81,6 +92,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     template=config.data.template,
     baseline_prefix=config.reward.baseline_prefix,
     sampling=SamplingParams(config.rollout.temperature),
+    eos_id=policy.turn_end.eos_id,
   )
   program = UpdateProgram(policy.model, create_optimizer(config), settings.update_settings(config, policy.sharding))
   return Run(
@@ -98,6 +110,30 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     custom_reward=custom_reward,
     dropped_rows=dropped_rows,
   )
+
+
+def digest_inputs(run: Run) -> inputs.Inputs:
+  """Digests what stands behind the paths of a run's config."""
+  config = run.config
+  parts = inputs.model_digests(config, run.engine.tokenizer)
+  file = pathlib.Path(config.reward.custom.rpartition(":")[0])
+  if file.is_file():
+    parts["custom reward"] = inputs.digest_text(file.read_text())
+  return inputs.Inputs("train", parts, inputs.digest_rows(run.prompts))
+
+
+def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> None:
+  """Checks that the model knows all tokens of the prompts: a tokenizer may have more, such as one for images.
+
+  >>> check_vocabulary("config.data", [Prompt(ids=jax.numpy.array([5, 8]), row=3)], vocab_size=8)
+  Traceback (most recent call last):
+  rlpr_jax.errors.InputError: config.data: prompt 3 holds token 8, expected tokens of the model, under 8
+  """
+  for prompt in prompts:
+    if prompt.ids.max(initial=0) >= vocab_size:
+      raise InputError(
+        f"{field}: prompt {prompt.row} holds token {prompt.ids.max()}, expected tokens of the model, under {vocab_size}"
+      )
 
 
 def load_prompts(

@@ -1,5 +1,6 @@
 """The state of a run: before its first step, from step to step, and as a checkpoint holds it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,21 +17,25 @@ from rlpr_jax.runs.checkpoints import OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import held_out, supervised
-from rlpr_jax.training.baselines import initial_baselines, unknown_baselines
+from rlpr_jax.training.baselines import initial_baselines, measure_baselines, unknown_baselines
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Groups, StepBatch, TrainState
 
 
-def abstract_state(run: Run) -> TrainState:
-  """A state before step 1 with shapes in the place of parameters and optimiser state, to restore a checkpoint into."""
+def abstract_state(run: Run, rows: int | None = None) -> TrainState:
+  """A state before step 1 with shapes in the place of parameters and optimiser state, to restore a checkpoint into.
+
+  Args:
+    rows: of the data set when the checkpoint was written; None for as many as there are.
+  """
   config, policy = run.config, run.policy
   return TrainState(
     step=0,
     params=policy.trained,
     opt_state=abstract_opt_state(run.update.program.optimizer, policy.trained, policy.sharding),
     filter=jax.device_get(filtering.init(run.filter)),
-    baselines=unknown_baselines(run),
+    baselines=unknown_baselines(run, rows),
     initial=policy.trained if keeps_initial(config) else {},
     lagged=policy.trained if config.reward.scorer == "lagged" else {},
     carried=Groups.empty(
@@ -52,7 +57,7 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   params = initial_params(run.config, run.policy)
   demonstrations: list[supervised.Demonstration] = []
   if run.config.warm_start.steps:
-    demonstrations, dropped = supervised.load(run.config, run.engine.tokenizer)
+    demonstrations, dropped = supervised.load(run.config, run.engine.tokenizer, run.engine.eos_id)
     writer.write_dropped_rows("config.warm_start.path", dropped)
   run.engine.device.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
   if demonstrations:
@@ -75,6 +80,24 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
     initial=copy_params(params) if keeps_initial(run.config) else {},
     lagged=copy_params(params) if run.config.reward.scorer == "lagged" else {},
   )
+
+
+def adopt_rows(run: Run, state: TrainState, old: Sequence[str], new: Sequence[str]) -> TrainState:
+  """Makes a state go on with other rows than it was made with: each keeps its baseline, and the draws begin anew.
+
+  Args:
+    old, new: the rows' digests.
+  """
+  baselines = unknown_baselines(run)
+  places = {digest: row for row, digest in enumerate(old)}
+  for row, digest in enumerate(new):
+    if digest in places:
+      baselines[row] = state.baselines[places[digest]]
+  if run.config.reward.baseline_policy == "initial":
+    unknown = [row for row, digest in enumerate(new) if digest not in places]
+    print(f"{len(unknown)} rows are new: their baselines are those of the policy as it is now", flush=True)
+    baselines[unknown] = measure_baselines(run, state.params, [run.prompts[row] for row in unknown])
+  return state._replace(baselines=baselines, stream=PromptStream(run.prompts, run.config.seed).state())
 
 
 def finish_step(run: Run, state: TrainState, batch: StepBatch, stream: PromptStream) -> TrainState:

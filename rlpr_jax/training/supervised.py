@@ -16,13 +16,14 @@ from rlpr_jax import processes
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import BATCH, repeats
 from rlpr_jax.data.sources import DroppedRow, Example, read_demonstrations
-from rlpr_jax.data.templates import build_messages, render_all
+from rlpr_jax.data.templates import build_messages, encode_texts, render_all
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy
 from rlpr_jax.runs.dropped_rows import describe_dropped_rows
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.metrics import Progress
+from rlpr_jax.splicing import prompt_opening
 from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import init_opt_state, warm_start_optimizer
 from rlpr_jax.training.packing import Segment
@@ -43,8 +44,13 @@ class Demonstration(NamedTuple):
   response: list[int]  # EOS included
 
 
-def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Demonstration], list[DroppedRow]]:
+def load(
+  config: ConfigDict, tokenizer: PreTrainedTokenizerBase, eos_id: int | None = None
+) -> tuple[list[Demonstration], list[DroppedRow]]:
   """The demonstrations of `config.warm_start`, built-in or of files; says how many were too long and are left out.
+
+  Args:
+    eos_id: the token that ends a response; None for the tokenizer's EOS.
 
   Returns:
     demonstrations, those of more than the smallest weight once more behind them all; and the rows that cannot be used.
@@ -60,12 +66,14 @@ def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> tuple[list[D
   else:
     pairs = builtin.demonstrations(settings.steps * settings.batch_size, config.seed, data.domains)
     name = "built-in demonstrations"
+  eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
   found: list[Demonstration] = []
   weights: list[float] = []
   long_prompts, long_responses, progress = 0, 0, Progress(f"{name}: tokenised")
   for start in range(0, len(pairs), BATCH):
     batch = pairs[start : start + BATCH]
-    for (example, _), ids, answer in zip(batch, *_tokenize(config, tokenizer, batch), strict=True):
+    for (example, _), ids, response in zip(batch, *_tokenize(config, tokenizer, batch), strict=True):
+      answer = [*response, eos_id]
       if len(ids) > data.prompt_limit:
         long_prompts += 1
       elif len(answer) > config.rollout.max_response_length:
@@ -90,13 +98,18 @@ def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> tuple[list[D
 def _tokenize(
   config: ConfigDict, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Example, str]]
 ) -> tuple[list[list[int]], list[list[int]]]:
-  """Ids of the prompts, and of the responses with EOS."""
+  """Ids of the prompts, and of the responses without what their prompt has written of them."""
   data = config.data
   instruction = None if data.instruction == "default" else data.instruction
   chats = [build_messages(example, data.template, data.examples, instruction, data.system) for example, _ in pairs]
-  responses = tokenizer([response for _, response in pairs], add_special_tokens=False, verbose=False)["input_ids"]
   prompts = render_all(tokenizer, chats, [example.origin for example, _ in pairs])
-  return prompts, [[*ids, tokenizer.eos_token_id] for ids in responses]
+  responses = []
+  for (_, response), ids in zip(pairs, prompts, strict=True):
+    opening = prompt_opening(tokenizer, ids)
+    if opening and response.lstrip().startswith(opening):
+      response = response.lstrip().removeprefix(opening).lstrip()
+    responses.append(response)
+  return prompts, encode_texts(tokenizer, responses)
 
 
 def batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:

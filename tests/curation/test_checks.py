@@ -367,7 +367,7 @@ def test_drop_by_score_keeps_those_with_spread_and_gain():
   scores = {1: Score(0.3, 0.2), 2: Score(0.0, 0.0), 4: Score(0.3, 0.2), 5: Score(0.1, 0.5), 7: Score(0.2, -0.1)}
   # Ranks of std: 0.3 3, 0.1 1, 0.2 2, 0 0; of gain: 0.2 2, 0.5 4, -0.1 0, 0 1. Sums: 5, 1, 5, 5, 2.
   dropped = drop_by_score([1, 2, 3, 4, 5, 7], scores, 2)
-  assert [drop.index for drop in dropped] == [3, 5, 7, 2]
+  assert [drop.row for drop in dropped] == [3, 5, 7, 2]
   assert dropped[0] == Dropped(3, "no score", "")
   assert dropped[1] == Dropped(5, "low score", "place 3: std 0.1, gain 0.5")
   assert drop_by_score([1, 2], scores, 9) == []

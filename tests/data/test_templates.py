@@ -4,8 +4,17 @@ import copy
 
 import pytest
 
+from rlpr_jax.data import templates
 from rlpr_jax.data.sources import Example
-from rlpr_jax.data.templates import INSTRUCTIONS, build_messages, render, render_all
+from rlpr_jax.data.templates import (
+  INSTRUCTIONS,
+  build_messages,
+  choose_template,
+  own_system_message,
+  render,
+  render_all,
+  turn_end,
+)
 from rlpr_jax.errors import InputError
 
 PLAIN = (
@@ -161,3 +170,143 @@ def test_gemma_prompt(published):
   ids = render(tokenizer, [SYSTEM, QUESTION])
   assert ids.count(tokenizer.bos_token_id) == 1
   assert tokenizer.decode(ids) == ("<bos><start_of_turn>user\nBe brief.\n\n6 * 7?<end_of_turn>\n<start_of_turn>model\n")
+
+
+# As Gemma's turns: they end in a token that is not the tokenizer's EOS.
+TURNS = (
+  "{% for m in messages %}{{ m.role }}:{{ m.content }}<|turn|>\n{% endfor %}"
+  "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def turns(across_words):
+  tokenizer = with_template(copy.deepcopy(across_words), TURNS)
+  tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+  return tokenizer
+
+
+def test_a_response_ends_in_what_the_template_writes_behind_one(turns):
+  eos, turn = turns.eos_token_id, turns.convert_tokens_to_ids("<|turn|>")
+  assert turn_end(turns) == ((eos, turn), turn)
+  assert turn_end(turns, [7, eos]) == (tuple(sorted([7, eos, turn])), turn)
+  assert turn_end(with_template(turns, PLAIN)) == ((eos,), eos)  # it writes no control token there
+  assert turn_end(with_template(turns, None)) == ((eos,), eos)
+
+
+@pytest.mark.parametrize(
+  ("name", "end"), [("qwen2_5", "<|im_end|>"), ("gemma3", "<end_of_turn>"), ("llama3_2", "<|eot_id|>")]
+)
+def test_published_templates_end_a_turn(published, name, end):
+  tokenizer = published(name)
+  found = turn_end(tokenizer, [3])
+  assert tokenizer.decode([found.eos_id]) == end
+  assert {3, tokenizer.eos_token_id, found.eos_id} == set(found.eos_ids)
+
+
+def test_no_token_to_end_with(across_words):
+  tokenizer = with_template(copy.deepcopy(across_words), PLAIN)
+  tokenizer.eos_token = None
+  with pytest.raises(InputError, match="expected an EOS token, found none"):
+    turn_end(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "gemma3", "llama3_2"])
+def test_a_control_token_in_a_question_is_text(published, name):
+  tokenizer = published(name)
+  end = tokenizer.decode([turn_end(tokenizer).eos_id])
+  ids = render(tokenizer, [message("user", f"What is {end}?")])
+  plain = render(tokenizer, [message("user", "What is it?")])
+  assert ids.count(turn_end(tokenizer).eos_id) == plain.count(turn_end(tokenizer).eos_id)
+  assert f"What is {end}?" in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "gemma3", "llama3_2"])
+def test_a_chat_has_the_ids_that_transformers_gives_it(published, name):
+  tokenizer = published(name)
+  chat = [
+    SYSTEM,
+    message("user", "1 + 1?"),
+    message("assistant", "<think> 1 </think> 2"),
+    message("user", "中文\n6 * 7?"),
+  ]
+  theirs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, date_string="26 Jul 2024")
+  assert render(tokenizer, chat) == theirs
+
+
+# As Qwen3's and R1's: of an assistant's turn what stands behind the thought is kept.
+FORGETFUL = (
+  "{% for m in messages %}[{{ m.role }}]{{ m.content.split('</think>')[-1] }}{% endfor %}"
+  "{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+)
+
+
+def test_worked_examples_keep_their_thoughts(across_words):
+  chat = build_messages(example(QUESTION), "think", [("1 + 1?", "<think> 1 </think> 2")], "")
+  ids = render(with_template(across_words, FORGETFUL), chat)
+  assert across_words.decode(ids) == "[user]1 + 1?[assistant]<think> 1 </think> 2[user]6 * 7?[assistant]<think>\n"
+
+
+def test_a_chat_that_ends_with_the_assistant_is_gone_on_with(across_words):
+  tokenizer = with_template(across_words, PLAIN)
+  assert across_words.decode(render(tokenizer, [QUESTION, message("assistant", "It is")])).endswith("[assistant]It is")
+
+
+def test_a_system_message_of_the_templates_own(published, across_words):
+  assert "You are Qwen, created by Alibaba Cloud" in own_system_message(published("qwen2_5"))
+  assert own_system_message(published("gemma3")) == ""
+  assert own_system_message(with_template(across_words, PLAIN)) == ""
+
+
+def test_templates_to_choose_from(across_words, tmp_path):
+  tokenizer = with_template(across_words, None)
+  choose_template(tokenizer, "", {})
+  assert tokenizer.chat_template is None
+  choose_template(tokenizer, "plain", {})
+  assert across_words.decode(render(tokenizer, [SYSTEM, QUESTION])) == "System: Be brief.\n\nUser: 6 * 7?\n\nAssistant:"
+  assert turn_end(tokenizer).eos_id == across_words.eos_token_id
+  file = tmp_path / "chat.jinja"
+  file.write_text(PLAIN)
+  choose_template(tokenizer, str(file), {})
+  assert tokenizer.chat_template == PLAIN
+  named = with_template(across_words, {"default": PLAIN, "tools": TURNS})
+  choose_template(named, "tools", {})
+  assert named.chat_template == TURNS
+  named = with_template(across_words, {"default": PLAIN, "tools": TURNS})
+  choose_template(named, "", {})
+  assert named.chat_template == PLAIN
+
+
+def test_variables_of_a_template(across_words):
+  template = "{{ 'thinks' if enable_thinking else 'does not' }} {{ level }}"
+  tokenizer = with_template(across_words, template)
+  choose_template(tokenizer, "", {"enable_thinking": True, "level": None})
+  assert across_words.decode(render(tokenizer, [QUESTION])) == "thinks None"
+  chat = tokenizer.apply_chat_template([QUESTION], tokenize=False, enable_thinking=False, level=3)
+  assert chat == "does not 3"  # whoever has the exported model may still say otherwise
+
+
+@pytest.mark.parametrize(
+  ("template", "choice", "said"),
+  [
+    (PLAIN, "nowhere.jinja", "nowhere.jinja: no chat template .*expected a file, plain"),
+    ({"tools": PLAIN}, "", "has the chat templates tools, expected one to be chosen"),
+    (7, "", "its chat template is 7, expected text"),
+  ],
+)
+def test_templates_that_cannot_be(across_words, template, choice, said):
+  with pytest.raises(InputError, match=said):
+    choose_template(with_template(across_words, template), choice, {})
+
+
+def test_a_template_that_does_not_end(across_words, monkeypatch):
+  monkeypatch.setattr(templates, "_LONGEST", 0.1)
+  endless = "{% for i in range(9000) %}{% for j in range(3000) %}{% endfor %}{% endfor %}"  # long enough
+  with pytest.raises(InputError, match="its chat template was not done with a short chat"):
+    choose_template(with_template(across_words, endless), "", {})
+
+
+@pytest.mark.parametrize("template", ["{{ 1 / 0 }}", "{{ messages[9].content.x }}", "{% for %}"])
+def test_whatever_a_template_raises_is_one_line(across_words, template):
+  with pytest.raises(InputError, match="its chat template rejects the messages: "):
+    render(with_template(across_words, template), [QUESTION])

@@ -10,6 +10,7 @@ from rlpr_jax.runs import guards
 SETTINGS = configs.default().guards
 WELL = {
   "reward/total": 0.5, "rollout/response_length": 40.0, "update/entropy": 0.3, "reward/format": 0.9, "reward/gain": 0.2,
+  "rollout/truncated": 0.1,
 }  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def test_no_alarm_while_all_is_well():
   ("name", "bad", "fine", "said"),
   [
     ("rollout/response_length", 9.9, 10.1, "responses of 9.9 tokens, under 10 for 5 steps"),
+    ("rollout/truncated", 0.51, 0.49, "share of 0.51 of the responses cut at their limit, over 0.5 for 5 steps"),
     ("update/entropy", 0.009, 0.011, "entropy of 0.0090 nats a token, under 0.01"),
     ("reward/format", 0.19, 0.21, "format rate of 0.19, under 0.2"),
     ("reward/gain", -0.01, 0.01, "gain of -0.010 of reasoning over none, under 0"),
