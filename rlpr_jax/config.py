@@ -79,8 +79,23 @@ FIELDS = {
   "sharding.vocab": Field("tensor", "the vocabulary", may_change=True),
   "sharding.layers": Field("", "layers", may_change=True),
   # Questions.
-  "data.path": Field("", '.parquet (verl or question/answer), .jsonl or .csv; "" for the built-in questions'),
-  "data.split": Field("", 'rows whose column "split" says so; "" for all'),
+  "data.path": Field(
+    "",
+    "a file (.parquet, .jsonl, .csv, .json), a directory of such files or a data set of the Hugging Face hub (org/name,"
+    " org/name@revision), each with :SPLIT and :WEIGHT behind it if wanted, several with commas between them;"
+    ' "" for the built-in questions',
+  ),
+  "data.split": Field(
+    "", 'of a path that names none: rows whose column "split" says so, or files so named; "" for all'
+  ),
+  "data.max_dropped": Field(
+    0.05,
+    "largest share of rows, here, of evaluation.path and of warm_start.path, that may be of no use; they are dropped"
+    " and named in WORKDIR/dropped_rows.jsonl",
+    at_least=0,
+    at_most=1,
+    may_change=True,
+  ),
   "data.count": Field(2048, "of the built-in questions", at_least=1),
   "data.domains": Field(
     "short",
@@ -98,6 +113,7 @@ FIELDS = {
     "think", "tags that a response must have: think (and answer) | answer_only", choices=("think", "answer_only")
   ),
   "data.instruction": Field("default", 'system message of rows without one: "default" is the template\'s, "" is none'),
+  "data.system": Field("", 'system message of every row, instead of its own and of data.instruction; "" leaves those'),
   "data.examples": Field((), "worked examples before each question: ((question, response), ...)"),
   "data.prompt_limit": Field(
     2048, "tokens, chat template included; longer prompts are dropped and counted", at_least=1
@@ -246,10 +262,8 @@ FIELDS = {
   "warm_start.steps": Field(
     0, "supervised steps on demonstrations before RLPR, or of rlpr_jax.sft; 0 for none", at_least=0
   ),
-  "warm_start.path": Field(
-    "", 'demonstrations: prompt and response, .parquet, .jsonl or .csv; "" for the built-in ones'
-  ),
-  "warm_start.split": Field("", 'rows whose column "split" says so; "" for all'),
+  "warm_start.path": Field("", 'demonstrations: prompt and response, named as in data.path; "" for the built-in ones'),
+  "warm_start.split": Field("", 'as data.split; "" for all'),
   "warm_start.batch_size": Field(64, "sequences", at_least=1),
   "warm_start.optimizer": Field(
     "muon", "muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)", choices=("muon", "adam")
@@ -258,7 +272,7 @@ FIELDS = {
   "warm_start.adam_learning_rate": Field(0.003, "of Adam"),
   # Held-out questions.
   "evaluation.path": Field("", 'held-out questions, as data.path; "" for the built-in ones', may_change=True),
-  "evaluation.split": Field("", 'rows whose column "split" says so; "" for all', may_change=True),
+  "evaluation.split": Field("", 'as data.split; "" for all', may_change=True),
   "evaluation.prompts": Field(0, "first so many of them; 0 for no evaluation", at_least=0, may_change=True),
   "evaluation.samples": Field(4, "k of Avg@k", at_least=1, may_change=True),
   "evaluation.temperature": Field(1.0, "of sampling; 0 takes the most probable token", at_least=0, may_change=True),

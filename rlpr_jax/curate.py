@@ -25,7 +25,8 @@ from absl import flags
 from rlpr_jax import command_line
 from rlpr_jax.curation import checks
 from rlpr_jax.curation.checks import Dropped, Protected, Rating, Score
-from rlpr_jax.data.sources import Example, load_examples, read_rows
+from rlpr_jax.data.sources import Example, load_examples
+from rlpr_jax.data.tables import read_rows
 from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.judging.client import Cache, Client, Endpoint, ReplyFormat, Unanswered, ask_all
 from rlpr_jax.report import funnel
@@ -404,7 +405,7 @@ def _cost(client: Client, unjudged: int) -> str:
 
 def define_flags() -> flags.FlagValues:
   given = flags.FlagValues()
-  flags.DEFINE_string("path", None, "Questions: .parquet, .jsonl or .csv, as config.data.path.", flag_values=given)
+  flags.DEFINE_string("path", None, "Questions: a .parquet, .jsonl, .csv or .json file.", flag_values=given)
   flags.DEFINE_string(
     "out", None, "Directory to write; new, empty, or of a run of the same command that was stopped.", flag_values=given
   )

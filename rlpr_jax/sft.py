@@ -41,7 +41,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False)
   assert policy.turn_end is not None
   check_rows(config, policy.sharding)
   check_lengths(config, policy.config.max_length)
-  demonstrations = supervised.load(config, policy.tokenizer, policy.turn_end.eos_id)
+  demonstrations, dropped = supervised.load(config, policy.tokenizer, policy.turn_end.eos_id)
   rows = [digest_text(str(row)) for row in demonstrations] if settings.path else []
   inputs = Inputs("sft", model_digests(config, policy.tokenizer), rows)
   check_inputs(workdir, read_inputs(workdir), inputs, accept_changes)
@@ -53,6 +53,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False)
     like = SupervisedState(0, policy.trained, abstract_opt_state(optimizer, policy.trained, policy.sharding))
     state = checkpoints.restore(like)
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
+    writer.write_dropped_rows("config.warm_start.path", dropped)
     if state is None:
       params = initial_params(config, policy)
       state = SupervisedState(0, params, init_opt_state(optimizer, params, policy.sharding))

@@ -124,6 +124,28 @@ def baseline_suffix(
   return _encode_around(tokenizer, before[prefix], reference, " ", eos_id)
 
 
+def count_suffix_tokens(tokenizer: PreTrainedTokenizerBase, references: Sequence[str], template: str) -> list[int]:
+  """How many tokens the suffix of each reference has, with EOS, in a response of nothing but the template's tags.
+
+  The same as the lengths of `splice` one by one, many times as fast: what stands before the reference is looked for
+  once, and all references are tokenised together.
+
+  >>> from rlpr_jax.data import builtin
+  >>> count_suffix_tokens(builtin.tokenizer(), ["42", "seven"], "think")
+  [7, 10]
+  """
+  ids = tokenizer.encode("".join(TAGS[template]), add_special_tokens=False)
+  text = _decode(tokenizer, ids)
+  end = text.index(OPEN) + len(OPEN)
+  _, head = _keep(tokenizer, ids, text, end)
+  return _count_around(tokenizer, f"{text[len(head) : end]} ", references, f" {CLOSE}")
+
+
+def count_baseline_tokens(tokenizer: PreTrainedTokenizerBase, references: Sequence[str]) -> list[int]:
+  """How many tokens `baseline_suffix` has of each reference with the longer prefix, `tagged`."""
+  return _count_around(tokenizer, f"{OPEN} ", references, " ")
+
+
 def extract_answer(text: str) -> str | None:
   """Stripped content of the first `<answer>...</answer>`, or None where there is none.
 
@@ -193,6 +215,22 @@ def _keep(tokenizer: PreTrainedTokenizerBase, ids: list[int], text: str, end: in
   while not text.endswith(tail(length)):
     length -= 1
   return length, text.removesuffix(tail(length))
+
+
+def _count_around(tokenizer: PreTrainedTokenizerBase, before: str, references: Sequence[str], after: str) -> list[int]:
+  """The lengths of what `_encode_around` gives for each reference."""
+  counts, controls = dict.fromkeys(references, 0), tokenizer.all_special_tokens
+  for spelled in (False, True):
+    if some := [text for text in counts if spelled == any(token in text for token in controls)]:
+      encoded = tokenizer(
+        [before + text + after for text in some],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        split_special_tokens=spelled,
+        verbose=False,
+      )
+      counts |= {text: len(ids) + 1 for text, ids in zip(some, encoded["input_ids"], strict=True)}
+  return [counts[text] for text in references]
 
 
 def _encode_around(

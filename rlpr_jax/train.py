@@ -72,6 +72,8 @@ def train(
     write_inputs(workdir, inputs)
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
     try:
+      for field, rows in run.dropped_rows.items():
+        writer.write_dropped_rows(field, rows)
       if state is None:
         state = first_state(run, writer, stop)
         if state:

@@ -1,7 +1,7 @@
 """Prompts in token ids, and the order in which a run draws them."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
@@ -9,10 +9,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax.data.sources import Example
-from rlpr_jax.data.templates import build_messages, render
+from rlpr_jax.data.templates import build_messages, render_all
 from rlpr_jax.errors import InputError
-from rlpr_jax.splicing import TAGS, baseline_suffix, prompt_opening, splice
+from rlpr_jax.splicing import count_baseline_tokens, count_suffix_tokens, prompt_opening
 from rlpr_jax.types import Prompt
+
+BATCH = 1024  # examples that are tokenised together
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,33 +26,46 @@ class PromptSettings:
   worked_examples: Sequence[tuple[str, str]]  # pairs of user and assistant text, turns before each question
   prompt_limit: int  # most tokens of a prompt, after the chat template
   max_reference_length: int  # most tokens that scoring a reference may take, as `reference_length` counts them
+  system: str = ""  # system message of every row, in the place of its own and of the instruction; "" leaves them
+  seed: int = 0  # chooses which prompts of a weight that is no whole number come once more
 
 
 def prepare(
-  examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, settings: PromptSettings
+  examples: Sequence[Example],
+  tokenizer: PreTrainedTokenizerBase,
+  settings: PromptSettings,
+  progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Prompt], dict[str, int]]:
   """Turn questions into prompts and drop those that are too long.
 
   Args:
     tokenizer: a tokenizer that passed `splicing.check_tokenizer`, with a chat template.
+    progress: is told of how many of how many examples are done, if it takes more than a moment.
 
   Returns:
-    The prompts, in the order of the examples, and how many were dropped as `prompt_too_long` and, of the others, as
-    `reference_too_long`.
+    The prompts, in the order of the examples, those of more than the smallest weight once more behind them
+    (`repeats`); and how many examples were dropped as `prompt_too_long` and, of the others, as `reference_too_long`.
 
   Raises:
     InputError: no prompt is left.
   """
   prompts: list[Prompt] = []
+  weights: list[float] = []
   dropped = {"prompt_too_long": 0, "reference_too_long": 0}
-  for example in examples:
-    messages = build_messages(example, settings.template, settings.worked_examples, settings.instruction)
-    ids = render(tokenizer, messages)
-    if len(ids) > settings.prompt_limit:
-      dropped["prompt_too_long"] += 1
-    elif reference_length(tokenizer, example.reference, settings.template) > settings.max_reference_length:
-      dropped["reference_too_long"] += 1
-    else:
+  for start in range(0, len(examples), BATCH):
+    batch = examples[start : start + BATCH]
+    chats = [
+      build_messages(example, settings.template, settings.worked_examples, settings.instruction, settings.system)
+      for example in batch
+    ]
+    rendered = zip(batch, render_all(tokenizer, chats, [example.origin for example in batch]), strict=True)
+    fitting = [(example, ids) for example, ids in rendered if len(ids) <= settings.prompt_limit]
+    dropped["prompt_too_long"] += len(batch) - len(fitting)
+    lengths = reference_lengths(tokenizer, [example.reference for example, _ in fitting], settings.template)
+    for (example, ids), length in zip(fitting, lengths, strict=True):
+      if length > settings.max_reference_length:
+        dropped["reference_too_long"] += 1
+        continue
       question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
       prompts.append(
         Prompt(
@@ -62,13 +77,41 @@ def prepare(
           row=len(prompts),
         )
       )
+      weights.append(example.weight)
+    if progress and len(examples) > BATCH:
+      progress(start + len(batch), len(examples))
   if not prompts:
     raise InputError(
       f"none of {len(examples)} prompts is left: {dropped['prompt_too_long']} have over {settings.prompt_limit} tokens "
       f"(prompt_limit), {dropped['reference_too_long']} a reference over {settings.max_reference_length} "
       "(max_reference_length)"
     )
+  again = repeats(weights, settings.seed)
+  prompts += [dataclasses.replace(prompts[i], row=row) for row, i in enumerate(again, len(prompts))]
   return prompts, dropped
+
+
+def repeats(weights: Sequence[float], seed: int) -> list[int]:
+  """Which items come once more, and how often, so that each is there as often as its weight says.
+
+  Args:
+    weights: of the items, from 1 on. With 2.5 each item comes twice, and half of those with this weight, chosen by the
+      seed, a third time.
+
+  Returns:
+    their indices, to stand behind all of them.
+
+  >>> repeats([1, 1, 2, 3], seed=0)
+  [2, 3, 3]
+  """
+  again: list[int] = []
+  for weight in sorted(set(weights)):
+    items = [i for i, one in enumerate(weights) if one == weight]
+    whole = int(weight)
+    again += items * (whole - 1)
+    extra = round((weight - whole) * len(items))
+    again += sorted(np.random.default_rng(seed).permutation(items)[:extra].tolist())
+  return again
 
 
 def reference_length(tokenizer: PreTrainedTokenizerBase, reference: str, template: str) -> int:
@@ -81,10 +124,13 @@ def reference_length(tokenizer: PreTrainedTokenizerBase, reference: str, templat
   >>> reference_length(builtin.tokenizer(), "42", "think")  # `>`, a space, 4, 2, a space, `</answer>`, EOS
   7
   """
-  ids = tokenizer.encode("".join(TAGS[template]), add_special_tokens=False)
-  spliced = splice(tokenizer, (), ids, reference, template)
-  assert spliced, "the template's own tags are scorable"
-  return max(len(spliced.suffix_ids), len(baseline_suffix(tokenizer, reference, "tagged")[0]))
+  return reference_lengths(tokenizer, [reference], template)[0]
+
+
+def reference_lengths(tokenizer: PreTrainedTokenizerBase, references: Sequence[str], template: str) -> list[int]:
+  """`reference_length` of each."""
+  spliced = count_suffix_tokens(tokenizer, references, template)
+  return list(map(max, spliced, count_baseline_tokens(tokenizer, references)))
 
 
 class PromptStream:

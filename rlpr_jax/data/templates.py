@@ -32,6 +32,7 @@ INSTRUCTIONS = {
 # Llama 3's templates print today's date unless told one. This is the one they fall back on: a prompt stays the same
 # from day to day, and so does what was computed for it.
 DATE = "26 Jul 2024"
+_THOUGHT = ("<think>", "</think>")  # tags that are meant, even where they are control tokens
 _PRIVATE = 0xF0000  # where the characters begin that Unicode leaves to everybody for himself
 # For a base model, which has none: roles as words, and EOS behind what the assistant says.
 PLAIN = (
@@ -47,6 +48,7 @@ def build_messages(
   template: str,
   examples: Sequence[tuple[str, str]] = (),
   instruction: str | None = None,
+  system: str = "",
 ) -> list[Message]:
   """The chat of one question.
 
@@ -56,6 +58,7 @@ def build_messages(
     examples: worked examples, each what the user says and how the assistant responds. They become turns before the
       question, the last message of the user.
     instruction: system message instead of the template's; "" for none. A row's own system message goes before either.
+    system: system message instead of the row's own and of these; "" leaves them.
 
   >>> example = Example(({"role": "user", "content": "6 * 7?"},), "42", "", 0)
   >>> build_messages(example, "think", instruction="Be brief.")
@@ -71,6 +74,8 @@ def build_messages(
     for role, content in zip(("user", "assistant"), pair, strict=True)
   ]
   messages[question:question] = turns
+  if system:
+    messages = [{"role": "system", "content": system}, *(one for one in messages if one["role"] != "system")]
   instruction = INSTRUCTIONS[template] if instruction is None else instruction
   if instruction and all(message["role"] != "system" for message in messages):
     messages.insert(0, {"role": "system", "content": instruction})
@@ -100,37 +105,33 @@ def render_all(
   """
   if not tokenizer.chat_template:
     raise InputError(f"tokenizer {_name(tokenizer)}: expected a chat template, found none")
-  texts: list[tuple[_Hidden, str]] = []
+  written = []
   for chat, origin in zip(chats, origins or [""] * len(chats), strict=True):
-    hidden = _Hidden(_control_tokens(tokenizer))
     with in_field(origin, ": " if origin else ""):
-      texts.append((hidden, _chat_text(tokenizer, [message | {"content": hidden.hide(message)} for message in chat])))
-  return _encode_all(tokenizer, texts)
+      written.append(_write(tokenizer, chat))
+  return _encode_all(tokenizer, written)
 
 
-def _chat_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> str:
-  """The chat as the template writes it: with a system message, or else with that in the first user message."""
-  goes_on = messages[-1]["role"] == "assistant"
-  attempts = [list(messages)]
+def _write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, "_Hidden"]:
+  """The text of a chat, and what is hidden in it."""
+  hidden = _Hidden(_control_tokens(tokenizer))
+  attempts = [[message | {"content": hidden.hide(message)} for message in messages]]
   if messages[0]["role"] == "system":
-    attempts.append(_merge_system(messages))
+    attempts.append(_merge_system(attempts[0]))
+  goes_on = messages[-1]["role"] == "assistant"
   for attempt in attempts:
     try:
-      return str(
-        tokenizer.apply_chat_template(
-          attempt, add_generation_prompt=not goes_on, continue_final_message=goes_on, tokenize=False, date_string=DATE
-        )
+      text: Any = tokenizer.apply_chat_template(
+        attempt,
+        add_generation_prompt=not goes_on,
+        continue_final_message=goes_on,
+        tokenize=False,
+        date_string=DATE,
       )
+      return str(text), hidden
     except Exception as error:  # of jinja, or of whatever a template does
       reason = " ".join(str(error).split())
   raise InputError(f"tokenizer {_name(tokenizer)}: its chat template rejects the messages: {reason}")
-
-
-def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple["_Hidden", str]]) -> list[list[int]]:
-  """The ids of texts with parts of them hidden; those without any go through the tokenizer together."""
-  plain = [text for hidden, text in texts if not hidden.parts]
-  ids = iter(tokenizer(plain, add_special_tokens=False, verbose=False)["input_ids"] if plain else [])
-  return [hidden.encode(tokenizer, text) if hidden.parts else next(ids) for hidden, text in texts]
 
 
 @functools.lru_cache(maxsize=8)
@@ -140,36 +141,55 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
   return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
 
 
+@functools.lru_cache(maxsize=8)
+def _patterns(controls: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+  """What finds special tokens, and these or the tags of a thought."""
+  return (
+    re.compile("|".join(re.escape(token) for token in controls if token not in _THOUGHT) or "(?!)"),
+    re.compile("|".join(map(re.escape, (*controls, *_THOUGHT)))),
+  )
+
+
 class _Hidden:
   """Parts of messages that a template or tokenizer is not to see, each behind a character that nobody writes."""
 
   def __init__(self, controls: Collection[str]):
     """`controls`: special tokens, the longest first."""
-    self._pattern = re.compile("|".join(map(re.escape, controls)) or "(?!)")
-    self._thoughts = re.compile("|".join(map(re.escape, (*controls, "<think>", "</think>"))))
-    self.parts: list[str] = []
+    self._pattern, self._thoughts = _patterns(tuple(controls))
+    self._parts: list[str] = []
+
+  def __bool__(self) -> bool:
+    return bool(self._parts)
 
   def hide(self, message: Message) -> str:
     """The message's text, with a character in the place of each such part."""
     pattern = self._thoughts if message["role"] == "assistant" else self._pattern
 
     def put_away(match: re.Match[str]) -> str:
-      self.parts.append(match[0])
-      return chr(_PRIVATE + len(self.parts) - 1)
+      self._parts.append(match[0])
+      return chr(_PRIVATE + len(self._parts) - 1)
 
     return pattern.sub(put_away, message["content"])
 
   def encode(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The ids of a text with the parts in their places again: thoughts as they are, control tokens spelled out."""
-    for number, part in enumerate(self.parts):
-      if not self._pattern.fullmatch(part):
+    for number, part in enumerate(self._parts):
+      if part in _THOUGHT:
         text = text.replace(chr(_PRIVATE + number), part)
     ids: list[int] = []
-    for piece in re.split(f"([{chr(_PRIVATE)}-{chr(_PRIVATE + len(self.parts) - 1)}])", text):
+    for piece in re.split(f"([{chr(_PRIVATE)}-{chr(_PRIVATE + len(self._parts) - 1)}])", text):
       spelled = len(piece) == 1 and ord(piece) >= _PRIVATE
-      written = self.parts[ord(piece) - _PRIVATE] if spelled else piece
+      written = self._parts[ord(piece) - _PRIVATE] if spelled else piece
       ids += tokenizer(written, add_special_tokens=False, split_special_tokens=spelled)["input_ids"]
     return ids
+
+
+def _encode_all(tokenizer: PreTrainedTokenizerBase, written: Sequence[tuple[str, _Hidden]]) -> list[list[int]]:
+  """The ids of texts, each with what is hidden in it; those with nothing hidden go through the tokenizer together."""
+  plain = [text for text, hidden in written if not hidden]
+  found = tokenizer(plain, add_special_tokens=False, return_attention_mask=False)["input_ids"] if plain else []
+  together = iter(found)
+  return [hidden.encode(tokenizer, text) if hidden else next(together) for text, hidden in written]
 
 
 def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
@@ -180,8 +200,11 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
   >>> tokenizer.decode(encode_texts(tokenizer, ["<answer>7</answer>"])[0])
   '<answer>7</answer>'
   """
-  hidden = [(_Hidden(_control_tokens(tokenizer)), text) for text in texts]
-  return _encode_all(tokenizer, [(parts, parts.hide({"role": "user", "content": text})) for parts, text in hidden])
+  written = []
+  for text in texts:
+    hidden = _Hidden(_control_tokens(tokenizer))
+    written.append((hidden.hide({"role": "user", "content": text}), hidden))
+  return _encode_all(tokenizer, written)
 
 
 class TurnEnd(NamedTuple):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlpr_jax.data import sources
+from rlpr_jax.data import sources, tables
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import extraction, multiple_choice, numbers
 from rlpr_jax.grading.question import Question
@@ -117,7 +117,7 @@ def load(
 
 def _rows(benchmark: Benchmark, path: str, split: str, subset: str) -> list[Row]:
   if path:
-    columns, rows = sources.read_rows(Path(path))
+    columns, rows = tables.read_rows(Path(path))
     if sources.SPLIT in columns:
       rows = [(number, row) for number, row in rows if row.get(sources.SPLIT) == (split or benchmark.split)]
     return [Row(values, path, number) for number, values in rows]
@@ -131,7 +131,7 @@ def _rows(benchmark: Benchmark, path: str, split: str, subset: str) -> list[Row]
       f"dataset {benchmark.hub}: cannot be loaded from the hub, expected that, or a local file of its rows given as"
       f" path: {type(error).__name__}: {reason}"
     ) from None
-  return [Row(values, benchmark.hub, number) for number, values in enumerate(sources.plain_rows(table), 1)]
+  return [Row(values, benchmark.hub, number) for number, values in enumerate(tables.plain_rows(table), 1)]
 
 
 def _check_ids(questions: list[Question], file: str) -> None:

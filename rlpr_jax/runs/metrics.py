@@ -4,12 +4,14 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 
 from rlpr_jax import processes
+from rlpr_jax.data.sources import DroppedRow
+from rlpr_jax.runs import dropped_rows
 from rlpr_jax.runs.storage import append, persist, write_atomically
 
 _compilations = 0
@@ -30,7 +32,7 @@ def compilations() -> int:
 
 
 class MetricsWriter:
-  """WORKDIR/metrics.jsonl (one object a step), WORKDIR/tensorboard and WORKDIR/rollouts/."""
+  """WORKDIR/metrics.jsonl (one object a step), WORKDIR/tensorboard, WORKDIR/rollouts/ and what data was of no use."""
 
   def __init__(self, workdir: pathlib.Path, resume_after: int, retry_seconds: float):
     """Opens them; what was written of steps after `resume_after` by a run that was killed is taken back.
@@ -41,7 +43,7 @@ class MetricsWriter:
       retry_seconds: how long trouble with the storage is borne.
     """
     self._path, self._rollouts, self._seconds = workdir / "metrics.jsonl", workdir / "rollouts", retry_seconds
-    self._directory = workdir / "tensorboard"
+    self._workdir, self._directory = workdir, workdir / "tensorboard"
     self._events: Any = None  # the writer of its file, once something is written
     self.rows = read(self._path, resume_after)  # all that is written, on every process
     if processes.is_first():
@@ -84,6 +86,10 @@ class MetricsWriter:
     if processes.is_first():
       path, text = self._rollouts / f"step_{step:06d}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows)
       self._persist(path, lambda: write_atomically(path, text))
+
+  def write_dropped_rows(self, field: str, rows: Sequence[DroppedRow]) -> None:
+    """Names the rows of the files of a field of the config that cannot be used."""
+    dropped_rows.write_dropped_rows(self._workdir, field, rows, self._seconds)
 
   def _persist(self, path: pathlib.Path, write: Callable[[], None]) -> None:
     persist(write, path, self._seconds)

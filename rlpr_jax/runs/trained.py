@@ -41,8 +41,8 @@ class Source(NamedTuple):
 
   @property
   def instruction(self) -> str | None:
-    """System message that a run was trained with; None for the template's."""
-    text = self.config.data.instruction
+    """System message of a run's questions without one of their own; None for the template's."""
+    text = self.config.data.system or self.config.data.instruction
     return None if text == "default" else text
 
 

@@ -12,12 +12,14 @@ from rlpr_jax import filtering, splicing
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
-from rlpr_jax.data.sources import load_examples
+from rlpr_jax.data.sources import DroppedRow, read_examples
 from rlpr_jax.data.templates import own_system_message
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.runs import inputs
+from rlpr_jax.runs.dropped_rows import describe_dropped_rows
+from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
@@ -45,6 +47,7 @@ class Run(NamedTuple):
   reward: RewardSettings
   shadows: dict[str, RewardSettings]  # by name
   custom_reward: CustomReward | None
+  dropped_rows: dict[str, list[DroppedRow]]  # that cannot be used, by the field of the config that names their files
 
 
 def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run:
@@ -62,12 +65,19 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   assert tokenizer is not None
   assert policy.turn_end is not None
   splicing.check_tokenizer(tokenizer)
-  if config.data.instruction == "" and (own := own_system_message(tokenizer)):
+  empty = config.data.instruction == "" and not config.data.system
+  if empty and (own := own_system_message(tokenizer)):
     print(f"config.data.instruction: empty, and the chat template begins with a system message of its own: {own}")
-  prompts = load_prompts(config, config.data, tokenizer, builtin_split="train", count=config.data.count)
-  held_out = []
+  dropped_rows: dict[str, list[DroppedRow]] = {}
+  prompts, dropped_rows["config.data.path"] = load_prompts(
+    config, config.data, tokenizer, builtin_split="train", count=config.data.count
+  )
+  held_out: list[Prompt] = []
   if count := config.evaluation.prompts:
-    held_out = load_prompts(config, config.evaluation, tokenizer, builtin_split="held_out", count=count)[:count]
+    held_out, dropped_rows["config.evaluation.path"] = load_prompts(
+      config, config.evaluation, tokenizer, builtin_split="held_out", count=count
+    )
+    held_out = held_out[:count]
   for field, of_field in (("config.data", prompts), ("config.evaluation", held_out)):
     check_vocabulary(field, of_field, policy.config.vocab_size)
   device = Device(
@@ -98,6 +108,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     reward=RewardSettings.of(config.reward),
     shadows=dict(parse_shadow(config, text) for text in config.reward.shadow),
     custom_reward=custom_reward,
+    dropped_rows=dropped_rows,
   )
 
 
@@ -127,18 +138,23 @@ def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> 
 
 def load_prompts(
   config: ConfigDict, source: ConfigDict, tokenizer: PreTrainedTokenizerBase, builtin_split: str, count: int
-) -> list[Prompt]:
-  """Loads questions of a file, or of the built-in set, as prompts; says how many were dropped.
+) -> tuple[list[Prompt], list[DroppedRow]]:
+  """Loads questions of files, or of the built-in set, as prompts; says how many were dropped.
 
   Args:
     source: `config.data` or `config.evaluation`.
     count: how many of the built-in ones there are to be.
+
+  Returns:
+    prompts, and the rows that cannot be used.
   """
   data = config.data
+  name = source.path or f"built-in {builtin_split} questions"
   if source.path:
-    examples = load_examples(source.path, source.split or None)
+    print(f"{name}: reading", flush=True)
+    examples, unusable = read_examples(source.path, source.split or None, data.max_dropped)
   else:
-    examples = builtin.examples(builtin_split, count, config.seed, data.domains)
+    examples, unusable = builtin.examples(builtin_split, count, config.seed, data.domains), []
   prompts, dropped = prepare(
     examples,
     tokenizer,
@@ -148,8 +164,12 @@ def load_prompts(
       worked_examples=data.examples,
       prompt_limit=data.prompt_limit,
       max_reference_length=data.max_reference_length,
+      system=data.system,
+      seed=config.seed,
     ),
+    Progress(f"{name}: tokenised"),
   )
-  name = source.path or f"built-in {builtin_split} questions"
-  print(f"{name}: {len(prompts)} prompts, dropped: {dropped}", flush=True)
-  return prompts
+  print(f"{name}: {len(prompts)} prompts, dropped: {dropped}{describe_dropped_rows(unusable)}", flush=True)
+  if several := sum(bool(example.other_references) for example in examples):
+    print(f"{name}: {several} rows have several references, the first of each counts", flush=True)
+  return prompts, unusable

@@ -55,9 +55,10 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
     the state; None if `stop` was asked for.
   """
   params = initial_params(run.config, run.policy)
-  demonstrations = None
+  demonstrations: list[supervised.Demonstration] = []
   if run.config.warm_start.steps:
-    demonstrations = supervised.load(run.config, run.engine.tokenizer, run.engine.eos_id)
+    demonstrations, dropped = supervised.load(run.config, run.engine.tokenizer, run.engine.eos_id)
+    writer.write_dropped_rows("config.warm_start.path", dropped)
   run.engine.device.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
   if demonstrations:
     params = supervised.warm_start(run.config, run.policy, params, demonstrations, stop)

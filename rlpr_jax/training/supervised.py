@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import processes
 from rlpr_jax.data import builtin
-from rlpr_jax.data.sources import load_demonstrations
-from rlpr_jax.data.templates import build_messages, encode_texts, render
+from rlpr_jax.data.pipeline import BATCH, repeats
+from rlpr_jax.data.sources import DroppedRow, Example, read_demonstrations
+from rlpr_jax.data.templates import build_messages, encode_texts, render_all
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy
+from rlpr_jax.runs.dropped_rows import describe_dropped_rows
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.splicing import prompt_opening
@@ -42,44 +44,72 @@ class Demonstration(NamedTuple):
   response: list[int]  # EOS included
 
 
-def load(config: ConfigDict, tokenizer: PreTrainedTokenizerBase, eos_id: int | None = None) -> list[Demonstration]:
-  """The demonstrations of `config.warm_start`, built-in or of a file; says how many were too long and are left out.
+def load(
+  config: ConfigDict, tokenizer: PreTrainedTokenizerBase, eos_id: int | None = None
+) -> tuple[list[Demonstration], list[DroppedRow]]:
+  """The demonstrations of `config.warm_start`, built-in or of files; says how many were too long and are left out.
 
   Args:
     eos_id: the token that ends a response; None for the tokenizer's EOS.
+
+  Returns:
+    demonstrations, those of more than the smallest weight once more behind them all; and the rows that cannot be used.
 
   Raises:
     InputError: none is left, or a file that is not as expected.
   """
   settings, data = config.warm_start, config.data
+  unusable: list[DroppedRow] = []
   if settings.path:
-    pairs, name = load_demonstrations(settings.path, settings.split or None), settings.path
+    name = settings.path
+    pairs, unusable = read_demonstrations(name, settings.split or None, data.max_dropped)
   else:
     pairs = builtin.demonstrations(settings.steps * settings.batch_size, config.seed, data.domains)
     name = "built-in demonstrations"
   eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
-  instruction = None if data.instruction == "default" else data.instruction
-  found, long_prompts, long_responses = [], 0, 0
-  for example, response in pairs:
-    ids = render(tokenizer, build_messages(example, data.template, data.examples, instruction))
-    opening = prompt_opening(tokenizer, ids)
-    if opening and response.lstrip().startswith(opening):  # the prompt has written it
-      response = response.lstrip().removeprefix(opening).lstrip()
-    answer = [*encode_texts(tokenizer, [response])[0], eos_id]
-    if len(ids) > data.prompt_limit:
-      long_prompts += 1
-    elif len(answer) > config.rollout.max_response_length:
-      long_responses += 1
-    else:
-      found.append(Demonstration(ids, answer))
+  found: list[Demonstration] = []
+  weights: list[float] = []
+  long_prompts, long_responses, progress = 0, 0, Progress(f"{name}: tokenised")
+  for start in range(0, len(pairs), BATCH):
+    batch = pairs[start : start + BATCH]
+    for (example, _), ids, response in zip(batch, *_tokenize(config, tokenizer, batch), strict=True):
+      answer = [*response, eos_id]
+      if len(ids) > data.prompt_limit:
+        long_prompts += 1
+      elif len(answer) > config.rollout.max_response_length:
+        long_responses += 1
+      else:
+        found.append(Demonstration(ids, answer))
+        weights.append(example.weight)
+    if len(pairs) > BATCH:
+      progress(start + len(batch), len(pairs))
   if not found:
     raise InputError(
       f"{name}: none of {len(pairs)} rows is left: {long_prompts} prompts are over config.data.prompt_limit"
       f" {data.prompt_limit}, {long_responses} responses over config.rollout.max_response_length"
       f" {config.rollout.max_response_length}"
     )
-  print(f"{name}: {len(found)} rows, dropped: {long_prompts} long prompts, {long_responses} long responses", flush=True)
-  return found
+  found += [found[i] for i in repeats(weights, config.seed)]
+  dropped = f"{long_prompts} long prompts, {long_responses} long responses{describe_dropped_rows(unusable)}"
+  print(f"{name}: {len(found)} rows, dropped: {dropped}", flush=True)
+  return found, unusable
+
+
+def _tokenize(
+  config: ConfigDict, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[Example, str]]
+) -> tuple[list[list[int]], list[list[int]]]:
+  """Ids of the prompts, and of the responses without what their prompt has written of them."""
+  data = config.data
+  instruction = None if data.instruction == "default" else data.instruction
+  chats = [build_messages(example, data.template, data.examples, instruction, data.system) for example, _ in pairs]
+  prompts = render_all(tokenizer, chats, [example.origin for example, _ in pairs])
+  responses = []
+  for (_, response), ids in zip(pairs, prompts, strict=True):
+    opening = prompt_opening(tokenizer, ids)
+    if opening and response.lstrip().startswith(opening):
+      response = response.lstrip().removeprefix(opening).lstrip()
+    responses.append(response)
+  return prompts, encode_texts(tokenizer, responses)
 
 
 def batches(demonstrations: Sequence[Demonstration], size: int, seed: int) -> Iterator[list[Demonstration]]:

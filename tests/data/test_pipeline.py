@@ -1,12 +1,14 @@
 """data/pipeline.py: which prompts are kept, and the order in which they are drawn."""
 
+import collections
 import copy
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from rlpr_jax.data.pipeline import PromptSettings, PromptStream, prepare, reference_length
+from rlpr_jax.data.pipeline import PromptSettings, PromptStream, prepare, reference_length, reference_lengths, repeats
 from rlpr_jax.data.sources import Example
 from rlpr_jax.errors import InputError
 from rlpr_jax.splicing import baseline_suffix, splice
@@ -92,6 +94,69 @@ def test_reference_length_holds_what_is_scored(tokenizer, template):
     # Counted on another response than this one: with a space after the tag, both take the same.
     assert len(spliced.suffix_ids) <= room
     assert all(len(baseline_suffix(tokenizer, reference, prefix)[0]) <= room for prefix in ("bare", "tagged"))
+
+
+@pytest.mark.parametrize("template", ["think", "answer_only"])
+def test_reference_lengths_are_those_of_the_splices_one_by_one(tokenizer, template):
+  """Of references that spell a control token too, which `splice` takes for text."""
+  end = tokenizer.eos_token
+  references = ["42", "New  York", "\\frac{1}{2}", "北京", "x>", f"a {end} b", "<answer>", "42", "é" * 40]
+  tags = tokenizer.encode("<think></think><answer>" if template == "think" else "<answer>", add_special_tokens=False)
+  assert reference_lengths(tokenizer, references, template) == [
+    max(
+      len(splice(tokenizer, [], tags, reference, template).suffix_ids),
+      len(baseline_suffix(tokenizer, reference, "tagged")[0]),
+    )
+    for reference in references
+  ]
+  assert reference_lengths(tokenizer, [], template) == []
+
+
+def test_prompts_of_many_examples_are_those_of_each(chat):
+  rows = [example(f"{'why ' * (i % 7)}{i}?", "so " * (i % 5) + "42", i) for i in range(2500)]
+  limits = {"prompt_limit": 30, "max_reference_length": 30}
+  told = []
+  prompts, dropped = prepare(
+    rows,
+    chat,
+    PromptSettings(template="think", instruction="", worked_examples=(), **limits),
+    progress=lambda done, total: told.append((done, total)),
+  )
+  alone = []
+  for row in rows:
+    try:
+      alone += prepared(chat, [row], **limits)[0]
+    except InputError:
+      continue
+  assert 0 < len(alone) == len(prompts) == 2500 - sum(dropped.values()) < 2500
+  for i, (prompt, one) in enumerate(zip(prompts, alone, strict=True)):
+    assert (prompt.ids.tolist(), prompt.question, prompt.reference) == (one.ids.tolist(), one.question, one.reference)
+    assert prompt.row == i
+  assert told == [(1024, 2500), (2048, 2500), (2500, 2500)]
+
+
+def test_a_system_message_of_the_settings(chat):
+  (prompt,), _ = prepared(chat, [example("q", "a")], instruction="Go.", system="Come.")
+  assert chat.decode(prompt.ids) == "[system]Come.[user]q[go]"
+
+
+def test_prompts_are_there_as_often_as_their_weight_says(chat):
+  rows = [dataclasses.replace(example(f"{i}?", "42", i), weight=weight) for i, weight in enumerate([1, 3, 1, 2])]
+  prompts, _ = prepared(chat, rows)
+  assert [prompt.question for prompt in prompts[:4]] == ["0?", "1?", "2?", "3?"]
+  assert sorted(prompt.question for prompt in prompts) == ["0?", *["1?"] * 3, "2?", *["3?"] * 2]
+  assert [prompt.row for prompt in prompts] == list(range(7))
+
+
+def test_a_part_of_the_rows_is_chosen_by_the_seed():
+  weights = [1.0] * 10 + [2.5] * 100
+  again = repeats(weights, seed=3)
+  counts = collections.Counter(again)
+  assert set(counts) == set(range(10, 110))
+  assert collections.Counter(counts.values()) == {1: 50, 2: 50}
+  assert repeats(weights, seed=3) == again
+  assert repeats(weights, seed=4) != again
+  assert len(repeats(weights, seed=4)) == len(again)
 
 
 def some_prompts(count):

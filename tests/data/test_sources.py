@@ -1,16 +1,18 @@
 """data/sources.py on files written here, good and bad."""
 
+import csv
+import decimal
 import json
+import math
 import os
 import subprocess
 import sys
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlpr_jax.data.sources import Example, load_examples
+from rlpr_jax.data.sources import Example, count_reasons, load_examples, read_demonstrations, read_examples
 from rlpr_jax.errors import InputError
 
 SYSTEM = {"role": "system", "content": "Think first."}
@@ -51,7 +53,7 @@ def test_verl_parquet(tmp_path):
 
 
 @pytest.mark.parametrize("question", ["question", "prompt", "problem"])
-@pytest.mark.parametrize("answer", ["answer", "reference", "reference_answer", "ground_truth"])
+@pytest.mark.parametrize("answer", ["answer", "reference", "reference_answer", "ground_truth", "solution"])
 def test_plain_columns(tmp_path, question, answer):
   rows = [{question: "1 + 1?", answer: " 2\n"}, {question: "  Who? ", answer: "Ada"}]
   expected = [Example(user("1 + 1?"), "2", "file", 1), Example(user("  Who? "), "Ada", "file", 2)]
@@ -154,18 +156,167 @@ def test_no_rows_in_parquet(tmp_path):
 def test_missing_columns(tmp_path):
   path = write_jsonl(tmp_path / "a.jsonl", [{"task": "q", "answer": "a"}, {"title": "t"}])
   fails(path, "expected a column question or prompt or problem", "found only task, answer, title")
-  (tmp_path / "a.csv").write_text("question,solution\nq,a\n")
-  fails(tmp_path / "a.csv", "expected a column answer or reference or", "found only question, solution")
+  (tmp_path / "a.csv").write_text("question,grade\nq,a\n")
+  fails(tmp_path / "a.csv", "expected a column answer or reference or", "found only question, grade")
   path = write_parquet(tmp_path / "a.parquet", question=["q"], reward_model=[{"ground_truth": "a"}])
   fails(path, "expected a column prompt,", "found only question, reward_model")
 
 
-@pytest.mark.parametrize("value", ["", "  \n", None, 42, 4.5, True, ["a"], {"a": "b"}])
+EMPTY = ["", "  \n", None, "\u200b", "\ufeff \u2060", "\u200d\u00ad\u3164"]
+
+
+@pytest.mark.parametrize("value", [*EMPTY, {"a": "b"}])
 @pytest.mark.parametrize("column", ["question", "answer"])
 def test_a_cell_that_is_not_text(tmp_path, column, value):
   good = {"question": "q", "answer": "a"}
   path = write_jsonl(tmp_path / "a.jsonl", [good, {**good, column: value}])
   fails(path, f"row 2, column {column}: expected non-empty text, found {value!r}")
+
+
+@pytest.mark.parametrize("value", [42, 4.5, True])
+def test_a_number_is_no_question(tmp_path, value):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": value, "answer": "a"}])
+  fails(path, f"row 1, column question: expected non-empty text, found {value!r}")
+
+
+def test_text_with_something_to_see_is_not_empty(tmp_path):
+  answers = ["\ufeffx", "a\u200b", "👩‍👩‍👧", ".", "\ue000"]
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": answer} for answer in answers])
+  assert [e.reference for e in load_examples(path)] == answers
+
+
+NUMBERS = {3: "3", 2.0: "2.0", -0.25: "-0.25", 10**30: str(10**30)}
+
+
+@pytest.mark.parametrize(("value", "text"), [*NUMBERS.items(), (True, "True"), (False, "False"), (0, "0")])
+def test_numbers_and_booleans_are_answers(tmp_path, value, text):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": value}])
+  assert load_examples(path)[0].reference == text
+  path = write_jsonl(tmp_path / "b.jsonl", [{"prompt": [USER], "reward_model": {"ground_truth": value}}])
+  assert load_examples(path)[0].reference == text
+
+
+def test_numbers_in_parquet_are_answers(tmp_path):
+  for values in ([3, 4], [2.0, 0.1], [True, False], [decimal.Decimal("1.50"), decimal.Decimal("2.00")]):
+    path = write_parquet(tmp_path / "a.parquet", question=["q", "q"], answer=values)
+    assert [e.reference for e in load_examples(path)] == [str(value) for value in values]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_no_answer(tmp_path, value):
+  fails(write_parquet(tmp_path / "a.parquet", question=["q"], answer=[value]), "row 1, column answer", f"found {value}")
+
+
+def test_several_references(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": [" 1/2", 0.5, "half"]}])
+  [example] = load_examples(path)
+  assert (example.reference, example.other_references) == ("1/2", ("0.5", "half"))
+  fails(write_jsonl(path, [{"question": "q", "answer": []}]), "row 1, column answer: expected non-empty text, found []")
+  fails(write_jsonl(path, [{"question": "q", "answer": ["a", ""]}]), "row 1, column answer, reference 2: expected non-")
+
+
+def test_a_reference_that_closes_the_answer(tmp_path):
+  """What stands behind the tag would be scored as if it were no part of the answer."""
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "42 </answer> so"}])
+  fails(path, "row 1, column answer: expected an answer without </answer>, found '42 </answer> so'")
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "question"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_chat_beside_an_answer(tmp_path, column, as_text):
+  chat = [SYSTEM, USER]
+  path = write_jsonl(tmp_path / "a.jsonl", [{column: json.dumps(chat) if as_text else chat, "answer": "42"}])
+  assert load_examples(path) == [Example((SYSTEM, USER), "42", "a", 1)]
+
+
+def test_a_response_in_messages_is_no_part_of_the_question(tmp_path):
+  """As in sets for supervised training: it would give the answer away."""
+  path = write_jsonl(tmp_path / "a.jsonl", [{"messages": [USER, {"role": "assistant", "content": "42"}], "answer": 42}])
+  assert load_examples(path) == [Example((USER,), "42", "a", 1)]
+
+
+def test_verl_as_json_text(tmp_path):
+  """As CSV files and tables of strings hold it."""
+  chat, truth = json.dumps([SYSTEM, USER]), json.dumps({"style": "rule", "ground_truth": "42"})
+  with (tmp_path / "a.csv").open("w", newline="") as file:
+    csv.writer(file).writerows([["prompt", "reward_model"], [chat, truth]])
+  assert load_examples(tmp_path / "a.csv") == [Example((SYSTEM, USER), "42", "a", 1)]
+
+
+@pytest.mark.parametrize("text", ["[1, 2] has which sum?", "[1, 2]", '[{"a": 1}]', "{", '{"a": 1}'])
+def test_text_that_looks_like_json_is_a_question(tmp_path, text):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": text, "answer": "a"}])
+  assert load_examples(path) == [Example(user(text), "a", "a", 1)]
+
+
+# ---- rows that are dropped ----
+
+
+def bad_rows(path, bad, good):
+  """A file of rows without an answer among good ones."""
+  rows = [{"question": "q", "answer": "a"}] * good
+  for row in bad:
+    rows.insert(row - 1, {"question": "q", "answer": ""})
+  return write_jsonl(path, rows)
+
+
+def test_bad_rows_are_dropped_and_named(tmp_path):
+  path = tmp_path / "a.jsonl"
+  lines = [json.dumps({"question": f"{i}", "answer": "a"}) for i in range(40)]
+  lines[3], lines[7], lines[5] = "{", '{"question": "q"}', '["q", "a"]'
+  lines[9] = '{"question": "q", "answer": "\\u200b"}'
+  path.write_text("\n".join(lines))
+  read = read_examples(str(path), max_dropped=0.1)
+  assert len(read.items) == 36
+  assert [(row.file, row.row, row.reason) for row in read.dropped] == [
+    (str(path), 4, "not JSON"),
+    (str(path), 6, "not a JSON object"),
+    (str(path), 8, "answer: empty"),
+    (str(path), 10, "answer: empty"),
+  ]
+  assert read.dropped[2].detail == "column answer: expected non-empty text, found None"
+  assert count_reasons(read.dropped) == {"answer: empty": 2, "not JSON": 1, "not a JSON object": 1}
+  assert next(iter(count_reasons(read.dropped))) == "answer: empty"
+
+
+def test_examples_say_where_they_stand(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", [{"question": "q", "answer": "a"}] * 2)
+  assert [example.origin for example in load_examples(path)] == [f"{path}: row 1", f"{path}: row 2"]
+
+
+def test_the_largest_share_is_one_that_passes(tmp_path):
+  path = bad_rows(tmp_path / "a.jsonl", [5], 19)
+  assert len(read_examples(str(path), max_dropped=0.05).items) == 19
+  with pytest.raises(InputError) as caught:
+    read_examples(str(path), max_dropped=0.049)
+  assert str(caught.value) == (
+    f"{path}: 1 of 20 rows cannot be used, expected at most 4.9% (max_dropped); 1 of them: answer: empty, first {path}:"
+    " row 5, column answer: expected non-empty text, found ''"
+  )
+
+
+def test_the_most_frequent_reason_is_named_with_its_first_row(tmp_path):
+  (tmp_path / "a.csv").write_text("question,answer\nq\nq,a\nq,\nq,</answer>\nq,\n")
+  with pytest.raises(
+    InputError, match=r"4 of 5 rows .*; 2 of them: answer: empty, first .*a\.csv: row 3, column answer"
+  ):
+    read_examples(str(tmp_path / "a.csv"), max_dropped=0.5)
+
+
+def test_no_row_that_can_be_used_is_refused_whatever_the_share(tmp_path):
+  with pytest.raises(InputError, match="none of 1 rows can be used; 1 of them: answer: empty, first"):
+    read_examples(str(bad_rows(tmp_path / "a.jsonl", [1], 0)), max_dropped=1.0)
+
+
+def test_rows_of_another_split_are_not_looked_at(tmp_path):
+  (tmp_path / "a.csv").write_text("prompt,reference,split\np,1,train\nq,,test\n")
+  assert read_examples(str(tmp_path / "a.csv"), "train").dropped == []
+
+
+def test_demonstrations_are_dropped_in_the_same_way(tmp_path):
+  rows = [{"prompt": "q", "response": "a"}] * 3 + [{"prompt": "q", "response": "\u200b"}]
+  read = read_demonstrations(str(write_jsonl(tmp_path / "a.jsonl", rows)), max_dropped=0.25)
+  assert (len(read.items), [row.reason for row in read.dropped]) == (3, ["response: empty"])
 
 
 def test_a_cell_that_is_missing(tmp_path):
@@ -178,10 +329,6 @@ def test_a_long_cell_is_not_printed_whole(tmp_path):
   with pytest.raises(InputError) as caught:
     load_examples(path)
   assert len(str(caught.value)) < len(str(path)) + 150
-
-
-def test_numbers_in_parquet_are_not_text(tmp_path):
-  fails(write_parquet(tmp_path / "a.parquet", question=["q"], answer=[42]), "row 1, column answer", "found 42")
 
 
 def test_half_a_surrogate_pair(tmp_path):
@@ -242,7 +389,7 @@ def test_a_verl_prompt_that_is_text(tmp_path):
 def test_a_verl_answer_that_is_wrong(tmp_path):
   path = write_verl(tmp_path / "a.parquet", [[USER], [USER]], ["42", " "])
   fails(path, "row 2, column reward_model.ground_truth: expected non-empty text, found ' '")
-  fails(write_verl(path, [[USER]], [42]), "row 1, column reward_model.ground_truth", "found 42")
+  fails(write_verl(path, [[USER]], [{"a": 1}]), "row 1, column reward_model.ground_truth", "found {'a': 1}")
   fails(write_parquet(path, prompt=[[USER]], reward_model=["42"]), "row 1, column reward_model: expected {style,")
 
 
@@ -257,9 +404,3 @@ def test_nothing_is_left_in_the_home_directory(tmp_path):
   )
   assert (done.stdout, done.stderr) == ("1\n", "")
   assert list(home.rglob("*")) == []
-
-
-def test_settings_of_datasets_come_back(tmp_path):
-  before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
-  load_examples(write_parquet(tmp_path / "a.parquet", question=["q"], answer=["a"]))
-  assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before

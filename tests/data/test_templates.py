@@ -6,7 +6,15 @@ import pytest
 
 from rlpr_jax.data import templates
 from rlpr_jax.data.sources import Example
-from rlpr_jax.data.templates import INSTRUCTIONS, build_messages, choose_template, own_system_message, render, turn_end
+from rlpr_jax.data.templates import (
+  INSTRUCTIONS,
+  build_messages,
+  choose_template,
+  own_system_message,
+  render,
+  render_all,
+  turn_end,
+)
 from rlpr_jax.errors import InputError
 
 PLAIN = (
@@ -53,6 +61,15 @@ def test_a_system_message_of_the_row_stays():
     assert build_messages(example(SYSTEM, QUESTION), "think", instruction=instruction) == [SYSTEM, QUESTION]
 
 
+def test_a_system_message_for_every_row():
+  """It goes before the row's own and before the instruction; worked examples stay where they are."""
+  for row in (example(SYSTEM, QUESTION), example(QUESTION)):
+    for instruction in (None, "Be kind.", ""):
+      built = build_messages(row, "think", [("1?", "1")], instruction, system="Be fast.")
+      turns = [message("user", "1?"), message("assistant", "1")]
+      assert built == [message("system", "Be fast."), *turns, QUESTION]
+
+
 def test_instructions_name_the_tags_of_their_template():
   assert all(tag in INSTRUCTIONS["think"] for tag in ("<think>", "</think>", "<answer>", "</answer>"))
   assert all(tag in INSTRUCTIONS["answer_only"] for tag in ("<answer>", "</answer>"))
@@ -95,6 +112,13 @@ def test_render_merges_a_system_message_that_the_template_rejects(across_words):
   assert messages == before
 
 
+@pytest.mark.parametrize("template", [PLAIN, STRICT])
+def test_many_chats_are_rendered_as_one_by_one(across_words, template):
+  tokenizer = with_template(across_words, template)
+  chats = [[SYSTEM, QUESTION], [QUESTION], [message("user", "<|end|> 中 "), message("assistant", "1"), QUESTION]]
+  assert render_all(tokenizer, chats * 3) == [render(tokenizer, chat) for chat in chats] * 3
+
+
 @pytest.mark.parametrize("messages", [[QUESTION, QUESTION], [SYSTEM, QUESTION, QUESTION]])
 def test_render_says_what_the_template_rejects(across_words, messages):
   tokenizer = with_template(across_words, STRICT)
@@ -102,6 +126,12 @@ def test_render_says_what_the_template_rejects(across_words, messages):
   with pytest.raises(InputError) as caught:
     render(tokenizer, messages)
   assert str(caught.value) == "tokenizer some/model: its chat template rejects the messages: Roles must alternate"
+
+
+def test_of_many_chats_the_rejected_one_is_named(across_words):
+  tokenizer = with_template(across_words, STRICT)
+  with pytest.raises(InputError, match=r"^a\.csv: row 2: tokenizer .* rejects the messages: Roles must alternate$"):
+    render_all(tokenizer, [[SYSTEM, QUESTION], [QUESTION, QUESTION]], ["a.csv: row 1", "a.csv: row 2"])
 
 
 @pytest.mark.parametrize("template", [None, ""])

@@ -129,8 +129,8 @@ def test_messages_as_prompts_and_parquet(tmp_path):
   pa.parquet.write_table(table, tmp_path / "rows.parquet")
   c = config(tmp_path / "rows.parquet")
   tokenizer = program.load_policy(c).tokenizer
-  plain = supervised.load(config(write(tmp_path / "rows.jsonl", ROWS)), tokenizer)
-  assert supervised.load(c, tokenizer) == plain
+  plain, dropped = supervised.load(config(write(tmp_path / "rows.jsonl", ROWS)), tokenizer)
+  assert supervised.load(c, tokenizer) == (plain, dropped) == (plain, [])
   prompt, response = plain[1]
   assert tokenizer.decode(prompt) == "<q>1+1<a>"
   assert tokenizer.decode(response) == "<think>1</think><answer> 2 </answer><end>"
@@ -156,6 +156,30 @@ def test_rows_that_cannot_be_used(tmp_path, rows, said):
   assert said in str(error.value)
   assert str(path) in str(error.value)
   assert not list((tmp_path / "run").iterdir())
+
+
+def test_rows_of_no_use_are_named_in_the_directory(tmp_path):
+  rows = [*ROWS[:5], {"question": "1", "response": "\u200b"}, *ROWS[5:]]
+  c = config(write(tmp_path / "rows.jsonl", rows))
+  c.warm_start.steps, c.data.max_dropped = 1, 0.1
+  program.sft(c, tmp_path / "run")
+  assert [json.loads(line) for line in (tmp_path / "run/dropped_rows.jsonl").read_text().splitlines()] == [
+    {
+      "field": "config.warm_start.path",
+      "file": str(tmp_path / "rows.jsonl"),
+      "row": 6,
+      "reason": "response: empty",
+      "detail": "column response: expected non-empty text, found '\\u200b'",
+    }
+  ]
+
+
+def test_weights_of_demonstrations(tmp_path):
+  one, two = write(tmp_path / "one.jsonl", ROWS[:2]), write(tmp_path / "two.jsonl", ROWS[2:4])
+  c = config(f"{one},{two}:2")
+  tokenizer = program.load_policy(c).tokenizer
+  found, _ = supervised.load(c, tokenizer)
+  assert [tokenizer.decode(prompt) for prompt, _ in found] == [f"<q>{i}+{i}<a>" for i in (0, 1, 2, 3, 2, 3)]
 
 
 def test_steps_are_needed(tmp_path):
