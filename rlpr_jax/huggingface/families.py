@@ -14,7 +14,7 @@ from typing import Any
 from rlpr_jax.errors import InputError
 from rlpr_jax.models.config import ModelConfig, Rope
 
-FAMILIES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 _GEMMA = ("gemma2", "gemma3_text")
 _QWEN = ("qwen2", "qwen3")
 _ATTENTION_BIASES = ("query", "key", "value", "out")
@@ -28,6 +28,7 @@ _ACTIVATIONS = {
 }
 _ARCHITECTURES = {
   "llama": "LlamaForCausalLM",
+  "mistral": "MistralForCausalLM",
   "qwen2": "Qwen2ForCausalLM",
   "qwen3": "Qwen3ForCausalLM",
   "gemma2": "Gemma2ForCausalLM",
@@ -47,6 +48,7 @@ _GEMMA_FIELDS = {
 }  # fmt: skip
 _READ = {
   "llama": _SIZES | {"hidden_act", "attention_bias", "mlp_bias"},
+  "mistral": _SIZES | {"hidden_act", "sliding_window"},
   "qwen2": _SIZES | _QWEN_FIELDS,
   "qwen3": _SIZES | _QWEN_FIELDS | {"attention_bias"},
   "gemma2": _SIZES | _GEMMA_FIELDS,
@@ -56,18 +58,22 @@ _READ = {
 _HARMLESS = {
   "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "auto_map",
   "_name_or_path", "name_or_path", "model_name", "license", "is_llama_config", "unsloth_fixed", "unsloth_version",
-  "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "tokenizer_class", "initializer_range",
-  "attention_dropout", "hidden_dropout", "use_cache", "cache_implementation", "attn_implementation",
-  "_attn_implementation_autoset", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id",
-  "num_labels", "problem_type", "task_specific_params", "chunk_size_feed_forward",
+  "_commit_hash", "bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id",
+  "decoder_start_token_id", "bos_token", "eos_token", "pad_token", "unk_token", "tokenizer_class", "model_max_length",
+  "max_sequence_length", "initializer_range", "attention_dropout", "hidden_dropout", "use_cache",
+  "cache_implementation", "attn_implementation", "_attn_implementation", "_attn_implementation_autoset",
+  "_flash_attn_2_enabled", "gradient_checkpointing", "use_bfloat16", "torchscript", "output_attentions",
+  "output_hidden_states", "return_dict", "id2label", "label2id", "num_labels", "problem_type", "finetuning_task",
+  "task_specific_params", "prefix", "chunk_size_feed_forward",
   # How to generate.
   "do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "num_beams",
-  "min_length", "max_length",
+  "num_beam_groups", "diversity_penalty", "num_return_sequences", "no_repeat_ngram_size",
+  "encoder_no_repeat_ngram_size", "early_stopping", "min_length", "max_length", "max_new_tokens",
 }  # fmt: skip
 # Published Gemma files have these, and transformers does not look at them: what it reads stands beside them.
 _GEMMA_HARMLESS = {"hidden_act", "sliding_window_size", "_sliding_window_pattern"}
 # Known, but implemented for one value alone.
-_ONLY = {"pretraining_tp": 1, "partial_rotary_factor": 1.0}
+_ONLY = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 # The fields that each kind of rotary embedding must have.
 _ROPES = {
   "default": (),
@@ -139,6 +145,8 @@ def _family_of(config: ModelConfig) -> str:
     return "gemma3_text" if config.qk_norm else "gemma2"
   if config.qk_norm:
     return "qwen3"
+  if config.windowed == (True,) * config.num_layers and not config.biases:
+    return "mistral"
   if config.biases == _ATTENTION_BIASES[:3] or any(config.windowed):
     return "qwen2"
   return "llama"
@@ -170,7 +178,7 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
   fields["hidden_activation" if family in _GEMMA else "hidden_act"] = activation
   if config.max_length is not None:
     fields["max_position_embeddings"] = config.max_length
-  if family != "qwen2":
+  if family not in ("qwen2", "mistral"):
     fields["attention_bias"] = "out" in config.biases
   if family == "llama":
     fields["mlp_bias"] = "gate" in config.biases
@@ -182,7 +190,9 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     }
   if family == "gemma3_text":
     fields["rope_local_base_freq"] = (config.local_rope or config.rope).theta
-  if family != "llama":
+  if family == "mistral":
+    fields["sliding_window"] = config.window
+  elif family != "llama":
     windowed = config.windowed or (False,) * config.num_layers
     fields["sliding_window"] = config.window
     fields["layer_types"] = ["sliding_attention" if local else "full_attention" for local in windowed]
@@ -259,7 +269,7 @@ def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
 
 
 def _head_dim(family: str, read: _Reader, heads: int) -> int:
-  if family in ("llama", "qwen2") and read.fields.get("head_dim") is None:
+  if family in ("llama", "mistral", "qwen2") and read.fields.get("head_dim") is None:
     width = read.count("hidden_size")
     if width % heads:
       raise InputError(
@@ -287,6 +297,8 @@ def _windows(family: str, read: _Reader, layers: int) -> tuple[tuple[bool, ...],
   window = read.count("sliding_window", 4096) if fields.get("sliding_window", 4096) is not None else None
   if family in _QWEN and not read.flag("use_sliding_window"):
     window = None
+  if family == "mistral":
+    return ((True,) * layers, window) if window else ((), None)
   types = fields.get("layer_types")
   if types is not None:
     if not isinstance(types, list) or len(types) != layers or not all(kind in tuple(_LAYER_TYPES) for kind in types):

@@ -39,6 +39,30 @@ OFFICIAL = {
     "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
   },
+  "DeepSeek-R1-Distill-Qwen-7B": {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+    "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
+    "vocab_size": 152064,
+  },
+  "Mistral-7B-v0.1": {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+    "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+  },
+  "Mistral-Small-24B": {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+    "intermediate_size": 32768, "max_position_embeddings": 32768, "model_type": "mistral",
+    "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_theta": 100000000.0, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.49.0.dev0", "use_cache": True, "vocab_size": 131072,
+  },
   "Llama-3.1-8B": {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
     "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -84,6 +108,16 @@ OFFICIAL = {
     "num_hidden_layers": 42, "num_key_value_heads": 8, "pad_token_id": 0, "query_pre_attn_scalar": 256,
     "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
     "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
+  },
+  "gemma-2-27b": {
+    "_attn_implementation": "eager", "architectures": ["Gemma2ForCausalLM"], "attention_bias": False,
+    "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "initializer_range": 0.02,
+    "intermediate_size": 36864, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 32,
+    "num_hidden_layers": 46, "num_key_value_heads": 16, "pad_token_id": 0, "query_pre_attn_scalar": 144,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+    "torch_dtype": "float32", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
   },
   "gemma-3-1b-it": {
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
@@ -144,7 +178,14 @@ MORE = {
   },
 }  # fmt: skip
 ALL = OFFICIAL | MORE
-ROTARY = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+ROTARY = {
+  "llama": "Llama",
+  "mistral": "Mistral",
+  "qwen2": "Qwen2",
+  "qwen3": "Qwen3",
+  "gemma2": "Gemma2",
+  "gemma3_text": "Gemma3",
+}
 
 
 @pytest.fixture
@@ -172,12 +213,14 @@ def check_same(ours, theirs):
   assert ours.max_length == theirs.max_position_embeddings
   activation = theirs.hidden_activation if gemma else theirs.hidden_act
   assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
-  attention_bias = family == "qwen2" or theirs.attention_bias
+  attention_bias = family == "qwen2" or getattr(theirs, "attention_bias", False)
   biases = {"query", "key", "value"} if attention_bias else set()
   biases |= {"out"} if attention_bias and family != "qwen2" else set()
   biases |= {"gate", "up", "down"} if getattr(theirs, "mlp_bias", False) else set()
   assert set(ours.biases) == biases
   windowed = tuple(kind == "sliding_attention" for kind in getattr(theirs, "layer_types", []))
+  if family == "mistral":
+    windowed = (theirs.sliding_window is not None,) * theirs.num_hidden_layers
   assert ours.windowed == (windowed if any(windowed) else ())
   assert ours.window == (theirs.sliding_window if any(windowed) else None)
   assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma, gemma)
@@ -249,7 +292,8 @@ def tiny(fields):
     ("Qwen3-8B", {"local_rope": models.Rope(3.0)}),
     ("Qwen3-8B", {"window": 8}),
     ("Llama-3.1-8B", {"biases": ("up", "down")}),
-    ("Llama-3.1-8B", {"windowed": (True,) * 32, "window": 8}),
+    ("Llama-3.1-8B", {"windowed": (True,) * 31 + (False,), "window": 8}),
+    ("Mistral-7B-v0.1", {"biases": ("query", "key", "value", "out")}),
     ("gemma-3-1b-it", {"scale_embeddings": False}),
     ("gemma-3-1b-it", {"norm_offset": False}),
     ("gemma-3-1b-it", {"post_norms": False}),
@@ -273,6 +317,16 @@ def test_settings_of_another_family_are_written_as_that_one():
   fields = to_huggingface(changed)
   assert fields["model_type"] == "llama"
   assert from_huggingface(fields, "") == changed
+
+
+@pytest.mark.parametrize(("name", "family"), [("Mistral-7B-v0.1", "mistral"), ("Mistral-Small-24B", "llama")])
+def test_mistral_is_written_as_what_computes_the_same(name, family):
+  """Without a window it is a Llama."""
+  config = from_huggingface(ALL[name], "")
+  fields = to_huggingface(config)
+  assert fields["model_type"] == family
+  assert ("attention_bias" in fields, "layer_types" in fields) == (family == "llama", False)
+  assert from_huggingface(fields, "") == config
 
 
 def test_adapters_do_not_stand_in_a_config():
@@ -309,11 +363,9 @@ def test_missing_field(name, field):
   assert message(name, **{field: None}) == f"{field} is None, expected a positive integer"
 
 
-@pytest.mark.parametrize(
-  "family", ["gpt2", "mistral", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]]
-)
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]])
 def test_other_family(family):
-  expected = f"model_type is {family!r}, expected one of llama, qwen2, qwen3, gemma2, gemma3_text"
+  expected = f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text"
   assert message("Llama-3.1-8B", model_type=family) == expected
 
 
@@ -444,9 +496,12 @@ def test_soft_cap_of_gemma3_is_refused():
   assert from_huggingface(fields, "").attention_softcap is None
 
 
-@pytest.mark.parametrize(("field", "value"), [("pretraining_tp", 2), ("partial_rotary_factor", 0.5)])
+@pytest.mark.parametrize(
+  ("field", "value"), [("pretraining_tp", 2), ("partial_rotary_factor", 0.5), ("embd_pdrop", 0.1), ("resid_pdrop", 0.1)]
+)
 def test_setting_that_is_implemented_for_one_value(field, value):
-  assert message("SmolLM2-135M", **{field: value}).startswith(f"{field} is {value}, only 1")
+  only = {"pretraining_tp": "1", "partial_rotary_factor": "1.0"}.get(field, "0.0")
+  assert message("SmolLM2-135M", **{field: value}) == f"{field} is {value}, only {only} is implemented"
 
 
 @pytest.mark.parametrize(
@@ -474,5 +529,8 @@ def test_fields_that_change_nothing(name):
     "unsloth_fixed": True, "_name_or_path": "x", "auto_map": {"AutoModel": "modeling.X"}, "dtype": "float32",
     "do_sample": True, "temperature": 0.6, "partial_rotary_factor": 1.0, "use_qk_norm": False, "num_experts": None,
     "mlp_only_layers": [], "quantization_config": None, "transformers.js_config": {"a": 1},
+    "_attn_implementation": "flash_attention_2", "_flash_attn_2_enabled": True, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+    "pad_token": "<pad>", "model_max_length": 4096, "use_bfloat16": True, "gradient_checkpointing": True,
+    "diversity_penalty": 0.0, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "pruned_heads": {},
   }  # fmt: skip
   assert from_huggingface(ALL[name] | more, name) == from_huggingface(ALL[name], name)

@@ -115,6 +115,7 @@ SWITCHES = {
     {"rope": Rope(500.0, "llama3", 8.0, 1.0, 4.0, 16)},
   ],
   "llama_linear": [{"rope": Rope(1000.0)}],
+  "mistral": [{"windowed": (), "window": None}, {"window": 5}],
   "qwen2": [
     {"windowed": (), "window": None},
     {"windowed": (True,) * 4},

@@ -47,6 +47,10 @@ CASES = {
   "llama_linear": _SIZES | {
     "model_type": "llama", "rope_theta": 1000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
   },
+  "mistral": _SIZES | {"model_type": "mistral", "head_dim": 12, "sliding_window": 6, "rope_theta": 1e6},
+  "mistral_unlimited": _SIZES | {
+    "model_type": "mistral", "num_key_value_heads": 4, "sliding_window": None, "rope_parameters": {"rope_theta": 700.0},
+  },
   "qwen2": _SIZES | {
     "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6,
     "max_window_layers": 2, "rope_theta": 1e6,
