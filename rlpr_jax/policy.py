@@ -54,7 +54,9 @@ def load_policy(config: ConfigDict) -> Policy:
   mesh = create_mesh(config)
   if config.model.path:
     directory = huggingface.resolve(config.model.path)
-    tokenizer, model_config = load_tokenizer(str(directory)), huggingface.load_config(directory)
+    # In this order: what is wrong with config.json is said before transformers reads it, for the tokenizer's class.
+    model_config = huggingface.load_config(directory)
+    tokenizer = load_tokenizer(str(directory))
   else:
     tokenizer = builtin.tokenizer(config.data.domains)
     model_config = new_config(config, len(tokenizer))
@@ -165,14 +167,15 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-  """The tokenizer of a Hugging Face directory.
+  """The tokenizer of a Hugging Face directory. Code in the directory is never run.
 
   Raises:
-    InputError: there is none.
+    InputError: there is none, or none without that code.
   """
   from transformers import AutoTokenizer  # with it comes torch, where that is installed
 
   try:
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # Not its default, which asks at a terminal whether to run the directory's code.
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
