@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from rlpr_jax import models
+from rlpr_jax import huggingface, models
 from rlpr_jax.huggingface import families
 from rlpr_jax.models import Rope
 from tests.models import cases
@@ -82,6 +82,15 @@ def test_config_is_written_so_that_it_can_be_read(name):
   theirs = transformers.AutoConfig.for_model(**fields, pad_token_id=None)
   again = cases.randomise(theirs)  # the weights come from a seed
   np.testing.assert_array_equal(cases.torch_logits(again, TOKENS), expected_logits(name))
+
+
+def test_base_model_alone(tmp_path):
+  """As transformers saves it: names without `model.`, and no head, which is the embedding."""
+  theirs = cases.torch_model("llama_tied")
+  theirs.model.save_pretrained(tmp_path)
+  config, params = huggingface.load_pretrained(tmp_path)
+  assert config == cases.config("llama_tied")
+  jax.tree.map(np.testing.assert_array_equal, params, cases.loaded("llama_tied")[1])
 
 
 def test_gemma3_without_any_window():
