@@ -8,6 +8,7 @@ for it may change the result.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,6 +80,12 @@ _ROPES = {
   "default": (),
   "linear": ("factor",),
   "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+  "yarn": ("factor", "original_max_position_embeddings"),
+}
+# Those that it may have.
+_ROPES_OPTIONAL = {
+  # transformers passes over attn_factor, which is vLLM's name for something else (DeepSeek-R1-0528-Qwen3-8B has it).
+  "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "attn_factor"),
 }
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}  # whether they have a window
 
@@ -332,7 +339,10 @@ def _ropes(family: str, read: _Reader) -> tuple[Rope, Rope | None]:
   of_layers = _Reader(parameters, where)
   full = {"rope_theta": fields.get("rope_theta", 1_000_000.0)} | of_layers.object("full_attention") | scaling
   local = {"rope_theta": fields.get("rope_local_base_freq", 10_000.0)} | of_layers.object("sliding_attention")
-  return _rope(full, where), _rope(local, f"{where} of windows")
+  ropes = _rope(full, where), _rope(local, f"{where} of windows")
+  if not all(rope.truncate for rope in ropes):
+    raise InputError(f"{where}: truncate is false, expected true: transformers does not read it of Gemma 3")
+  return ropes
 
 
 def _rope(fields: dict[str, Any], where: str) -> Rope:
@@ -344,7 +354,7 @@ def _rope(fields: dict[str, Any], where: str) -> Rope:
     if field not in fields:
       raise InputError(f"{where}: {field} is missing, expected with rope type {kind!r}")
   for field, value in fields.items():
-    known = (*_ROPES[kind], "rope_type", "type", "rope_theta")
+    known = (*_ROPES[kind], *_ROPES_OPTIONAL.get(kind, ()), "rope_type", "type", "rope_theta")
     if field not in known and value is not None and _ONLY.get(field) != value:
       raise InputError(f"{where}: {field} is {value!r:.80}, expected no such field with rope type {kind!r}")
   rope: dict[str, Any] = {"theta": read.number("rope_theta", 10_000.0), "kind": kind}
@@ -356,7 +366,31 @@ def _rope(fields: dict[str, Any], where: str) -> Rope:
       raise InputError(f"{where}: high_freq_factor is {high}, expected more than low_freq_factor, {low}")
     rope |= {"low_freq_factor": low, "high_freq_factor": high}
     rope["original_length"] = read.count("original_max_position_embeddings")
+  if kind == "yarn":
+    rope["original_length"] = read.count("original_max_position_embeddings")
+    fast, slow = read.optional("beta_fast", None) or 32.0, read.optional("beta_slow", None) or 1.0
+    if fast < slow:
+      raise InputError(f"{where}: beta_fast is {fast}, expected at least beta_slow, {slow}")
+    if rope["theta"] == 1:
+      raise InputError(f"{where}: rope_theta is 1, expected another with rope type 'yarn'")
+    rope |= {"beta_fast": fast, "beta_slow": slow, "truncate": read.flag("truncate", True)}
+    rope["attention_factor"] = read.optional("attention_factor", None) or _yarn_attention_factor(
+      rope["factor"], read.optional("mscale", None), read.optional("mscale_all_dim", None)
+    )
   return Rope(**rope)
+
+
+def _yarn_attention_factor(factor: float, mscale: float | None = None, mscale_all_dim: float | None = None) -> float:
+  """The factor of queries and keys where a config.json does not say it, as transformers gives it.
+
+  >>> _yarn_attention_factor(4.0), _yarn_attention_factor(40.0, 1.0, 1.0)
+  (1.1386, 1.0)
+  """
+
+  def scale(mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+  return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
 def _write_scaling(rope: Rope) -> dict[str, Any] | None:
@@ -367,6 +401,14 @@ def _write_scaling(rope: Rope) -> dict[str, Any] | None:
     scaling["low_freq_factor"] = rope.low_freq_factor
     scaling["high_freq_factor"] = rope.high_freq_factor
     scaling["original_max_position_embeddings"] = rope.original_length
+  if rope.kind == "yarn":
+    scaling["original_max_position_embeddings"] = rope.original_length
+    scaling |= {"beta_fast": rope.beta_fast, "beta_slow": rope.beta_slow}
+    # Only what is not the default: vLLM does not know these fields.
+    if not rope.truncate:
+      scaling["truncate"] = False
+    if rope.attention_factor != _yarn_attention_factor(rope.factor):
+      scaling["attention_factor"] = rope.attention_factor
   return scaling
 
 

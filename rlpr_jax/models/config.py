@@ -1,6 +1,7 @@
 """Configuration of a policy, and of how it is run: two dataclasses for every family and every machine."""
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -13,11 +14,15 @@ class Rope:
   """Rotary position embedding: its base, and how it is stretched to contexts longer than it was trained on."""
 
   theta: float = 10_000.0
-  kind: str = "default"  # default | linear | llama3
-  factor: float = 1.0  # of linear and llama3: long wavelengths are stretched by it
+  kind: str = "default"  # default | linear | llama3 | yarn
+  factor: float = 1.0  # of all but default: long wavelengths are stretched by it
   low_freq_factor: float = 1.0  # of llama3: wavelengths over original_length / low_freq_factor are stretched in full
   high_freq_factor: float = 4.0  # of llama3: those under original_length / high_freq_factor are not
-  original_length: int = 8192  # of llama3, tokens
+  original_length: int = 8192  # of llama3 and yarn, tokens
+  beta_fast: float = 32.0  # of yarn: pairs that turn more often than this within original_length are not stretched
+  beta_slow: float = 1.0  # of yarn: those that turn less often are stretched in full
+  truncate: bool = True  # of yarn: from one whole pair to another
+  attention_factor: float = 1.0  # of yarn: queries and keys are multiplied by it
 
   def frequencies(self, head_dim: int) -> np.ndarray:
     """Radians a position for each pair of head dimensions, float32[head_dim / 2]."""
@@ -31,7 +36,24 @@ class Rope:
       turns = self.original_length / (2 * np.pi / frequencies)  # within the original length
       kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
       return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
+    if self.kind == "yarn":
+      low, high = self._ramp(head_dim)
+      stretched = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+      return (stretched * (frequencies / self.factor) + (1 - stretched) * frequencies).astype(np.float32)
     return frequencies
+
+  def _ramp(self, head_dim: int) -> tuple[float, float]:
+    """The pairs of head dimensions between which YaRN goes over to stretching (Peng et al. 2023, section 3.2)."""
+
+    def pair(turns: float) -> float:
+      """The pair that turns as often within the original length."""
+      return head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+    low, high = pair(self.beta_fast), pair(self.beta_slow)
+    if self.truncate:
+      low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    return low, high + 0.001 if low == high else high
 
 
 @dataclasses.dataclass(frozen=True)

@@ -178,10 +178,17 @@ class Layer(nnx.Module):
     values = constrain(self.value(x), "batch", "sequence", "kv_heads", None)
     if config.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
-    frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
-    if config.local_rope is not None and windowed is not None:
-      frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
-    return rotate(queries, positions, frequencies), rotate(keys, positions, frequencies), values
+    rotation = self._rotation(windowed)
+    return rotate(queries, positions, *rotation), rotate(keys, positions, *rotation), values
+
+  def _rotation(self, windowed: Bool[Array, ""] | None) -> tuple[Float[Array, "..."], Float[Array, ""] | float]:
+    """Frequencies of the rotary embedding in this layer, and the factor by which it multiplies what it rotates."""
+    config = self.config
+    frequencies, factor = jnp.asarray(config.rope.frequencies(config.head_dim)), config.rope.attention_factor
+    if config.local_rope is None or windowed is None:
+      return frequencies, factor
+    frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
+    return frequencies, jnp.where(windowed, config.local_rope.attention_factor, factor)
 
   def mix(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Adds the attention's output and the MLP to the residual stream."""

@@ -63,6 +63,18 @@ OFFICIAL = {
     "rope_theta": 100000000.0, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     "transformers_version": "4.49.0.dev0", "use_cache": True, "vocab_size": 131072,
   },
+  "DeepSeek-R1-0528-Qwen3-8B": {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 131072, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+      "attn_factor": 0.8782488562869419, "factor": 4.0, "original_max_position_embeddings": 32768,
+      "rope_type": "yarn",
+    },
+    "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+  },
   "Llama-3.1-8B": {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
     "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -139,6 +151,24 @@ MORE = {
   "qwen2 with windows of no length": OFFICIAL["Qwen2.5-7B"] | {
     "use_sliding_window": True, "sliding_window": None, "max_window_layers": 3,
   },
+  "qwen2 with yarn": OFFICIAL["Qwen2.5-7B"] | {
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+  },
+  "qwen2 with every field of yarn": OFFICIAL["Qwen2.5-7B"] | {
+    "rope_scaling": {
+      "factor": 40.0, "original_max_position_embeddings": 4096, "rope_type": "yarn", "beta_fast": 16,
+      "beta_slow": 2, "mscale": 0.707, "mscale_all_dim": 1.0, "truncate": False,
+    },
+  },
+  "llama with yarn that does not stretch": OFFICIAL["SmolLM2-135M"] | {
+    "rope_scaling": {
+      "factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "yarn", "attention_factor": 0.5,
+      "beta_fast": None, "mscale": None,
+    },
+  },
+  "llama with yarn in one pair": OFFICIAL["SmolLM2-135M"] | {
+    "rope_theta": 50.0, "rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 4, "rope_type": "yarn"},
+  },
   "qwen3 with windows by layer_types": OFFICIAL["Qwen3-8B"] | {
     "use_sliding_window": True, "sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"] * 18,
   },
@@ -166,6 +196,9 @@ MORE = {
                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
   },
   "gemma3 with a linear rope": OFFICIAL["gemma-3-1b-it"] | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+  "gemma3 with yarn": OFFICIAL["gemma-3-1b-it"] | {
+    "rope_scaling": {"factor": 8.0, "rope_type": "yarn", "original_max_position_embeddings": 4096},
+  },
   "gemma3 of another period": OFFICIAL["gemma-3-1b-it"] | {"sliding_window_pattern": 4, "_sliding_window_pattern": 3},
   "gemma3 with theta beside rope_parameters": OFFICIAL["gemma-3-1b-it"] | {
     "rope_theta": 5e4, "rope_local_base_freq": 77.0,
@@ -233,11 +266,15 @@ def check_same(ours, theirs):
   module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
   rotary = getattr(module, f"{name}RotaryEmbedding")(theirs)
   if family == "gemma3_text":
-    pairs = [(ours.rope, rotary.full_attention_inv_freq), (ours.local_rope, rotary.sliding_attention_inv_freq)]
+    pairs = [
+      (rope, getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling"))
+      for rope, kind in ((ours.rope, "full_attention"), (ours.local_rope, "sliding_attention"))
+    ]
   else:
     assert ours.local_rope is None
-    pairs = [(ours.rope, rotary.inv_freq)]
-  for rope, frequencies in pairs:
+    pairs = [(ours.rope, rotary.inv_freq, rotary.attention_scaling)]
+  for rope, frequencies, scale in pairs:
+    assert rope.attention_factor == pytest.approx(scale, rel=1e-15)
     np.testing.assert_allclose(rope.frequencies(ours.head_dim), frequencies.numpy(), rtol=3e-7)
 
 
@@ -378,14 +415,14 @@ def test_multimodal_gemma3(tmp_path):
     from_huggingface(fields, "config.json")
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "proportional", "mrope", "su", 3, ["llama3"], None])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "mrope", "su", 3, ["llama3"], None])
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_other_rope_types(kind, spelling):
   said = message("SmolLM2-135M", **{spelling: {"rope_type": kind, "factor": 4.0}})
-  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3"
+  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3, yarn"
   full = {"full_attention": {"rope_type": kind, "factor": 4.0}}
   said = message("gemma-3-1b-it", **{spelling: full["full_attention"] if spelling == "rope_scaling" else full})
-  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3"
+  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3, yarn"
 
 
 def test_other_rope_type_in_the_old_spelling():
@@ -415,6 +452,48 @@ def test_missing_field_of_a_rope(field):
 )
 def test_fields_of_a_rope(rope, expected):
   assert expected in message("Llama-3.1-8B", rope_scaling=LLAMA3_ROPE | rope)
+
+
+@pytest.mark.parametrize(
+  ("rope", "expected"),
+  [
+    ({"factor": None}, "rope: factor is None, expected a positive number"),
+    ({"factor": 0}, "rope: factor is 0, expected a positive number"),
+    ({"original_max_position_embeddings": None}, "rope: original_max_position_embeddings is None, expected a positive"),
+    ({"beta_fast": "32"}, "rope: beta_fast is '32', expected a positive number"),
+    ({"beta_fast": 1, "beta_slow": 2}, "rope: beta_fast is 1.0, expected at least beta_slow, 2.0"),
+    ({"mscale": -1.0}, "rope: mscale is -1.0, expected a positive number"),
+    ({"attention_factor": 0}, "rope: attention_factor is 0, expected a positive number"),
+    ({"truncate": 0}, "rope: truncate is 0, expected true or false"),
+    ({"rope_theta": 1}, "rope: rope_theta is 1, expected another with rope type 'yarn'"),
+    ({"low_freq_factor": 1.0}, "rope: low_freq_factor is 1.0, expected no such field with rope type 'yarn'"),
+    ({"short_factor": [1.0]}, "rope: short_factor is [1.0], expected no such field with rope type 'yarn'"),
+  ],
+)
+def test_fields_of_yarn(rope, expected):
+  yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+  assert message("Qwen2.5-7B", rope_scaling=yarn | rope).startswith(expected)
+
+
+@pytest.mark.parametrize("field", ["factor", "original_max_position_embeddings"])
+def test_missing_field_of_yarn(field):
+  yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+  del yarn[field]
+  assert message("Qwen2.5-7B", rope_scaling=yarn) == f"rope: {field} is missing, expected with rope type 'yarn'"
+
+
+def test_yarn_of_gemma3_is_truncated():
+  """transformers looks for the field in another place than where it stands."""
+  yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "truncate": False}
+  assert message("gemma-3-1b-it", rope_scaling=yarn).startswith("rope: truncate is false, expected true")
+
+
+def test_yarn_is_written_with_the_fields_that_others_know():
+  """Those of its defaults that vLLM does not read are left out."""
+  fields = to_huggingface(from_huggingface(ALL["DeepSeek-R1-0528-Qwen3-8B"], ""))
+  assert fields["rope_scaling"] == {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 32.0, "beta_slow": 1.0,
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize(

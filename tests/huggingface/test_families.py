@@ -124,6 +124,19 @@ SWITCHES = {
     {"rope": Rope(500.0, "llama3", 8.0, 1.0, 4.0, 16)},
   ],
   "llama_linear": [{"rope": Rope(1000.0)}],
+  "llama_yarn": [
+    {"rope": dataclasses.replace(cases.config("llama_yarn").rope, **change)}
+    for change in (
+      {"kind": "default"},
+      {"factor": 4.0},
+      {"original_length": 32},
+      {"beta_fast": 32.0},
+      {"beta_slow": 2.0},
+      {"truncate": True},
+      {"attention_factor": 1.0},
+    )
+  ],
+  "qwen3_yarn": [{"rope": Rope(100.0)}],
   "mistral": [{"windowed": (), "window": None}, {"window": 5}],
   "qwen2": [
     {"windowed": (), "window": None},
