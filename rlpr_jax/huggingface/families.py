@@ -15,7 +15,7 @@ from typing import Any
 from rlpr_jax.errors import InputError
 from rlpr_jax.models.config import ModelConfig, Rope
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
 _GEMMA = ("gemma2", "gemma3_text")
 _QWEN = ("qwen2", "qwen3")
 _ATTENTION_BIASES = ("query", "key", "value", "out")
@@ -34,6 +34,7 @@ _ARCHITECTURES = {
   "qwen3": "Qwen3ForCausalLM",
   "gemma2": "Gemma2ForCausalLM",
   "gemma3_text": "Gemma3ForCausalLM",
+  "smollm3": "SmolLM3ForCausalLM",
 }
 
 # What a decoder of every family is made of.
@@ -54,6 +55,17 @@ _READ = {
   "qwen3": _SIZES | _QWEN_FIELDS | {"attention_bias"},
   "gemma2": _SIZES | _GEMMA_FIELDS,
   "gemma3_text": _SIZES | _GEMMA_FIELDS | {"rope_local_base_freq", "sliding_window_pattern"},
+  "smollm3": _SIZES
+  | {
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "sliding_window",
+    "layer_types",
+    "no_rope_layers",
+    "no_rope_layer_interval",
+  },
 }
 # Of no effect on the logits of a forward pass without dropout.
 _HARMLESS = {
@@ -71,8 +83,13 @@ _HARMLESS = {
   "num_beam_groups", "diversity_penalty", "num_return_sequences", "no_repeat_ngram_size",
   "encoder_no_repeat_ngram_size", "early_stopping", "min_length", "max_length", "max_new_tokens",
 }  # fmt: skip
-# Published Gemma files have these, and transformers does not look at them: what it reads stands beside them.
-_GEMMA_HARMLESS = {"hidden_act", "sliding_window_size", "_sliding_window_pattern"}
+# Published files of these families have them, and transformers does not look at them.
+_GEMMA_HARMLESS = {"hidden_act", "sliding_window_size", "_sliding_window_pattern"}  # what it reads stands beside them
+_HARMLESS_IN = {
+  "gemma2": _GEMMA_HARMLESS,
+  "gemma3_text": _GEMMA_HARMLESS,
+  "smollm3": {"max_window_layers", "pretraining_tp"},
+}
 # Known, but implemented for one value alone.
 _ONLY = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 # The fields that each kind of rotary embedding must have.
@@ -87,6 +104,7 @@ _ROPES_OPTIONAL = {
   # transformers passes over attn_factor, which is vLLM's name for something else (DeepSeek-R1-0528-Qwen3-8B has it).
   "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "attn_factor"),
 }
+_PADDED = ("smollm3",)  # whose padding token is an id of the published vocabulary where no other is given
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}  # whether they have a window
 
 
@@ -107,7 +125,8 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
   read = _Reader(fields, where)
   gemma = family in _GEMMA
   layers, heads = read.count("num_hidden_layers"), read.count("num_attention_heads")
-  windowed, window = _windows(family, read, layers)
+  unrotated = _unrotated(read, layers) if family == "smollm3" else ()
+  windowed, window = _windows(family, read, layers, unrotated)
   rope, local_rope = _ropes(family, read)
   biases: tuple[str, ...] = _ATTENTION_BIASES[:3] if family == "qwen2" else ()
   if read.flag("attention_bias"):
@@ -125,6 +144,7 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "head_dim": _head_dim(family, read, heads),
     "rope": rope,
     "local_rope": local_rope,
+    "unrotated": unrotated,
     "window": window,
     "windowed": windowed,
     "activation": _activation(family, read),
@@ -135,7 +155,7 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "query_pre_attn_scalar": read.number("query_pre_attn_scalar", 256) if gemma else None,
     "attention_softcap": read.optional("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
     "final_softcap": read.optional("final_logit_softcapping", 30.0 if family == "gemma2" else None),
-    "tie_embeddings": read.flag("tie_word_embeddings", gemma),
+    "tie_embeddings": read.flag("tie_word_embeddings", gemma or family == "smollm3"),
     "biases": biases,
     "qk_norm": family in ("qwen3", "gemma3_text"),
     "max_length": read.count("max_position_embeddings") if "max_position_embeddings" in fields else None,
@@ -148,6 +168,8 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
 
 def _family_of(config: ModelConfig) -> str:
   """The family whose model a config describes, or which is nearest to it."""
+  if any(config.unrotated):
+    return "smollm3"
   if config.post_norms:
     return "gemma3_text" if config.qk_norm else "gemma2"
   if config.qk_norm:
@@ -181,13 +203,14 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     "rope_theta": config.rope.theta,
     "rope_scaling": _write_scaling(config.rope),
   }
+  read = _READ[family]
   activation = "gelu_pytorch_tanh" if config.activation == "gelu_tanh" else "silu"
   fields["hidden_activation" if family in _GEMMA else "hidden_act"] = activation
   if config.max_length is not None:
     fields["max_position_embeddings"] = config.max_length
-  if family not in ("qwen2", "mistral"):
+  if "attention_bias" in read:
     fields["attention_bias"] = "out" in config.biases
-  if family == "llama":
+  if "mlp_bias" in read:
     fields["mlp_bias"] = "gate" in config.biases
   if family in _GEMMA:
     fields |= {
@@ -197,15 +220,19 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     }
   if family == "gemma3_text":
     fields["rope_local_base_freq"] = (config.local_rope or config.rope).theta
-  if family == "mistral":
+  windowed = config.windowed or (False,) * config.num_layers
+  if "sliding_window" in read:
     fields["sliding_window"] = config.window
-  elif family != "llama":
-    windowed = config.windowed or (False,) * config.num_layers
-    fields["sliding_window"] = config.window
+  if "layer_types" in read:
     fields["layer_types"] = ["sliding_attention" if local else "full_attention" for local in windowed]
-  if family in _QWEN:
+  if "use_sliding_window" in read:
     fields["use_sliding_window"] = config.window is not None
+  if family in _QWEN:
     fields["max_window_layers"] = windowed.count(False)  # for what does not know layer_types
+  if family == "smollm3":
+    fields["no_rope_layers"] = [int(not without) for without in config.unrotated]
+  if family in _PADDED:
+    fields["pad_token_id"] = None
   again = from_huggingface(fields, "config.json")
   for field in dataclasses.fields(config):
     found, wanted = getattr(again, field.name), getattr(config, field.name)
@@ -256,7 +283,7 @@ class _Reader:
 
 
 def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
-  known = _READ[family] | _HARMLESS | (_GEMMA_HARMLESS if family in _GEMMA else set())
+  known = _READ[family] | _HARMLESS | _HARMLESS_IN.get(family, set())
   for field, value in fields.items():
     if field in known:
       continue
@@ -276,7 +303,7 @@ def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
 
 
 def _head_dim(family: str, read: _Reader, heads: int) -> int:
-  if family in ("llama", "mistral", "qwen2") and read.fields.get("head_dim") is None:
+  if family in ("llama", "mistral", "qwen2", "smollm3") and read.fields.get("head_dim") is None:
     width = read.count("hidden_size")
     if width % heads:
       raise InputError(
@@ -296,13 +323,29 @@ def _activation(family: str, read: _Reader) -> str:
   return _ACTIVATIONS[read.choice("hidden_act", "silu", _ACTIVATIONS)]
 
 
-def _windows(family: str, read: _Reader, layers: int) -> tuple[tuple[bool, ...], int | None]:
+def _unrotated(read: _Reader, layers: int) -> tuple[bool, ...]:
+  """Whether each layer of a SmolLM3 goes without rotary embedding; () where none does."""
+  rotated = read.fields.get("no_rope_layers")  # in spite of its name: 1 for a layer with it
+  if rotated is None:
+    period = read.count("no_rope_layer_interval", 4)
+    unrotated = tuple((layer + 1) % period == 0 for layer in range(layers))
+  elif isinstance(rotated, list) and len(rotated) >= layers and all(flag in (0, 1) for flag in rotated):
+    unrotated = tuple(not flag for flag in rotated[:layers])
+  else:
+    raise InputError(f"{read.where}: no_rope_layers is {rotated!r:.80}, expected a list of {layers}, each 0 or 1")
+  return unrotated if any(unrotated) else ()
+
+
+def _windows(
+  family: str, read: _Reader, layers: int, unrotated: tuple[bool, ...]
+) -> tuple[tuple[bool, ...], int | None]:
   """Whether each layer has a window, and its tokens; (), None where none has."""
   if family == "llama":
     return (), None
   fields = read.fields
-  window = read.count("sliding_window", 4096) if fields.get("sliding_window", 4096) is not None else None
-  if family in _QWEN and not read.flag("use_sliding_window"):
+  default = None if family == "smollm3" else 4096
+  window = read.count("sliding_window", default) if fields.get("sliding_window", default) is not None else None
+  if "use_sliding_window" in _READ[family] and not read.flag("use_sliding_window"):
     window = None
   if family == "mistral":
     return ((True,) * layers, window) if window else ((), None)
@@ -313,6 +356,8 @@ def _windows(family: str, read: _Reader, layers: int) -> tuple[tuple[bool, ...],
         f"{read.where}: layer_types is {types!r:.80}, expected a list of {layers}, each {' or '.join(_LAYER_TYPES)}"
       )
     windowed = tuple(_LAYER_TYPES[kind] for kind in types)
+  elif family == "smollm3":
+    windowed = unrotated if window is not None else ()
   elif family in _QWEN:
     full = read.count("max_window_layers", 28, least=0)
     windowed = tuple(window is not None and layer >= full for layer in range(layers))
@@ -332,7 +377,8 @@ def _ropes(family: str, read: _Reader) -> tuple[Rope, Rope | None]:
   parameters, scaling = read.object("rope_parameters"), read.object("rope_scaling")
   # As in transformers: rope_scaling goes before rope_parameters, and rope_theta is for what does not say it itself.
   if family != "gemma3_text":
-    return _rope({"rope_theta": fields.get("rope_theta", 10_000.0)} | (scaling or parameters), where), None
+    theta = 2_000_000.0 if family == "smollm3" else 10_000.0
+    return _rope({"rope_theta": fields.get("rope_theta", theta)} | (scaling or parameters), where), None
   for kind in parameters:
     if kind not in _LAYER_TYPES:
       raise InputError(f"{where}: rope_parameters has {kind}, expected {' and '.join(_LAYER_TYPES)}")

@@ -78,6 +78,7 @@ class ModelConfig:
   head_dim: int
   rope: Rope = Rope()
   local_rope: Rope | None = None  # of layers with a window, where it is another (Gemma 3)
+  unrotated: tuple[bool, ...] = ()  # whether each layer goes without rotary embedding; () for no layer (SmolLM3)
   window: int | None = None  # tokens that a layer with a window sees, the newest one included
   windowed: tuple[bool, ...] = ()  # whether each layer has the window; () for no layer
   activation: str = "silu"  # silu | gelu_tanh, of the gated MLP
@@ -99,6 +100,8 @@ class ModelConfig:
       raise InputError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key/value heads")
     if self.windowed and len(self.windowed) != self.num_layers:
       raise InputError(f"{len(self.windowed)} layers are said to have a window or not, of {self.num_layers}")
+    if self.unrotated and len(self.unrotated) != self.num_layers:
+      raise InputError(f"{len(self.unrotated)} layers are said to be rotated or not, of {self.num_layers}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,6 +108,18 @@ class CacheView(NamedTuple):
     return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
 
 
+class LayerKind(NamedTuple):
+  """In what layers differ, in one of them or stacked; None where none of them has it, so that nothing is computed."""
+
+  windowed: Bool[Array, "*L"] | None
+  unrotated: Bool[Array, "*L"] | None
+
+  @classmethod
+  def of(cls, config: ModelConfig) -> "LayerKind":
+    """Of all layers."""
+    return cls(*(jnp.array(flags) if any(flags) else None for flags in (config.windowed, config.unrotated)))
+
+
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale, or * (1 + scale) in Gemma, computed in float32."""
 
@@ -168,7 +180,7 @@ class Layer(nnx.Module):
       self.post_mlp_norm = RMSNorm(config.embed_dim, config)
 
   def project(
-    self, x: Float[Array, "B T D"], positions: Tokens, windowed: Bool[Array, ""] | None
+    self, x: Float[Array, "B T D"], positions: Tokens, kind: LayerKind
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Rotated queries, rotated keys, and values of the residual stream."""
     config, constrain = self.config, self.runtime.sharding.constrain
@@ -178,17 +190,20 @@ class Layer(nnx.Module):
     values = constrain(self.value(x), "batch", "sequence", "kv_heads", None)
     if config.qk_norm:
       queries, keys = self.query_norm(queries), self.key_norm(keys)
-    rotation = self._rotation(windowed)
+    rotation = self._rotation(kind)
     return rotate(queries, positions, *rotation), rotate(keys, positions, *rotation), values
 
-  def _rotation(self, windowed: Bool[Array, ""] | None) -> tuple[Float[Array, "..."], Float[Array, ""] | float]:
+  def _rotation(self, kind: LayerKind) -> tuple[Float[Array, "..."], Float[Array, ""] | float]:
     """Frequencies of the rotary embedding in this layer, and the factor by which it multiplies what it rotates."""
     config = self.config
-    frequencies, factor = jnp.asarray(config.rope.frequencies(config.head_dim)), config.rope.attention_factor
-    if config.local_rope is None or windowed is None:
-      return frequencies, factor
-    frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
-    return frequencies, jnp.where(windowed, config.local_rope.attention_factor, factor)
+    frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
+    factor: jax.Array | float = config.rope.attention_factor
+    if config.local_rope is not None and kind.windowed is not None:
+      frequencies = jnp.where(kind.windowed, config.local_rope.frequencies(config.head_dim), frequencies)
+      factor = jnp.where(kind.windowed, config.local_rope.attention_factor, factor)
+    if kind.unrotated is not None:  # by an angle of zero, which changes no bit
+      frequencies, factor = jnp.where(kind.unrotated, 0, frequencies), jnp.where(kind.unrotated, 1, factor)
+    return frequencies, factor
 
   def mix(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Adds the attention's output and the MLP to the residual stream."""
@@ -235,12 +250,12 @@ class Decoder(nnx.Module):
 
     @functools.partial(jax.checkpoint, policy=_REMAT[self.runtime.remat])
     def body(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, None]:
-      weights, windowed = scanned
+      weights, kind = scanned
       layer = nnx.merge(definition, weights)
-      queries, keys, values = layer.project(x, positions, windowed)
-      return layer.mix(x, attend(queries, keys, values, Places(segment_ids, windowed), self.attention)), None
+      queries, keys, values = layer.project(x, positions, kind)
+      return layer.mix(x, attend(queries, keys, values, Places(segment_ids, kind.windowed), self.attention)), None
 
-    x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed))
+    x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config)))
     return self.final_norm(x)
 
   def prefill(self, tokens: Tokens) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -289,17 +304,17 @@ class Decoder(nnx.Module):
     definition, stacked = nnx.split(self.layers)
 
     def body(x: jax.Array, scanned: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, KVCache]:
-      weights, windowed, number = scanned
+      weights, kind, number = scanned
       layer = nnx.merge(definition, weights)
-      queries, keys, values = layer.project(x, positions, windowed)
+      queries, keys, values = layer.project(x, positions, kind)
       num_shards = self.runtime.sharding.num_shards("batch")
       cached = [view.layer(number, num_shards, self.runtime.compute_dtype) for view in views]
-      places = Places(segment_ids, windowed, positions)
+      places = Places(segment_ids, kind.windowed, positions)
       attended = attend(queries, keys, values, places, self.attention, cached)
       return layer.mix(x, attended), self._store(keys, values)
 
     numbers = jnp.arange(self.config.num_layers)
-    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, numbers))
+    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config), numbers))
     return self.final_norm(x), jax.tree.map(self.place_cache, new)
 
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -318,11 +333,6 @@ class Decoder(nnx.Module):
   @property
   def _head(self) -> Float[Array, "V D"]:
     return self.embedding[...] if self.config.tie_embeddings else self.head[...]
-
-  @property
-  def _windowed(self) -> Bool[Array, "L"] | None:
-    """Whether each layer has the window; None where none has, so that nothing is computed for it."""
-    return jnp.array(self.config.windowed) if any(self.config.windowed) else None
 
   def _embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
     constrain = self.runtime.sharding.constrain

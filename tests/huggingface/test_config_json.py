@@ -141,6 +141,16 @@ OFFICIAL = {
     "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
     "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
   },
+  "SmolLM3-3B": {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": None,
+    "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+    "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+    "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0,
+    "sliding_window": None, "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 128256,
+  },
 }  # fmt: skip
 # Not published, but what transformers makes of them is as definite.
 MORE = {
@@ -209,16 +219,21 @@ MORE = {
     for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
   },
+  "smollm3 with few fields": {
+    key: OFFICIAL["SmolLM3-3B"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+  },
+  "smollm3 with windows": {key: value for key, value in OFFICIAL["SmolLM3-3B"].items() if key != "layer_types"} | {
+    "use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1, 0] * 20, "attention_bias": True,
+  },
+  "smollm3 that is rotated in every layer": OFFICIAL["SmolLM3-3B"] | {"no_rope_layers": [1] * 36},
 }  # fmt: skip
 ALL = OFFICIAL | MORE
 ROTARY = {
-  "llama": "Llama",
-  "mistral": "Mistral",
-  "qwen2": "Qwen2",
-  "qwen3": "Qwen3",
-  "gemma2": "Gemma2",
-  "gemma3_text": "Gemma3",
-}
+  "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
+  "gemma3_text": "Gemma3", "smollm3": "SmolLM3",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -256,6 +271,8 @@ def check_same(ours, theirs):
     windowed = (theirs.sliding_window is not None,) * theirs.num_hidden_layers
   assert ours.windowed == (windowed if any(windowed) else ())
   assert ours.window == (theirs.sliding_window if any(windowed) else None)
+  unrotated = tuple(not flag for flag in getattr(theirs, "no_rope_layers", [])[: ours.num_layers])
+  assert ours.unrotated == (unrotated if any(unrotated) else ())
   assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma, gemma)
   assert ours.qk_norm == (family in ("qwen3", "gemma3_text"))
   assert ours.query_pre_attn_scalar == getattr(theirs, "query_pre_attn_scalar", None)
@@ -328,6 +345,8 @@ def tiny(fields):
     ("Qwen3-8B", {"query_pre_attn_scalar": 7.0}),
     ("Qwen3-8B", {"local_rope": models.Rope(3.0)}),
     ("Qwen3-8B", {"window": 8}),
+    ("Qwen3-8B", {"unrotated": (True, False) * 18}),
+    ("SmolLM3-3B", {"qk_norm": True}),
     ("Llama-3.1-8B", {"biases": ("up", "down")}),
     ("Llama-3.1-8B", {"windowed": (True,) * 31 + (False,), "window": 8}),
     ("Mistral-7B-v0.1", {"biases": ("query", "key", "value", "out")}),
@@ -393,7 +412,7 @@ REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 @pytest.mark.parametrize(
   ("name", "field"),
   [(name, field) for name in OFFICIAL for field in REQUIRED]
-  + [(name, "num_key_value_heads") for name in OFFICIAL if "lama" not in name and "Smol" not in name]
+  + [(name, "num_key_value_heads") for name in OFFICIAL if "lama" not in name and "SmolLM2" not in name]
   + [(name, "head_dim") for name in OFFICIAL if "gemma" in name],
 )
 def test_missing_field(name, field):
@@ -402,7 +421,7 @@ def test_missing_field(name, field):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]])
 def test_other_family(family):
-  expected = f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text"
+  expected = f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3"
   assert message("Llama-3.1-8B", model_type=family) == expected
 
 
@@ -535,6 +554,11 @@ def test_yarn_is_written_with_the_fields_that_others_know():
     ("Qwen3-8B", "head_dim", ..., "head_dim is None, expected a positive integer"),
     ("Qwen2.5-7B", "use_sliding_window", "no", "use_sliding_window is 'no', expected true or false"),
     ("qwen2 with windows", "max_window_layers", -1, "max_window_layers is -1, expected an integer, 0 or more"),
+    ("SmolLM3-3B", "no_rope_layers", [1] * 35, "no_rope_layers is [1, 1, "),
+    ("SmolLM3-3B", "no_rope_layers", [2] * 36, "no_rope_layers is [2, 2, "),
+    ("SmolLM3-3B", "no_rope_layers", 4, "no_rope_layers is 4, expected a list of 36, each 0 or 1"),
+    ("smollm3 with few fields", "no_rope_layer_interval", 0, "no_rope_layer_interval is 0, expected a positive"),
+    ("SmolLM3-3B", "layer_types", ["sliding_attention"] * 36, "layers have sliding_attention but no window"),
     ("Qwen2.5-7B", "layer_types", ["sliding_attention"] * 28, "layers have sliding_attention but no window"),
   ],
 )  # fmt: skip

@@ -79,7 +79,7 @@ def test_config_is_written_so_that_it_can_be_read(name):
   config = cases.config(name)
   fields = families.to_huggingface(config)
   assert families.from_huggingface(fields, name) == config
-  theirs = transformers.AutoConfig.for_model(**fields, pad_token_id=None)
+  theirs = transformers.AutoConfig.for_model(**fields | {"pad_token_id": None})
   again = cases.randomise(theirs)  # the weights come from a seed
   np.testing.assert_array_equal(cases.torch_logits(again, TOKENS), expected_logits(name))
 
@@ -172,6 +172,14 @@ SWITCHES = {
     {"post_norms": False},
     {"scale_embeddings": False},
     {"query_pre_attn_scalar": None},
+  ],
+  "smollm3": [{"unrotated": ()}, {"unrotated": (True,) * 5}, {"unrotated": (True, False) * 2 + (True,)}],
+  "smollm3_windows": [
+    {"unrotated": ()},
+    {"windowed": (), "window": None},
+    {"windowed": (False, False, True, False)},
+    {"windowed": (True, False, False, False)},
+    {"rope": Rope(100.0)},
   ],
 }
 

@@ -80,6 +80,18 @@ CASES = {
       "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
   },
+  "smollm3": _SIZES | {
+    "model_type": "smollm3", "num_hidden_layers": 5, "num_key_value_heads": 4, "no_rope_layer_interval": 2,
+    "rope_theta": 500.0, "tie_word_embeddings": True,
+  },
+  "smollm3_windows": _SIZES | {  # in a layer that is rotated, and in one that is not, whose keys need no bias
+    "model_type": "smollm3", "num_hidden_layers": 4, "mlp_bias": True, "no_rope_layers": [1, 0, 0, 1],
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "use_sliding_window": True, "sliding_window": 6,
+    "rope_parameters": {
+      "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 100.0,
+    },
+  },
 }  # fmt: skip
 
 
