@@ -15,7 +15,7 @@ from typing import Any
 from rlpr_jax.errors import InputError
 from rlpr_jax.models.config import ModelConfig, Rope
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "olmo2")
 _GEMMA = ("gemma2", "gemma3_text")
 _QWEN = ("qwen2", "qwen3")
 _ATTENTION_BIASES = ("query", "key", "value", "out")
@@ -35,6 +35,7 @@ _ARCHITECTURES = {
   "gemma2": "Gemma2ForCausalLM",
   "gemma3_text": "Gemma3ForCausalLM",
   "smollm3": "SmolLM3ForCausalLM",
+  "olmo2": "Olmo2ForCausalLM",
 }
 
 # What a decoder of every family is made of.
@@ -66,6 +67,7 @@ _READ = {
     "no_rope_layers",
     "no_rope_layer_interval",
   },
+  "olmo2": _SIZES | {"hidden_act", "attention_bias"},
 }
 # Of no effect on the logits of a forward pass without dropout.
 _HARMLESS = {
@@ -139,8 +141,8 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "mlp_dim": read.count("intermediate_size"),
     "num_layers": layers,
     "num_heads": heads,
-    # transformers' own numbers for a missing field are those of one size of the model: only Llama's is a rule.
-    "num_kv_heads": read.count("num_key_value_heads", heads if family == "llama" else None),
+    # transformers' own numbers for a missing field are those of one size of the model, but for these families' rule.
+    "num_kv_heads": read.count("num_key_value_heads", heads if family in ("llama", "olmo2") else None),
     "head_dim": _head_dim(family, read, heads),
     "rope": rope,
     "local_rope": local_rope,
@@ -148,16 +150,18 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "window": window,
     "windowed": windowed,
     "activation": _activation(family, read),
-    "norm_eps": read.number("rms_norm_eps", 1e-6),
+    "norm_eps": read.number("rms_norm_eps", 1e-5 if family == "olmo2" else 1e-6),
     "norm_offset": gemma,
-    "post_norms": gemma,
+    "pre_norms": family != "olmo2",
+    "post_norms": gemma or family == "olmo2",
     "scale_embeddings": gemma,
     "query_pre_attn_scalar": read.number("query_pre_attn_scalar", 256) if gemma else None,
     "attention_softcap": read.optional("attn_logit_softcapping", 50.0) if family == "gemma2" else None,
     "final_softcap": read.optional("final_logit_softcapping", 30.0 if family == "gemma2" else None),
     "tie_embeddings": read.flag("tie_word_embeddings", gemma or family == "smollm3"),
     "biases": biases,
-    "qk_norm": family in ("qwen3", "gemma3_text"),
+    "qk_norm": family in ("qwen3", "gemma3_text", "olmo2"),
+    "qk_norm_whole": family == "olmo2",
     "max_length": read.count("max_position_embeddings") if "max_position_embeddings" in fields else None,
   }
   try:
@@ -170,6 +174,8 @@ def _family_of(config: ModelConfig) -> str:
   """The family whose model a config describes, or which is nearest to it."""
   if any(config.unrotated):
     return "smollm3"
+  if not config.pre_norms:
+    return "olmo2"
   if config.post_norms:
     return "gemma3_text" if config.qk_norm else "gemma2"
   if config.qk_norm:
@@ -303,7 +309,7 @@ def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
 
 
 def _head_dim(family: str, read: _Reader, heads: int) -> int:
-  if family in ("llama", "mistral", "qwen2", "smollm3") and read.fields.get("head_dim") is None:
+  if family in ("llama", "mistral", "qwen2", "smollm3", "olmo2") and read.fields.get("head_dim") is None:
     width = read.count("hidden_size")
     if width % heads:
       raise InputError(
@@ -340,7 +346,7 @@ def _windows(
   family: str, read: _Reader, layers: int, unrotated: tuple[bool, ...]
 ) -> tuple[tuple[bool, ...], int | None]:
   """Whether each layer has a window, and its tokens; (), None where none has."""
-  if family == "llama":
+  if "sliding_window" not in _READ[family]:
     return (), None
   fields = read.fields
   default = None if family == "smollm3" else 4096

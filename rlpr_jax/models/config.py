@@ -84,7 +84,8 @@ class ModelConfig:
   activation: str = "silu"  # silu | gelu_tanh, of the gated MLP
   norm_eps: float = 1e-6
   norm_offset: bool = False  # RMS norms multiply by 1 + scale (Gemma)
-  post_norms: bool = False  # norms after attention and MLP too (Gemma)
+  pre_norms: bool = True  # norms before attention and MLP (all but OLMo 2)
+  post_norms: bool = False  # norms after attention and MLP (Gemma, OLMo 2)
   scale_embeddings: bool = False  # by sqrt(embed_dim) (Gemma)
   query_pre_attn_scalar: float | None = None  # scores are divided by its root; None for head_dim (Gemma)
   attention_softcap: float | None = None  # scores become cap * tanh(scores / cap) (Gemma 2)
@@ -92,6 +93,7 @@ class ModelConfig:
   tie_embeddings: bool = False  # the output head is the embedding
   biases: tuple[str, ...] = ()  # linear layers that have one
   qk_norm: bool = False  # RMS norm of queries and keys over the head (Qwen3, Gemma 3)
+  qk_norm_whole: bool = False  # that norm is over all heads together (OLMo 2)
   max_length: int | None = None  # tokens of context the weights were made for; None where nobody says
   lora: LoRA | None = None
 
@@ -100,6 +102,8 @@ class ModelConfig:
       raise InputError(f"{self.num_heads} query heads do not divide into {self.num_kv_heads} key/value heads")
     if self.windowed and len(self.windowed) != self.num_layers:
       raise InputError(f"{len(self.windowed)} layers are said to have a window or not, of {self.num_layers}")
+    if self.qk_norm_whole and not self.qk_norm:
+      raise InputError("qk_norm_whole is said of a model without qk_norm")
     if self.unrotated and len(self.unrotated) != self.num_layers:
       raise InputError(f"{len(self.unrotated)} layers are said to be rotated or not, of {self.num_layers}")
 

@@ -160,7 +160,7 @@ class Linear(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Pre-norm attention and a gated MLP; in Gemma with norms after both as well."""
+  """Attention and a gated MLP, with norms before both; in Gemma after both as well, in OLMo 2 only there."""
 
   def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
     self.config, self.runtime = config, runtime
@@ -168,12 +168,15 @@ class Layer(nnx.Module):
     def linear(name: str) -> Linear:
       return Linear(name, config, rngs=rngs)
 
-    self.attention_norm = RMSNorm(config.embed_dim, config)
+    if config.pre_norms:
+      self.attention_norm = RMSNorm(config.embed_dim, config)
     self.query, self.key, self.value, self.out = map(linear, ("query", "key", "value", "out"))
     if config.qk_norm:
-      self.query_norm = RMSNorm(config.head_dim, config)
-      self.key_norm = RMSNorm(config.head_dim, config)
-    self.mlp_norm = RMSNorm(config.embed_dim, config)
+      queries, keys = (config.num_heads, config.num_kv_heads) if config.qk_norm_whole else (1, 1)
+      self.query_norm = RMSNorm(queries * config.head_dim, config)
+      self.key_norm = RMSNorm(keys * config.head_dim, config)
+    if config.pre_norms:
+      self.mlp_norm = RMSNorm(config.embed_dim, config)
     self.gate, self.up, self.down = map(linear, ("gate", "up", "down"))
     if config.post_norms:
       self.post_attention_norm = RMSNorm(config.embed_dim, config)
@@ -184,14 +187,19 @@ class Layer(nnx.Module):
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Rotated queries, rotated keys, and values of the residual stream."""
     config, constrain = self.config, self.runtime.sharding.constrain
-    x = self.attention_norm(x)
+    if config.pre_norms:
+      x = self.attention_norm(x)
     queries = constrain(self.query(x), "batch", "sequence", "heads", None)
     keys = constrain(self.key(x), "batch", "sequence", "kv_heads", None)
     values = constrain(self.value(x), "batch", "sequence", "kv_heads", None)
     if config.qk_norm:
-      queries, keys = self.query_norm(queries), self.key_norm(keys)
+      queries, keys = self._norm_heads(self.query_norm, queries), self._norm_heads(self.key_norm, keys)
     rotation = self._rotation(kind)
     return rotate(queries, positions, *rotation), rotate(keys, positions, *rotation), values
+
+  def _norm_heads(self, norm: RMSNorm, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """Norms queries or keys, each head alone or all of them together."""
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.config.qk_norm_whole else norm(x)
 
   def _rotation(self, kind: LayerKind) -> tuple[Float[Array, "..."], Float[Array, ""] | float]:
     """Frequencies of the rotary embedding in this layer, and the factor by which it multiplies what it rotates."""
@@ -210,7 +218,7 @@ class Layer(nnx.Module):
     config, constrain = self.config, self.runtime.sharding.constrain
     y = self.out(attended)
     x = x + constrain(self.post_attention_norm(y) if config.post_norms else y, "batch", "sequence", "embed")
-    h = self.mlp_norm(x)
+    h = self.mlp_norm(x) if config.pre_norms else x
     h = constrain(_ACTIVATIONS[config.activation](self.gate(h)) * self.up(h), "batch", "sequence", "mlp")
     y = self.down(h)
     return x + constrain(self.post_mlp_norm(y) if config.post_norms else y, "batch", "sequence", "embed")

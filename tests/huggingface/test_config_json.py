@@ -151,6 +151,14 @@ OFFICIAL = {
     "sliding_window": None, "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": True,
     "use_sliding_window": False, "vocab_size": 128256,
   },
+  "OLMo-2-1124-7B": {
+    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+    "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
+    "transformers_version": "4.47.0.dev0", "use_cache": False, "vocab_size": 100352,
+  },
 }  # fmt: skip
 # Not published, but what transformers makes of them is as definite.
 MORE = {
@@ -227,12 +235,17 @@ MORE = {
   "smollm3 with windows": {key: value for key, value in OFFICIAL["SmolLM3-3B"].items() if key != "layer_types"} | {
     "use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1, 0] * 20, "attention_bias": True,
   },
+  "olmo2 with few fields": {
+    key: OFFICIAL["OLMo-2-1124-7B"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings")
+  },
   "smollm3 that is rotated in every layer": OFFICIAL["SmolLM3-3B"] | {"no_rope_layers": [1] * 36},
 }  # fmt: skip
 ALL = OFFICIAL | MORE
 ROTARY = {
   "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
-  "gemma3_text": "Gemma3", "smollm3": "SmolLM3",
+  "gemma3_text": "Gemma3", "smollm3": "SmolLM3", "olmo2": "Olmo2",
 }  # fmt: skip
 
 
@@ -273,8 +286,10 @@ def check_same(ours, theirs):
   assert ours.window == (theirs.sliding_window if any(windowed) else None)
   unrotated = tuple(not flag for flag in getattr(theirs, "no_rope_layers", [])[: ours.num_layers])
   assert ours.unrotated == (unrotated if any(unrotated) else ())
-  assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma, gemma)
-  assert ours.qk_norm == (family in ("qwen3", "gemma3_text"))
+  olmo = family == "olmo2"
+  assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma or olmo, gemma)
+  assert ours.qk_norm == (family in ("qwen3", "gemma3_text", "olmo2"))
+  assert (ours.pre_norms, ours.qk_norm_whole) == (not olmo, olmo)
   assert ours.query_pre_attn_scalar == getattr(theirs, "query_pre_attn_scalar", None)
   assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
   assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
@@ -347,6 +362,10 @@ def tiny(fields):
     ("Qwen3-8B", {"window": 8}),
     ("Qwen3-8B", {"unrotated": (True, False) * 18}),
     ("SmolLM3-3B", {"qk_norm": True}),
+    ("OLMo-2-1124-7B", {"qk_norm_whole": False}),
+    ("OLMo-2-1124-7B", {"pre_norms": True}),
+    ("Qwen3-8B", {"qk_norm_whole": True}),
+    ("gemma-3-1b-it", {"pre_norms": False}),
     ("Llama-3.1-8B", {"biases": ("up", "down")}),
     ("Llama-3.1-8B", {"windowed": (True,) * 31 + (False,), "window": 8}),
     ("Mistral-7B-v0.1", {"biases": ("query", "key", "value", "out")}),
@@ -412,7 +431,9 @@ REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 @pytest.mark.parametrize(
   ("name", "field"),
   [(name, field) for name in OFFICIAL for field in REQUIRED]
-  + [(name, "num_key_value_heads") for name in OFFICIAL if "lama" not in name and "SmolLM2" not in name]
+  + [
+    (name, "num_key_value_heads") for name in OFFICIAL if not any(rule in name for rule in ("lama", "SmolLM2", "OLMo"))
+  ]
   + [(name, "head_dim") for name in OFFICIAL if "gemma" in name],
 )
 def test_missing_field(name, field):
@@ -421,7 +442,9 @@ def test_missing_field(name, field):
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]])
 def test_other_family(family):
-  expected = f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3"
+  expected = (
+    f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, olmo2"
+  )
   assert message("Llama-3.1-8B", model_type=family) == expected
 
 

@@ -181,7 +181,28 @@ SWITCHES = {
     {"windowed": (True, False, False, False)},
     {"rope": Rope(100.0)},
   ],
+  "olmo2": [{"post_norms": False}, {"qk_norm": False, "qk_norm_whole": False}, {"norm_eps": 1e-6}],
 }
+
+
+def test_norms_before_attention_and_mlp_matter():
+  """Those of Llama, which OLMo 2 goes without."""
+  config, params = cases.loaded("llama")
+  changed = dataclasses.replace(config, pre_norms=False)
+  found = cases.whole_logits(models.definition(changed), prune(params, models.abstract_params(changed)), TOKENS)
+  assert np.max(np.abs(found - expected_logits("llama"))) > 1e-2
+
+
+def test_a_norm_of_all_heads_is_not_one_of_each():
+  """Of OLMo 2's weights, whose norms are then of the first head's scale alone."""
+  config, params = cases.loaded("olmo2")
+  changed = dataclasses.replace(config, qk_norm_whole=False)
+  first = {
+    name: {"scale": params["layers"][name]["scale"][:, : config.head_dim]} for name in ("query_norm", "key_norm")
+  }
+  params = params | {"layers": params["layers"] | first}
+  found = cases.whole_logits(models.definition(changed), params, TOKENS)
+  assert np.max(np.abs(found - expected_logits("olmo2"))) > 1e-2
 
 
 def prune(params, like):

@@ -92,6 +92,11 @@ CASES = {
       "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 100.0,
     },
   },
+  "olmo2": _SIZES | {"model_type": "olmo2", "head_dim": 10, "rope_theta": 500.0, "rms_norm_eps": 1e-2},
+  "olmo2_biases": _SIZES | {
+    "model_type": "olmo2", "num_key_value_heads": 8, "attention_bias": True, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+  },
 }  # fmt: skip
 
 
