@@ -9,13 +9,13 @@ for it may change the result.
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.models.config import ModelConfig, Rope
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "olmo2")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "smollm3", "olmo2", "phi3")
 _GEMMA = ("gemma2", "gemma3_text")
 _QWEN = ("qwen2", "qwen3")
 _ATTENTION_BIASES = ("query", "key", "value", "out")
@@ -36,6 +36,7 @@ _ARCHITECTURES = {
   "gemma3_text": "Gemma3ForCausalLM",
   "smollm3": "SmolLM3ForCausalLM",
   "olmo2": "Olmo2ForCausalLM",
+  "phi3": "Phi3ForCausalLM",
 }
 
 # What a decoder of every family is made of.
@@ -68,6 +69,7 @@ _READ = {
     "no_rope_layer_interval",
   },
   "olmo2": _SIZES | {"hidden_act", "attention_bias"},
+  "phi3": _SIZES | {"hidden_act", "sliding_window", "partial_rotary_factor"},
 }
 # Of no effect on the logits of a forward pass without dropout.
 _HARMLESS = {
@@ -91,6 +93,7 @@ _HARMLESS_IN = {
   "gemma2": _GEMMA_HARMLESS,
   "gemma3_text": _GEMMA_HARMLESS,
   "smollm3": {"max_window_layers", "pretraining_tp"},
+  "phi3": {"original_max_position_embeddings"},  # of a kind of rope that is not implemented
 }
 # Known, but implemented for one value alone.
 _ONLY = {"pretraining_tp": 1, "partial_rotary_factor": 1.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
@@ -106,7 +109,7 @@ _ROPES_OPTIONAL = {
   # transformers passes over attn_factor, which is vLLM's name for something else (DeepSeek-R1-0528-Qwen3-8B has it).
   "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "attn_factor"),
 }
-_PADDED = ("smollm3",)  # whose padding token is an id of the published vocabulary where no other is given
+_PADDED = ("smollm3", "phi3")  # whose padding token is an id of the published vocabulary where no other is given
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}  # whether they have a window
 
 
@@ -142,7 +145,7 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "num_layers": layers,
     "num_heads": heads,
     # transformers' own numbers for a missing field are those of one size of the model, but for these families' rule.
-    "num_kv_heads": read.count("num_key_value_heads", heads if family in ("llama", "olmo2") else None),
+    "num_kv_heads": read.count("num_key_value_heads", heads if family in ("llama", "olmo2", "phi3") else None),
     "head_dim": _head_dim(family, read, heads),
     "rope": rope,
     "local_rope": local_rope,
@@ -150,7 +153,7 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "window": window,
     "windowed": windowed,
     "activation": _activation(family, read),
-    "norm_eps": read.number("rms_norm_eps", 1e-5 if family == "olmo2" else 1e-6),
+    "norm_eps": read.number("rms_norm_eps", 1e-5 if family in ("olmo2", "phi3") else 1e-6),
     "norm_offset": gemma,
     "pre_norms": family != "olmo2",
     "post_norms": gemma or family == "olmo2",
@@ -162,6 +165,7 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     "biases": biases,
     "qk_norm": family in ("qwen3", "gemma3_text", "olmo2"),
     "qk_norm_whole": family == "olmo2",
+    "fused_files": family == "phi3",
     "max_length": read.count("max_position_embeddings") if "max_position_embeddings" in fields else None,
   }
   try:
@@ -172,6 +176,8 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
 
 def _family_of(config: ModelConfig) -> str:
   """The family whose model a config describes, or which is nearest to it."""
+  if config.fused_files:
+    return "phi3"
   if any(config.unrotated):
     return "smollm3"
   if not config.pre_norms:
@@ -216,6 +222,8 @@ def to_huggingface(config: ModelConfig) -> dict[str, Any]:
     fields["max_position_embeddings"] = config.max_length
   if "attention_bias" in read:
     fields["attention_bias"] = "out" in config.biases
+  if "partial_rotary_factor" in read:
+    fields["partial_rotary_factor"] = config.rope.fraction
   if "mlp_bias" in read:
     fields["mlp_bias"] = "gate" in config.biases
   if family in _GEMMA:
@@ -309,7 +317,7 @@ def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
 
 
 def _head_dim(family: str, read: _Reader, heads: int) -> int:
-  if family in ("llama", "mistral", "qwen2", "smollm3", "olmo2") and read.fields.get("head_dim") is None:
+  if family in ("llama", "mistral", "qwen2", "smollm3", "olmo2", "phi3") and read.fields.get("head_dim") is None:
     width = read.count("hidden_size")
     if width % heads:
       raise InputError(
@@ -349,11 +357,11 @@ def _windows(
   if "sliding_window" not in _READ[family]:
     return (), None
   fields = read.fields
-  default = None if family == "smollm3" else 4096
+  default = None if family in ("smollm3", "phi3") else 4096
   window = read.count("sliding_window", default) if fields.get("sliding_window", default) is not None else None
   if "use_sliding_window" in _READ[family] and not read.flag("use_sliding_window"):
     window = None
-  if family == "mistral":
+  if family in ("mistral", "phi3"):
     return ((True,) * layers, window) if window else ((), None)
   types = fields.get("layer_types")
   if types is not None:
@@ -384,7 +392,8 @@ def _ropes(family: str, read: _Reader) -> tuple[Rope, Rope | None]:
   # As in transformers: rope_scaling goes before rope_parameters, and rope_theta is for what does not say it itself.
   if family != "gemma3_text":
     theta = 2_000_000.0 if family == "smollm3" else 10_000.0
-    return _rope({"rope_theta": fields.get("rope_theta", theta)} | (scaling or parameters), where), None
+    rope = {"rope_theta": fields.get("rope_theta", theta)} | (scaling or parameters)
+    return (_partial_rope(read, rope, where) if family == "phi3" else _rope(rope, where)), None
   for kind in parameters:
     if kind not in _LAYER_TYPES:
       raise InputError(f"{where}: rope_parameters has {kind}, expected {' and '.join(_LAYER_TYPES)}")
@@ -397,11 +406,25 @@ def _ropes(family: str, read: _Reader) -> tuple[Rope, Rope | None]:
   return ropes
 
 
-def _rope(fields: dict[str, Any], where: str) -> Rope:
+def _partial_rope(model: _Reader, fields: dict[str, Any], where: str) -> Rope:
+  """That of Phi-3, which may rotate a part of each head, and is stretched in no way that is implemented."""
+  fields = {"partial_rotary_factor": model.fields.get("partial_rotary_factor", 1.0)} | fields
+  fraction = _Reader(fields, where).number("partial_rotary_factor", 1.0)
+  rope = _rope({name: value for name, value in fields.items() if name != "partial_rotary_factor"}, where, ("default",))
+  rotated = int(fraction * _head_dim("phi3", model, model.count("num_attention_heads")))
+  if fraction > 1 or not rotated or rotated % 2:
+    raise InputError(
+      f"{where}: partial_rotary_factor is {fraction}, expected at most 1, and an even number of a head's dimensions, "
+      f"not {rotated}"
+    )
+  return dataclasses.replace(rope, fraction=fraction)
+
+
+def _rope(fields: dict[str, Any], where: str, kinds: Sequence[str] = tuple(_ROPES)) -> Rope:
   read = _Reader(fields, where)
   kind = fields.get("rope_type", fields.get("type", "default"))
-  if not isinstance(kind, str) or kind not in _ROPES:
-    raise InputError(f"{where} type is {kind!r}, expected one of {', '.join(_ROPES)}")
+  if not isinstance(kind, str) or kind not in kinds:
+    raise InputError(f"{where} type is {kind!r}, expected {'one of ' * (len(kinds) > 1)}{', '.join(kinds)}")
   for field in _ROPES[kind]:
     if field not in fields:
       raise InputError(f"{where}: {field} is missing, expected with rope type {kind!r}")

@@ -24,7 +24,7 @@ from rlpr_jax.huggingface.families import from_huggingface
 from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, canonical_name, layout, left_out
 from rlpr_jax.models.config import ModelConfig
 from rlpr_jax.models.transformer import abstract_params
-from rlpr_jax.models.weights import key_path, tensor_name
+from rlpr_jax.models.weights import fused_rows, key_path, tensor_name
 from rlpr_jax.types import Params
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
@@ -41,6 +41,7 @@ class _Tensor(NamedTuple):
   file: pathlib.Path
   name: str  # in the file
   reader: safe_open
+  rows: tuple[int, int] | None = None  # of it, where a parameter is a part of it
 
   @property
   def slices(self) -> Any:
@@ -109,10 +110,10 @@ def load_pretrained(
 
     def load(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
       keys = key_path(path)
-      names = _names(config, keys)
+      parts = [tensors[name]._replace(rows=fused_rows(config, keys)) for name in _names(config, keys)]
       if keys[0] != "layers":
-        return _place(_reader(tensors, names[0]), layout(keys, leaf.shape), leaf.sharding).astype(dtype)
-      return _stack([_reader(tensors, name) for name in names], layout(keys, leaf.shape[1:]), leaf.sharding, dtype)
+        return _place(_reader(parts[0]), layout(keys, leaf.shape), leaf.sharding).astype(dtype)
+      return _stack([_reader(part) for part in parts], layout(keys, leaf.shape[1:]), leaf.sharding, dtype)
 
     return config, jax.tree.map_with_path(load, abstract)
 
@@ -170,12 +171,16 @@ def _place(read: Callable[[_Index], np.ndarray], layout: Layout, where: NamedSha
   return jax.block_until_ready(placed)
 
 
-def _reader(tensors: _Tensors, name: str) -> Callable[[_Index], np.ndarray]:
-  return functools.partial(_read, tensors[name])
+def _reader(tensor: _Tensor) -> Callable[[_Index], np.ndarray]:
+  return functools.partial(_read, tensor)
 
 
 def _read(tensor: _Tensor, index: _Index) -> np.ndarray:
-  """A slice of a tensor; nothing else of it is read."""
+  """A slice of a tensor, or of the rows that are asked for; nothing else of it is read."""
+  if tensor.rows is not None:
+    first, last = tensor.rows
+    start, stop, _ = index[0].indices(last - first)
+    index = (slice(first + start, first + stop), *index[1:])
   return tensor.slices[index]
 
 
@@ -185,7 +190,9 @@ def _check(directory: pathlib.Path, config: ModelConfig, abstract: Params, tenso
   for path, leaf in jax.tree.leaves_with_path(abstract):
     keys = key_path(path)
     shape = leaf.shape[1:] if keys[0] == "layers" else leaf.shape
-    expected |= {name: list(layout(keys, shape).file_shape) for name in _names(config, keys)}
+    for name in _names(config, keys):
+      rows, *others = layout(keys, shape).file_shape
+      expected[name] = [rows + (expected[name][0] if name in expected else 0), *others]  # the parts of a fused one
   for name, shape in expected.items():
     if name not in tensors:
       raise InputError(f"{directory}: tensor {name} is missing, expected shape {shape}")

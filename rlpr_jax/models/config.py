@@ -23,11 +23,13 @@ class Rope:
   beta_slow: float = 1.0  # of yarn: those that turn less often are stretched in full
   truncate: bool = True  # of yarn: from one whole pair to another
   attention_factor: float = 1.0  # of yarn: queries and keys are multiplied by it
+  fraction: float = 1.0  # of the dimensions of a head: the first ones are rotated, the others are not (Phi-3)
 
   def frequencies(self, head_dim: int) -> np.ndarray:
-    """Radians a position for each pair of head dimensions, float32[head_dim / 2]."""
+    """Radians a position for each pair of dimensions that are rotated, float32[fraction * head_dim / 2]."""
+    rotated = int(head_dim * self.fraction)
     # In the precision of the published code: far from the beginning the last bit of a frequency is visible.
-    frequencies = (1.0 / np.float32(self.theta) ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(
+    frequencies = (1.0 / np.float32(self.theta) ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
       np.float32
     )
     if self.kind == "linear":
@@ -37,22 +39,22 @@ class Rope:
       kept = np.clip((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor), 0, 1)
       return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
     if self.kind == "yarn":
-      low, high = self._ramp(head_dim)
-      stretched = np.clip((np.arange(head_dim // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+      low, high = self._ramp(rotated)
+      stretched = np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / (high - low), 0, 1)
       return (stretched * (frequencies / self.factor) + (1 - stretched) * frequencies).astype(np.float32)
     return frequencies
 
-  def _ramp(self, head_dim: int) -> tuple[float, float]:
-    """The pairs of head dimensions between which YaRN goes over to stretching (Peng et al. 2023, section 3.2)."""
+  def _ramp(self, rotated: int) -> tuple[float, float]:
+    """The pairs of dimensions between which YaRN goes over to stretching (Peng et al. 2023, section 3.2)."""
 
     def pair(turns: float) -> float:
       """The pair that turns as often within the original length."""
-      return head_dim * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+      return rotated * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
     low, high = pair(self.beta_fast), pair(self.beta_slow)
     if self.truncate:
       low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotated - 1)
     return low, high + 0.001 if low == high else high
 
 
@@ -94,6 +96,7 @@ class ModelConfig:
   biases: tuple[str, ...] = ()  # linear layers that have one
   qk_norm: bool = False  # RMS norm of queries and keys over the head (Qwen3, Gemma 3)
   qk_norm_whole: bool = False  # that norm is over all heads together (OLMo 2)
+  fused_files: bool = False  # query, key and value are one tensor of a file, gate and up another (Phi-3)
   max_length: int | None = None  # tokens of context the weights were made for; None where nobody says
   lora: LoRA | None = None
 

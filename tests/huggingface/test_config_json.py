@@ -159,6 +159,15 @@ OFFICIAL = {
     "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
     "transformers_version": "4.47.0.dev0", "use_cache": False, "vocab_size": 100352,
   },
+  "phi-4": {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 100257,
+    "embd_pdrop": 0.0, "eos_token_id": 100265, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+    "intermediate_size": 17920, "max_position_embeddings": 16384, "model_type": "phi3", "num_attention_heads": 40,
+    "num_hidden_layers": 40, "num_key_value_heads": 10, "original_max_position_embeddings": 16384,
+    "pad_token_id": 100349, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 250000,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0", "use_cache": True, "vocab_size": 100352,
+  },
 }  # fmt: skip
 # Not published, but what transformers makes of them is as definite.
 MORE = {
@@ -240,12 +249,18 @@ MORE = {
     for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
                 "num_attention_heads", "max_position_embeddings")
   },
+  "phi3 with few fields": {
+    key: OFFICIAL["phi-4"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings", "pad_token_id")
+  },
+  "phi3 that rotates a part": OFFICIAL["phi-4"] | {"partial_rotary_factor": 0.75, "sliding_window": 2047},
   "smollm3 that is rotated in every layer": OFFICIAL["SmolLM3-3B"] | {"no_rope_layers": [1] * 36},
 }  # fmt: skip
 ALL = OFFICIAL | MORE
 ROTARY = {
   "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
-  "gemma3_text": "Gemma3", "smollm3": "SmolLM3", "olmo2": "Olmo2",
+  "gemma3_text": "Gemma3", "smollm3": "SmolLM3", "olmo2": "Olmo2", "phi3": "Phi3",
 }  # fmt: skip
 
 
@@ -279,8 +294,9 @@ def check_same(ours, theirs):
   biases |= {"out"} if attention_bias and family != "qwen2" else set()
   biases |= {"gate", "up", "down"} if getattr(theirs, "mlp_bias", False) else set()
   assert set(ours.biases) == biases
+  assert ours.fused_files == (family == "phi3")
   windowed = tuple(kind == "sliding_attention" for kind in getattr(theirs, "layer_types", []))
-  if family == "mistral":
+  if family in ("mistral", "phi3"):
     windowed = (theirs.sliding_window is not None,) * theirs.num_hidden_layers
   assert ours.windowed == (windowed if any(windowed) else ())
   assert ours.window == (theirs.sliding_window if any(windowed) else None)
@@ -364,6 +380,10 @@ def tiny(fields):
     ("SmolLM3-3B", {"qk_norm": True}),
     ("OLMo-2-1124-7B", {"qk_norm_whole": False}),
     ("OLMo-2-1124-7B", {"pre_norms": True}),
+    ("OLMo-2-1124-7B", {"rope": models.Rope(3.0, fraction=0.5)}),
+    ("phi-4", {"biases": ("query", "key", "value")}),
+    ("phi-4", {"rope": models.Rope(3.0, "linear", 2.0)}),
+    ("Qwen3-8B", {"fused_files": True}),
     ("Qwen3-8B", {"qk_norm_whole": True}),
     ("gemma-3-1b-it", {"pre_norms": False}),
     ("Llama-3.1-8B", {"biases": ("up", "down")}),
@@ -432,7 +452,9 @@ REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
   ("name", "field"),
   [(name, field) for name in OFFICIAL for field in REQUIRED]
   + [
-    (name, "num_key_value_heads") for name in OFFICIAL if not any(rule in name for rule in ("lama", "SmolLM2", "OLMo"))
+    (name, "num_key_value_heads")
+    for name in OFFICIAL
+    if not any(rule in name for rule in ("lama", "SmolLM2", "OLMo", "phi"))
   ]
   + [(name, "head_dim") for name in OFFICIAL if "gemma" in name],
 )
@@ -440,10 +462,10 @@ def test_missing_field(name, field):
   assert message(name, **{field: None}) == f"{field} is None, expected a positive integer"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3", "", 3, ["llama"]])
 def test_other_family(family):
   expected = (
-    f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, olmo2"
+    f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, olmo2, phi3"
   )
   assert message("Llama-3.1-8B", model_type=family) == expected
 
@@ -522,6 +544,25 @@ def test_missing_field_of_yarn(field):
   yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
   del yarn[field]
   assert message("Qwen2.5-7B", rope_scaling=yarn) == f"rope: {field} is missing, expected with rope type 'yarn'"
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "rope type is 'longrope', expected default"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear', expected default"),
+    ({"partial_rotary_factor": 0.56}, "rope: partial_rotary_factor is 0.56, expected at most 1, and an even number"),
+    ({"partial_rotary_factor": 1.5}, "rope: partial_rotary_factor is 1.5, expected at most 1"),
+    ({"partial_rotary_factor": 0.001}, "rope: partial_rotary_factor is 0.001, expected at most 1, and an even"),
+    ({"rope_parameters": {"partial_rotary_factor": 0}}, "rope: partial_rotary_factor is 0, expected a positive number"),
+    ({"resid_pdrop": 0.1}, "resid_pdrop is 0.1, only 0.0 is implemented"),
+    ({"attention_bias": True}, "attention_bias is True, which is not implemented for phi3"),
+    ({"mlp_bias": True}, "mlp_bias is True, which is not implemented for phi3"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope: factor is 2.0, expected no such field"),
+  ],
+)
+def test_fields_of_phi3(fields, expected):
+  assert message("phi-4", **fields).startswith(expected)
 
 
 def test_yarn_of_gemma3_is_truncated():

@@ -182,6 +182,12 @@ SWITCHES = {
     {"rope": Rope(100.0)},
   ],
   "olmo2": [{"post_norms": False}, {"qk_norm": False, "qk_norm_whole": False}, {"norm_eps": 1e-6}],
+  "phi3_partial": [
+    {"rope": Rope(500.0)},
+    {"rope": Rope(500.0, fraction=0.5)},
+    {"windowed": (), "window": None},
+    {"window": 5},
+  ],
 }
 
 

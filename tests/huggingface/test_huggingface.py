@@ -150,6 +150,50 @@ def test_layout_of_biases(directory, tensors):
       np.testing.assert_array_equal(np.ravel(found[layer]), tensors[f"model.layers.{layer}.{theirs}.bias"])
 
 
+@pytest.fixture
+def fused(directory, tensors):
+  """The same weights as a Phi-3 has them."""
+  change_config(directory, model_type="phi3")
+  for layer in range(2):
+    for name, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate_", "up_"))):
+      names = [f"model.layers.{layer}.{name.split('.')[0]}.{part.removesuffix('_')}_proj.weight" for part in parts]
+      tensors[f"model.layers.{layer}.{name}_proj.weight"] = np.concatenate([tensors.pop(part) for part in names])
+  save_file(tensors, directory / "model.safetensors")
+  return tensors
+
+
+def test_layout_of_fused_tensors(directory, fused):
+  """One below the other in the file: query, key, value; gate, up."""
+  _, params = huggingface.load_pretrained(str(directory))
+  again = dict(fused)
+  for layer in range(2):
+    qkv, mlp = (again[f"model.layers.{layer}.{name}_proj.weight"] for name in ("self_attn.qkv", "mlp.gate_up"))
+    for name, rows in (("q", slice(0, 24)), ("k", slice(24, 36)), ("v", slice(36, 48))):
+      again[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = qkv[rows]
+    again |= {
+      f"model.layers.{layer}.mlp.gate_proj.weight": mlp[:12],
+      f"model.layers.{layer}.mlp.up_proj.weight": mlp[12:],
+    }
+  check_layout(params, again)
+
+
+def test_slices_of_fused_tensors(directory, fused):
+  """What one device of several reads of the keys."""
+  name = "model.layers.1.self_attn.qkv_proj.weight"
+  with loading._open_file(directory / "model.safetensors") as reader:
+    keys = loading._Tensor(directory, name, reader, rows=(24, 36))
+    np.testing.assert_array_equal(loading._read(keys, (slice(6, 12), slice(0, 3))), fused[name][30:36, :3])
+    np.testing.assert_array_equal(loading._read(keys, (slice(None), slice(None))), fused[name][24:36])
+
+
+def test_mis_shaped_fused_tensor(directory, fused):
+  name = "model.layers.1.mlp.gate_up_proj.weight"
+  fused[name] = fused[name][:12]
+  save_file(fused, directory / "model.safetensors")
+  file = directory / "model.safetensors"
+  assert error(directory) == f"{file}: tensor {name} has shape [12, 8], expected [24, 8]"
+
+
 def test_shards(directory, tensors):
   _, expected = huggingface.load_pretrained(str(directory))
   shard(directory, tensors)

@@ -97,6 +97,11 @@ CASES = {
     "model_type": "olmo2", "num_key_value_heads": 8, "attention_bias": True, "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
   },
+  "phi3": _SIZES | {"model_type": "phi3", "head_dim": 10, "rope_theta": 500.0},
+  "phi3_partial": _SIZES | {
+    "model_type": "phi3", "num_key_value_heads": 4, "hidden_size": 64, "sliding_window": 6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75},
+  },
 }  # fmt: skip
 
 
