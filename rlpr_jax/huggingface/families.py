@@ -70,7 +70,26 @@ _READ = {
   },
   "olmo2": _SIZES | {"hidden_act", "attention_bias"},
   "phi3": _SIZES | {"hidden_act", "sliding_window", "partial_rotary_factor"},
+  "gemma3": {
+    "text_config",
+    "vision_config",
+    "tie_word_embeddings",
+    "mm_tokens_per_image",
+    "boi_token_index",
+    "eoi_token_index",
+    "image_token_index",
+    "boi_token_id",
+    "eoi_token_id",
+    "image_token_id",
+  },
 }
+# Models of texts and images, whose text model alone is read, and its family.
+_MULTIMODAL = {"gemma3": "gemma3_text"}
+# What transformers takes where the text_config of such a model does not say it: published files say what differs.
+_TEXT_DEFAULTS = {
+  "vocab_size": 262_208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+  "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "max_position_embeddings": 131_072,
+}  # fmt: skip
 # Of no effect on the logits of a forward pass without dropout.
 _HARMLESS = {
   "model_type", "architectures", "torch_dtype", "dtype", "transformers_version", "transformers.js_config", "auto_map",
@@ -120,9 +139,11 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     InputError: a missing field, another family, or a setting that may change the result and is not implemented.
   """
   family = fields.get("model_type")
-  if family not in FAMILIES:
-    raise InputError(f"{where}: model_type is {family!r}, expected one of {', '.join(FAMILIES)}")
+  if family not in (*FAMILIES, *_MULTIMODAL):
+    raise InputError(f"{where}: model_type is {family!r}, expected one of {', '.join((*FAMILIES, *_MULTIMODAL))}")
   _refuse_unknown(family, fields, where)
+  if family in _MULTIMODAL:
+    return from_huggingface(_text_fields(family, fields, where), f"{where}: text_config")
   if family == "gemma3_text" and fields.get("attn_logit_softcapping") is not None:
     raise InputError(
       f"{where}: attn_logit_softcapping is set, expected null: Gemma 3 has none (transformers ignores it)"
@@ -172,6 +193,21 @@ def from_huggingface(fields: dict[str, Any], where: str) -> ModelConfig:
     return ModelConfig(**config)
   except InputError as error:
     raise InputError(f"{where}: {error}") from None
+
+
+def _text_fields(family: str, fields: dict[str, Any], where: str) -> dict[str, Any]:
+  """The fields of the text model in the config.json of a multimodal one."""
+  top = _Reader(fields, where)
+  text, tied = top.object("text_config"), top.flag("tie_word_embeddings", True)
+  if "text_config" not in fields:
+    raise InputError(f"{where}: text_config is missing, expected with model_type {family}")
+  if text.get("model_type", _MULTIMODAL[family]) != _MULTIMODAL[family]:
+    raise InputError(
+      f"{where}: text_config: model_type is {text['model_type']!r}, expected {_MULTIMODAL[family]} with {family}"
+    )
+  if _Reader(text, f"{where}: text_config").flag("tie_word_embeddings", tied) != tied:
+    raise InputError(f"{where}: tie_word_embeddings is {tied}, and not so in text_config, expected the same")
+  return _TEXT_DEFAULTS | text | {"model_type": _MULTIMODAL[family], "tie_word_embeddings": tied}
 
 
 def _family_of(config: ModelConfig) -> str:

@@ -11,11 +11,14 @@ from rlpr_jax.models.weights import WEIGHTS, Path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# Of the decoder, whether it was saved with its head or, as a base model, without.
-_DECODER = re.compile(r"(model\.)?(?=(embed_tokens|layers|norm)\.)")
+# Of the decoder, whether it was saved with its head or, as a base model, without, and alone or beside a vision part.
+_DECODER = re.compile(
+  r"(model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(?=(embed_tokens|layers|norm)\.)"
+)
 # What no model of ours computes with, as transformers leaves it out. Frequencies follow from the config.
 _LEFT_OUT = {
   "rotary buffers": re.compile(r"(.*\.)?rotary_emb\.\w+"),
+  "of the vision part": re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
   "of another head": re.compile(r"(score|v_head|classifier)\..*"),
 }
 
@@ -25,10 +28,11 @@ def canonical_name(name: str) -> str:
 
   >>> canonical_name("layers.0.mlp.up_proj.weight")
   'model.layers.0.mlp.up_proj.weight'
-  >>> canonical_name("lm_head.weight")
-  'lm_head.weight'
+  >>> canonical_name("language_model.model.norm.weight"), canonical_name("language_model.lm_head.weight")
+  ('model.norm.weight', 'lm_head.weight')
   """
-  return _DECODER.sub("model.", name, count=1) if _DECODER.match(name) else name
+  prefix = _DECODER.match(name)
+  return f"model.{name[prefix.end() :]}" if prefix else name.removeprefix("language_model.")
 
 
 def left_out(name: str) -> str | None:

@@ -462,21 +462,78 @@ def test_missing_field(name, field):
   assert message(name, **{field: None}) == f"{field} is None, expected a positive integer"
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3", "", 3, ["llama"]])
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3n", "", 3, ["llama"]])
 def test_other_family(family):
-  expected = (
-    f"model_type is {family!r}, expected one of llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, olmo2, phi3"
-  )
-  assert message("Llama-3.1-8B", model_type=family) == expected
+  known = "llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, olmo2, phi3, gemma3"
+  assert message("Llama-3.1-8B", model_type=family) == f"model_type is {family!r}, expected one of {known}"
 
 
-def test_multimodal_gemma3(tmp_path):
-  """As transformers writes it: the text model is a part of it."""
-  text = ALL["gemma-3-1b-it"]
-  transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
-  fields = json.loads((tmp_path / "config.json").read_text())
-  with pytest.raises(InputError, match=r"model_type is 'gemma3', expected one of .*gemma3_text"):
+VISION = {
+  "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+  "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+ROPE_4B = {"factor": 8.0, "rope_type": "linear"}
+# As published: in text_config stands what is not as in Gemma3TextConfig.
+MULTIMODAL = {
+  f"gemma-3-{size}-it": {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "model_type": "gemma3", "text_config": text | {"model_type": "gemma3_text", "rope_scaling": ROPE_4B},
+    "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "vision_config": VISION,
+  }
+  for size, text in {
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024},
+    "12b": {
+      "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+      "num_key_value_heads": 8, "sliding_window": 1024,
+    },
+    "27b": {
+      "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+      "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168, "sliding_window": 1024,
+    },
+    "default": {},
+  }.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_text_part_of_a_multimodal_model(name, read_by_transformers, tmp_path):
+  """In both spellings, and written as a text model."""
+  config, theirs = from_huggingface(MULTIMODAL[name], name), read_by_transformers(MULTIMODAL[name])
+  check_same(config, theirs.text_config)
+  theirs.save_pretrained(tmp_path / "saved")
+  saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+  assert "rope_parameters" in saved["text_config"]
+  assert from_huggingface(saved, name) == config
+  fields = to_huggingface(config)
+  assert fields["model_type"] == "gemma3_text"
+  assert from_huggingface(fields, name) == config
+  check_same(config, read_by_transformers(fields))
+
+
+@pytest.mark.parametrize(
+  ("top", "text", "expected"),
+  [
+    ({"text_config": None}, {}, "text_config is missing, expected with model_type gemma3"),
+    ({"text_config": 3}, {}, "text_config is 3, expected an object"),
+    ({"quantization_config": {"bits": 4}}, {}, "quantization_config is {'bits': 4}, which is not implemented for"),
+    ({"hidden_size": 3}, {}, "hidden_size is 3, which is not implemented for gemma3, expected no such field"),
+    ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "tie_word_embeddings is False, and not so in"),
+    ({}, {"tie_word_embeddings": False}, "tie_word_embeddings is True, and not so in text_config, expected the same"),
+    ({}, {"model_type": "llama"}, "text_config: model_type is 'llama', expected gemma3_text with gemma3"),
+    ({}, {"hidden_size": "2560"}, "text_config: hidden_size is '2560', expected a positive integer"),
+    ({}, {"use_bidirectional_attention": True}, "text_config: use_bidirectional_attention is True, which is not"),
+    ({}, {"rope_scaling": {"rope_type": "x"}}, "text_config: rope type is 'x', expected one of default, linear,"),
+  ],
+)
+def test_multimodal_model_that_is_refused(top, text, expected):
+  fields = dict(MULTIMODAL["gemma-3-4b-it"])
+  fields["text_config"] = fields["text_config"] | text
+  fields = {key: value for key, value in (fields | top).items() if value is not None}
+  with pytest.raises(InputError) as caught:
     from_huggingface(fields, "config.json")
+  assert str(caught.value).startswith(f"config.json: {expected}")
+  assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "mrope", "su", 3, ["llama3"], None])

@@ -3,12 +3,14 @@
 Random small models, see cases.py. The largest differences seen are in docs/models.md.
 """
 
+import copy
 import dataclasses
 import functools
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import transformers
 
 from rlpr_jax import huggingface, models
@@ -101,6 +103,80 @@ def test_gemma3_without_any_window():
   assert (config.window, config.windowed) == (None, ())
   found = cases.whole_logits(models.definition(config), params, TOKENS)
   np.testing.assert_allclose(found, cases.torch_logits(theirs, TOKENS), atol=1e-4, rtol=0)
+
+
+@functools.cache
+def multimodal():
+  """A Gemma 3 of texts and images, with noise in every weight."""
+  torch = cases.import_torch()
+  vision = {
+    "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "patch_size": 8,
+  }  # fmt: skip
+  config = transformers.Gemma3Config(
+    text_config=cases.CASES["gemma3"], vision_config=vision, mm_tokens_per_image=4, image_token_index=cases.VOCAB - 1
+  )
+  theirs = transformers.Gemma3ForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+  torch.manual_seed(1)
+  for parameter in theirs.parameters():
+    parameter.data = (0.3 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5) * torch.randn(parameter.shape)
+  theirs.tie_weights()
+  return theirs
+
+
+@pytest.mark.parametrize("prefix", ["as saved", "language_model.model.", "model.language_model."])
+def test_text_part_of_a_multimodal_model(tmp_path, prefix, capsys):
+  """Under the names of published files, and under those of transformers 5."""
+  multimodal().save_pretrained(tmp_path)
+  file = tmp_path / "model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  body = next(name for name in tensors if name.endswith("embed_tokens.weight")).removesuffix("embed_tokens.weight")
+  vision = sum("language_model" not in name for name in tensors)
+  assert vision > 20
+  if prefix != "as saved":
+    safetensors.numpy.save_file({name.replace(body, prefix): tensor for name, tensor in tensors.items()}, file)
+  config, params = huggingface.load_pretrained(tmp_path)
+  said = f"tensors left out, which the model does not compute with: {vision} of the vision part"
+  assert capsys.readouterr().out == f"{tmp_path}: {said}\n"
+  assert config == cases.config("gemma3")
+  tokens = TOKENS % (cases.VOCAB - 1)  # none of them an image
+  expected = cases.torch_logits(multimodal(), tokens)
+  assert np.std(expected) > 0.5
+  found = cases.whole_logits(models.definition(config), params, tokens)
+  np.testing.assert_allclose(found, expected, atol=2e-5, rtol=0)
+  cached = cases.chunked_logits(models.definition(config), params, tokens, np.array([5, 11]), (1, 11))
+  np.testing.assert_allclose(cached, expected, atol=2e-5, rtol=0)
+
+
+def test_gradients_of_the_text_part_of_a_multimodal_model(tmp_path):
+  torch = cases.import_torch()
+  theirs, tokens = copy.deepcopy(multimodal()), TOKENS % (cases.VOCAB - 1)
+  theirs.save_pretrained(tmp_path / "weights")
+  config, params = huggingface.load_pretrained(tmp_path / "weights")
+  logits, targets = theirs(torch.tensor(tokens)).logits[:, :-1], torch.tensor(tokens[:, 1:]).long()
+  (-torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1))).backward()
+  for parameter in theirs.parameters():  # those of the vision part have none
+    parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+  theirs.save_pretrained(tmp_path / "gradients")
+  expected = huggingface.load_pretrained(tmp_path / "gradients")[1]
+  differences = cases.differences(cases.gradients(models.definition(config), params, tokens), expected)
+  assert {name: error for name, error in differences.items() if not error < 2e-5} == {}
+
+
+def test_text_part_is_written_as_a_text_model(tmp_path):
+  """Which transformers loads without the vision part."""
+  multimodal().save_pretrained(tmp_path / "both")
+  config, params = huggingface.load_pretrained(tmp_path / "both")
+  huggingface.save_pretrained(tmp_path / "text", config, params)
+  theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "text", attn_implementation="eager", output_loading_info=True
+  )
+  assert not any(report.values()), report
+  again_config, again = huggingface.load_pretrained(tmp_path / "text")
+  assert again_config == config
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  tokens = TOKENS % (cases.VOCAB - 1)
+  np.testing.assert_array_equal(cases.torch_logits(theirs.eval(), tokens), cases.torch_logits(multimodal(), tokens))
 
 
 # --- each setting matters ---
