@@ -57,32 +57,17 @@ _READ = {
   "qwen3": _SIZES | _QWEN_FIELDS | {"attention_bias"},
   "gemma2": _SIZES | _GEMMA_FIELDS,
   "gemma3_text": _SIZES | _GEMMA_FIELDS | {"rope_local_base_freq", "sliding_window_pattern"},
-  "smollm3": _SIZES
-  | {
-    "hidden_act",
-    "attention_bias",
-    "mlp_bias",
-    "use_sliding_window",
-    "sliding_window",
-    "layer_types",
-    "no_rope_layers",
-    "no_rope_layer_interval",
+  "smollm3": _SIZES | {
+    "hidden_act", "attention_bias", "mlp_bias", "use_sliding_window", "sliding_window", "layer_types",
+    "no_rope_layers", "no_rope_layer_interval",
   },
   "olmo2": _SIZES | {"hidden_act", "attention_bias"},
   "phi3": _SIZES | {"hidden_act", "sliding_window", "partial_rotary_factor"},
   "gemma3": {
-    "text_config",
-    "vision_config",
-    "tie_word_embeddings",
-    "mm_tokens_per_image",
-    "boi_token_index",
-    "eoi_token_index",
-    "image_token_index",
-    "boi_token_id",
-    "eoi_token_id",
-    "image_token_id",
+    "text_config", "vision_config", "tie_word_embeddings", "mm_tokens_per_image", "boi_token_index", "eoi_token_index",
+    "image_token_index", "boi_token_id", "eoi_token_id", "image_token_id",
   },
-}
+}  # fmt: skip
 # Models of texts and images, whose text model alone is read, and its family.
 _MULTIMODAL = {"gemma3": "gemma3_text"}
 # What transformers takes where the text_config of such a model does not say it: published files say what differs.
@@ -128,7 +113,8 @@ _ROPES_OPTIONAL = {
   # transformers passes over attn_factor, which is vLLM's name for something else (DeepSeek-R1-0528-Qwen3-8B has it).
   "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate", "attn_factor"),
 }
-_PADDED = ("smollm3", "phi3")  # whose padding token is an id of the published vocabulary where no other is given
+# Where no padding token is given, transformers takes that of the published vocabulary, which has to be an id of ours.
+_PADDED = ("smollm3", "phi3")
 _LAYER_TYPES = {"full_attention": False, "sliding_attention": True}  # whether they have a window
 
 
@@ -353,7 +339,7 @@ def _refuse_unknown(family: str, fields: dict[str, Any], where: str) -> None:
 
 
 def _head_dim(family: str, read: _Reader, heads: int) -> int:
-  if family in ("llama", "mistral", "qwen2", "smollm3", "olmo2", "phi3") and read.fields.get("head_dim") is None:
+  if family not in ("qwen3", *_GEMMA) and read.fields.get("head_dim") is None:
     width = read.count("hidden_size")
     if width % heads:
       raise InputError(

@@ -29,9 +29,8 @@ class Rope:
     """Radians a position for each pair of dimensions that are rotated, float32[fraction * head_dim / 2]."""
     rotated = int(head_dim * self.fraction)
     # In the precision of the published code: far from the beginning the last bit of a frequency is visible.
-    frequencies = (1.0 / np.float32(self.theta) ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)).astype(
-      np.float32
-    )
+    positions = np.float32(self.theta) ** (np.arange(0, rotated, 2, dtype=np.float32) / rotated)  # to turn by 1
+    frequencies = (1.0 / positions).astype(np.float32)
     if self.kind == "linear":
       return (frequencies / self.factor).astype(np.float32)
     if self.kind == "llama3":
@@ -40,8 +39,8 @@ class Rope:
       return ((1 - kept) * frequencies / self.factor + kept * frequencies).astype(np.float32)
     if self.kind == "yarn":
       low, high = self._ramp(rotated)
-      stretched = np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / (high - low), 0, 1)
-      return (stretched * (frequencies / self.factor) + (1 - stretched) * frequencies).astype(np.float32)
+      kept = 1 - np.clip((np.arange(rotated // 2, dtype=np.float32) - low) / (high - low), 0, 1)
+      return ((1 - kept) * (1.0 / (self.factor * positions)) + kept * frequencies).astype(np.float32)
     return frequencies
 
   def _ramp(self, rotated: int) -> tuple[float, float]:
