@@ -58,6 +58,7 @@ def load_policy(config: ConfigDict) -> Policy:
   mesh = create_mesh(config)
   if config.model.path:
     directory = huggingface.resolve(config.model.path)
+    # In this order: what is wrong with config.json is said before transformers reads it, for the tokenizer's class.
     model_config = huggingface.load_config(directory)
     tokenizer = load_tokenizer(str(directory))
     variables = parse_variables(config.data.chat_template_kwargs)
@@ -193,15 +194,18 @@ def parse_targets(text: str) -> tuple[str, ...]:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-  """The tokenizer of a Hugging Face directory.
+  """The tokenizer of a Hugging Face directory. Code in the directory is never run.
 
   Raises:
-    InputError: there is none.
+    InputError: there is none, or none without that code.
   """
   from transformers import AutoTokenizer  # with it comes torch, where that is installed
 
   try:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    # Not its default, which asks at a terminal whether to run the directory's code.
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+      path, local_files_only=True, trust_remote_code=False
+    )
   except (OSError, ValueError) as error:
     raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
   file = pathlib.Path(path) / "chat_template.json"  # of models that see, too: transformers leaves it to their processor

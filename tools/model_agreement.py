@@ -31,10 +31,14 @@ LOWER = flags.DEFINE_integer("lower", 3, "How often the update of Qwen2.5-7B is 
 # Published models whose config.json is read in tests/huggingface/test_config_json.py, and the cases of the family.
 FAMILIES = {
   "Llama": ("Llama-3.1-8B, Llama-3.2-1B, SmolLM2-135M", [name for name in cases.CASES if name.startswith("llama")]),
-  "Qwen2": ("Qwen2.5-7B", ["qwen2", "qwen2_tied"]),
-  "Qwen3": ("Qwen3-8B", ["qwen3", "qwen3_biases"]),
-  "Gemma 2": ("gemma-2-2b-it, gemma-2-9b-it", ["gemma2"]),
-  "Gemma 3": ("gemma-3-1b-it", ["gemma3"]),
+  "Mistral": ("Mistral-7B-v0.1, Mistral-Small-24B", ["mistral", "mistral_unlimited"]),
+  "Qwen2": ("Qwen2.5-7B, DeepSeek-R1-Distill-Qwen-7B", ["qwen2", "qwen2_tied"]),
+  "Qwen3": ("Qwen3-8B, DeepSeek-R1-0528-Qwen3-8B", ["qwen3", "qwen3_biases", "qwen3_yarn"]),
+  "Gemma 2": ("gemma-2-2b-it, gemma-2-9b-it, gemma-2-27b", ["gemma2"]),
+  "Gemma 3": ("gemma-3-1b-it, gemma-3-4b-it, gemma-3-12b-it, gemma-3-27b-it", ["gemma3"]),
+  "SmolLM3": ("SmolLM3-3B", ["smollm3", "smollm3_windows"]),
+  "OLMo 2": ("OLMo-2-1124-7B", ["olmo2", "olmo2_biases"]),
+  "Phi-4": ("phi-4", ["phi3", "phi3_partial"]),
 }
 # (whole rows, through the cache, gradients)
 Differences = tuple[float, float, float | None]

@@ -1,13 +1,15 @@
 """Hugging Face directories into policies, each device reading its own part. Never pickle, never remote code."""
 
+import collections
 import contextlib
 import functools
 import json
+import math
 import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import jax
@@ -19,18 +21,34 @@ from safetensors import SafetensorError, safe_open
 from rlpr_jax import sharding
 from rlpr_jax.errors import InputError
 from rlpr_jax.huggingface.families import from_huggingface
-from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, layout
+from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, canonical_name, layout, left_out
 from rlpr_jax.models.config import ModelConfig
 from rlpr_jax.models.transformer import abstract_params
-from rlpr_jax.models.weights import key_path, tensor_name
+from rlpr_jax.models.weights import fused_rows, key_path, tensor_name
 from rlpr_jax.types import Params
 
 _FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer*", "*.model", "merges.txt", "vocab.txt")
 _OTHER_FILES = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.py")  # other formats of the weights, and code
 _HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?")
 _DTYPES = ("BF16", "F16", "F32")
-_Tensors = dict[str, tuple[pathlib.Path, safe_open]]  # the file of each tensor, and its reader
+_COMPARED = 2**26  # bytes of a tensor that are compared at once
 _Index = tuple[slice, ...]
+
+
+class _Tensor(NamedTuple):
+  """A tensor of a file, not read yet."""
+
+  file: pathlib.Path
+  name: str  # in the file
+  reader: safe_open
+  rows: tuple[int, int] | None = None  # of it, where a parameter is a part of it
+
+  @property
+  def slices(self) -> Any:
+    return self.reader.get_slice(self.name)
+
+
+_Tensors = dict[str, _Tensor]  # by their canonical names
 
 
 def resolve(path_or_repo: str | os.PathLike[str], files: Sequence[str] = _FILES) -> pathlib.Path:
@@ -66,7 +84,7 @@ def load_pretrained(
   dtype: Any = jnp.float32,
   rules: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[ModelConfig, Params]:
-  """Loads a model of one of `families.FAMILIES`.
+  """Loads a model of one of `families.FAMILIES`. What the files hold beyond it is left out, which one line says.
 
   Every process reads the parts of its own devices and no others, a part that several of them keep once. A host holds
   one tensor of the files at a time beyond what its devices keep; a CPU device has a second one while it is converted.
@@ -87,15 +105,15 @@ def load_pretrained(
   config = load_config(directory)
   abstract = abstract_params(config, sharding.create(mesh, rules))
   with contextlib.ExitStack() as opened:
-    tensors = _open(directory, opened)
+    tensors = _by_name(directory, _open(directory, opened))
     _check(directory, config, abstract, tensors)
 
     def load(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
       keys = key_path(path)
-      names = _names(config, keys)
+      parts = [tensors[name]._replace(rows=fused_rows(config, keys)) for name in _names(config, keys)]
       if keys[0] != "layers":
-        return _place(_reader(tensors, names[0]), layout(keys, leaf.shape), leaf.sharding).astype(dtype)
-      return _stack([_reader(tensors, name) for name in names], layout(keys, leaf.shape[1:]), leaf.sharding, dtype)
+        return _place(_reader(parts[0]), layout(keys, leaf.shape), leaf.sharding).astype(dtype)
+      return _stack([_reader(part) for part in parts], layout(keys, leaf.shape[1:]), leaf.sharding, dtype)
 
     return config, jax.tree.map_with_path(load, abstract)
 
@@ -153,13 +171,17 @@ def _place(read: Callable[[_Index], np.ndarray], layout: Layout, where: NamedSha
   return jax.block_until_ready(placed)
 
 
-def _reader(tensors: _Tensors, name: str) -> Callable[[_Index], np.ndarray]:
-  return functools.partial(_read, tensors[name][1], name)
+def _reader(tensor: _Tensor) -> Callable[[_Index], np.ndarray]:
+  return functools.partial(_read, tensor)
 
 
-def _read(file: safe_open, name: str, index: _Index) -> np.ndarray:
-  """A slice of a tensor; nothing else of it is read."""
-  return file.get_slice(name)[index]
+def _read(tensor: _Tensor, index: _Index) -> np.ndarray:
+  """A slice of a tensor, or of the rows that are asked for; nothing else of it is read."""
+  if tensor.rows is not None:
+    first, last = tensor.rows
+    start, stop, _ = index[0].indices(last - first)
+    index = (slice(first + start, first + stop), *index[1:])
+  return tensor.slices[index]
 
 
 def _check(directory: pathlib.Path, config: ModelConfig, abstract: Params, tensors: _Tensors) -> None:
@@ -168,35 +190,79 @@ def _check(directory: pathlib.Path, config: ModelConfig, abstract: Params, tenso
   for path, leaf in jax.tree.leaves_with_path(abstract):
     keys = key_path(path)
     shape = leaf.shape[1:] if keys[0] == "layers" else leaf.shape
-    expected |= {name: list(layout(keys, shape).file_shape) for name in _names(config, keys)}
+    for name in _names(config, keys):
+      rows, *others = layout(keys, shape).file_shape
+      expected[name] = [rows + (expected[name][0] if name in expected else 0), *others]  # the parts of a fused one
   for name, shape in expected.items():
     if name not in tensors:
       raise InputError(f"{directory}: tensor {name} is missing, expected shape {shape}")
-    file, reader = tensors[name]
-    found = reader.get_slice(name)
+    tensor, found = tensors[name], tensors[name].slices
     if found.get_dtype() not in _DTYPES:
-      raise InputError(f"{file}: tensor {name} is {found.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+      raise InputError(
+        f"{tensor.file}: tensor {tensor.name} is {found.get_dtype()}, expected one of {', '.join(_DTYPES)}"
+      )
     if found.get_shape() != shape:
-      raise InputError(f"{file}: tensor {name} has shape {found.get_shape()}, expected {shape}")
-  for name, (file, _) in tensors.items():
-    # A tied head is the embedding once more; frequencies follow from the config.
-    harmless = name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings)
-    if name not in expected and not harmless:
-      raise InputError(f"{file}: tensor {name} is not one of the model in config.json, expected no such tensor")
+      raise InputError(f"{tensor.file}: tensor {tensor.name} has shape {found.get_shape()}, expected {shape}")
+  tied = tensors.get(tensor_name(config, ("head",))) if config.tie_embeddings else None
+  for name, tensor in tensors.items():
+    if name not in expected and tensor is not tied:
+      raise InputError(
+        f"{tensor.file}: tensor {tensor.name} is not one of the model in config.json, expected no such tensor"
+      )
+  embedding = tensors[tensor_name(config, ("embedding",))]
+  if tied and not _equal(tied, embedding):
+    # transformers would compute with this head, and others with the embedding.
+    raise InputError(
+      f"{tied.file}: tensor {tied.name} differs from {embedding.name}, expected the same numbers where config.json has "
+      "tie_word_embeddings true"
+    )
 
 
-def _open(directory: pathlib.Path, opened: contextlib.ExitStack) -> _Tensors:
+def _equal(one: _Tensor, other: _Tensor) -> bool:
+  """Whether two tensors hold the same numbers, compared slice by slice."""
+  shape, kinds = one.slices.get_shape(), {one.slices.get_dtype(), other.slices.get_dtype()}
+  if shape != other.slices.get_shape() or not kinds <= set(_DTYPES):
+    return False
+  rows = max(1, _COMPARED // (4 * max(1, math.prod(shape[1:]))))
+  for start in range(0, shape[0], rows):
+    index = (slice(start, min(start + rows, shape[0])),)
+    # As float32, which holds the numbers of all these dtypes.
+    left, right = (_read(tensor, index).astype(np.float32) for tensor in (one, other))
+    if not np.array_equal(left, right, equal_nan=True):
+      return False
+  return True
+
+
+def _by_name(directory: pathlib.Path, tensors: list[_Tensor]) -> _Tensors:
+  """The tensors that a model may have, by their canonical names; says what else there is."""
+  found: _Tensors = {}
+  others: collections.Counter[str] = collections.Counter()
+  for tensor in tensors:
+    name, other = canonical_name(tensor.name), left_out(tensor.name)
+    if other is not None:
+      others[other] += 1
+    elif name in found:
+      raise InputError(f"{tensor.file}: has tensors {found[name].name} and {tensor.name}, expected one of them")
+    else:
+      found[name] = tensor
+  if others:
+    said = ", ".join(f"{count} {other}" for other, count in others.items())
+    print(f"{directory}: tensors left out, which the model does not compute with: {said}", flush=True)
+  return found
+
+
+def _open(directory: pathlib.Path, opened: contextlib.ExitStack) -> list[_Tensor]:
   """Opens the files of the weights. As in transformers, an index is read where there is no single file."""
   single, index = directory / SINGLE, directory / INDEX
   if single.exists():
     reader = opened.enter_context(_open_file(single))
-    return dict.fromkeys(reader.keys(), (single, reader))
+    return [_Tensor(single, name, reader) for name in sorted(reader.keys())]
   if not index.exists():
     raise InputError(f"{directory}: no weights, expected {SINGLE} or {INDEX}")
   weight_map = _read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
     raise InputError(f"{index}: no weight_map, expected tensor names and their files")
-  tensors: _Tensors = {}
+  tensors = []
   for name in sorted(set(weight_map.values())):
     if name in ("", "..") or name != pathlib.PurePath(name).name:
       raise InputError(f"{index}: names {name!r}, expected the name of a file beside it")
@@ -205,14 +271,20 @@ def _open(directory: pathlib.Path, opened: contextlib.ExitStack) -> _Tensors:
     reader = opened.enter_context(_open_file(directory / name))
     held = set(reader.keys())
     promised = {tensor for tensor, file in weight_map.items() if file == name}
-    if promised - held:
-      raise InputError(f"{directory / name}: tensor {min(promised - held)} is missing, which {INDEX} says is there")
-    if held - weight_map.keys():
-      raise InputError(
-        f"{directory / name}: tensor {min(held - weight_map.keys())} is not in {INDEX}, expected it there"
-      )
-    tensors |= dict.fromkeys(promised, (directory / name, reader))
+    # What is left out may stand in one of the two alone: older files hold buffers that no index lists.
+    absent, unlisted = (sorted(filter(_needed, names)) for names in (promised - held, held - weight_map.keys()))
+    if absent:
+      raise InputError(f"{directory / name}: tensor {absent[0]} is missing, which {INDEX} says is there")
+    if unlisted:
+      raise InputError(f"{directory / name}: tensor {unlisted[0]} is not in {INDEX}, expected it there")
+    tensors += [
+      _Tensor(directory / name, tensor, reader) for tensor in sorted(held - weight_map.keys() | promised & held)
+    ]
   return tensors
+
+
+def _needed(name: str) -> bool:
+  return left_out(name) is None
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from rlpr_jax.huggingface.families import to_huggingface
 from rlpr_jax.huggingface.generation import GENERATION
 from rlpr_jax.huggingface.tensors import INDEX, Layout, layout
 from rlpr_jax.models.config import ModelConfig
-from rlpr_jax.models.weights import WEIGHTS, key_path, tensor_name
+from rlpr_jax.models.weights import WEIGHTS, fused_rows, key_path, tensor_name
 from rlpr_jax.types import Params
 
 _METADATA = {"format": "pt"}  # transformers asks for it
@@ -94,11 +94,18 @@ def save_adapter(
     tokenizer: its files are written too.
 
   Raises:
-    InputError: the directory is not empty or cannot be written, or the config has no adapters.
+    InputError: the directory is not empty or cannot be written, or the config has no adapters, or some of layers that
+      are one tensor in files.
   """
   lora = model_config.lora
   if lora is None:
     raise InputError(f"{directory}: the model has no adapters to be written, expected one with LoRA")
+  fused = [name for name in lora.targets if model_config.fused_files and WEIGHTS[name].fused]
+  if fused:
+    raise InputError(
+      f"{directory}: the adapters of {', '.join(fused)} belong to one tensor of the model, which PEFT cannot say, "
+      "expected the merged policy"
+    )
   config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -135,6 +142,7 @@ class _Tensor(NamedTuple):
 def _tensors(config: ModelConfig, params: Params, dtype: jnp.dtype | None) -> dict[str, _Tensor]:
   """The tensors of the files by name, layer after layer."""
   tensors, stacked = {}, {}
+  parts: dict[str, dict[int, _Tensor]] = {}  # of fused tensors, by their first rows
   for path, leaf in jax.tree.leaves_with_path(params):
     keys = key_path(path)
     if keys[0] == "layers":
@@ -152,8 +160,19 @@ def _tensors(config: ModelConfig, params: Params, dtype: jnp.dtype | None) -> di
       kind = dtype or leaf.dtype
       place = layout(keys, leaf.shape[1:])
       fetch = functools.partial(_fetch_layer, leaf, i, place, kind, adapter)
-      tensors[tensor_name(config, keys).format(i)] = _Tensor(math.prod(place.shape) * kind.itemsize, fetch)
+      name, part = tensor_name(config, keys).format(i), _Tensor(math.prod(place.shape) * kind.itemsize, fetch)
+      rows = fused_rows(config, keys)
+      if rows is None:
+        tensors[name] = part
+      else:
+        parts.setdefault(name, {})[rows[0]] = part
+        tensors[name] = _fused([piece for _, piece in sorted(parts[name].items())])
   return tensors
+
+
+def _fused(parts: list[_Tensor]) -> _Tensor:
+  """One tensor of several, one below the other."""
+  return _Tensor(sum(part.nbytes for part in parts), lambda: np.concatenate([part.fetch() for part in parts]))
 
 
 @functools.partial(jax.jit, static_argnames=("place", "dtype"))

@@ -1,8 +1,9 @@
-"""How a parameter lies in a Hugging Face directory: the order of its axes there."""
+"""How a parameter lies in a Hugging Face directory: the order of its axes there, and under which names."""
 
 import dataclasses
 import itertools
 import math
+import re
 
 import jax
 
@@ -10,6 +11,37 @@ from rlpr_jax.models.weights import WEIGHTS, Path
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Of the decoder, whether it was saved with its head or, as a base model, without, and alone or beside a vision part.
+_DECODER = re.compile(
+  r"(model\.language_model\.|language_model\.model\.|language_model\.|model\.)?(?=(embed_tokens|layers|norm)\.)"
+)
+# What no model of ours computes with, as transformers leaves it out. Frequencies follow from the config.
+_LEFT_OUT = {
+  "rotary buffers": re.compile(r"(.*\.)?rotary_emb\.\w+"),
+  "of the vision part": re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*"),
+  "of another head": re.compile(r"(score|v_head|classifier)\..*"),
+}
+
+
+def canonical_name(name: str) -> str:
+  """The name that a tensor has in a causal model, as `weights.tensor_name` gives it.
+
+  >>> canonical_name("layers.0.mlp.up_proj.weight")
+  'model.layers.0.mlp.up_proj.weight'
+  >>> canonical_name("language_model.model.norm.weight"), canonical_name("language_model.lm_head.weight")
+  ('model.norm.weight', 'lm_head.weight')
+  """
+  prefix = _DECODER.match(name)
+  return f"model.{name[prefix.end() :]}" if prefix else name.removeprefix("language_model.")
+
+
+def left_out(name: str) -> str | None:
+  """What a tensor is that no model computes with, in words; None of any other.
+
+  >>> left_out("model.layers.0.self_attn.rotary_emb.inv_freq"), left_out("score.weight"), left_out("lm_head.weight")
+  ('rotary buffers', 'of another head', None)
+  """
+  return next((kind for kind, pattern in _LEFT_OUT.items() if pattern.fullmatch(name)), None)
 
 
 @dataclasses.dataclass(frozen=True)

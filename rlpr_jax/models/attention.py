@@ -122,15 +122,24 @@ def _spread(x: Float[Array, "..."], sharding: Sharding, axis: int) -> Float[Arra
 
 
 def rotate(
-  x: Float[Array, "B T N H"], positions: Int[AnyArray, "B T"], frequencies: Float[Array, "H/2"]
+  x: Float[Array, "B T N H"],
+  positions: Int[AnyArray, "B T"],
+  frequencies: Float[Array, "..."],
+  factor: Float[Array, ""] | float = 1.0,
 ) -> Float[Array, "B T N H"]:
   """Rotary position embedding, halves layout (the first half of the head is paired with the second), in float32.
+
+  Args:
+    frequencies: of H / 2 pairs; with fewer, the last dimensions of a head stay as they are.
+    factor: by which what is rotated is multiplied too.
 
   >>> quarter = jnp.array([jnp.pi / 2])  # a quarter turn a position
   >>> rotate(jnp.array([[[[1.0, 0.0]], [[1.0, 0.0]]]]), jnp.array([[0, 1]]), quarter).round(3)[0, :, 0].tolist()
   [[1.0, 0.0], [0.0, 1.0]]
   """
   angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-  sin, cos = jnp.sin(angles), jnp.cos(angles)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  sin, cos = jnp.sin(angles) * factor, jnp.cos(angles) * factor
+  rotated, rest = x[..., : 2 * frequencies.size], x[..., 2 * frequencies.size :]
+  first, second = jnp.split(rotated.astype(jnp.float32), 2, axis=-1)
+  rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+  return jnp.concatenate([rotated, rest], axis=-1) if rest.size else rotated

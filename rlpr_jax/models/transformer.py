@@ -108,6 +108,18 @@ class CacheView(NamedTuple):
     return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
 
 
+class LayerKind(NamedTuple):
+  """In what layers differ, in one of them or stacked; None where none of them has it, so that nothing is computed."""
+
+  windowed: Bool[Array, "*L"] | None
+  unrotated: Bool[Array, "*L"] | None
+
+  @classmethod
+  def of(cls, config: ModelConfig) -> "LayerKind":
+    """Of all layers."""
+    return cls(*(jnp.array(flags) if any(flags) else None for flags in (config.windowed, config.unrotated)))
+
+
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale, or * (1 + scale) in Gemma, computed in float32."""
 
@@ -148,7 +160,7 @@ class Linear(nnx.Module):
 
 
 class Layer(nnx.Module):
-  """Pre-norm attention and a gated MLP; in Gemma with norms after both as well."""
+  """Attention and a gated MLP, with norms before both; in Gemma after both as well, in OLMo 2 only there."""
 
   def __init__(self, config: ModelConfig, runtime: Runtime, *, rngs: nnx.Rngs):
     self.config, self.runtime = config, runtime
@@ -156,39 +168,57 @@ class Layer(nnx.Module):
     def linear(name: str) -> Linear:
       return Linear(name, config, rngs=rngs)
 
-    self.attention_norm = RMSNorm(config.embed_dim, config)
+    if config.pre_norms:
+      self.attention_norm = RMSNorm(config.embed_dim, config)
     self.query, self.key, self.value, self.out = map(linear, ("query", "key", "value", "out"))
     if config.qk_norm:
-      self.query_norm = RMSNorm(config.head_dim, config)
-      self.key_norm = RMSNorm(config.head_dim, config)
-    self.mlp_norm = RMSNorm(config.embed_dim, config)
+      queries, keys = (config.num_heads, config.num_kv_heads) if config.qk_norm_whole else (1, 1)
+      self.query_norm = RMSNorm(queries * config.head_dim, config)
+      self.key_norm = RMSNorm(keys * config.head_dim, config)
+    if config.pre_norms:
+      self.mlp_norm = RMSNorm(config.embed_dim, config)
     self.gate, self.up, self.down = map(linear, ("gate", "up", "down"))
     if config.post_norms:
       self.post_attention_norm = RMSNorm(config.embed_dim, config)
       self.post_mlp_norm = RMSNorm(config.embed_dim, config)
 
   def project(
-    self, x: Float[Array, "B T D"], positions: Tokens, windowed: Bool[Array, ""] | None
+    self, x: Float[Array, "B T D"], positions: Tokens, kind: LayerKind
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]:
     """Rotated queries, rotated keys, and values of the residual stream."""
     config, constrain = self.config, self.runtime.sharding.constrain
-    x = self.attention_norm(x)
+    if config.pre_norms:
+      x = self.attention_norm(x)
     queries = constrain(self.query(x), "batch", "sequence", "heads", None)
     keys = constrain(self.key(x), "batch", "sequence", "kv_heads", None)
     values = constrain(self.value(x), "batch", "sequence", "kv_heads", None)
     if config.qk_norm:
-      queries, keys = self.query_norm(queries), self.key_norm(keys)
+      queries, keys = self._norm_heads(self.query_norm, queries), self._norm_heads(self.key_norm, keys)
+    rotation = self._rotation(kind)
+    return rotate(queries, positions, *rotation), rotate(keys, positions, *rotation), values
+
+  def _norm_heads(self, norm: RMSNorm, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
+    """Norms queries or keys, each head alone or all of them together."""
+    return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.config.qk_norm_whole else norm(x)
+
+  def _rotation(self, kind: LayerKind) -> tuple[Float[Array, "..."], Float[Array, ""] | float]:
+    """Frequencies of the rotary embedding in this layer, and the factor by which it multiplies what it rotates."""
+    config = self.config
     frequencies = jnp.asarray(config.rope.frequencies(config.head_dim))
-    if config.local_rope is not None and windowed is not None:
-      frequencies = jnp.where(windowed, config.local_rope.frequencies(config.head_dim), frequencies)
-    return rotate(queries, positions, frequencies), rotate(keys, positions, frequencies), values
+    factor: jax.Array | float = config.rope.attention_factor
+    if config.local_rope is not None and kind.windowed is not None:
+      frequencies = jnp.where(kind.windowed, config.local_rope.frequencies(config.head_dim), frequencies)
+      factor = jnp.where(kind.windowed, config.local_rope.attention_factor, factor)
+    if kind.unrotated is not None:  # by an angle of zero, which changes no bit
+      frequencies, factor = jnp.where(kind.unrotated, 0, frequencies), jnp.where(kind.unrotated, 1, factor)
+    return frequencies, factor
 
   def mix(self, x: Float[Array, "B T D"], attended: Float[Array, "B T N H"]) -> Float[Array, "B T D"]:
     """Adds the attention's output and the MLP to the residual stream."""
     config, constrain = self.config, self.runtime.sharding.constrain
     y = self.out(attended)
     x = x + constrain(self.post_attention_norm(y) if config.post_norms else y, "batch", "sequence", "embed")
-    h = self.mlp_norm(x)
+    h = self.mlp_norm(x) if config.pre_norms else x
     h = constrain(_ACTIVATIONS[config.activation](self.gate(h)) * self.up(h), "batch", "sequence", "mlp")
     y = self.down(h)
     return x + constrain(self.post_mlp_norm(y) if config.post_norms else y, "batch", "sequence", "embed")
@@ -228,12 +258,12 @@ class Decoder(nnx.Module):
 
     @functools.partial(jax.checkpoint, policy=_REMAT[self.runtime.remat])
     def body(x: jax.Array, scanned: tuple[Any, Any]) -> tuple[jax.Array, None]:
-      weights, windowed = scanned
+      weights, kind = scanned
       layer = nnx.merge(definition, weights)
-      queries, keys, values = layer.project(x, positions, windowed)
-      return layer.mix(x, attend(queries, keys, values, Places(segment_ids, windowed), self.attention)), None
+      queries, keys, values = layer.project(x, positions, kind)
+      return layer.mix(x, attend(queries, keys, values, Places(segment_ids, kind.windowed), self.attention)), None
 
-    x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed))
+    x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config)))
     return self.final_norm(x)
 
   def prefill(self, tokens: Tokens) -> tuple[Float[Array, "B T D"], KVCache]:
@@ -282,17 +312,17 @@ class Decoder(nnx.Module):
     definition, stacked = nnx.split(self.layers)
 
     def body(x: jax.Array, scanned: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, KVCache]:
-      weights, windowed, number = scanned
+      weights, kind, number = scanned
       layer = nnx.merge(definition, weights)
-      queries, keys, values = layer.project(x, positions, windowed)
+      queries, keys, values = layer.project(x, positions, kind)
       num_shards = self.runtime.sharding.num_shards("batch")
       cached = [view.layer(number, num_shards, self.runtime.compute_dtype) for view in views]
-      places = Places(segment_ids, windowed, positions)
+      places = Places(segment_ids, kind.windowed, positions)
       attended = attend(queries, keys, values, places, self.attention, cached)
       return layer.mix(x, attended), self._store(keys, values)
 
     numbers = jnp.arange(self.config.num_layers)
-    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, self._windowed, numbers))
+    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config), numbers))
     return self.final_norm(x), jax.tree.map(self.place_cache, new)
 
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -318,11 +348,6 @@ class Decoder(nnx.Module):
   @property
   def _head(self) -> Float[Array, "V D"]:
     return self.embedding[...] if self.config.tie_embeddings else self.head[...]
-
-  @property
-  def _windowed(self) -> Bool[Array, "L"] | None:
-    """Whether each layer has the window; None where none has, so that nothing is computed for it."""
-    return jnp.array(self.config.windowed) if any(self.config.windowed) else None
 
   def _embed(self, tokens: Tokens) -> Float[Array, "B T D"]:
     constrain = self.runtime.sharding.constrain

@@ -23,6 +23,7 @@ class Weight(NamedTuple):
   fan_in: tuple[str, ...] = ()  # the axes that are summed over; it begins normal, with a variance of 1 / their size
   linear: bool = False  # of a layer: axes that come in, the first, and axes that go out
   beside_post_norms: str = ""  # the module's name in a family that has norms after attention and MLP too
+  fused: str = ""  # the module, where it is one of several whose tensors are one in files, in the order of the table
 
   @property
   def inputs(self) -> int:
@@ -45,16 +46,22 @@ WEIGHTS = {
   "head": Weight("lm_head", ("vocab", "embed"), fan_in=("embed",)),
   "final_norm": Weight("model.norm", (None,)),
   "attention_norm": Weight("input_layernorm", (None,)),
-  "query": Weight("self_attn.q_proj", ("embed", "heads", "head_dim"), ("embed",), linear=True),
-  "key": Weight("self_attn.k_proj", ("embed", "kv_heads", "head_dim"), ("embed",), linear=True),
-  "value": Weight("self_attn.v_proj", ("embed", "kv_heads", "head_dim"), ("embed",), linear=True),
+  "query": Weight(
+    "self_attn.q_proj", ("embed", "heads", "head_dim"), ("embed",), linear=True, fused="self_attn.qkv_proj"
+  ),
+  "key": Weight(
+    "self_attn.k_proj", ("embed", "kv_heads", "head_dim"), ("embed",), linear=True, fused="self_attn.qkv_proj"
+  ),
+  "value": Weight(
+    "self_attn.v_proj", ("embed", "kv_heads", "head_dim"), ("embed",), linear=True, fused="self_attn.qkv_proj"
+  ),
   "out": Weight("self_attn.o_proj", ("heads", "head_dim", "embed"), ("heads", "head_dim"), linear=True),
   "query_norm": Weight("self_attn.q_norm", (None,)),
   "key_norm": Weight("self_attn.k_norm", (None,)),
   "post_attention_norm": Weight("post_attention_layernorm", (None,)),
   "mlp_norm": Weight("post_attention_layernorm", (None,), beside_post_norms="pre_feedforward_layernorm"),
-  "gate": Weight("mlp.gate_proj", ("embed", "mlp"), ("embed",), linear=True),
-  "up": Weight("mlp.up_proj", ("embed", "mlp"), ("embed",), linear=True),
+  "gate": Weight("mlp.gate_proj", ("embed", "mlp"), ("embed",), linear=True, fused="mlp.gate_up_proj"),
+  "up": Weight("mlp.up_proj", ("embed", "mlp"), ("embed",), linear=True, fused="mlp.gate_up_proj"),
   "down": Weight("mlp.down_proj", ("mlp", "embed"), ("mlp",), linear=True),
   "post_mlp_norm": Weight("post_feedforward_layernorm", (None,)),
 }
@@ -132,5 +139,23 @@ def tensor_name(config: ModelConfig, path: Path) -> str:
   """
   weight = weight_of(path)
   module = (config.post_norms and weight.beside_post_norms) or weight.huggingface
+  if config.fused_files and weight.fused:
+    module = weight.fused
   part = {"bias": "bias", "lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}.get(path[-1], "weight")
   return f"model.layers.{{}}.{module}.{part}" if path[0] == "layers" else f"{module}.{part}"
+
+
+def fused_rows(config: ModelConfig, path: Path) -> tuple[int, int] | None:
+  """Finds the rows of its tensor in which the parameter at `path` lies; None where it is all of the tensor.
+
+  >>> config = ModelConfig(8, 4, 6, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=2, fused_files=True)
+  >>> [fused_rows(config, ("layers", name, "weight")) for name in ("query", "key", "value", "up", "down")]
+  [(0, 4), (4, 6), (6, 8), (6, 12), None]
+  """
+  weight = weight_of(path)
+  if not config.fused_files or not weight.fused:
+    return None
+  parts = [part for part in WEIGHTS.values() if part.fused == weight.fused]
+  rows = [math.prod(part.shape(config)[part.inputs :]) for part in parts]
+  first = sum(rows[: parts.index(weight)])
+  return first, first + rows[parts.index(weight)]

@@ -39,6 +39,42 @@ OFFICIAL = {
     "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 151936,
   },
+  "DeepSeek-R1-Distill-Qwen-7B": {
+    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643, "eos_token_id": 151643,
+    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
+    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28,
+    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 10000,
+    "sliding_window": 4096, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.44.0", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
+    "vocab_size": 152064,
+  },
+  "Mistral-7B-v0.1": {
+    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336, "max_position_embeddings": 32768,
+    "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000,
+  },
+  "Mistral-Small-24B": {
+    "architectures": ["MistralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+    "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+    "intermediate_size": 32768, "max_position_embeddings": 32768, "model_type": "mistral",
+    "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_theta": 100000000.0, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.49.0.dev0", "use_cache": True, "vocab_size": 131072,
+  },
+  "DeepSeek-R1-0528-Qwen3-8B": {
+    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+    "intermediate_size": 12288, "max_position_embeddings": 131072, "max_window_layers": 36, "model_type": "qwen3",
+    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+      "attn_factor": 0.8782488562869419, "factor": 4.0, "original_max_position_embeddings": 32768,
+      "rope_type": "yarn",
+    },
+    "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+  },
   "Llama-3.1-8B": {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 128000,
     "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
@@ -85,6 +121,16 @@ OFFICIAL = {
     "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
     "torch_dtype": "bfloat16", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
   },
+  "gemma-2-27b": {
+    "_attn_implementation": "eager", "architectures": ["Gemma2ForCausalLM"], "attention_bias": False,
+    "attention_dropout": 0.0, "attn_logit_softcapping": 50.0, "bos_token_id": 2, "cache_implementation": "hybrid",
+    "eos_token_id": 1, "final_logit_softcapping": 30.0, "head_dim": 128, "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 4608, "initializer_range": 0.02,
+    "intermediate_size": 36864, "max_position_embeddings": 8192, "model_type": "gemma2", "num_attention_heads": 32,
+    "num_hidden_layers": 46, "num_key_value_heads": 16, "pad_token_id": 0, "query_pre_attn_scalar": 144,
+    "rms_norm_eps": 1e-06, "rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096,
+    "torch_dtype": "float32", "transformers_version": "4.42.0.dev0", "use_cache": True, "vocab_size": 256000,
+  },
   "gemma-3-1b-it": {
     "architectures": ["Gemma3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
     "attn_logit_softcapping": None, "bos_token_id": 2, "cache_implementation": "hybrid", "eos_token_id": [1, 106],
@@ -95,6 +141,33 @@ OFFICIAL = {
     "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 512, "sliding_window_pattern": 6,
     "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "use_cache": True, "vocab_size": 262144,
   },
+  "SmolLM3-3B": {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": None,
+    "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+    "intermediate_size": 11008, "layer_types": ["full_attention"] * 36, "max_position_embeddings": 65536,
+    "max_window_layers": 28, "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0] * 9, "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+    "pad_token_id": 128004, "pretraining_tp": 2, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 5000000.0,
+    "sliding_window": None, "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": True,
+    "use_sliding_window": False, "vocab_size": 128256,
+  },
+  "OLMo-2-1124-7B": {
+    "architectures": ["Olmo2ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 11008,
+    "max_position_embeddings": 4096, "model_type": "olmo2", "num_attention_heads": 32, "num_hidden_layers": 32,
+    "num_key_value_heads": 32, "pad_token_id": 100277, "rms_norm_eps": 1e-06, "rope_scaling": None,
+    "rope_theta": 500000, "tie_word_embeddings": False, "torch_dtype": "float32",
+    "transformers_version": "4.47.0.dev0", "use_cache": False, "vocab_size": 100352,
+  },
+  "phi-4": {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 100257,
+    "embd_pdrop": 0.0, "eos_token_id": 100265, "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02,
+    "intermediate_size": 17920, "max_position_embeddings": 16384, "model_type": "phi3", "num_attention_heads": 40,
+    "num_hidden_layers": 40, "num_key_value_heads": 10, "original_max_position_embeddings": 16384,
+    "pad_token_id": 100349, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 250000,
+    "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "transformers_version": "4.47.0", "use_cache": True, "vocab_size": 100352,
+  },
 }  # fmt: skip
 # Not published, but what transformers makes of them is as definite.
 MORE = {
@@ -104,6 +177,24 @@ MORE = {
   "qwen2 with windows in all layers": OFFICIAL["Qwen2.5-7B"] | {"use_sliding_window": True, "max_window_layers": 0},
   "qwen2 with windows of no length": OFFICIAL["Qwen2.5-7B"] | {
     "use_sliding_window": True, "sliding_window": None, "max_window_layers": 3,
+  },
+  "qwen2 with yarn": OFFICIAL["Qwen2.5-7B"] | {
+    "rope_scaling": {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+  },
+  "qwen2 with every field of yarn": OFFICIAL["Qwen2.5-7B"] | {
+    "rope_scaling": {
+      "factor": 40.0, "original_max_position_embeddings": 4096, "rope_type": "yarn", "beta_fast": 16,
+      "beta_slow": 2, "mscale": 0.707, "mscale_all_dim": 1.0, "truncate": False,
+    },
+  },
+  "llama with yarn that does not stretch": OFFICIAL["SmolLM2-135M"] | {
+    "rope_scaling": {
+      "factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "yarn", "attention_factor": 0.5,
+      "beta_fast": None, "mscale": None,
+    },
+  },
+  "llama with yarn in one pair": OFFICIAL["SmolLM2-135M"] | {
+    "rope_theta": 50.0, "rope_scaling": {"factor": 2.0, "original_max_position_embeddings": 4, "rope_type": "yarn"},
   },
   "qwen3 with windows by layer_types": OFFICIAL["Qwen3-8B"] | {
     "use_sliding_window": True, "sliding_window": 99, "layer_types": ["full_attention", "sliding_attention"] * 18,
@@ -132,6 +223,9 @@ MORE = {
                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
   },
   "gemma3 with a linear rope": OFFICIAL["gemma-3-1b-it"] | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}},
+  "gemma3 with yarn": OFFICIAL["gemma-3-1b-it"] | {
+    "rope_scaling": {"factor": 8.0, "rope_type": "yarn", "original_max_position_embeddings": 4096},
+  },
   "gemma3 of another period": OFFICIAL["gemma-3-1b-it"] | {"sliding_window_pattern": 4, "_sliding_window_pattern": 3},
   "gemma3 with theta beside rope_parameters": OFFICIAL["gemma-3-1b-it"] | {
     "rope_theta": 5e4, "rope_local_base_freq": 77.0,
@@ -142,9 +236,32 @@ MORE = {
     for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
                 "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
   },
+  "smollm3 with few fields": {
+    key: OFFICIAL["SmolLM3-3B"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+  },
+  "smollm3 with windows": {key: value for key, value in OFFICIAL["SmolLM3-3B"].items() if key != "layer_types"} | {
+    "use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1, 0] * 20, "attention_bias": True,
+  },
+  "olmo2 with few fields": {
+    key: OFFICIAL["OLMo-2-1124-7B"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings")
+  },
+  "phi3 with few fields": {
+    key: OFFICIAL["phi-4"][key]
+    for key in ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                "num_attention_heads", "max_position_embeddings", "pad_token_id")
+  },
+  "phi3 that rotates a part": OFFICIAL["phi-4"] | {"partial_rotary_factor": 0.75, "sliding_window": 2047},
+  "smollm3 that is rotated in every layer": OFFICIAL["SmolLM3-3B"] | {"no_rope_layers": [1] * 36},
 }  # fmt: skip
 ALL = OFFICIAL | MORE
-ROTARY = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2", "gemma3_text": "Gemma3"}
+ROTARY = {
+  "llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2",
+  "gemma3_text": "Gemma3", "smollm3": "SmolLM3", "olmo2": "Olmo2", "phi3": "Phi3",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -172,16 +289,23 @@ def check_same(ours, theirs):
   assert ours.max_length == theirs.max_position_embeddings
   activation = theirs.hidden_activation if gemma else theirs.hidden_act
   assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
-  attention_bias = family == "qwen2" or theirs.attention_bias
+  attention_bias = family == "qwen2" or getattr(theirs, "attention_bias", False)
   biases = {"query", "key", "value"} if attention_bias else set()
   biases |= {"out"} if attention_bias and family != "qwen2" else set()
   biases |= {"gate", "up", "down"} if getattr(theirs, "mlp_bias", False) else set()
   assert set(ours.biases) == biases
+  assert ours.fused_files == (family == "phi3")
   windowed = tuple(kind == "sliding_attention" for kind in getattr(theirs, "layer_types", []))
+  if family in ("mistral", "phi3"):
+    windowed = (theirs.sliding_window is not None,) * theirs.num_hidden_layers
   assert ours.windowed == (windowed if any(windowed) else ())
   assert ours.window == (theirs.sliding_window if any(windowed) else None)
-  assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma, gemma)
-  assert ours.qk_norm == (family in ("qwen3", "gemma3_text"))
+  unrotated = tuple(not flag for flag in getattr(theirs, "no_rope_layers", [])[: ours.num_layers])
+  assert ours.unrotated == (unrotated if any(unrotated) else ())
+  olmo = family == "olmo2"
+  assert (ours.norm_offset, ours.post_norms, ours.scale_embeddings) == (gemma, gemma or olmo, gemma)
+  assert ours.qk_norm == (family in ("qwen3", "gemma3_text", "olmo2"))
+  assert (ours.pre_norms, ours.qk_norm_whole) == (not olmo, olmo)
   assert ours.query_pre_attn_scalar == getattr(theirs, "query_pre_attn_scalar", None)
   assert ours.attention_softcap == getattr(theirs, "attn_logit_softcapping", None)
   assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
@@ -190,11 +314,15 @@ def check_same(ours, theirs):
   module = importlib.import_module(f"transformers.models.{name.lower()}.modeling_{name.lower()}")
   rotary = getattr(module, f"{name}RotaryEmbedding")(theirs)
   if family == "gemma3_text":
-    pairs = [(ours.rope, rotary.full_attention_inv_freq), (ours.local_rope, rotary.sliding_attention_inv_freq)]
+    pairs = [
+      (rope, getattr(rotary, f"{kind}_inv_freq"), getattr(rotary, f"{kind}_attention_scaling"))
+      for rope, kind in ((ours.rope, "full_attention"), (ours.local_rope, "sliding_attention"))
+    ]
   else:
     assert ours.local_rope is None
-    pairs = [(ours.rope, rotary.inv_freq)]
-  for rope, frequencies in pairs:
+    pairs = [(ours.rope, rotary.inv_freq, rotary.attention_scaling)]
+  for rope, frequencies, scale in pairs:
+    assert rope.attention_factor == pytest.approx(scale, rel=1e-15)
     np.testing.assert_allclose(rope.frequencies(ours.head_dim), frequencies.numpy(), rtol=3e-7)
 
 
@@ -248,8 +376,19 @@ def tiny(fields):
     ("Qwen3-8B", {"query_pre_attn_scalar": 7.0}),
     ("Qwen3-8B", {"local_rope": models.Rope(3.0)}),
     ("Qwen3-8B", {"window": 8}),
+    ("Qwen3-8B", {"unrotated": (True, False) * 18}),
+    ("SmolLM3-3B", {"qk_norm": True}),
+    ("OLMo-2-1124-7B", {"qk_norm_whole": False}),
+    ("OLMo-2-1124-7B", {"pre_norms": True}),
+    ("OLMo-2-1124-7B", {"rope": models.Rope(3.0, fraction=0.5)}),
+    ("phi-4", {"biases": ("query", "key", "value")}),
+    ("phi-4", {"rope": models.Rope(3.0, "linear", 2.0)}),
+    ("Qwen3-8B", {"fused_files": True}),
+    ("Qwen3-8B", {"qk_norm_whole": True}),
+    ("gemma-3-1b-it", {"pre_norms": False}),
     ("Llama-3.1-8B", {"biases": ("up", "down")}),
-    ("Llama-3.1-8B", {"windowed": (True,) * 32, "window": 8}),
+    ("Llama-3.1-8B", {"windowed": (True,) * 31 + (False,), "window": 8}),
+    ("Mistral-7B-v0.1", {"biases": ("query", "key", "value", "out")}),
     ("gemma-3-1b-it", {"scale_embeddings": False}),
     ("gemma-3-1b-it", {"norm_offset": False}),
     ("gemma-3-1b-it", {"post_norms": False}),
@@ -273,6 +412,16 @@ def test_settings_of_another_family_are_written_as_that_one():
   fields = to_huggingface(changed)
   assert fields["model_type"] == "llama"
   assert from_huggingface(fields, "") == changed
+
+
+@pytest.mark.parametrize(("name", "family"), [("Mistral-7B-v0.1", "mistral"), ("Mistral-Small-24B", "llama")])
+def test_mistral_is_written_as_what_computes_the_same(name, family):
+  """Without a window it is a Llama."""
+  config = from_huggingface(ALL[name], "")
+  fields = to_huggingface(config)
+  assert fields["model_type"] == family
+  assert ("attention_bias" in fields, "layer_types" in fields) == (family == "llama", False)
+  assert from_huggingface(fields, "") == config
 
 
 def test_adapters_do_not_stand_in_a_config():
@@ -302,38 +451,99 @@ REQUIRED = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers
 @pytest.mark.parametrize(
   ("name", "field"),
   [(name, field) for name in OFFICIAL for field in REQUIRED]
-  + [(name, "num_key_value_heads") for name in OFFICIAL if "lama" not in name and "Smol" not in name]
+  + [
+    (name, "num_key_value_heads")
+    for name in OFFICIAL
+    if not any(rule in name for rule in ("lama", "SmolLM2", "OLMo", "phi"))
+  ]
   + [(name, "head_dim") for name in OFFICIAL if "gemma" in name],
 )
 def test_missing_field(name, field):
   assert message(name, **{field: None}) == f"{field} is None, expected a positive integer"
 
 
-@pytest.mark.parametrize(
-  "family", ["gpt2", "mistral", "qwen3_moe", "mixtral", "gemma", "gemma3", "phi3", "", 3, ["llama"]]
-)
+@pytest.mark.parametrize("family", ["gpt2", "qwen3_moe", "mixtral", "gemma", "gemma3n", "", 3, ["llama"]])
 def test_other_family(family):
-  expected = f"model_type is {family!r}, expected one of llama, qwen2, qwen3, gemma2, gemma3_text"
-  assert message("Llama-3.1-8B", model_type=family) == expected
+  known = "llama, mistral, qwen2, qwen3, gemma2, gemma3_text, smollm3, olmo2, phi3, gemma3"
+  assert message("Llama-3.1-8B", model_type=family) == f"model_type is {family!r}, expected one of {known}"
 
 
-def test_multimodal_gemma3(tmp_path):
-  """As transformers writes it: the text model is a part of it."""
-  text = ALL["gemma-3-1b-it"]
-  transformers.Gemma3Config(text_config=text).save_pretrained(tmp_path)
-  fields = json.loads((tmp_path / "config.json").read_text())
-  with pytest.raises(InputError, match=r"model_type is 'gemma3', expected one of .*gemma3_text"):
+VISION = {
+  "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+  "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+}  # fmt: skip
+ROPE_4B = {"factor": 8.0, "rope_type": "linear"}
+# As published: in text_config stands what is not as in Gemma3TextConfig.
+MULTIMODAL = {
+  f"gemma-3-{size}-it": {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "model_type": "gemma3", "text_config": text | {"model_type": "gemma3_text", "rope_scaling": ROPE_4B},
+    "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0", "vision_config": VISION,
+  }
+  for size, text in {
+    "4b": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024},
+    "12b": {
+      "hidden_size": 3840, "intermediate_size": 15360, "num_attention_heads": 16, "num_hidden_layers": 48,
+      "num_key_value_heads": 8, "sliding_window": 1024,
+    },
+    "27b": {
+      "head_dim": 128, "hidden_size": 5376, "intermediate_size": 21504, "num_attention_heads": 32,
+      "num_hidden_layers": 62, "num_key_value_heads": 16, "query_pre_attn_scalar": 168, "sliding_window": 1024,
+    },
+    "default": {},
+  }.items()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_text_part_of_a_multimodal_model(name, read_by_transformers, tmp_path):
+  """In both spellings, and written as a text model."""
+  config, theirs = from_huggingface(MULTIMODAL[name], name), read_by_transformers(MULTIMODAL[name])
+  check_same(config, theirs.text_config)
+  theirs.save_pretrained(tmp_path / "saved")
+  saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+  assert "rope_parameters" in saved["text_config"]
+  assert from_huggingface(saved, name) == config
+  fields = to_huggingface(config)
+  assert fields["model_type"] == "gemma3_text"
+  assert from_huggingface(fields, name) == config
+  check_same(config, read_by_transformers(fields))
+
+
+@pytest.mark.parametrize(
+  ("top", "text", "expected"),
+  [
+    ({"text_config": None}, {}, "text_config is missing, expected with model_type gemma3"),
+    ({"text_config": 3}, {}, "text_config is 3, expected an object"),
+    ({"quantization_config": {"bits": 4}}, {}, "quantization_config is {'bits': 4}, which is not implemented for"),
+    ({"hidden_size": 3}, {}, "hidden_size is 3, which is not implemented for gemma3, expected no such field"),
+    ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "tie_word_embeddings is False, and not so in"),
+    ({}, {"tie_word_embeddings": False}, "tie_word_embeddings is True, and not so in text_config, expected the same"),
+    ({}, {"model_type": "llama"}, "text_config: model_type is 'llama', expected gemma3_text with gemma3"),
+    ({}, {"hidden_size": "2560"}, "text_config: hidden_size is '2560', expected a positive integer"),
+    ({}, {"use_bidirectional_attention": True}, "text_config: use_bidirectional_attention is True, which is not"),
+    ({}, {"rope_scaling": {"rope_type": "x"}}, "text_config: rope type is 'x', expected one of default, linear,"),
+  ],
+)
+def test_multimodal_model_that_is_refused(top, text, expected):
+  fields = dict(MULTIMODAL["gemma-3-4b-it"])
+  fields["text_config"] = fields["text_config"] | text
+  fields = {key: value for key, value in (fields | top).items() if value is not None}
+  with pytest.raises(InputError) as caught:
     from_huggingface(fields, "config.json")
+  assert str(caught.value).startswith(f"config.json: {expected}")
+  assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "yarn", "longrope", "proportional", "mrope", "su", 3, ["llama3"], None])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "proportional", "mrope", "su", 3, ["llama3"], None])
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
 def test_other_rope_types(kind, spelling):
   said = message("SmolLM2-135M", **{spelling: {"rope_type": kind, "factor": 4.0}})
-  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3"
+  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3, yarn"
   full = {"full_attention": {"rope_type": kind, "factor": 4.0}}
   said = message("gemma-3-1b-it", **{spelling: full["full_attention"] if spelling == "rope_scaling" else full})
-  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3"
+  assert said == f"rope type is {kind!r}, expected one of default, linear, llama3, yarn"
 
 
 def test_other_rope_type_in_the_old_spelling():
@@ -363,6 +573,67 @@ def test_missing_field_of_a_rope(field):
 )
 def test_fields_of_a_rope(rope, expected):
   assert expected in message("Llama-3.1-8B", rope_scaling=LLAMA3_ROPE | rope)
+
+
+@pytest.mark.parametrize(
+  ("rope", "expected"),
+  [
+    ({"factor": None}, "rope: factor is None, expected a positive number"),
+    ({"factor": 0}, "rope: factor is 0, expected a positive number"),
+    ({"original_max_position_embeddings": None}, "rope: original_max_position_embeddings is None, expected a positive"),
+    ({"beta_fast": "32"}, "rope: beta_fast is '32', expected a positive number"),
+    ({"beta_fast": 1, "beta_slow": 2}, "rope: beta_fast is 1.0, expected at least beta_slow, 2.0"),
+    ({"mscale": -1.0}, "rope: mscale is -1.0, expected a positive number"),
+    ({"attention_factor": 0}, "rope: attention_factor is 0, expected a positive number"),
+    ({"truncate": 0}, "rope: truncate is 0, expected true or false"),
+    ({"rope_theta": 1}, "rope: rope_theta is 1, expected another with rope type 'yarn'"),
+    ({"low_freq_factor": 1.0}, "rope: low_freq_factor is 1.0, expected no such field with rope type 'yarn'"),
+    ({"short_factor": [1.0]}, "rope: short_factor is [1.0], expected no such field with rope type 'yarn'"),
+  ],
+)
+def test_fields_of_yarn(rope, expected):
+  yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+  assert message("Qwen2.5-7B", rope_scaling=yarn | rope).startswith(expected)
+
+
+@pytest.mark.parametrize("field", ["factor", "original_max_position_embeddings"])
+def test_missing_field_of_yarn(field):
+  yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+  del yarn[field]
+  assert message("Qwen2.5-7B", rope_scaling=yarn) == f"rope: {field} is missing, expected with rope type 'yarn'"
+
+
+@pytest.mark.parametrize(
+  ("fields", "expected"),
+  [
+    ({"rope_scaling": {"type": "longrope", "long_factor": [1.0]}}, "rope type is 'longrope', expected default"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope type is 'linear', expected default"),
+    ({"partial_rotary_factor": 0.56}, "rope: partial_rotary_factor is 0.56, expected at most 1, and an even number"),
+    ({"partial_rotary_factor": 1.5}, "rope: partial_rotary_factor is 1.5, expected at most 1"),
+    ({"partial_rotary_factor": 0.001}, "rope: partial_rotary_factor is 0.001, expected at most 1, and an even"),
+    ({"rope_parameters": {"partial_rotary_factor": 0}}, "rope: partial_rotary_factor is 0, expected a positive number"),
+    ({"resid_pdrop": 0.1}, "resid_pdrop is 0.1, only 0.0 is implemented"),
+    ({"attention_bias": True}, "attention_bias is True, which is not implemented for phi3"),
+    ({"mlp_bias": True}, "mlp_bias is True, which is not implemented for phi3"),
+    ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "rope: factor is 2.0, expected no such field"),
+  ],
+)
+def test_fields_of_phi3(fields, expected):
+  assert message("phi-4", **fields).startswith(expected)
+
+
+def test_yarn_of_gemma3_is_truncated():
+  """transformers looks for the field in another place than where it stands."""
+  yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "truncate": False}
+  assert message("gemma-3-1b-it", rope_scaling=yarn).startswith("rope: truncate is false, expected true")
+
+
+def test_yarn_is_written_with_the_fields_that_others_know():
+  """Those of its defaults that vLLM does not read are left out."""
+  fields = to_huggingface(from_huggingface(ALL["DeepSeek-R1-0528-Qwen3-8B"], ""))
+  assert fields["rope_scaling"] == {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "beta_fast": 32.0, "beta_slow": 1.0,
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -404,6 +675,11 @@ def test_fields_of_a_rope(rope, expected):
     ("Qwen3-8B", "head_dim", ..., "head_dim is None, expected a positive integer"),
     ("Qwen2.5-7B", "use_sliding_window", "no", "use_sliding_window is 'no', expected true or false"),
     ("qwen2 with windows", "max_window_layers", -1, "max_window_layers is -1, expected an integer, 0 or more"),
+    ("SmolLM3-3B", "no_rope_layers", [1] * 35, "no_rope_layers is [1, 1, "),
+    ("SmolLM3-3B", "no_rope_layers", [2] * 36, "no_rope_layers is [2, 2, "),
+    ("SmolLM3-3B", "no_rope_layers", 4, "no_rope_layers is 4, expected a list of 36, each 0 or 1"),
+    ("smollm3 with few fields", "no_rope_layer_interval", 0, "no_rope_layer_interval is 0, expected a positive"),
+    ("SmolLM3-3B", "layer_types", ["sliding_attention"] * 36, "layers have sliding_attention but no window"),
     ("Qwen2.5-7B", "layer_types", ["sliding_attention"] * 28, "layers have sliding_attention but no window"),
   ],
 )  # fmt: skip
@@ -444,9 +720,12 @@ def test_soft_cap_of_gemma3_is_refused():
   assert from_huggingface(fields, "").attention_softcap is None
 
 
-@pytest.mark.parametrize(("field", "value"), [("pretraining_tp", 2), ("partial_rotary_factor", 0.5)])
+@pytest.mark.parametrize(
+  ("field", "value"), [("pretraining_tp", 2), ("partial_rotary_factor", 0.5), ("embd_pdrop", 0.1), ("resid_pdrop", 0.1)]
+)
 def test_setting_that_is_implemented_for_one_value(field, value):
-  assert message("SmolLM2-135M", **{field: value}).startswith(f"{field} is {value}, only 1")
+  only = {"pretraining_tp": "1", "partial_rotary_factor": "1.0"}.get(field, "0.0")
+  assert message("SmolLM2-135M", **{field: value}) == f"{field} is {value}, only {only} is implemented"
 
 
 @pytest.mark.parametrize(
@@ -474,5 +753,8 @@ def test_fields_that_change_nothing(name):
     "unsloth_fixed": True, "_name_or_path": "x", "auto_map": {"AutoModel": "modeling.X"}, "dtype": "float32",
     "do_sample": True, "temperature": 0.6, "partial_rotary_factor": 1.0, "use_qk_norm": False, "num_experts": None,
     "mlp_only_layers": [], "quantization_config": None, "transformers.js_config": {"a": 1},
+    "_attn_implementation": "flash_attention_2", "_flash_attn_2_enabled": True, "embd_pdrop": 0.0, "resid_pdrop": 0.0,
+    "pad_token": "<pad>", "model_max_length": 4096, "use_bfloat16": True, "gradient_checkpointing": True,
+    "diversity_penalty": 0.0, "num_return_sequences": 1, "no_repeat_ngram_size": 0, "pruned_heads": {},
   }  # fmt: skip
   assert from_huggingface(ALL[name] | more, name) == from_huggingface(ALL[name], name)

@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from rlpr_jax import huggingface, models
 from rlpr_jax.errors import InputError
+from rlpr_jax.huggingface import loading
 
 CONFIG = {
   "model_type": "llama",
@@ -149,6 +150,50 @@ def test_layout_of_biases(directory, tensors):
       np.testing.assert_array_equal(np.ravel(found[layer]), tensors[f"model.layers.{layer}.{theirs}.bias"])
 
 
+@pytest.fixture
+def fused(directory, tensors):
+  """The same weights as a Phi-3 has them."""
+  change_config(directory, model_type="phi3")
+  for layer in range(2):
+    for name, parts in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate_", "up_"))):
+      names = [f"model.layers.{layer}.{name.split('.')[0]}.{part.removesuffix('_')}_proj.weight" for part in parts]
+      tensors[f"model.layers.{layer}.{name}_proj.weight"] = np.concatenate([tensors.pop(part) for part in names])
+  save_file(tensors, directory / "model.safetensors")
+  return tensors
+
+
+def test_layout_of_fused_tensors(directory, fused):
+  """One below the other in the file: query, key, value; gate, up."""
+  _, params = huggingface.load_pretrained(str(directory))
+  again = dict(fused)
+  for layer in range(2):
+    qkv, mlp = (again[f"model.layers.{layer}.{name}_proj.weight"] for name in ("self_attn.qkv", "mlp.gate_up"))
+    for name, rows in (("q", slice(0, 24)), ("k", slice(24, 36)), ("v", slice(36, 48))):
+      again[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = qkv[rows]
+    again |= {
+      f"model.layers.{layer}.mlp.gate_proj.weight": mlp[:12],
+      f"model.layers.{layer}.mlp.up_proj.weight": mlp[12:],
+    }
+  check_layout(params, again)
+
+
+def test_slices_of_fused_tensors(directory, fused):
+  """What one device of several reads of the keys."""
+  name = "model.layers.1.self_attn.qkv_proj.weight"
+  with loading._open_file(directory / "model.safetensors") as reader:
+    keys = loading._Tensor(directory, name, reader, rows=(24, 36))
+    np.testing.assert_array_equal(loading._read(keys, (slice(6, 12), slice(0, 3))), fused[name][30:36, :3])
+    np.testing.assert_array_equal(loading._read(keys, (slice(None), slice(None))), fused[name][24:36])
+
+
+def test_mis_shaped_fused_tensor(directory, fused):
+  name = "model.layers.1.mlp.gate_up_proj.weight"
+  fused[name] = fused[name][:12]
+  save_file(fused, directory / "model.safetensors")
+  file = directory / "model.safetensors"
+  assert error(directory) == f"{file}: tensor {name} has shape [12, 8], expected [24, 8]"
+
+
 def test_shards(directory, tensors):
   _, expected = huggingface.load_pretrained(str(directory))
   shard(directory, tensors)
@@ -179,17 +224,122 @@ def test_files_load_as_bfloat16(directory, tensors, stored):
   check_layout(params, {name: tensor.astype(jnp.bfloat16) for name, tensor in stored.items()})
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"])
-def test_frequencies_in_the_file_are_not_read(directory, tensors, name):
+BUFFERS = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "rotary_emb.inv_freq"]
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_frequencies_in_the_file_are_left_out(directory, tensors, name, capsys):
   save_file(tensors | {name: np.ones(3, np.float32)}, directory / "model.safetensors")
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
+  said = "tensors left out, which the model does not compute with: 1 rotary buffers"
+  assert capsys.readouterr().out == f"{directory}: {said}\n"
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("listed", [True, False])
+def test_frequencies_in_the_index_or_beside_it(directory, tensors, held, listed):
+  """Older files hold them and do not list them, or the other way round."""
+  buffers = {name: np.ones(3, np.float32) for name in BUFFERS}
+  weight_map = shard(directory, tensors | buffers)
+  if not held:
+    for file in ("part-0.safetensors", "part-1.safetensors"):
+      save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, directory / file)
+  if not listed:
+    weight_map = {name: weight_map[name] for name in tensors}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
   check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
 
 
-def test_tied_head_in_the_file_is_not_read(directory, tensors):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_heads_of_other_models_are_left_out(directory, tensors, sharded, capsys):
+  more = {"score.weight": np.ones((2, 8), np.float32), "v_head.summary.bias": np.ones(1, np.float32)}
+  more[BUFFERS[0]] = np.ones(3, np.float32)
+  save_file(tensors | more, directory / "model.safetensors")
+  if sharded:
+    shard(directory, tensors | more)
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
+  (line,) = capsys.readouterr().out.splitlines()
+  assert line.startswith(f"{directory}: tensors left out, which the model does not compute with: ")
+  assert {"2 of another head", "1 rotary buffers"} == set(line.split("with: ")[1].split(", "))
+
+
+def test_nothing_is_said_where_nothing_is_left_out(directory, capsys):
+  huggingface.load_pretrained(str(directory))
+  assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_names_of_a_base_model(directory, tensors, sharded):
+  """Saved without its head, it does not begin its names with `model.`; transformers takes both."""
+  head = {"lm_head.weight": tensors["lm_head.weight"]}
+  base = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name not in head}
+  save_file(base | head, directory / "model.safetensors")
+  if sharded:
+    shard(directory, base | head)
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)
+
+
+def test_base_model_with_a_tied_head(directory, tensors):
+  del tensors["lm_head.weight"]
+  save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
   change_config(directory, tie_word_embeddings=True)
-  tensors["lm_head.weight"] = np.full((11, 8), np.nan, np.float32)
+  _, params = huggingface.load_pretrained(str(directory))
+  np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"])
+
+
+def test_base_model_without_a_head(directory, tensors):
+  del tensors["lm_head.weight"]
+  save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
+  assert error(directory) == f"{directory}: tensor lm_head.weight is missing, expected shape [11, 8]"
+
+
+def test_tensor_under_two_names(directory, tensors):
+  file = directory / "model.safetensors"
+  save_file(tensors | {"norm.weight": np.ones(8, np.float32)}, file)
+  assert error(directory) == f"{file}: has tensors model.norm.weight and norm.weight, expected one of them"
+
+
+def test_a_tensor_has_its_own_name_in_an_error(directory, tensors):
+  tensors["norm.weight"] = np.ones(9, np.float32)
+  del tensors["model.norm.weight"]
   save_file(tensors, directory / "model.safetensors")
-  assert "head" not in huggingface.load_pretrained(str(directory))[1]
+  assert error(directory) == f"{directory}/model.safetensors: tensor norm.weight has shape [9], expected [8]"
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_tied_head_in_the_file_is_the_embedding_once_more(directory, tensors, stored, monkeypatch):
+  """In whatever dtype, and in however many slices they are compared."""
+  monkeypatch.setattr(loading, "_COMPARED", 3 * 4 * 8)  # three rows
+  change_config(directory, tie_word_embeddings=True)
+  embedding = tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].astype(jnp.bfloat16)
+  tensors["lm_head.weight"] = embedding.astype(jnp.dtype(stored))
+  save_file(tensors, directory / "model.safetensors")
+  config, params = huggingface.load_pretrained(str(directory))
+  assert config.tie_embeddings
+  assert "head" not in params
+
+
+@pytest.mark.parametrize("place", [(0, 0), (5, 3), (10, 7)])
+@pytest.mark.parametrize("value", [np.nan, 1.5])
+def test_tied_head_that_is_another(directory, tensors, place, value, monkeypatch):
+  """transformers would compute with it, and we would not."""
+  monkeypatch.setattr(loading, "_COMPARED", 3 * 4 * 8)
+  change_config(directory, tie_word_embeddings=True)
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+  tensors["lm_head.weight"][place] = value
+  file = directory / "model.safetensors"
+  save_file(tensors, file)
+  said = "expected the same numbers where config.json has tie_word_embeddings true"
+  assert error(directory) == f"{file}: tensor lm_head.weight differs from model.embed_tokens.weight, {said}"
+  change_config(directory)
+  check_layout(huggingface.load_pretrained(str(directory))[1], tensors)  # untied, as it says
+
+
+def test_tied_head_of_another_shape(directory, tensors):
+  change_config(directory, tie_word_embeddings=True)
+  tensors["lm_head.weight"] = np.concatenate([tensors["model.embed_tokens.weight"]] * 2)
+  save_file(tensors, directory / "model.safetensors")
+  assert "tensor lm_head.weight differs from model.embed_tokens.weight, expected" in error(directory)
 
 
 def test_one_file_goes_before_an_index(directory, tensors):

@@ -213,9 +213,9 @@ def count(directory, mesh, dtype, *process):
 
   reads, read = [], loading._read
 
-  def recorded(file, name, index):
-    found = read(file, name, index)
-    reads.append((name, found.shape, float(found.sum(dtype=np.float64))))
+  def recorded(tensor, index):
+    found = read(tensor, index)
+    reads.append((tensor.name, found.shape, float(found.sum(dtype=np.float64))))
     return found
 
   loading._read = recorded

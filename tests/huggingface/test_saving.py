@@ -305,6 +305,7 @@ LORAS = {
   "qwen3": models.LoRA(4, 16.0, LINEAR),
   "gemma2": models.LoRA(2, 4.0, ("key", "gate")),
   "gemma3": models.LoRA(5, 3.0, LINEAR),
+  "phi3_partial": models.LoRA(4, 16.0, ("out", "down")),
 }
 
 
@@ -395,6 +396,19 @@ def test_adapters_alone_are_enough(tmp_path):
     "adapter_config.json",
     "adapter_model.safetensors",
   ]
+
+
+def test_adapters_of_fused_layers(tmp_path):
+  """They are merged into their own rows; alone, they would be adapters of a layer that they are a part of."""
+  lora = models.LoRA(3, 7.5, LINEAR)
+  config = dataclasses.replace(cases.config("phi3"), lora=lora)
+  params = jax.tree.map(jnp.asarray, cases.random_params(config))
+  huggingface.save_pretrained(tmp_path / "merged", config, params)
+  found = cases.torch_logits(load_torch(tmp_path / "merged"), TOKENS)
+  np.testing.assert_allclose(found, our_logits(config, params), atol=2e-5)
+  with pytest.raises(InputError, match="the adapters of query, key, value, gate, up belong to one tensor of the model"):
+    huggingface.save_adapter(tmp_path / "alone", config, params, "base")
+  assert not (tmp_path / "alone").exists()
 
 
 def test_no_adapters_to_write(tmp_path):
