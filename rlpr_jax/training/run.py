@@ -125,7 +125,8 @@ def digest_inputs(run: Run) -> inputs.Inputs:
 def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> None:
   """Checks that the model knows all tokens of the prompts: a tokenizer may have more, such as one for images.
 
-  >>> check_vocabulary("config.data", [Prompt(ids=jax.numpy.array([5, 8]), row=3)], vocab_size=8)
+  >>> import numpy as np
+  >>> check_vocabulary("config.data", [Prompt(ids=np.array([5, 8]), row=3)], vocab_size=8)
   Traceback (most recent call last):
   rlpr_jax.errors.InputError: config.data: prompt 3 holds token 8, expected tokens of the model, under 8
   """
