@@ -266,8 +266,8 @@ def few_heads() -> dict:
 CASES = ("llama", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3_windows", "olmo2", "phi3_partial")
 # Left to the slow tests.
 SLOW = (
-  "llama", "llama_biases", "qwen3", "gemma2", "gemma3", "smollm3_windows", "phi3_partial", "2 key/value heads on 8", "parameters alone", "places",
-  "activations",
+  "llama", "llama_biases", "qwen3", "gemma2", "gemma3", "smollm3_windows", "phi3_partial", "2 key/value heads on 8",
+  "parameters alone", "places", "activations",
 )  # fmt: skip
 
 
