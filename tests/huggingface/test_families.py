@@ -19,7 +19,7 @@ from rlpr_jax.models import Rope
 from tests.models import cases
 
 TOKENS = cases.random_tokens(2, cases.LENGTH)
-ATOL = 2e-5  # of logits of size one; the largest difference seen is a quarter of it
+ATOL = 2e-5  # of logits of size one; the largest difference seen is half of it
 
 
 @functools.cache
