@@ -66,7 +66,7 @@ def test_one_place_says_how_a_response_ends(model, tmp_path):
   tokenizer = run.engine.tokenizer
   assert run.engine.device.settings.eos_ids == eos_ids
   assert tokenizer.decode([run.engine.eos_id]) == end
-  (row,) = supervised.load(run.config, tokenizer, run.engine.eos_id)
+  (row,), _ = supervised.load(run.config, tokenizer, run.engine.eos_id)
   assert tokenizer.decode(row.response) == f"<answer> 2 </answer>{end}"
   ids = tokenizer.encode("<think>a</think><answer>9</answer>", add_special_tokens=False)
   spliced = run.engine._splice(run.prompts[0], ids)
@@ -174,7 +174,7 @@ def test_a_template_that_opens_the_thought(published, tmp_path):
   )
   evidence = gather_evidence(run.config, [(0, prompt)], rollouts, np.zeros((1, 3), np.float32))
   assert (evidence.formats == 1).all()
-  (row,) = supervised.load(c, tokenizer)
+  (row,), _ = supervised.load(c, tokenizer)
   assert tokenizer.decode(row.prompt + row.response).endswith(
     "assistant:<think>\none more </think> <answer> 2 </answer><|im_end|>"
   )
