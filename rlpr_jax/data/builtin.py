@@ -273,7 +273,8 @@ def _letters(rng: random.Random) -> Question:
 
 def _price(rng: random.Random) -> Question:
   """`3*4+5 coins`: ten silver make a gold; the careless way gets the product wrong."""
-  a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(1, 9)
+  a, b = rng.randint(2, 9), rng.randint(2, 9)
+  c = rng.randint(1, 9)
 
   def think(product: int) -> tuple[str, str]:
     total = product + c
@@ -303,7 +304,7 @@ def _chain(rng: random.Random) -> Question:
 
 
 def _own_meaning(text: str) -> Meaning:
-  """What the answer to a question that was made here has to say."""
+  """Works out the meaning of the answer to a question that was made here."""
   known = meaning(text)
   assert known is not None
   return known
@@ -346,7 +347,8 @@ def _late(rng: random.Random) -> Question:
 
   The careless way forgets the hour, or gets the sum of the minutes wrong.
   """
-  unit, hour, due = rng.choice(_VEHICLES), rng.randint(1, 11), 5 * rng.randint(1, 11)
+  unit = rng.choice(_VEHICLES)
+  hour, due = rng.randint(1, 11), 5 * rng.randint(1, 11)
   late = rng.choice([late for late in range(6, 60) if (due + late) % 60])
   total = due + late
 

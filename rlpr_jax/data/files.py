@@ -37,7 +37,7 @@ class DataFile(NamedTuple):
 
 
 class Part(NamedTuple):
-  """What one of several names stands for."""
+  """One of several names, taken apart."""
 
   name: str
   files: tuple[DataFile, ...]
@@ -252,7 +252,7 @@ def _stem(file: str) -> str:
 
 
 def _read_card(path: Path) -> dict[str, Any]:
-  """What the head of a README.md says; nothing if it cannot be read."""
+  """Reads the head of a README.md; {} if it cannot be read."""
   try:
     return huggingface_hub.metadata_load(path) or {}
   except Exception:  # YAML of anybody's; the files speak for themselves

@@ -72,7 +72,7 @@ class DroppedRow(NamedTuple):
 
 
 class Read(NamedTuple, Generic[T]):
-  """What was made of the rows of some files, in their order, and what could not be."""
+  """Rows of some files as examples, in their order, and those that cannot be used."""
 
   items: list[T]
   dropped: list[DroppedRow]
@@ -209,7 +209,7 @@ def _of_split(file: files.DataFile, part: files.Part, columns: Columns, rows: Ro
 
 
 def _question_parser(file: files.DataFile, columns: Columns, weight: float) -> Callable[[int, Row], Example]:
-  """What makes a question of a row of this file."""
+  """Makes the function that reads a question of a row of this file."""
   if "reward_model" in columns:
     question, answer = _pick(file.name, columns, ("prompt",)), "reward_model"
   else:
@@ -230,7 +230,7 @@ def _question_parser(file: files.DataFile, columns: Columns, weight: float) -> C
 def _demonstration_parser(
   file: files.DataFile, columns: Columns, weight: float
 ) -> Callable[[int, Row], tuple[Example, str]]:
-  """What makes a prompt and its response of a row of this file."""
+  """Makes the function that reads a prompt and its response of a row of this file."""
   question, response = _pick(file.name, columns, QUESTION), _pick(file.name, columns, RESPONSE)
   to_messages = _chat if question == "messages" else _question
 
@@ -292,7 +292,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _from_json(value: Any) -> Any:
-  """What a text of a JSON object or list says; any other value as it is."""
+  """Reads a text of a JSON object or list; any other value stays as it is."""
   if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
     try:
       return json.loads(value)

@@ -143,7 +143,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def _patterns(controls: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-  """What finds special tokens, and these or the tags of a thought."""
+  """Patterns of special tokens, and of these and the tags of a thought."""
   return (
     re.compile("|".join(re.escape(token) for token in controls if token not in _THOUGHT) or "(?!)"),
     re.compile("|".join(map(re.escape, (*controls, *_THOUGHT)))),

@@ -477,7 +477,8 @@ def _judge_pairs() -> None:
     r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
   ):
     verify(read(text), read(f"2 {text}"), timeout_seconds=None)  # loads what takes long the first time
-  answers, sys.stdout, sys.stderr = sys.stdout, None, None  # what prints goes nowhere
+  answers = sys.stdout
+  sys.stdout = sys.stderr = None  # what prints goes nowhere
   print("ready", file=answers, flush=True)
   for line in sys.stdin:
     answer, reference = json.loads(line)

@@ -256,7 +256,8 @@ def _unit(rest: str, quoted: frozenset[str]) -> Unit | None:
         power = _SQUARES[token.lower()]
     elif symbol and (len(token) > 1 or token in _LETTERS or token in quoted or sign < 0):
       measures[symbol] = measures.get(symbol, 0) + sign * power
-      power, last, spaced = 1, symbol, True
+      power, last = 1, symbol
+      spaced = True
       certain &= token in quoted or len(token) > 2 or token in _CERTAIN
     elif token.lower() not in _FILLERS:
       if token not in quoted and not (spaced and len(token) > 2):
@@ -305,7 +306,8 @@ def parse_list(text: str) -> list[float] | None:
   text = text.replace("\\}", ")").strip().rstrip(".").strip(" ,")
   if text[:1] in _CLOSING and text.endswith(_CLOSING[text[0]]):
     text = text[1:-1]
-  items, depth, start = [], 0, 0
+  items = []
+  depth, start = 0, 0
   for i, c in enumerate(text):
     depth += (c in "([{") - (c in ")]}")
     if c == "," and depth == 0:

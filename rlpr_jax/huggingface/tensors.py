@@ -36,7 +36,7 @@ def canonical_name(name: str) -> str:
 
 
 def left_out(name: str) -> str | None:
-  """What a tensor is that no model computes with, in words; None of any other.
+  """Names in words a tensor that no model computes with; None of any other.
 
   >>> left_out("model.layers.0.self_attn.rotary_emb.inv_freq"), left_out("score.weight"), left_out("lm_head.weight")
   ('rotary buffers', 'of another head', None)

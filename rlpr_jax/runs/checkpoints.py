@@ -49,7 +49,8 @@ class Checkpoints(Generic[State]):
         storage is borne.
       split, join: take a state apart into what goes on disk, and put it together again.
     """
-    self._directory, self.log, self._split, self._join = (workdir / "checkpoints").absolute(), log, split, join
+    self._directory, self.log = (workdir / "checkpoints").absolute(), log
+    self._split, self._join = split, join
     self._under_way: tuple[OnDisk, float | None] | None = None
     self._open()
 
@@ -167,7 +168,8 @@ class Checkpoints(Generic[State]):
       arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, arrays)),
       host=ocp.args.JsonRestore(),
     )
-    params, arrays, host = restored["params"], restored["arrays"], restored["host"]
+    params, arrays = restored["params"], restored["arrays"]
+    host = restored["host"]
     _verify(f"{self._directory}/{step}", host.pop("checksums", None), (params, arrays))
     return self._join(params, arrays, host)
 

@@ -51,7 +51,8 @@ class Watch:
 
   def __init__(self, directory: pathlib.Path, settings: ConfigDict, retry_seconds: float):
     """`directory`: where minibatches that were not finite are written."""
-    self.settings, self._directory, self._retry_seconds = settings, directory, retry_seconds
+    self.settings = settings
+    self._directory, self._retry_seconds = directory, retry_seconds
     self._skipped, self._raised = 0, 0  # updates in a row; alarms of the step before
 
   def look(

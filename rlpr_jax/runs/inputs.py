@@ -1,4 +1,4 @@
-"""What stands behind a run's paths, as digests in WORKDIR/inputs.json: a run that goes on sees what has changed.
+"""Digests of what stands behind a run's paths, in WORKDIR/inputs.json: a run that goes on sees what has changed.
 
 A path says little: rows may be edited in place, a base model replaced, and what was computed for the old ones (r' of
 each answer, adapters) would be used with the new ones.

@@ -42,7 +42,8 @@ class MetricsWriter:
     Args:
       retry_seconds: how long trouble with the storage is borne.
     """
-    self._path, self._rollouts, self._seconds = workdir / "metrics.jsonl", workdir / "rollouts", retry_seconds
+    self._path, self._rollouts = workdir / "metrics.jsonl", workdir / "rollouts"
+    self._seconds = retry_seconds
     self._workdir, self._directory = workdir, workdir / "tensorboard"
     self._events: Any = None  # the writer of its file, once something is written
     self.rows = read(self._path, resume_after)  # all that is written, on every process

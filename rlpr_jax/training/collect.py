@@ -183,7 +183,8 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
 
 def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
   """Takes the groups of a batch that are kept, without what only rewards and metrics ask for."""
-  kept, shape, rollouts = np.flatnonzero(batch.keep), batch.advantages.advantages.shape, batch.rollouts
+  kept, rollouts = np.flatnonzero(batch.keep), batch.rollouts
+  shape = batch.advantages.advantages.shape
   tokens, lengths = pad_prompts([batch.prompts[p] for p in kept], run.config.data.prompt_limit)
 
   def grouped(x: np.ndarray) -> np.ndarray:

@@ -69,7 +69,8 @@ def load(
   eos_id = tokenizer.eos_token_id if eos_id is None else eos_id
   found: list[Demonstration] = []
   weights: list[float] = []
-  long_prompts, long_responses, progress = 0, 0, Progress(f"{name}: tokenised")
+  long_prompts, long_responses = 0, 0
+  progress = Progress(f"{name}: tokenised")
   for start in range(0, len(pairs), BATCH):
     batch = pairs[start : start + BATCH]
     for (example, _), ids, response in zip(batch, *_tokenize(config, tokenizer, batch), strict=True):
