@@ -22,37 +22,40 @@ def run(
   argv: Sequence[str] | None,
   doc: str,
   recipe: str = "quickstart",
+  goes_on: bool = False,
 ) -> None:
   """Runs a program on the config and directory that a command line names.
 
   Args:
-    program: is called with the config, the directory, and `accept_changes`.
+    program: is called with the config and the directory.
     argv: the program's name and its arguments; those of this process if None.
     doc: what --help says before the flags.
     recipe: where the command line names none.
+    goes_on: whether the program checks what a run began with: it has the flag --accept_changes, and is given its value.
   """
   with exit_on_input_error():
-    given, config = command_line.parse_config(define_flags(recipe), argv, doc)
+    given, config = command_line.parse_config(define_flags(recipe, goes_on), argv, doc)
     if not given.workdir:
       raise InputError("--workdir: missing, expected the run's directory")
     if "://" in given.workdir:  # a path would be made of it, on this machine's disk
       raise InputError(f"--workdir: {given.workdir}, expected a directory: mount the bucket, for instance by gcsfuse")
     processes.start(given.distributed, given.coordinator, given.processes, given.process)
     with processes.end_together():
-      program(config, pathlib.Path(given.workdir), accept_changes=given.accept_changes)
+      program(config, pathlib.Path(given.workdir), **({"accept_changes": given.accept_changes} if goes_on else {}))
 
 
-def define_flags(recipe: str) -> flags.FlagValues:
+def define_flags(recipe: str, goes_on: bool) -> flags.FlagValues:
   """The flags of such a program."""
   given = flags.FlagValues()
   command_line.define_config(given, recipe)
   flags.DEFINE_string("workdir", None, "Directory for all that is written.", flag_values=given)
-  flags.DEFINE_bool(
-    "accept_changes",
-    False,
-    "Go on with other data, tokenizer, chat template, weights or custom reward than the run began with.",
-    flag_values=given,
-  )
+  if goes_on:
+    flags.DEFINE_bool(
+      "accept_changes",
+      False,
+      "Go on with other data, tokenizer, chat template, weights or custom reward than the run began with.",
+      flag_values=given,
+    )
   flags.DEFINE_bool(
     "distributed",
     False,

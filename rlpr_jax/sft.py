@@ -87,7 +87,7 @@ def _join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> Super
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  entry.run(sft, argv, __doc__)
+  entry.run(sft, argv, __doc__, goes_on=True)
 
 
 if __name__ == "__main__":

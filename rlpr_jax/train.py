@@ -270,7 +270,7 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: float) 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  entry.run(train, argv, __doc__)
+  entry.run(train, argv, __doc__, goes_on=True)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from rlpr_jax.errors import InputError
 
 
 def parse_config(*words):
-  return command_line.parse_config(entry.define_flags("quickstart"), ["program", *words], "What it does.")
+  return command_line.parse_config(entry.define_flags("quickstart", goes_on=True), ["program", *words], "What it does.")
 
 
 def test_fields_are_set_however_they_are_written():
