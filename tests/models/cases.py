@@ -34,75 +34,142 @@ _GEMMA = _SIZES | {
 CASES = {
   "llama": _SIZES | {"model_type": "llama", "head_dim": 10, "rope_theta": 500.0, "rms_norm_eps": 1e-2},
   "llama_tied": _SIZES | {"model_type": "llama", "num_key_value_heads": 8, "tie_word_embeddings": True},
-  "llama_biases": _SIZES | {
-    "model_type": "llama", "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True,
+  "llama_biases": _SIZES
+  | {
+    "model_type": "llama",
+    "num_key_value_heads": 1,
+    "attention_bias": True,
+    "mlp_bias": True,
   },
-  "llama_long": _SIZES | {  # as Llama 3.1: here LENGTH is five times the original length
-    "model_type": "llama", "head_dim": 12, "tie_word_embeddings": True, "rope_theta": 500.0,
+  "llama_long": _SIZES
+  | {  # as Llama 3.1: here LENGTH is five times the original length
+    "model_type": "llama",
+    "head_dim": 12,
+    "tie_word_embeddings": True,
+    "rope_theta": 500.0,
     "rope_scaling": {
-      "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+      "rope_type": "llama3",
+      "factor": 8.0,
+      "low_freq_factor": 1.0,
+      "high_freq_factor": 4.0,
       "original_max_position_embeddings": 8,
     },
   },
-  "llama_linear": _SIZES | {
-    "model_type": "llama", "rope_theta": 1000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+  "llama_linear": _SIZES
+  | {
+    "model_type": "llama",
+    "rope_theta": 1000.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
   },
-  "llama_yarn": _SIZES | {  # every field of it; between the first pairs and the last it is neither
-    "model_type": "llama", "head_dim": 12,
+  "llama_yarn": _SIZES
+  | {  # every field of it; between the first pairs and the last it is neither
+    "model_type": "llama",
+    "head_dim": 12,
     "rope_parameters": {
-      "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "rope_theta": 100.0,
-      "beta_fast": 4.0, "beta_slow": 0.7, "mscale": 2.0, "mscale_all_dim": 0.5, "truncate": False,
+      "rope_type": "yarn",
+      "factor": 8.0,
+      "original_max_position_embeddings": 64,
+      "rope_theta": 100.0,
+      "beta_fast": 4.0,
+      "beta_slow": 0.7,
+      "mscale": 2.0,
+      "mscale_all_dim": 0.5,
+      "truncate": False,
     },
   },
   "mistral": _SIZES | {"model_type": "mistral", "head_dim": 12, "sliding_window": 6, "rope_theta": 1e6},
-  "mistral_unlimited": _SIZES | {
-    "model_type": "mistral", "num_key_value_heads": 4, "sliding_window": None, "rope_parameters": {"rope_theta": 700.0},
+  "mistral_unlimited": _SIZES
+  | {
+    "model_type": "mistral",
+    "num_key_value_heads": 4,
+    "sliding_window": None,
+    "rope_parameters": {"rope_theta": 700.0},
   },
-  "qwen2": _SIZES | {
-    "model_type": "qwen2", "num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 6,
-    "max_window_layers": 2, "rope_theta": 1e6,
+  "qwen2": _SIZES
+  | {
+    "model_type": "qwen2",
+    "num_hidden_layers": 4,
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 2,
+    "rope_theta": 1e6,
   },
   "qwen2_tied": _SIZES | {"model_type": "qwen2", "num_key_value_heads": 4, "tie_word_embeddings": True},
   "qwen3": _SIZES | {"model_type": "qwen3", "head_dim": 12, "tie_word_embeddings": True, "rope_theta": 1e6},
   "qwen3_biases": _SIZES | {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 10, "attention_bias": True},
-  "qwen3_yarn": _SIZES | {  # as DeepSeek-R1-0528-Qwen3-8B
-    "model_type": "qwen3", "head_dim": 12, "rope_theta": 100.0,
+  "qwen3_yarn": _SIZES
+  | {  # as DeepSeek-R1-0528-Qwen3-8B
+    "model_type": "qwen3",
+    "head_dim": 12,
+    "rope_theta": 100.0,
     "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "attn_factor": 0.88},
   },
-  "gemma2": _GEMMA | {
-    "model_type": "gemma2", "num_key_value_heads": 4, "num_hidden_layers": 4, "sliding_window": 7,
-    "attn_logit_softcapping": 1.0, "final_logit_softcapping": 1.5,
+  "gemma2": _GEMMA
+  | {
+    "model_type": "gemma2",
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "sliding_window": 7,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 1.5,
   },
-  "gemma3": _GEMMA | {
-    "model_type": "gemma3_text", "num_hidden_layers": 7, "num_key_value_heads": 1, "sliding_window": 9,
+  "gemma3": _GEMMA
+  | {
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 1,
+    "sliding_window": 9,
     "rope_parameters": {
       "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
       "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     },
   },
-  "smollm3": _SIZES | {
-    "model_type": "smollm3", "num_hidden_layers": 5, "num_key_value_heads": 4, "no_rope_layer_interval": 2,
-    "rope_theta": 500.0, "tie_word_embeddings": True,
+  "smollm3": _SIZES
+  | {
+    "model_type": "smollm3",
+    "num_hidden_layers": 5,
+    "num_key_value_heads": 4,
+    "no_rope_layer_interval": 2,
+    "rope_theta": 500.0,
+    "tie_word_embeddings": True,
   },
-  "smollm3_windows": _SIZES | {  # in a layer that is rotated, and in one that is not, whose keys need no bias
-    "model_type": "smollm3", "num_hidden_layers": 4, "mlp_bias": True, "no_rope_layers": [1, 0, 0, 1],
+  "smollm3_windows": _SIZES
+  | {  # in a layer that is rotated, and in one that is not, whose keys need no bias
+    "model_type": "smollm3",
+    "num_hidden_layers": 4,
+    "mlp_bias": True,
+    "no_rope_layers": [1, 0, 0, 1],
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
-    "use_sliding_window": True, "sliding_window": 6,
+    "use_sliding_window": True,
+    "sliding_window": 6,
     "rope_parameters": {
-      "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 100, "rope_theta": 100.0,
+      "rope_type": "yarn",
+      "factor": 4.0,
+      "original_max_position_embeddings": 100,
+      "rope_theta": 100.0,
     },
   },
   "olmo2": _SIZES | {"model_type": "olmo2", "head_dim": 10, "rope_theta": 500.0, "rms_norm_eps": 1e-2},
-  "olmo2_biases": _SIZES | {
-    "model_type": "olmo2", "num_key_value_heads": 8, "attention_bias": True, "tie_word_embeddings": True,
+  "olmo2_biases": _SIZES
+  | {
+    "model_type": "olmo2",
+    "num_key_value_heads": 8,
+    "attention_bias": True,
+    "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
   },
   "phi3": _SIZES | {"model_type": "phi3", "head_dim": 10, "rope_theta": 500.0},
-  "phi3_partial": _SIZES | {
-    "model_type": "phi3", "num_key_value_heads": 4, "hidden_size": 64, "sliding_window": 6,
+  "phi3_partial": _SIZES
+  | {
+    "model_type": "phi3",
+    "num_key_value_heads": 4,
+    "hidden_size": 64,
+    "sliding_window": 6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75},
   },
-}  # fmt: skip
+}
+# To be parametrised with: the first of each family in the fast tests, its variants in the slow ones.
+VARIANTS_SLOW = [pytest.param(name, marks=[pytest.mark.slow] if "_" in name else []) for name in CASES]  # fmt: skip
 
 
 def config(name: str) -> ModelConfig:
