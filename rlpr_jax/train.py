@@ -65,11 +65,13 @@ def train(
     entry.write_config(config, workdir)
     to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
     checkpoints = Checkpoints(workdir, config.log, to_disk, join)
-    began_with = saved.rows if saved else inputs.rows
+    began_with = saved.rows_at(checkpoints.latest() or 0) if saved else inputs.rows
     state = checkpoints.restore(abstract_state(run, len(began_with)))
+    earlier = saved.earlier if saved else ()
     if state and began_with != inputs.rows:
+      earlier = (*(part for part in earlier if part[0] < state.step), (state.step, began_with))
       state = adopt_rows(run, state, began_with, inputs.rows)
-    write_inputs(workdir, inputs)
+    write_inputs(workdir, inputs._replace(earlier=earlier))
     writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
     try:
       for field, rows in run.dropped_rows.items():

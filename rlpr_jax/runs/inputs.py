@@ -31,6 +31,15 @@ class Inputs(NamedTuple):
   program: str  # train | sft
   parts: dict[str, str]  # by a name for people: "tokenizer", "weights", ...
   rows: list[str]  # of the data set's prompts, in their order
+  earlier: tuple[tuple[int, list[str]], ...] = ()  # rows that were others up to a step, whose checkpoints know those
+
+  def rows_at(self, step: int) -> list[str]:
+    """The rows that the checkpoint of a step was made with.
+
+    >>> Inputs("train", {}, ["b2"], earlier=((10, ["a1"]),)).rows_at(10)
+    ['a1']
+    """
+    return next((rows for last, rows in self.earlier if step <= last), self.rows)
 
 
 def row_digest(prompt: Prompt) -> str:
@@ -52,7 +61,8 @@ def read_inputs(workdir: pathlib.Path) -> Inputs | None:
   file = workdir / NAME
   try:
     fields = json.loads(file.read_text())
-    return Inputs(fields["program"], dict(fields["parts"]), list(fields["rows"]))
+    earlier = tuple((int(step), list(rows)) for step, rows in fields["earlier"])
+    return Inputs(fields["program"], dict(fields["parts"]), list(fields["rows"]), earlier)
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError) as error:

@@ -57,6 +57,21 @@ def test_rows_edited_in_place_are_refused_and_when_accepted_keep_their_own_basel
   assert final_state(tmp_path / "run", config_of(tmp_path, 3)).baselines.shape[0] == 9
 
 
+def test_a_run_killed_after_its_changes_were_accepted_and_before_it_saved(tmp_path, monkeypatch):
+  """Its checkpoint still knows the old rows, although the new ones were accepted."""
+  write(tmp_path / "rows.jsonl", ROWS)
+  train.train(config_of(tmp_path, 1), tmp_path / "run")
+  before = final_state(tmp_path / "run", config_of(tmp_path, 1))
+  write(tmp_path / "rows.jsonl", ROWS[::-1])
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "train_steps", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+      train.train(config_of(tmp_path, 2), tmp_path / "run", accept_changes=True)
+  train.train(config_of(tmp_path, 2), tmp_path / "run")
+  after = final_state(tmp_path / "run", config_of(tmp_path, 2))
+  np.testing.assert_array_equal(after.baselines, before.baselines[::-1])
+
+
 def test_a_custom_reward_that_was_edited(tmp_path):
   write(tmp_path / "rows.jsonl", ROWS)
   c = config_of(tmp_path, 1)
