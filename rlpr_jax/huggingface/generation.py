@@ -1,11 +1,11 @@
 """generation_config.json: of all that stands there, which tokens end a response."""
 
-import json
 import pathlib
 from collections.abc import Collection
 from typing import Any
 
 from rlpr_jax.errors import InputError
+from rlpr_jax.huggingface.loading import read_json
 
 GENERATION = "generation_config.json"
 
@@ -19,12 +19,7 @@ def load_generation(directory: pathlib.Path) -> dict[str, Any]:
   file = directory / GENERATION
   if not file.exists():
     return {}
-  try:
-    fields = json.loads(file.read_text())
-  except (OSError, ValueError) as error:
-    raise InputError(f"{file}: expected a JSON object ({error})") from None
-  if not isinstance(fields, dict):
-    raise InputError(f"{file}: expected a JSON object, found {type(fields).__name__}")
+  fields = read_json(file)
   generation_eos(fields, str(file))
   return fields
 

@@ -125,7 +125,7 @@ def load_config(directory: pathlib.Path) -> ModelConfig:
     InputError: config.json is missing, or says what `families.from_huggingface` does not take.
   """
   file = directory / "config.json"
-  return from_huggingface(_read_json(file), str(file))
+  return from_huggingface(read_json(file), str(file))
 
 
 def _names(config: ModelConfig, keys: tuple[str, ...]) -> list[str]:
@@ -259,7 +259,7 @@ def _open(directory: pathlib.Path, opened: contextlib.ExitStack) -> list[_Tensor
     return [_Tensor(single, name, reader) for name in sorted(reader.keys())]
   if not index.exists():
     raise InputError(f"{directory}: no weights, expected {SINGLE} or {INDEX}")
-  weight_map = _read_json(index).get("weight_map")
+  weight_map = read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
     raise InputError(f"{index}: no weight_map, expected tensor names and their files")
   tensors = []
@@ -297,7 +297,7 @@ def _open_file(file: pathlib.Path) -> Iterator[safe_open]:
     yield reader
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def read_json(file: pathlib.Path) -> dict[str, Any]:
   """An object of a JSON file; a field that stands there twice is refused."""
 
   def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

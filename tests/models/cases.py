@@ -7,6 +7,7 @@ takes the same cases, does without it.
 import copy
 import functools
 import tempfile
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -381,3 +382,20 @@ def differences(found: Params, expected: Params) -> dict[str, float]:
 
   pairs = jax.tree_util.tree_map_with_path(compare, found, expected)
   return dict(jax.tree.leaves(pairs, is_leaf=lambda x: isinstance(x, tuple)))
+
+
+def check_greedy(theirs, chat: list[int], found: list[int], expected: list[int], tokenizer) -> None:
+  """A greedy response is that of a torch model, up to the first tie.
+
+  Two best logits within 1e-4 of each other may change places by rounding: a warning then, and nothing else may differ.
+  """
+  if found == expected:
+    return
+  torch = import_torch()
+  place = next(i for i, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1])
+  with torch.no_grad():
+    logits = theirs(torch.tensor([chat + expected[:place]])).logits[0, -1]
+  best, gap = logits.topk(2).indices.tolist(), -float(logits.topk(2).values.diff())
+  assert {found[place], expected[place]} == set(best)
+  assert gap < 1e-4, f"{tokenizer.decode(chat)!r}: {found} is not {expected} from place {place} on"
+  warnings.warn(f"a tie within {gap:.1e} at place {place} of {tokenizer.decode(chat)!r}", stacklevel=1)
