@@ -49,7 +49,7 @@ def test_logits_through_the_cache(name):
   np.testing.assert_allclose(found, expected_logits(name), atol=ATOL, rtol=0)
 
 
-@pytest.mark.parametrize("name", cases.VARIANTS_SLOW)
+@pytest.mark.parametrize("name", cases.variants_slow())
 def test_sequences_packed_into_one_row_are_as_if_alone(name):
   """Against torch, which sees each alone; the second is longer than every window."""
   sequences = [cases.random_tokens(n, seed=n) for n in (13, 24)]
@@ -62,7 +62,7 @@ def test_sequences_packed_into_one_row_are_as_if_alone(name):
 
 
 # A variant of a family has another forward pass, and the same kind of backward pass.
-@pytest.mark.parametrize("name", cases.VARIANTS_SLOW)
+@pytest.mark.parametrize("name", cases.variants_slow())
 def test_gradients(name):
   """By every parameter of every layer, within 2e-5 of its largest entry."""
   found = cases.gradients(model(name), cases.loaded(name)[1], TOKENS)

@@ -78,7 +78,7 @@ def test_tensors_are_those_that_transformers_wrote(name, dtype, tmp_path):
   check_equal(again, params)
 
 
-@pytest.mark.parametrize("name", cases.VARIANTS_SLOW)
+@pytest.mark.parametrize("name", cases.variants_slow())
 def test_transformers_loads_it(name, tmp_path):
   """With every weight and no other, and the same logits."""
   torch = cases.import_torch()

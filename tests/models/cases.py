@@ -12,7 +12,6 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 from rlpr_jax import huggingface, models
@@ -168,9 +167,7 @@ CASES = {
     "sliding_window": 6,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.75},
   },
-}
-# To be parametrised with: the first of each family in the fast tests, its variants in the slow ones.
-VARIANTS_SLOW = [pytest.param(name, marks=[pytest.mark.slow] if "_" in name else []) for name in CASES]  # fmt: skip
+}  # fmt: skip
 
 
 def config(name: str) -> ModelConfig:
@@ -399,3 +396,10 @@ def check_greedy(theirs, chat: list[int], found: list[int], expected: list[int],
   assert {found[place], expected[place]} == set(best)
   assert gap < 1e-4, f"{tokenizer.decode(chat)!r}: {found} is not {expected} from place {place} on"
   warnings.warn(f"a tie within {gap:.1e} at place {place} of {tokenizer.decode(chat)!r}", stacklevel=1)
+
+
+def variants_slow() -> list:
+  """Names to parametrise a test with: the first of each family in the fast tests, its variants in the slow ones."""
+  import pytest  # not above: the benchmarks take these cases without it
+
+  return [pytest.param(name, marks=[pytest.mark.slow] if "_" in name else []) for name in CASES]
