@@ -202,6 +202,8 @@ def random_params(config: ModelConfig, seed: int = 0) -> Params:
 
 def import_torch():
   """torch, a development requirement that is large: a test that needs it is skipped where it is not installed."""
+  import pytest  # not above: the benchmarks take these cases without it
+
   return pytest.importorskip("torch", reason="torch is not installed")
 
 
@@ -400,6 +402,6 @@ def check_greedy(theirs, chat: list[int], found: list[int], expected: list[int],
 
 def variants_slow() -> list:
   """Names to parametrise a test with: the first of each family in the fast tests, its variants in the slow ones."""
-  import pytest  # not above: the benchmarks take these cases without it
+  import pytest  # as above
 
   return [pytest.param(name, marks=[pytest.mark.slow] if "_" in name else []) for name in CASES]
