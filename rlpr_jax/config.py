@@ -177,6 +177,11 @@ FIELDS = {
   "reward.baseline_policy": Field(
     "initial", "initial | current | moving_average | none", choices=("initial", "current", "moving_average", "none")
   ),
+  "reward.baseline_when": Field(
+    "before",
+    "of initial: before (step 1, all prompts) | first_draw (as they come; the initial policy stays in memory for it)",
+    choices=("before", "first_draw"),
+  ),
   "reward.baseline_rate": Field(0.1, "of moving_average: weight of the newest probabilities", above=0, at_most=1),
   "reward.baseline_prefix": Field(
     "bare", "bare | tagged (with <answer> before the reference)", choices=("bare", "tagged")

@@ -1,6 +1,7 @@
 """The frame of the programs that work on a run's directory: flags, processes, the directory, errors."""
 
 import json
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,22 @@ from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.policy import create_mesh
 from rlpr_jax.runs.inputs import check_program
-from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.runs.storage import free_name, write_atomically
+
+# What a run writes into its directory.
+WRITTEN = (
+  "config.json",
+  "inputs.json",
+  "dropped_rows.jsonl",
+  "metrics.jsonl",
+  "rollouts",
+  "tensorboard",
+  "checkpoints",
+  "damaged_checkpoints",
+  "unfinished",
+  "failed",
+  "report.html",
+)
 
 
 def run(
@@ -31,7 +47,7 @@ def run(
     argv: the program's name and its arguments; those of this process if None.
     doc: what --help says before the flags.
     recipe: where the command line names none.
-    goes_on: whether the program checks what a run began with: it has the flag --accept_changes, and is given its value.
+    goes_on: whether the program goes on with a run: it has the flags --accept_changes and --fresh, and is given both.
   """
   with exit_on_input_error():
     given, config = command_line.parse_config(define_flags(recipe, goes_on), argv, doc)
@@ -41,7 +57,8 @@ def run(
       raise InputError(f"--workdir: {given.workdir}, expected a directory: mount the bucket, for instance by gcsfuse")
     processes.start(given.distributed, given.coordinator, given.processes, given.process)
     with processes.end_together():
-      program(config, pathlib.Path(given.workdir), **({"accept_changes": given.accept_changes} if goes_on else {}))
+      options = {"accept_changes": given.accept_changes, "fresh": given.fresh} if goes_on else {}
+      program(config, pathlib.Path(given.workdir), **options)
 
 
 def define_flags(recipe: str, goes_on: bool) -> flags.FlagValues:
@@ -56,6 +73,9 @@ def define_flags(recipe: str, goes_on: bool) -> flags.FlagValues:
       "Go on with other data, tokenizer, chat template, weights or custom reward than the run began with.",
       flag_values=given,
     )
+    flags.DEFINE_bool(
+      "fresh", False, "Set aside what an earlier run has written there, and begin anew.", flag_values=given
+    )
   flags.DEFINE_bool(
     "distributed",
     False,
@@ -68,11 +88,12 @@ def define_flags(recipe: str, goes_on: bool) -> flags.FlagValues:
   return given
 
 
-def begin(config: ConfigDict, workdir: pathlib.Path, program: str) -> None:
+def begin(config: ConfigDict, workdir: pathlib.Path, program: str, fresh: bool = False) -> None:
   """Checks the config and the directory, before anything is written or compiled, and says what runs on what.
 
   Args:
     program: train | sft.
+    fresh: moves what an earlier run has written out of the way.
 
   Raises:
     InputError: a config that cannot be, or a directory that cannot be written or holds another run.
@@ -84,6 +105,8 @@ def begin(config: ConfigDict, workdir: pathlib.Path, program: str) -> None:
     attention = f"auto ({models.default_attention(mesh.devices.flat[0].platform)})"
   print(machine.describe(mesh, attention, config.model.compute_dtype), flush=True)
   open_workdir(workdir)
+  if fresh:
+    set_run_aside(workdir)
   check_program(workdir, program)
   check_same_run(workdir, config)
   keep_programs(config.compilation_cache)
@@ -93,6 +116,18 @@ def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   """WORKDIR/config.json, by which the directory is known from now on; of many processes the first writes it."""
   if processes.is_first():
     write_atomically(workdir / "config.json", configs.to_json(config))
+
+
+def set_run_aside(workdir: pathlib.Path) -> None:
+  """Moves what a run has written into a directory of its own, WORKDIR/earlier.1 and so on; other files stay."""
+  written = [workdir / name for name in WRITTEN if os.path.lexists(workdir / name)]
+  if written and processes.is_first():
+    aside = free_name(workdir / "earlier")
+    aside.mkdir()
+    for path in written:
+      path.rename(aside / path.name)
+    print(f"what was in {workdir} is in {aside} now", flush=True)
+  processes.any_of(False)  # none goes on before it is done
 
 
 def open_workdir(workdir: pathlib.Path) -> None:

@@ -6,6 +6,8 @@ import sys
 import traceback
 from collections.abc import Iterator, Mapping
 
+from rlpr_jax import output
+
 USAGE = 2  # exit status for wrong input
 
 
@@ -63,11 +65,12 @@ def setting_names(names: Mapping[str, str]) -> Iterator[None]:
 @contextlib.contextmanager
 def exit_on_input_error() -> Iterator[None]:
   """Turns an `InputError` into one line on stderr and exit status 2, for entry points."""
-  try:
-    yield
-  except InputError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(USAGE)
+  with output.shielded():
+    try:
+      yield
+    except InputError as error:
+      print(f"error: {error}", file=sys.stderr)
+      sys.exit(USAGE)
 
 
 @contextlib.contextmanager

@@ -8,31 +8,30 @@ when the same command is given again.
 import pathlib
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlpr_jax import entry, processes
 from rlpr_jax.errors import InputError, setting_names
-from rlpr_jax.models import Params
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.runs import metrics
-from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
+from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.inputs import Inputs, check_inputs, digest_text, model_digests, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.training import supervised
-from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
+from rlpr_jax.training.optimizer import init_opt_state
 from rlpr_jax.training.settings import NAMES, check_lengths, check_rows
 from rlpr_jax.training.supervised import SupervisedState
 
 
-def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False) -> None:
+def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False, fresh: bool = False) -> None:
   """The supervised steps of `config.warm_start` in `workdir`, from its last checkpoint or from the beginning.
 
   Args:
     accept_changes: goes on with other demonstrations, tokenizer, chat template or weights than the run began with.
+    fresh: sets aside what an earlier run has written there, and begins anew.
   """
-  entry.begin(config, workdir, "sft")
+  entry.begin(config, workdir, "sft", fresh)
   settings = config.warm_start
   if not settings.steps:
     raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
@@ -47,16 +46,16 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False)
   check_inputs(workdir, read_inputs(workdir), inputs, accept_changes)
   entry.write_config(config, workdir)
   write_inputs(workdir, inputs)
-  optimizer = supervised.optimizer(settings)
-  checkpoints = Checkpoints(workdir, config.log, _split, _join)
+  checkpoints = Checkpoints(workdir, config.log, supervised.split, supervised.join)
   with StopRequest() as stop, setting_names(NAMES):
-    like = SupervisedState(0, policy.trained, abstract_opt_state(optimizer, policy.trained, policy.sharding))
-    state = checkpoints.restore(like)
-    writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
+    state = checkpoints.restore(supervised.abstract_supervised_state(config, policy))
+    writer = metrics.MetricsWriter(
+      workdir, state.step if state else None, config.log.retry_seconds, unsaved=config.log.checkpoint_every
+    )
     writer.write_dropped_rows("config.warm_start.path", dropped)
     if state is None:
       params = initial_params(config, policy)
-      state = SupervisedState(0, params, init_opt_state(optimizer, params, policy.sharding))
+      state = SupervisedState(0, params, init_opt_state(supervised.optimizer(settings), params, policy.sharding))
     else:
       print(f"resumed after step {state.step} of {settings.steps}", flush=True)
     progress, since = metrics.Progress("supervised, step"), time.perf_counter()
@@ -64,25 +63,17 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False)
       now, since = time.perf_counter() - since, time.perf_counter()
       values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
       writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})
-      progress(state.step, settings.steps, f"loss {values['sft/loss']:.3f}")
       stopping = processes.any_of(bool(stop))
       if stopping or state.step == settings.steps or state.step % config.log.checkpoint_every == 0:
         checkpoints.save(state)
         checkpoints.wait()  # before the next step donates the arrays
+      progress(state.step, settings.steps, f"loss {values['sft/loss']:.3f}")
       if stopping:
         break
     checkpoints.close()
     writer.close()
   how = "done" if state.step == settings.steps else "stopped and saved: the same command goes on from there"
   print(f"step {state.step} of {settings.steps}, {how}", flush=True)
-
-
-def _split(state: SupervisedState) -> OnDisk:
-  return OnDisk(state.params, {"opt_state": state.opt_state}, {"step": state.step})
-
-
-def _join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> SupervisedState:
-  return SupervisedState(host["step"], params, arrays["opt_state"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

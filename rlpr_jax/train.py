@@ -8,6 +8,7 @@ A run that was stopped or killed goes on from its last checkpoint when the same 
 import contextlib
 import functools
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -21,11 +22,12 @@ from rlpr_jax import entry, processes
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError, setting_names
-from rlpr_jax.runs import metrics
+from rlpr_jax.runs import metrics, unfinished
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.guards import Watch
 from rlpr_jax.runs.inputs import check_inputs, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.runs.storage import reason
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import packing, settings
 from rlpr_jax.training.collect import collect
@@ -44,6 +46,7 @@ def train(
   workdir: pathlib.Path,
   custom_reward: CustomReward | None = None,
   accept_changes: bool = False,
+  fresh: bool = False,
 ) -> None:
   """Runs `config` in `workdir` from its last checkpoint, or from the beginning, until `config.steps` are done.
 
@@ -51,17 +54,19 @@ def train(
     custom_reward: gives the rewards that are trained on, in the place of what `config.reward` makes of the evidence; as
       `config.reward.custom`, which then holds its name.
     accept_changes: goes on with other data, tokenizer, chat template, weights or custom reward than the run began with.
+    fresh: sets aside what an earlier run has written there, and begins anew.
   """
   if custom_reward is not None:
     config = config.copy_and_resolve_references()
     config.reward.custom = f"{custom_reward.__module__}.{custom_reward.__qualname__}"
-  entry.begin(config, workdir, "train")
+  entry.begin(config, workdir, "train", fresh)
   if custom_reward is None and config.reward.custom:
     custom_reward = custom_rewards.load(config.reward.custom)
   with StopRequest() as stop, setting_names(settings.NAMES):
     run = set_up(config, custom_reward)
     saved, inputs = read_inputs(workdir), digest_inputs(run)
-    check_inputs(workdir, saved, inputs, accept_changes)
+    if check_inputs(workdir, saved, inputs, accept_changes):
+      unfinished.clear(workdir)
     entry.write_config(config, workdir)
     to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
     checkpoints = Checkpoints(workdir, config.log, to_disk, join)
@@ -70,18 +75,19 @@ def train(
     earlier = saved.earlier if saved else ()
     if state and began_with != inputs.rows:
       earlier = (*(part for part in earlier if part[0] < state.step), (state.step, began_with))
-      state = adopt_rows(run, state, began_with, inputs.rows)
+      state = adopt_rows(run, state, began_with, inputs.rows, workdir)
+    writer = metrics.MetricsWriter(workdir, state.step if state else None, config.log.retry_seconds)
+    checkpoints.know({row["step"]: row[ACCURACY] for row in writer.rows if ACCURACY in row})
     write_inputs(workdir, inputs._replace(earlier=earlier))
-    writer = metrics.MetricsWriter(workdir, state.step if state else -1, config.log.retry_seconds)
     try:
       for field, rows in run.dropped_rows.items():
         writer.write_dropped_rows(field, rows)
       if state is None:
-        state = first_state(run, writer, stop)
+        state = first_state(run, workdir, writer, stop)
         if state:
-          checkpoints.save(state, writer.rows[-1].get(ACCURACY) if writer.rows else None)
+          checkpoints.save(state, writer.value(0, ACCURACY))
       else:
-        resume(run, state, writer, stop)
+        resume(run, state, workdir, checkpoints, writer, stop)
       if state:
         state = train_steps(run, state, workdir, checkpoints, writer, stop)
     except Exception:
@@ -90,18 +96,29 @@ def train(
       raise
     checkpoints.close()
     writer.close()
+    if state:
+      unfinished.clear(workdir)
   if processes.is_first():
     finish(config, workdir, state)
 
 
-def resume(run: Run, state: TrainState, writer: metrics.MetricsWriter, stop: StopRequest) -> None:
+def resume(
+  run: Run,
+  state: TrainState,
+  workdir: pathlib.Path,
+  checkpoints: Checkpoints[TrainState],
+  writer: metrics.MetricsWriter,
+  stop: StopRequest,
+) -> None:
   """Begins a run that goes on: programs, and the evaluation that a stop may have cut short."""
   print(f"resumed after step {state.step} of {run.config.steps}", flush=True)
   if state.step < run.config.steps:
     run.engine.device.compile_programs(run.policy.sampling_params(state.params), scoring=True)
-  if writer.rows and is_measured(run.config, state.step) and ACCURACY not in writer.rows[-1]:
+  if is_measured(run.config, state.step) and writer.value(state.step, ACCURACY) is None:
     with contextlib.suppress(StoppedError):
-      writer.amend(evaluate_run(run, state.params, state.step, stop))
+      if accuracies := evaluate_run(run, state.params, state.step, workdir, stop):
+        writer.amend(state.step, accuracies)
+        checkpoints.know({state.step: accuracies[ACCURACY]})
 
 
 def is_measured(config: ConfigDict, step: int) -> bool:
@@ -135,6 +152,7 @@ def train_steps(
 
     # 2. Update on them. The checkpoint being written may still be reading the arrays that the update donates.
     checkpoints.wait()
+    unfinished.clear(workdir)
     updated = update_policy(run, state, batch, stream)
     state = updated.state
 
@@ -142,13 +160,11 @@ def train_steps(
     values = batch.metrics | updated.metrics
     if is_measured(config, state.step):
       with contextlib.suppress(StoppedError):
-        values |= evaluate_run(run, state.params, state.step, stop)
+        values |= evaluate_run(run, state.params, state.step, workdir, stop)
     values["seconds/step"] = time.perf_counter() - started
     values["compilations"] = metrics.compilations() - compiled
     writer.write_rollouts(state.step, batch.rollouts)
     writer.write(state.step, values)
-    left = (time.perf_counter() - progress_start) / (state.step - first) * (config.steps - state.step)
-    print(progress_line(state.step, config.steps, values, left), flush=True)
 
     # 4. Save it, and go on if all is well.
     trouble, why_stop = watch.look(state.step, writer.rows, updated.minibatches, updated.losses)
@@ -156,6 +172,8 @@ def train_steps(
     measured = accuracy is not None and config.log.keep_best > 0
     if state.step == config.steps or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
       checkpoints.save(state, accuracy)
+    left = (time.perf_counter() - progress_start) / (state.step - first) * (config.steps - state.step)
+    print(progress_line(state.step, config.steps, values, left), flush=True)
     if why_stop:
       checkpoints.wait()
       raise InputError(f"stopped after step {state.step}, which is saved: {why_stop}")
@@ -238,21 +256,23 @@ def update_metrics(batch: StepBatch, losses: list[dict[str, np.ndarray]], second
 def finish(config: ConfigDict, workdir: pathlib.Path, state: TrainState | None) -> None:
   """Last words: how to go on, or what became of the held-out accuracy, and where the report is."""
   if state is None:
-    print("stopped before step 1: nothing to save yet, the same command begins again", flush=True)
+    print("stopped before step 1: what was done is kept, the same command goes on from there", flush=True)
     return
   if state.step < config.steps:
     print(f"stopped after step {state.step} of {config.steps} and saved: the same command goes on from there")
   rows = metrics.read(workdir / "metrics.jsonl")
   if not rows:  # a warm start alone
     return
-  from rlpr_jax import report
-
-  path = report.write_report(workdir)
   accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
   for step in sorted({min(accuracy), max(accuracy)} if accuracy else ()):
     when = "before RLPR" if step == 0 else "after RLPR"
     print(f"held-out Avg@{config.evaluation.samples} {when} (step {step}): {100 * accuracy[step]:.1f}%")
-  print(f"report: {path}", flush=True)
+  from rlpr_jax import report
+
+  try:
+    print(f"report: {report.write_report(workdir)}", flush=True)
+  except Exception as error:  # whatever it is: the run is done and saved
+    print(f"report: cannot be written ({reason(error)}), rlpr report does it later", file=sys.stderr, flush=True)
 
 
 def progress_line(step: int, steps: int, values: dict[str, float], left: float) -> str:

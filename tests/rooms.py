@@ -3,7 +3,8 @@
 # From the bottom to the top. A room is a folder, or a file beside the folders; it imports of rooms that stand on lines
 # above its own.
 ORDER = (
-  ("__init__", "errors", "resources", "compilation"),
+  ("__init__", "output"),
+  ("errors", "resources", "compilation"),
   ("machine", "config", "sharding", "processes", "filtering", "grpo"),
   ("types",),
   ("rewards", "command_line", "custom_reward"),

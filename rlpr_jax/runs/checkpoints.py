@@ -1,10 +1,13 @@
 """Checkpoints: the newest states of a run and the best, so that it goes on where it stopped."""
 
+import dataclasses
+import hashlib
+import json
 import logging
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -13,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tenacity
 from ml_collections import ConfigDict
-from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
@@ -29,11 +32,25 @@ _STORAGE_ERRORS = (OSError, ValueError, KeyError)
 
 
 class OnDisk(NamedTuple):
-  """The three items of a checkpoint."""
+  """The three items of a checkpoint. All of them together have a digest, and what was changed since is not read."""
 
   params: Params  # can be read alone
   arrays: dict[str, Any]  # the state's other arrays
   host: dict[str, Any]  # as JSON; "step" is in it
+
+
+@dataclasses.dataclass
+class _Best:
+  """Keeps the checkpoints with the best accuracies, of those of which one is known."""
+
+  most: int
+  accuracies: dict[int, float]
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    known = {one.step: one.metrics["accuracy"] for one in checkpoints if one.metrics} | self.accuracies
+    steps = sorted((one.step for one in checkpoints if one.step in known), key=lambda step: (known[step], step))
+    return [one.step in steps[-self.most :] and self.most > 0 for one in checkpoints]
 
 
 class Checkpoints(Generic[State]):
@@ -52,26 +69,25 @@ class Checkpoints(Generic[State]):
     self._directory, self.log = (workdir / "checkpoints").absolute(), log
     self._split, self._join = split, join
     self._under_way: tuple[OnDisk, float | None] | None = None
+    self._accuracies: dict[int, float] = {}
     self._open()
 
   def _open(self) -> None:
-    policies = [LatestN(self.log.keep_checkpoints)]
-    if self.log.keep_best:
-      policies.append(
-        BestN(
-          get_metric_fn=lambda metrics: metrics["accuracy"],
-          n=self.log.keep_best,
-          keep_checkpoints_without_metrics=False,
-        )
-      )
+    policy = AnyPreservationPolicy([LatestN(self.log.keep_checkpoints), _Best(self.log.keep_best, self._accuracies)])
     # Only with a `best_fn` is the accuracy written, and known when the checkpoints are opened again.
-    options = ocp.CheckpointManagerOptions(
-      best_fn=lambda metrics: metrics["accuracy"], preservation_policy=AnyPreservationPolicy(policies)
-    )
+    options = ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["accuracy"], preservation_policy=policy)
     self._manager = ocp.CheckpointManager(self._directory, options=options)
 
   def latest(self) -> int | None:
     return self._manager.latest_step()
+
+  def know(self, accuracies: Mapping[int, float]) -> None:
+    """Says what is known of steps, by which the best are kept: that of one may have been measured after it was saved.
+
+    Args:
+      accuracies: by step, those that go for the ones the checkpoints hold.
+    """
+    self._accuracies.update(accuracies)
 
   def save(self, state: State, accuracy: float | None = None) -> None:
     """Starts writing; `wait` before the state's arrays are given away to the next update.
@@ -81,7 +97,8 @@ class Checkpoints(Generic[State]):
     """
     self.wait()
     params, arrays, host = self._split(state)
-    self._under_way = OnDisk(params, arrays, host | {"checksums": checksums((params, arrays))}), accuracy
+    sums = checksums((params, arrays))
+    self._under_way = OnDisk(params, arrays, host | {"sums": sums, "digest": _digest(host, sums)}), accuracy
     try:
       self._start_saving()
     except _STORAGE_ERRORS as error:
@@ -169,8 +186,8 @@ class Checkpoints(Generic[State]):
       host=ocp.args.JsonRestore(),
     )
     params, arrays = restored["params"], restored["arrays"]
-    host = restored["host"]
-    _verify(f"{self._directory}/{step}", host.pop("checksums", None), (params, arrays))
+    host, sums = _verified_host(f"{self._directory}/{step}", step, restored["host"])
+    _verify(f"{self._directory}/{step}", sums, (params, arrays))
     return self._join(params, arrays, host)
 
   def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
@@ -189,17 +206,37 @@ class Checkpoints(Generic[State]):
 
 
 def checksums(tree: Any) -> list[int]:
-  """A number for each array, of its bits: the same wherever its parts lie."""
+  """A number for each array, of its bits and their places: the same wherever its parts lie.
+
+  >>> checksums({"a": np.array([1.0, 2.0]), "b": np.array([2.0, 1.0])})
+  [2193092769, 958838164]
+  """
   return [int(_checksum(x)) for x in jax.tree.leaves(tree)]
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-  # Sums of integers wrap and do not round, so their order does not matter.
   bits = x.astype(jnp.uint32)
   if jnp.issubdtype(x.dtype, jnp.floating):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-  return jnp.sum(bits, dtype=jnp.uint32)
+  places, stride = jnp.zeros(x.shape, jnp.uint32), 1
+  for axis in reversed(range(x.ndim)):
+    places += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+    stride *= x.shape[axis]
+  # Sums of integers wrap and do not round, so their order does not matter.
+  return jnp.sum(_mix(bits ^ _mix(places)), dtype=jnp.uint32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """The end of MurmurHash3: every bit of a number depends on all of them."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def _digest(host: Mapping[str, Any], sums: Sequence[int]) -> str:
+  """Of all that a checkpoint holds."""
+  return hashlib.sha256(json.dumps([host, sums], sort_keys=True).encode()).hexdigest()
 
 
 def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tuple[int, Params]:
@@ -219,12 +256,29 @@ def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tup
       raise InputError(f"{directory}: no checkpoint of step {chosen}, {there}")
     params = ocp.args.StandardRestore(jax.tree.map(_abstract, like))
     restored = _restore(manager, chosen, params=params, host=ocp.args.JsonRestore())
-  found, sums = restored["params"], restored["host"].get("checksums")
-  _verify(f"{directory}/{chosen}", sums and sums[: len(jax.tree.leaves(found))], found)
+  found, name = restored["params"], f"{directory}/{chosen}"
+  _, sums = _verified_host(name, chosen, restored["host"])
+  _verify(name, sums[: len(jax.tree.leaves(found))], found)
   return chosen, found
 
 
-def _verify(name: str, expected: list[int] | None, tree: Any) -> None:
+def _verified_host(name: str, step: int, saved: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
+  """What a checkpoint holds beside its arrays, and the sums of these.
+
+  Raises:
+    InputError: it is not what was saved, or is that of another step.
+  """
+  host = {field: value for field, value in saved.items() if field not in ("sums", "digest")}
+  if "digest" not in saved or saved["digest"] != _digest(host, saved["sums"]):
+    older = "checksums" in saved
+    why = "an older version wrote it" if older else "its metadata is not what was saved"
+    raise InputError(f"{name}: cannot be read ({why})")
+  if host["step"] != step:
+    raise InputError(f"{name}: cannot be read (it is the checkpoint of step {host['step']})")
+  return host, saved["sums"]
+
+
+def _verify(name: str, expected: list[int], tree: Any) -> None:
   """Orbax reads zeros where a file is missing."""
   if expected != checksums(tree):
     raise InputError(f"{name}: cannot be read (the arrays are not those that were saved)")

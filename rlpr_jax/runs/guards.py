@@ -33,6 +33,7 @@ def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[st
     ("rollout/response_length", settings.min_length_share * usual, math.inf, "responses of {:.1f} tokens"),
     ("rollout/truncated", 0, settings.max_truncated, "a share of {:.2f} of the responses cut at their limit"),
     ("update/entropy", settings.min_entropy, math.inf, "an entropy of {:.4f} nats a token"),
+    ("filter/trained", 1, math.inf, "{:.0f} groups that could be trained on"),
     ("reward/format", settings.min_format, math.inf, "a format rate of {:.2f}"),
     ("reward/gain", settings.min_gain, math.inf, "a gain of {:.3f} of reasoning over none"),
   )

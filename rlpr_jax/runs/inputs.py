@@ -97,8 +97,11 @@ def changes(saved: Inputs, inputs: Inputs) -> list[str]:
   return names + ["data rows"] * (saved.rows != inputs.rows)
 
 
-def check_inputs(workdir: pathlib.Path, saved: Inputs | None, inputs: Inputs, accept_changes: bool) -> None:
+def check_inputs(workdir: pathlib.Path, saved: Inputs | None, inputs: Inputs, accept_changes: bool) -> bool:
   """Refuses to go on with other inputs than a run began with, unless told to.
+
+  Returns:
+    whether something has changed.
 
   Raises:
     InputError: naming what has changed.
@@ -111,6 +114,7 @@ def check_inputs(workdir: pathlib.Path, saved: Inputs | None, inputs: Inputs, ac
     )
   if changed:
     print(f"accepted: other {', '.join(changed)} than the run began with", flush=True)
+  return bool(changed)
 
 
 def model_digests(config: ConfigDict, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:

@@ -1,19 +1,22 @@
 """Output of a run while it goes: metrics, samples of rollouts, lines on the screen."""
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from rlpr_jax import processes
 from rlpr_jax.data.sources import DroppedRow
+from rlpr_jax.errors import InputError
 from rlpr_jax.runs import dropped_rows
-from rlpr_jax.runs.storage import append, persist, write_atomically
+from rlpr_jax.runs.storage import append, free_name, persist, reason, write_atomically
 
+Row = dict[str, Any]  # "step" and the metrics of it
 _compilations = 0
 
 
@@ -31,62 +34,108 @@ def compilations() -> int:
   return _compilations
 
 
-class MetricsWriter:
-  """WORKDIR/metrics.jsonl (one object a step), WORKDIR/tensorboard, WORKDIR/rollouts/ and what data was of no use."""
+class History(NamedTuple):
+  """What a metrics.jsonl says."""
 
-  def __init__(self, workdir: pathlib.Path, resume_after: int, retry_seconds: float):
+  rows: list[Row]  # in the file's order
+  damaged: list[str]  # "line 7: not UTF-8", for what is no row of metrics
+
+
+class MetricsWriter:
+  """WORKDIR/metrics.jsonl (one object a step), WORKDIR/tensorboard, WORKDIR/rollouts/ and what data was of no use.
+
+  All of them are there again with the next step where somebody deletes them: what is written is kept in memory too.
+  """
+
+  def __init__(self, workdir: pathlib.Path, resume_after: int | None, retry_seconds: float, unsaved: int = 0):
     """Opens them; what was written of steps after `resume_after` by a run that was killed is taken back.
 
-    Of many processes the first writes, for all.
+    What is no row of metrics is left out, and the file as it was is kept beside the new one. Of many processes the
+    first writes, for all.
 
     Args:
+      resume_after: step of the checkpoint that a run goes on from; None where there is none.
       retry_seconds: how long trouble with the storage is borne.
+      unsaved: how many steps a run may have taken before its first checkpoint.
+
+    Raises:
+      InputError: metrics of more steps than that have no checkpoint, or what is there is no file of metrics.
     """
     self._path, self._rollouts = workdir / "metrics.jsonl", workdir / "rollouts"
     self._seconds = retry_seconds
     self._workdir, self._directory = workdir, workdir / "tensorboard"
     self._events: Any = None  # the writer of its file, once something is written
-    self.rows = read(self._path, resume_after)  # all that is written, on every process
+    self._events_lost = False  # what was written is gone, or was never
+    self._last = -1 if resume_after is None else resume_after
+    history = read_history(self._path)
+    steps = [row["step"] for row in history.rows]
+    if resume_after is None and max(steps, default=0) > unsaved:
+      raise InputError(
+        f"{self._path}: metrics of {max(steps)} steps, and {workdir / 'checkpoints'} holds no checkpoint: expected the"
+        " checkpoints back, or --fresh to begin anew"
+      )
+    if self._rollouts.exists() and not self._rollouts.is_dir():
+      raise InputError(f"{self._rollouts}: not a directory, expected one for samples of rollouts")
+    self.rows = [row for row in history.rows if row["step"] <= self._last]  # all that is written, on every process
     if processes.is_first():
-      from tensorboardX.proto import event_pb2  # with it comes torch, where that is installed
-
-      self._rollouts.mkdir(exist_ok=True)
+      if history.damaged:
+        self._set_aside(history.damaged)
+      if resume_after is not None and max((row["step"] for row in self.rows), default=-1) < resume_after:
+        last = self.rows[-1]["step"] if self.rows else "no step at all"
+        print(f"{self._path}: ends with {last}, the checkpoint is of step {resume_after}: what lies between is lost")
+      self._persist(self._rollouts, lambda: self._rollouts.mkdir(exist_ok=True))
       self._rewrite()
       for file in self._rollouts.glob("step_*.jsonl"):
-        if int(file.stem.removeprefix("step_")) > resume_after:
+        step = file.stem.removeprefix("step_")
+        if step.isascii() and step.isdigit() and int(step) > self._last:
           file.unlink()
-      start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)  # hides what is after this step
-      self._persist(self._directory, lambda: self._to_tensorboard(step=resume_after + 1, session_log=start))
+      self._plot([])
+
+  def _set_aside(self, damaged: Sequence[str]) -> None:
+    """Keeps the file as it is beside the new one, and says why."""
+    copy = free_name(self._path)
+    more = f" and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+    print(f"{self._path}, {damaged[0]}{more}: left out, the file as it was is {copy.name}", flush=True)
+    content = self._path.read_bytes()
+    self._persist(copy, lambda: write_atomically(copy, content))
 
   def write(self, step: int, values: dict[str, float]) -> None:
     """Appends one step's row; it is on disk when this returns."""
     self.rows.append({"step": step, **values})
     if processes.is_first():
-      self._persist(self._path, lambda: append(self._path, json.dumps(self.rows[-1])))
-      self._scalars(step, values)
+      if self._path.exists():
+        self._persist(self._path, lambda: append(self._path, json.dumps(self.rows[-1])))
+      else:
+        self._rewrite()
+      self._plot([self.rows[-1]])
 
-  def amend(self, values: dict[str, float]) -> None:
-    """Adds to the last row."""
+  def amend(self, step: int, values: dict[str, float]) -> None:
+    """Adds to the row of a step, which is the last one; writes it where it is lost."""
+    if not self.rows or self.rows[-1]["step"] != step:
+      self.write(step, values)
+      return
     self.rows[-1] |= values
     if processes.is_first():
       self._rewrite()
-      self._scalars(self.rows[-1]["step"], values)
+      self._plot([{"step": step, **values}])
+
+  def value(self, step: int, name: str) -> float | None:
+    """What was measured after a step, if it was."""
+    return self.rows[-1].get(name) if self.rows and self.rows[-1]["step"] == step else None
 
   def _rewrite(self) -> None:
     text = "".join(f"{json.dumps(row)}\n" for row in self.rows)
     self._persist(self._path, lambda: write_atomically(self._path, text))
 
-  def _scalars(self, step: int, values: dict[str, float]) -> None:
-    from tensorboardX.proto import summary_pb2
-
-    scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-    summary = summary_pb2.Summary(value=scalars)
-    self._persist(self._directory, lambda: self._to_tensorboard(step=step, summary=summary))
-
   def write_rollouts(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
     if processes.is_first():
       path, text = self._rollouts / f"step_{step:06d}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows)
-      self._persist(path, lambda: write_atomically(path, text))
+
+      def write() -> None:
+        self._rollouts.mkdir(exist_ok=True)
+        write_atomically(path, text)
+
+      self._persist(path, write)
 
   def write_dropped_rows(self, field: str, rows: Sequence[DroppedRow]) -> None:
     """Names the rows of the files of a field of the config that cannot be used."""
@@ -95,36 +144,77 @@ class MetricsWriter:
   def _persist(self, path: pathlib.Path, write: Callable[[], None]) -> None:
     persist(write, path, self._seconds)
 
-  def _to_tensorboard(self, **fields: Any) -> None:
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2
-
+  def _plot(self, rows: Sequence[Row]) -> None:
+    """Rows for TensorBoard. All are in metrics.jsonl too: trouble with these is said once, and never waited for."""
     try:
-      if self._events is None:
-        self._directory.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(self._directory / "events"))
-      self._events.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+      if self._events is None or not any(self._directory.glob("events.*")):
+        rows = self._open_events(rows)
+      for row in rows:
+        self._events.write_event(_event(row))
       self._events.flush()
-    except OSError:
-      self._events = None  # a record may be broken off: go on in another file
-      raise
+      self._events_lost = False
+    except OSError as error:
+      if not self._events_lost:
+        print(f"{self._directory}: {reason(error)}, going on without it", file=sys.stderr, flush=True)
+      self._events, self._events_lost = None, True  # a record may be broken off: go on in another file
+
+  def _open_events(self, rows: Sequence[Row]) -> Sequence[Row]:
+    """Opens a file for events that hides those of later steps in older files; returns the rows that belong there."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2  # with it comes torch, where that is installed
+
+    again = self._events is not None or self._events_lost
+    self._directory.mkdir(exist_ok=True)
+    self._events = EventsWriter(str(self._directory / "events"))
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    step = 0 if again else self._last + 1
+    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
+    return self.rows if again else rows
 
   def close(self) -> None:
     if self._events is not None:
-      self._events.close()
+      with contextlib.suppress(OSError):
+        self._events.close()
 
 
-def read(path: pathlib.Path, last_step: int | None = None) -> list[dict[str, Any]]:
-  """Rows of a metrics.jsonl up to `last_step`; a last line that was cut off by a crash is left out."""
-  rows = []
-  for line in path.read_text().splitlines() if path.exists() else ():
+def _event(row: Row) -> Any:
+  from tensorboardX.proto import event_pb2, summary_pb2
+
+  scalars = [summary_pb2.Summary.Value(tag=name, simple_value=x) for name, x in row.items() if name != "step"]
+  return event_pb2.Event(wall_time=time.time(), step=row["step"], summary=summary_pb2.Summary(value=scalars))
+
+
+def read(path: pathlib.Path) -> list[Row]:
+  """Rows of a metrics.jsonl; what is no row of metrics is left out."""
+  return read_history(path).rows
+
+
+def read_history(path: pathlib.Path) -> History:
+  """Reads a metrics.jsonl; a last line that was cut off by a crash is no damage.
+
+  Raises:
+    InputError: it cannot be read.
+  """
+  try:
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+  except OSError as error:
+    raise InputError(f"{path}: cannot be read ({reason(error)}), expected the metrics of a run") from None
+  rows: list[Row] = []
+  damaged: list[str] = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
     try:
       row = json.loads(line)
-    except ValueError:
-      break
-    if last_step is None or row["step"] <= last_step:
+    except (ValueError, RecursionError) as error:
+      row, why = None, "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
+    else:
+      why = "no row of metrics with a step"
+    if isinstance(row, dict) and type(row.get("step")) is int and all(isinstance(x, int | float) for x in row.values()):
       rows.append(row)
-  return rows
+    elif number < len(lines):  # the last one ends in no newline
+      damaged.append(f"line {number}: {why}")
+  return History(rows, damaged)
 
 
 class Progress:

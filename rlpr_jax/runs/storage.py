@@ -65,6 +65,18 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
   os.replace(temporary, path)
 
 
+def free_name(path: pathlib.Path) -> pathlib.Path:
+  """A name beside a file that nothing has yet, to keep the file by as it is: metrics.jsonl.1, metrics.jsonl.2 ...
+
+  >>> free_name(pathlib.Path("/nowhere/metrics.jsonl")).name
+  'metrics.jsonl.1'
+  """
+  number = 1
+  while os.path.lexists(candidate := path.with_name(f"{path.name}.{number}")):
+    number += 1
+  return candidate
+
+
 def append(path: pathlib.Path, line: str) -> None:
   """Appends a line; it is on disk when this returns. Part of a line that failed before is taken back first."""
   with path.open("ab+") as file:

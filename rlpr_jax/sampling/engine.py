@@ -39,6 +39,7 @@ class SampleOptions:
   limits: Sequence[int] | np.ndarray | None = None  # most tokens of each, a prompt's samples together; None: T
   stop: Sequence[str] = ()  # strings that end a response, as in `Scheduler.add`
   progress: Callable[[int, int], None] = lambda done, total: None  # told how many responses have ended, of how many
+  ended: Callable[[list[Request]], None] = lambda requests: None  # given the responses whose text is known now
   interrupted: Callable[[], bool] = lambda: False  # asked every few tokens; once it is true, `StoppedError` is raised
 
 
@@ -84,7 +85,7 @@ class Engine:
     while scheduler.busy:
       if options.interrupted():
         raise StoppedError
-      scheduler.round()
+      options.ended(scheduler.round())
       if done != (done := total - len(scheduler.waiting) - len(scheduler.running)):
         options.progress(done, total)
     references = [request.reference or _NO_REFERENCE for request in requests]

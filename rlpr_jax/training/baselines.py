@@ -1,13 +1,17 @@
 """r': how probable each reference is without reasoning (RLPR, section 3.2). One row for each prompt of the data set."""
 
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlpr_jax import processes, rewards
 from rlpr_jax.models import Params
 from rlpr_jax.runs import metrics
+from rlpr_jax.runs.inputs import digest_rows
 from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.runs.unfinished import KeptRows
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Prompt, TrainState
 
@@ -18,35 +22,53 @@ def unknown_baselines(run: Run, rows: int | None = None) -> np.ndarray:
   return np.full((rows, run.config.data.max_reference_length), np.nan, np.float32)
 
 
-def initial_baselines(run: Run, params: Params, stop: StopRequest) -> np.ndarray:
-  """Measures every reference's under the initial policy, float32[N, A]; they are kept in the state."""
-  return measure_baselines(run, params, run.prompts, stop)
+def measures_all_before(config: ConfigDict) -> bool:
+  """Whether the baselines of all prompts are measured before step 1."""
+  return bool(config.reward.baseline_policy == "initial" and config.reward.baseline_when == "before")
 
 
 def measure_baselines(
-  run: Run, params: Params, all_prompts: Sequence[Prompt], stop: StopRequest | None = None
+  run: Run, params: Params, prompts: Sequence[Prompt], workdir: pathlib.Path, stop: StopRequest | None = None
 ) -> np.ndarray:
-  """Measures the baselines of some prompts, float32[N, A]; NaN where `stop` came first."""
-  size, prompts = run.config.rollout.prompts_per_draw, processes.share(all_prompts)
-  params, baselines = run.policy.sampling_params(params), unknown_baselines(run, len(prompts))
+  """Measures the baselines of some prompts, float32[N, A]; NaN where `stop` came first.
+
+  Those that were measured by a run that was stopped in this are taken from `workdir`, and the others kept there.
+  """
+  kept = KeptRows(workdir, "baselines", of=str(digest_rows(prompts)))
+  baselines = unknown_baselines(run, len(prompts))
+  for place, row in kept.rows.items():
+    baselines[place] = row
+  places = [place for place in range(len(prompts)) if place not in kept.rows]
+  size, mine = run.config.rollout.prompts_per_draw, processes.share(places)
+  params, new = run.policy.sampling_params(params), unknown_baselines(run, len(mine))
   progress = metrics.Progress("baselines, prompt")
-  for first in range(0, len(prompts), size):
+  for first in range(0, len(mine), size):
     if stop:
       break
-    baselines[first : first + size] = run.engine.baseline(params, prompts[first : first + size])
-    progress(min(first + size, len(prompts)), len(prompts))
-  return processes.gather(baselines, len(all_prompts))
+    part = mine[first : first + size]
+    measured = run.engine.baseline(params, [prompts[place] for place in part])
+    new[first : first + size] = measured
+    kept.add(dict(zip(part, measured, strict=True)), seconds=1)
+    progress(first + len(part), len(mine))
+  kept.write()
+  baselines[places] = processes.gather(new, len(places))
+  return baselines
 
 
 def renew_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
-  """Returns the baselines [N, A], those of a draw's prompts measured anew where `reward.baseline_policy` asks for it.
+  """Returns the baselines [N, A], with those of a draw's prompts that are unknown or that the config wants anew.
 
   Args:
     params: of the policy that scores, as the sampler reads them.
   """
   settings = run.config.reward
-  if settings.baseline_policy not in ("current", "moving_average"):
+  if settings.baseline_policy == "none" or measures_all_before(run.config):
     return state.baselines
+  if settings.baseline_policy == "initial":
+    prompts = [prompt for prompt in prompts if np.isnan(state.baselines[prompt.row]).all()]
+    if not prompts:
+      return state.baselines
+    params = run.policy.sampling_params(state.initial)
   rows = [prompt.row for prompt in prompts]
   new = processes.gather(run.engine.baseline(params, processes.share(prompts)), len(prompts))
   if settings.baseline_policy == "moving_average":

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import pathlib
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -12,9 +13,12 @@ from rlpr_jax import processes, rewards
 from rlpr_jax.grading import graders
 from rlpr_jax.models import Params
 from rlpr_jax.runs import metrics
+from rlpr_jax.runs.inputs import digest_rows
 from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.runs.unfinished import KeptRows
 from rlpr_jax.sampling.engine import Engine, SampleOptions, StoppedError
 from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.sampling.scheduler import Request
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Prompt
 
@@ -23,8 +27,10 @@ from rlpr_jax.types import Prompt
 _EVALUATION_STREAM = 1
 
 
-def evaluate_run(run: Run, params: Params, step: int, stop: StopRequest) -> dict[str, float]:
+def evaluate_run(run: Run, params: Params, step: int, workdir: pathlib.Path, stop: StopRequest) -> dict[str, float]:
   """Measures Avg@k of a run's policy on its held-out prompts; {} if there are none.
+
+  What was measured before a stop is kept in `workdir`, and not measured again.
 
   Raises:
     StoppedError: `stop` was asked for.
@@ -42,6 +48,7 @@ def evaluate_run(run: Run, params: Params, step: int, stop: StopRequest) -> dict
     options=SampleOptions(
       stop=settings.stop, progress=metrics.Progress("held-out, response"), interrupted=stop.__bool__
     ),
+    kept=KeptRows(workdir, f"held_out-{step}", of=f"{settings} {digest_rows(run.held_out)}"),
   )
   return {f"held_out/{name}": value for name, value in accuracies.items()}
 
@@ -53,10 +60,14 @@ def evaluate(
   samples: int,
   key: jax.Array,
   options: SampleOptions,
+  kept: KeptRows | None = None,
 ) -> dict[str, float]:
   """Measures Avg@samples: exact match, but for built-in sentence questions, where what an answer says counts.
 
   Each process samples and grades its share.
+
+  Args:
+    kept: what was measured of some prompts before; that of the others is added. None: of none, and nothing is kept.
 
   Returns:
     `accuracy`; `accuracy/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
@@ -64,17 +75,34 @@ def evaluate(
   Raises:
     StoppedError: on every process, if `options.interrupted` was true on one.
   """
-  mine, out = processes.share(list(enumerate(prompts))), None
+  known = kept.rows if kept else {}
+  todo = [(place, prompt) for place, prompt in enumerate(prompts) if place not in known]
+  mine, finished = processes.share(todo), False
+  found = {place: np.zeros((samples, 3), np.float32) for place, _ in mine}  # of each sample: right, well-formed, length
+  left = dict.fromkeys(found, samples)
+
+  def grade(requests: list[Request]) -> None:
+    for request in requests:
+      prompt, place = request.group.prompt, request.group.draw
+      right = graders.verify("builtin", request.text, prompt.reference, prompt.question)
+      well_formed = rewards.format_score(prompt.opening + request.text, engine.template)
+      found[place][request.sample] = right, well_formed, len(request.tokens)
+      left[place] -= 1
+      if kept and not left[place]:
+        kept.add({place: found[place].ravel()}, seconds=1)
+
   with contextlib.suppress(StoppedError):
-    out = engine.sample(params, mine, key, samples, options)
-  if processes.any_of(out is None) or out is None:
+    engine.sample(params, mine, key, samples, dataclasses.replace(options, ended=grade))
+    finished = True
+  if kept:
+    kept.write()
+  if processes.any_of(not finished):
     raise StoppedError
-  graded = np.zeros((len(mine) * samples, 3), np.float32)  # right, well-formed, length
-  for i, (text, length) in enumerate(zip(out.texts, out.lengths, strict=True)):
-    prompt = mine[i // samples][1]
-    right = graders.verify("builtin", text, prompt.reference, prompt.question)
-    graded[i] = right, rewards.format_score(prompt.opening + text, engine.template), length
-  graded = processes.gather(graded.reshape(len(mine), samples, 3), len(prompts))
+  graded = np.zeros((len(prompts), samples, 3), np.float32)
+  for place, row in known.items():
+    graded[place] = row.reshape(samples, 3)
+  mine_graded = np.array(list(found.values()), np.float32).reshape(len(mine), samples, 3)
+  graded[[place for place, _ in todo]] = processes.gather(mine_graded, len(todo))
   by_source = defaultdict(list)
   for prompt, of_prompt in zip(prompts, graded, strict=True):
     by_source[prompt.source].append(of_prompt[:, 0])

@@ -1,5 +1,6 @@
 """The state of a run: before its first step, from step to step, and as a checkpoint holds it."""
 
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from rlpr_jax.runs.checkpoints import OnDisk
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import held_out, supervised
-from rlpr_jax.training.baselines import initial_baselines, measure_baselines, unknown_baselines
+from rlpr_jax.training.baselines import measure_baselines, measures_all_before, unknown_baselines
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Groups, StepBatch, TrainState
@@ -48,8 +49,10 @@ def abstract_state(run: Run, rows: int | None = None) -> TrainState:
   )
 
 
-def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
+def first_state(run: Run, workdir: pathlib.Path, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
   """Makes the state before step 1: warm start, the baselines of the initial policy, the first evaluation.
+
+  All three are kept in `workdir` as they go, so that the same call goes on from there.
 
   Returns:
     the state; None if `stop` was asked for.
@@ -61,14 +64,14 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
     writer.write_dropped_rows("config.warm_start.path", dropped)
   run.engine.device.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
   if demonstrations:
-    params = supervised.warm_start(run.config, run.policy, params, demonstrations, stop)
+    params = supervised.warm_start(run.config, run.policy, params, demonstrations, workdir, stop)
   baselines = unknown_baselines(run)
-  if run.config.reward.baseline_policy == "initial":
-    baselines = initial_baselines(run, params, stop)
+  if measures_all_before(run.config) and not processes.any_of(bool(stop)):
+    baselines = measure_baselines(run, params, run.prompts, workdir, stop)
   if processes.any_of(bool(stop)):
     return None
   try:
-    accuracies = held_out.evaluate_run(run, params, 0, stop)
+    accuracies = held_out.evaluate_run(run, params, 0, workdir, stop)
   except StoppedError:
     return None
   if accuracies:
@@ -82,7 +85,9 @@ def first_state(run: Run, writer: metrics.MetricsWriter, stop: StopRequest) -> T
   )
 
 
-def adopt_rows(run: Run, state: TrainState, old: Sequence[str], new: Sequence[str]) -> TrainState:
+def adopt_rows(
+  run: Run, state: TrainState, old: Sequence[str], new: Sequence[str], workdir: pathlib.Path
+) -> TrainState:
   """Makes a state go on with other rows than it was made with: each keeps its baseline, and the draws begin anew.
 
   Args:
@@ -93,10 +98,10 @@ def adopt_rows(run: Run, state: TrainState, old: Sequence[str], new: Sequence[st
   for row, digest in enumerate(new):
     if digest in places:
       baselines[row] = state.baselines[places[digest]]
-  if run.config.reward.baseline_policy == "initial":
+  if measures_all_before(run.config):
     unknown = [row for row, digest in enumerate(new) if digest not in places]
     print(f"{len(unknown)} rows are new: their baselines are those of the policy as it is now", flush=True)
-    baselines[unknown] = measure_baselines(run, state.params, [run.prompts[row] for row in unknown])
+    baselines[unknown] = measure_baselines(run, state.params, [run.prompts[row] for row in unknown], workdir)
   return state._replace(baselines=baselines, stream=PromptStream(run.prompts, run.config.seed).state())
 
 
@@ -116,7 +121,8 @@ def finish_step(run: Run, state: TrainState, batch: StepBatch, stream: PromptStr
 
 def keeps_initial(config: ConfigDict) -> bool:
   """Whether the initial policy is needed after the first step."""
-  return config.training.kl_coefficient > 0 or config.reward.scorer == "initial"
+  later = config.reward.baseline_policy == "initial" and not measures_all_before(config)
+  return config.training.kl_coefficient > 0 or config.reward.scorer == "initial" or later
 
 
 def copy_params(params: Params) -> Params:

@@ -3,8 +3,10 @@
 The rows are packed and the steps taken as in RLPR: -log p of the responses is the term of an answer's own gradient.
 """
 
+import pathlib
+import time
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,12 +22,14 @@ from rlpr_jax.data.templates import build_messages, encode_texts, render_all
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import Params
 from rlpr_jax.policy import Policy
+from rlpr_jax.runs import unfinished
+from rlpr_jax.runs.checkpoints import Checkpoints, OnDisk
 from rlpr_jax.runs.dropped_rows import describe_dropped_rows
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.splicing import prompt_opening
 from rlpr_jax.training import packing
-from rlpr_jax.training.optimizer import init_opt_state, warm_start_optimizer
+from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state, warm_start_optimizer
 from rlpr_jax.training.packing import Segment
 from rlpr_jax.training.settings import micro_batch_rows
 from rlpr_jax.training.update import Update, UpdateProgram, UpdateSettings
@@ -185,13 +189,48 @@ def steps(
 
 
 def warm_start(
-  config: ConfigDict, policy: Policy, params: Params, demonstrations: Sequence[Demonstration], stop: StopRequest
+  config: ConfigDict,
+  policy: Policy,
+  params: Params,
+  demonstrations: Sequence[Demonstration],
+  workdir: pathlib.Path,
+  stop: StopRequest,
 ) -> Params:
-  """Takes all supervised steps before RLPR begins, and shows how far they are; returns the parameters."""
-  state = SupervisedState(0, params, init_opt_state(optimizer(config.warm_start), params, policy.sharding))
+  """Takes all supervised steps before RLPR begins, and shows how far they are; returns the parameters.
+
+  The state is kept in `workdir` every minute and at a stop; the same call then goes on from there.
+  """
+  checkpoints = Checkpoints(unfinished.directory(workdir) / "warm_start", config.log, split, join)
+  state = checkpoints.restore(abstract_supervised_state(config, policy))
+  if state is None:
+    state = SupervisedState(0, params, init_opt_state(optimizer(config.warm_start), params, policy.sharding))
   progress, total = Progress("warm start, step"), config.warm_start.steps
+  kept_at = time.monotonic()
   for state, losses in steps(config, policy, state, demonstrations):  # noqa: B020
     progress(state.step, total, f"loss {float(losses['answer_loss']):.3f}")
-    if processes.any_of(bool(stop)):
+    due = processes.is_first() and time.monotonic() - kept_at > unfinished.EVERY
+    stopping = processes.any_of(bool(stop))
+    if stopping or processes.any_of(due):
+      checkpoints.save(state)
+      checkpoints.wait()  # before the next step donates the arrays
+      kept_at = time.monotonic()
+    if stopping:
       break
+  checkpoints.close()
   return state.params
+
+
+def abstract_supervised_state(config: ConfigDict, policy: Policy) -> SupervisedState:
+  """The state before the first step with shapes in the place of arrays, to restore a checkpoint into."""
+  made = abstract_opt_state(optimizer(config.warm_start), policy.trained, policy.sharding)
+  return SupervisedState(0, policy.trained, made)
+
+
+def split(state: SupervisedState) -> OnDisk:
+  """Takes a state apart as its checkpoint holds it."""
+  return OnDisk(state.params, {"opt_state": state.opt_state}, {"step": state.step})
+
+
+def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> SupervisedState:
+  """Puts together the state that `split` took apart."""
+  return SupervisedState(host["step"], params, arrays["opt_state"])

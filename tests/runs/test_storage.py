@@ -196,8 +196,8 @@ def test_checksums_are_of_every_bit():
   tree = {"w": w, "n": np.arange(3, dtype=np.int32), "flag": np.array([True, False]), "half": w[0].astype("bfloat16")}
   expected = checksums(tree)
   assert expected == checksums(jax.tree.map(jnp.asarray, tree))
-  assert expected[2] == 3
-  assert expected[3] == int(np.sum(w.view(np.uint32), dtype=np.uint64) % 2**32)
+  assert expected[3] == murmur_sum(w.view(np.uint32).reshape(-1).tolist())
+  assert expected[2] == murmur_sum([0, 1, 2])
   for place in (0, 5000, 9999):
     other = w.copy()
     other.view(np.uint32).reshape(-1)[place] ^= 1
@@ -205,6 +205,43 @@ def test_checksums_are_of_every_bit():
   other = w.copy()
   other[:10] = 0  # a part of the file is missing
   assert checksums({**tree, "w": other}) != expected
+  other = np.zeros((512, 512), np.float32)
+  other[0, 0], other[256, 0] = 1.0, 2.0  # bits and distance are multiples of large powers of two
+  swapped = other.copy()
+  swapped[0, 0], swapped[256, 0] = 2.0, 1.0
+  assert checksums(other) != checksums(swapped)
+
+
+def murmur_sum(numbers):
+  """The sum by its definition, in Python's own integers."""
+
+  def mix(x):
+    x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+    return x ^ (x >> 16)
+
+  return sum(mix(number ^ mix(place)) for place, number in enumerate(numbers)) % 2**32
+
+
+def change_host(directory, **changes):
+  path = next((directory / "host").glob("metadata*"))
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("changes", [{"step": 2}, {"next": 5}, {"sums": [1, 2]}])
+def test_metadata_that_are_not_those_that_were_saved(tmp_path, capsys, changes):
+  saved(tmp_path, 3)
+  change_host(tmp_path / "checkpoints/3", **changes)
+  assert open_checkpoints(tmp_path).restore(State((0, params(0.0))))[0] == 2
+  assert "checkpoints/3: cannot be read (its metadata is not what was saved)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_step(tmp_path, capsys):
+  saved(tmp_path, 3)
+  shutil.rmtree(tmp_path / "checkpoints/3")
+  shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints/3")
+  assert open_checkpoints(tmp_path).restore(State((0, params(0.0))))[0] == 2
+  assert "checkpoints/3: cannot be read (it is the checkpoint of step 1)" in capsys.readouterr().err
 
 
 def test_arrays_that_are_not_those_that_were_saved(tmp_path, capsys):
@@ -236,3 +273,17 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     again.save(State((step, params(step))), accuracy)
   again.close()
   assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [2, 9, 10]
+
+
+def test_an_accuracy_that_is_measured_after_a_checkpoint_was_saved_counts(tmp_path):
+  """As of the evaluation that a stop cut short, and the next start makes up for."""
+  checkpoints = open_checkpoints(tmp_path, keep_checkpoints=1, keep_best=1)
+  checkpoints.save(State((1, params(1))), 0.2)
+  checkpoints.save(State((2, params(2))))
+  checkpoints.close()
+  again = open_checkpoints(tmp_path, keep_checkpoints=1, keep_best=1)
+  again.know({1: 0.2, 2: 0.9})
+  for step, accuracy in ((3, 0.5), (4, None)):
+    again.save(State((step, params(step))), accuracy)
+  again.close()
+  assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == [2, 4]

@@ -10,7 +10,9 @@ from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
-from rlpr_jax.sampling.engine import Engine, SampleOptions
+from rlpr_jax.runs.unfinished import KeptRows
+from rlpr_jax.sampling.engine import Engine, SampleOptions, StoppedError
+from rlpr_jax.sampling.scheduler import Group, Request
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.held_out import evaluate
 from rlpr_jax.types import Prompt, Rollouts
@@ -30,6 +32,15 @@ class Told(Engine):
     assert len(texts) == len(draws) * samples
     for done in (0, len(texts)):
       options.progress(done, len(texts))
+    for draw, prompt in draws:
+      if options.interrupted():
+        raise StoppedError
+      group = Group(prompt, draw, self.sampling, (), waiting=0)
+      requests = [
+        Request(group, sample, 99, text=text, tokens=np.zeros(len(text), np.int32))
+        for sample, text in enumerate(self.texts[draw])
+      ]
+      options.ended(requests)
     fields = dict.fromkeys(Rollouts._fields) | {"texts": texts, "lengths": np.array([len(text) for text in texts])}
     return Rollouts(**fields | {"refused": np.zeros(len(texts), bool)})
 
@@ -58,6 +69,25 @@ def test_what_counts():
   }
   assert engine.calls == [[0, 1, 2, 3, 4]]  # each prompt, and no number twice
   assert seen == [(0, 10), (10, 10)]
+
+
+def test_an_evaluation_that_was_cut_short_goes_on(tmp_path):
+  """Prompts that had ended are not sampled again, and the numbers are those of one that was left alone."""
+  texts = [[RIGHT, RIGHT], [LOOSE, WRONG], [WRONG, WRONG], [RIGHT, WRONG], [LOOSE, LOOSE]]
+  prompts = [prompt("1", source) for source in ("a", "b", "a", "b", "b")]
+  whole = evaluate(Told(texts), {}, prompts, 2, jax.random.key(0), SampleOptions())
+  asked = iter([False, False, True])
+  options = SampleOptions(interrupted=lambda: next(asked))
+  with pytest.raises(StoppedError):
+    evaluate(Told(texts), {}, prompts, 2, jax.random.key(0), options, KeptRows(tmp_path, "held_out", of="it"))
+  for _ in range(2):  # the second time nothing is left to be sampled
+    engine = Told(texts)
+    kept = KeptRows(tmp_path, "held_out", of="it")
+    assert evaluate(engine, {}, prompts, 2, jax.random.key(0), SampleOptions(), kept) == whole
+  assert engine.calls == [[]]
+  engine = Told(texts)
+  evaluate(engine, {}, prompts, 2, jax.random.key(0), SampleOptions(), KeptRows(tmp_path, "held_out", of="another"))
+  assert engine.calls == [[0, 1, 2, 3, 4]]
 
 
 def test_all_wrong_and_all_right():
