@@ -1,9 +1,10 @@
 """The frame of the programs that work on a run's directory: flags, processes, the directory, errors."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import flags
@@ -14,7 +15,9 @@ from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.policy import create_mesh
+from rlpr_jax.runs import lock
 from rlpr_jax.runs.inputs import check_program
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.storage import free_name, write_atomically
 
 # What a run writes into its directory.
@@ -88,15 +91,20 @@ def define_flags(recipe: str, goes_on: bool) -> flags.FlagValues:
   return given
 
 
-def begin(config: ConfigDict, workdir: pathlib.Path, program: str, fresh: bool = False) -> None:
+@contextlib.contextmanager
+def begin(
+  config: ConfigDict, workdir: pathlib.Path, program: str, stop: StopRequest, fresh: bool = False
+) -> Iterator[None]:
   """Checks the config and the directory, before anything is written or compiled, and says what runs on what.
+
+  As a context around the run: no other one is in the directory meanwhile.
 
   Args:
     program: train | sft.
     fresh: moves what an earlier run has written out of the way.
 
   Raises:
-    InputError: a config that cannot be, or a directory that cannot be written or holds another run.
+    InputError: a config that cannot be, or a directory that cannot be written, holds another run or is in use by one.
   """
   validation.validate(config)
   mesh = create_mesh(config)
@@ -105,11 +113,32 @@ def begin(config: ConfigDict, workdir: pathlib.Path, program: str, fresh: bool =
     attention = f"auto ({models.default_attention(mesh.devices.flat[0].platform)})"
   print(machine.describe(mesh, attention, config.model.compute_dtype), flush=True)
   open_workdir(workdir)
-  if fresh:
-    set_run_aside(workdir)
-  check_program(workdir, program)
-  check_same_run(workdir, config)
-  keep_programs(config.compilation_cache)
+  with hold(workdir, stop):
+    if fresh:
+      set_run_aside(workdir)
+    check_program(workdir, program)
+    check_same_run(workdir, config)
+    keep_programs(config.compilation_cache)
+    yield
+
+
+@contextlib.contextmanager
+def hold(workdir: pathlib.Path, stop: StopRequest) -> Iterator[None]:
+  """The lock of a run's directory; of many processes the first holds it for all, and all are refused together.
+
+  Raises:
+    InputError: another run is there.
+  """
+  with contextlib.ExitStack() as held:
+    refusal = None
+    if processes.is_first():
+      try:
+        held.enter_context(lock.hold(workdir, stop.__bool__))
+      except InputError as error:
+        refusal = error
+    if processes.any_of(refusal is not None):
+      raise refusal or InputError(f"--workdir: {workdir} is in use, as process 0 says")
+    yield
 
 
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -136,7 +165,7 @@ def open_workdir(workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}"
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)  # another program may try the same
   except OSError as error:
     raise InputError(f"--workdir: {workdir} cannot be written ({error.strerror})") from None
 

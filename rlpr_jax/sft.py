@@ -31,23 +31,22 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False,
     accept_changes: goes on with other demonstrations, tokenizer, chat template or weights than the run began with.
     fresh: sets aside what an earlier run has written there, and begins anew.
   """
-  entry.begin(config, workdir, "sft", fresh)
-  settings = config.warm_start
-  if not settings.steps:
-    raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
-  policy = load_policy(config)
-  assert policy.tokenizer is not None
-  assert policy.turn_end is not None
-  check_rows(config, policy.sharding)
-  check_lengths(config, policy.config.max_length)
-  demonstrations, dropped = supervised.load(config, policy.tokenizer, policy.turn_end.eos_id)
-  rows = [digest_text(str(row)) for row in demonstrations] if settings.path else []
-  inputs = Inputs("sft", model_digests(config, policy.tokenizer), rows)
-  check_inputs(workdir, read_inputs(workdir), inputs, accept_changes)
-  entry.write_config(config, workdir)
-  write_inputs(workdir, inputs)
-  checkpoints = Checkpoints(workdir, config.log, supervised.split, supervised.join)
-  with StopRequest() as stop, setting_names(NAMES):
+  with StopRequest() as stop, entry.begin(config, workdir, "sft", stop, fresh), setting_names(NAMES):
+    settings = config.warm_start
+    if not settings.steps:
+      raise InputError("config.warm_start.steps: 0, expected how many supervised steps to take")
+    policy = load_policy(config)
+    assert policy.tokenizer is not None
+    assert policy.turn_end is not None
+    check_rows(config, policy.sharding)
+    check_lengths(config, policy.config.max_length)
+    demonstrations, dropped = supervised.load(config, policy.tokenizer, policy.turn_end.eos_id)
+    rows = [digest_text(str(row)) for row in demonstrations] if settings.path else []
+    inputs = Inputs("sft", model_digests(config, policy.tokenizer), rows)
+    check_inputs(workdir, read_inputs(workdir), inputs, accept_changes)
+    entry.write_config(config, workdir)
+    write_inputs(workdir, inputs)
+    checkpoints = Checkpoints(workdir, config.log, supervised.split, supervised.join)
     state = checkpoints.restore(supervised.abstract_supervised_state(config, policy))
     writer = metrics.MetricsWriter(
       workdir, state.step if state else None, config.log.retry_seconds, unsaved=config.log.checkpoint_every
@@ -72,8 +71,8 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False,
         break
     checkpoints.close()
     writer.close()
-  how = "done" if state.step == settings.steps else "stopped and saved: the same command goes on from there"
-  print(f"step {state.step} of {settings.steps}, {how}", flush=True)
+    how = "done" if state.step == settings.steps else "stopped and saved: the same command goes on from there"
+    print(f"step {state.step} of {settings.steps}, {how}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

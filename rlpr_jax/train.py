@@ -59,10 +59,9 @@ def train(
   if custom_reward is not None:
     config = config.copy_and_resolve_references()
     config.reward.custom = f"{custom_reward.__module__}.{custom_reward.__qualname__}"
-  entry.begin(config, workdir, "train", fresh)
-  if custom_reward is None and config.reward.custom:
-    custom_reward = custom_rewards.load(config.reward.custom)
-  with StopRequest() as stop, setting_names(settings.NAMES):
+  with StopRequest() as stop, entry.begin(config, workdir, "train", stop, fresh), setting_names(settings.NAMES):
+    if custom_reward is None and config.reward.custom:
+      custom_reward = custom_rewards.load(config.reward.custom)
     run = set_up(config, custom_reward)
     saved, inputs = read_inputs(workdir), digest_inputs(run)
     if check_inputs(workdir, saved, inputs, accept_changes):
@@ -98,8 +97,8 @@ def train(
     writer.close()
     if state:
       unfinished.clear(workdir)
-  if processes.is_first():
-    finish(config, workdir, state)
+    if processes.is_first():
+      finish(config, workdir, state)
 
 
 def resume(
