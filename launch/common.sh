@@ -19,6 +19,8 @@ CHILD=""             # process id of what is waited for, and of its process grou
 WHOLE_GROUP=""       # not empty: signals go to the group
 STOPPED=""           # the signal that asked to stop
 SIGNALS=0            # how many came
+INTERRUPTS=0         # how many of them were Ctrl-C
+KILLER=""            # process id, and group, of what ends a run that has not saved within --grace seconds
 exec 3>&1            # so that a command in $(...) can be shown as well
 
 fail() { # LINE: wrong input
@@ -26,8 +28,8 @@ fail() { # LINE: wrong input
   exit "$USAGE"
 }
 
-say() {
-  echo "$SCRIPT: $*" >&2
+say() { # nobody may be there to read it
+  echo "$SCRIPT: $*" >&2 || true
 }
 
 help() { # the comment at the head of the script
@@ -219,7 +221,7 @@ wait_for() {
   fi
   [[ -z $STOPPED ]] || return 143 # told to stop before this step
   set -m
-  "$@" </dev/null 3>&- &
+  RLPR_LAUNCHER=$$ "$@" </dev/null 3>&- & # by which the program notices that this script is gone
   CHILD=$!
   set +m
   # A signal that comes in between ends `wait` with a status that is not the command's.
@@ -229,14 +231,47 @@ wait_for() {
     ((SIGNALS != before)) || break
   done
   CHILD=""
+  if [[ -n $KILLER ]]; then kill -TERM -- "-$KILLER" 2>/dev/null || true; fi
+  KILLER=""
   return "$status"
 }
 
-pass_on() { # SIGNAL: always as SIGTERM; the run saves and stops
+# pass_on SIGNAL: as SIGTERM, after which the run saves and stops, within --grace seconds where there is such a flag.
+# Another SIGTERM or SIGHUP changes nothing; a second Ctrl-C ends it at once.
+pass_on() {
+  local waited
   STOPPED=$1 SIGNALS=$((SIGNALS + 1))
+  if [[ $1 == INT ]]; then INTERRUPTS=$((INTERRUPTS + 1)); fi
+  if ((INTERRUPTS > 1)); then
+    say "SIGINT again: ending the run at once"
+    end_child
+    return 0 # the status is said: in a trap it would be that of what was interrupted
+  fi
   say "SIG$1: passed on, waiting for the run to save and stop"
-  if [[ -n $CHILD ]]; then kill -TERM -- "${WHOLE_GROUP:+-}$CHILD" 2>/dev/null || true; fi
+  if [[ -z $CHILD ]]; then return 0; fi
+  kill -TERM -- "${WHOLE_GROUP:+-}$CHILD" 2>/dev/null || true
+  if [[ -n ${OPTION[grace]:-} && -z $KILLER ]]; then
+    set -m
+    {
+      for ((waited = 0; waited < OPTION[grace]; waited++)); do
+        sleep 1
+        kill -0 $$ 2>/dev/null || exit 0 # the script was killed, and the run saves by itself
+      done
+      say "not saved within --grace=${OPTION[grace]} s: ending the run"
+      end_child
+    } </dev/null >/dev/null 3>&- &
+    KILLER=$!
+    set +m
+  fi
 }
+
+end_child() {
+  if [[ -n $CHILD ]]; then kill -KILL -- "-$CHILD" 2>/dev/null || true; fi
+}
+
+# Without a terminal or a connection the run would go on here, where nobody looks on. Scripts whose run is elsewhere have
+# one of their own.
+hang_up() { pass_on HUP; }
 
 # keep_running COMMAND...: again after a crash, with a pause that doubles. Ends with status 0, with wrong input, which
 # another try does not mend, when told to stop, or after --restarts tries.
@@ -244,6 +279,8 @@ keep_running() {
   local status tries=0 pause=${OPTION[backoff]} began waited
   trap 'pass_on INT' INT
   trap 'pass_on TERM' TERM
+  trap hang_up HUP # under nohup it is ignored, and stays so
+  trap : PIPE      # of those who read the output
   comment "until it ends with status 0 or $USAGE; after anything else again, ${OPTION[restarts]} times at most:"
   while true; do
     began=$SECONDS status=0

@@ -10,17 +10,20 @@
 #   --module=NAME    the program (rlpr_jax.train)
 #   --restarts=N     so many restarts after crashes (10); a run goes on from its last checkpoint
 #   --backoff=S      seconds before the first of them (10); the pause doubles, up to 300
+#   --grace=S        seconds that the run may take to save in when it is told to stop (300); then it is killed
 #   --dry-run        prints what would be run
 #
-# Ctrl-C and SIGTERM are passed on: the run saves and stops, and is not started again. A second one stops it at once.
+# Ctrl-C, SIGTERM and SIGHUP are passed on: the run saves and stops, and is not started again. A second Ctrl-C stops it at
+# once, a second SIGTERM is as patient as the first. A run whose launcher was killed saves and stops by itself.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
 
 main() {
-  parse_arguments "gpus= python= restarts=10 backoff=10" "$@"
+  parse_arguments "gpus= python= restarts=10 backoff=10 grace=300" "$@"
   expect_number restarts 0
   expect_number backoff 0
+  expect_number grace 1
   if [[ -n ${OPTION[gpus]} ]]; then
     expect_match gpus '[0-9]+(,[0-9]+)*' "numbers as nvidia-smi lists them, such as 0,1"
   fi

@@ -3,12 +3,12 @@
     python launch/local.py --processes=2 [--dry-run] [--] --config=configs/quickstart.py --workdir=runs/two \
       [--config.field=value ...]
 
-Signals are passed on. Once a process ends with an error the others are stopped, and its exit status is given back.
-`--dry-run` prints what would be run.
+Ctrl-C, SIGTERM and SIGHUP are passed on: the run saves and stops; what has not after `--grace` seconds is killed. Where
+this script is killed, the run saves and stops as well. Once a process ends with an error the others are stopped, and
+its exit status is given back. `--dry-run` prints what would be run.
 """
 
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -18,9 +18,11 @@ from absl import app, flags
 
 from rlpr_jax import command_line
 from rlpr_jax.errors import InputError
+from rlpr_jax.runs.children import Children
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
 _MODULE = flags.DEFINE_string("module", "rlpr_jax.train", "What each of them runs.")
+_GRACE = flags.DEFINE_float("grace", 300, "Seconds to save in, when told to stop.", lower_bound=0)
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the commands alone.")
 flags.DEFINE_alias("dry-run", "dry_run")
 _PATIENCE = 10  # seconds between the end of one process and the killing of those that go on
@@ -37,16 +39,14 @@ def main(argv: list[str]) -> None:
   if _DRY_RUN.value:
     print(*(shlex.join(command) + " &" for command in commands), "wait", sep="\n")
     return
-  # A session of its own each: a terminal's Ctrl-C would reach them a second time.
-  started = [subprocess.Popen(command, start_new_session=True) for command in commands]
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, _: [process.send_signal(number) for process in started])
-  sys.exit(watch(started))
+  with Children(_GRACE.value) as children:
+    status = watch([children.start(command) for command in commands])
+  sys.exit(status)
 
 
 def check(arguments: list[str]) -> None:
   """Says what no process could start with in one line, not in one a process."""
-  for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+  for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
     name, equals, recipe = argument.lstrip("-").partition("=")
     if argument.startswith("-") and name == "config":
       try:
@@ -86,6 +86,7 @@ def watch(started: list[subprocess.Popen]) -> int:
       process.wait(max(deadline - time.monotonic(), 0))
     except subprocess.TimeoutExpired:
       process.kill()
+      process.wait()  # or the next launch would find it there
   return status if status > 0 else 128 - status
 
 

@@ -6,7 +6,8 @@
 A recipe with a warm start is warm-started once a seed; every variant begins from that policy, unless it changes what
 the policy starts from (`warm_start`, `model`, `lora` or `data`).
 
-Given again, the same command goes on where it stopped: runs that are finished are left alone, others resume.
+Given again, the same command goes on where it stopped: runs that are finished are left alone, others resume. Ctrl-C,
+SIGTERM and SIGHUP have the runs save and stop, and no others begin.
 `--dry_run` prints one command a run, for a cluster's own queue, the warm starts first, which the others wait for;
 afterwards the same command without it makes the table.
 """
@@ -17,6 +18,7 @@ import pathlib
 import re
 import runpy
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from ml_collections import ConfigDict
 from rlpr_jax import command_line, validation
 from rlpr_jax.errors import InputError, exit_on_input_error, user_code
 from rlpr_jax.runs import metrics
+from rlpr_jax.runs.children import Children
 from rlpr_jax.runs.storage import write_atomically
 
 _START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from
@@ -68,10 +71,16 @@ def main() -> None:
     for job in starts + jobs:
       print(job)
     return
-  at_once = given.processes
-  failed = run_all([job for job in starts if not (job.policy / "config.json").exists()], "warm starts", starts, at_once)
-  if not failed:
-    failed = run_all([job for job in jobs if not is_finished(job)], "runs", jobs, at_once)
+  with Children(given.grace) as children:
+    at_once = given.processes
+    left = [job for job in starts if not (job.policy / "config.json").exists()]
+    failed = run_all(left, "warm starts", starts, at_once, children)
+    if not failed:
+      failed = run_all([job for job in jobs if not is_finished(job)], "runs", jobs, at_once, children)
+  if children.told:
+    name = signal.Signals(children.told).name
+    print(f"stopped by {name}: the same command goes on from there", file=sys.stderr)
+    sys.exit(128 + children.told)
   results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
   write_results(workdir, results)
   if failed:
@@ -86,6 +95,9 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_string("workdir", None, "Directory of the runs, the table and the plot.", flag_values=given)
   flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each variant.", flag_values=given)
   flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound=1, flag_values=given)
+  flags.DEFINE_float(
+    "grace", 300, "Seconds that runs may take to save in when told to stop.", lower_bound=0, flag_values=given
+  )
   flags.DEFINE_bool("dry_run", False, "Print the commands alone.", flag_values=given)
   flags.DEFINE_alias("dry-run", "dry_run", flag_values=given)
   return given
@@ -164,12 +176,15 @@ def options(changes: dict[str, object]) -> list[str]:
   return [f"--config.{field}={value}" for field, value in changes.items()]
 
 
-def run_all(jobs: list[Job], what: str, every: list[Job], at_once: int) -> list[str]:
-  """Runs those of `every` that are left, so many at a time; returns the directories of those that failed."""
+def run_all(jobs: list[Job], what: str, every: list[Job], at_once: int, children: Children) -> list[str]:
+  """Runs those of `every` that are left, so many at a time; returns the directories of those that did not finish."""
   start, done, failed = time.monotonic(), 0, []
   print(f"{len(every) - len(jobs)} of {len(every)} {what} were finished before", flush=True)
   with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
-    for job, status in pool.map(lambda job: (job, run(job)), jobs):
+    for job, status in pool.map(lambda job: (job, run(job, children)), jobs):
+      if children.told:
+        failed.append(job.workdir.name)
+        continue
       done += 1
       if status:
         failed.append(job.workdir.name)
@@ -179,11 +194,14 @@ def run_all(jobs: list[Job], what: str, every: list[Job], at_once: int) -> list[
   return failed
 
 
-def run(job: Job) -> int:
+def run(job: Job, children: Children) -> int:
+  """The exit status of the first of its programs that failed; a run that was told to stop ends with 0 as well."""
   job.workdir.parent.mkdir(parents=True, exist_ok=True)
   with open(f"{job.workdir}.log", "a") as log:
     for command in job.commands:
-      if status := subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode:
+      if children.told:
+        break
+      if status := children.start(command, stdout=log, stderr=subprocess.STDOUT).wait():
         return status
   return 0
 

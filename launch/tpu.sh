@@ -24,9 +24,9 @@
 #   --poll=S                 seconds between two looks at a queued resource (30)
 #   --dry-run                prints what would be run
 #
-# The run goes on when the connection breaks or this script is killed; the same command stops what still runs, copies the
-# code anew and goes on from the last checkpoint. Ctrl-C and SIGTERM are passed on: the run saves and stops. The TPU stays
-# and costs until it is deleted (gcloud compute tpus queued-resources delete NAME --force).
+# The run goes on when the connection breaks, the terminal closes or this script is killed; the same command stops what
+# still runs, copies the code anew and goes on from the last checkpoint. Ctrl-C and SIGTERM are passed on: the run saves
+# and stops. The TPU stays and costs until it is deleted (gcloud compute tpus queued-resources delete NAME --force).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 source "$(dirname "${BASH_SOURCE[0]}")/flags.sh"
@@ -63,6 +63,12 @@ main() {
     on_workers "$STOP" || say "the workers do not answer; the run there may go on"
   fi
   exit "$status"
+}
+
+# The run is on the workers, and goes on there.
+hang_up() {
+  end_child
+  exit 129
 }
 
 # --- what is asked for -----------------------------------------------------------------------------------------------

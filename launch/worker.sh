@@ -89,8 +89,8 @@ stop() {
 
 run() {
   local status before told=0 child=""
-  trap 'told=$((told + 1)); [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT
-  "$@" &
+  trap 'told=$((told + 1)); [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM INT HUP
+  RLPR_LAUNCHER=$$ "$@" & # by which the program notices that this script was killed
   child=$!
   if ((told)); then kill -TERM "$child" 2>/dev/null || true; fi
   # A signal that comes in between ends `wait` with a status that is not the command's.

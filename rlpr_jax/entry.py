@@ -17,7 +17,7 @@ from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.policy import create_mesh
 from rlpr_jax.runs import lock
 from rlpr_jax.runs.inputs import check_program
-from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.runs.interrupt import StopRequest, watch_launcher
 from rlpr_jax.runs.storage import free_name, write_atomically
 
 # What a run writes into its directory.
@@ -58,6 +58,7 @@ def run(
       raise InputError("--workdir: missing, expected the run's directory")
     if "://" in given.workdir:  # a path would be made of it, on this machine's disk
       raise InputError(f"--workdir: {given.workdir}, expected a directory: mount the bucket, for instance by gcsfuse")
+    watch_launcher()
     processes.start(given.distributed, given.coordinator, given.processes, given.process)
     with processes.end_together():
       options = {"accept_changes": given.accept_changes, "fresh": given.fresh} if goes_on else {}

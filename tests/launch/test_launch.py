@@ -15,6 +15,7 @@ import time
 import pytest
 import yaml
 
+from rlpr_jax.runs.lock import is_alive
 from tests.models import tpu_compile
 from tests.tiny_run import RECIPE
 
@@ -66,12 +67,12 @@ def launch(plain, tmp_path):
       path = tmp_path / "calls"
       return path.read_text().splitlines() if path.exists() else []
 
-    def begin(self, script, *arguments):
+    def begin(self, script, *arguments, prefix=()):
       # What a shell runs in the background, these tests perhaps, ignores SIGINT, and its children would with it.
       before = signal.signal(signal.SIGINT, signal.default_int_handler)
       try:
         return subprocess.Popen(
-          [self.root / f"launch/{script}.sh", *arguments], cwd=self.root, env=self.environment, text=True,
+          [*prefix, self.root / f"launch/{script}.sh", *arguments], cwd=self.root, env=self.environment, text=True,
           stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
       finally:
@@ -424,6 +425,77 @@ def test_a_signal_is_passed_on_and_waited_for(gpu, tmp_path, number):
   assert (tmp_path / "saved").read_text() == "saved\n"
 
 
+@pytest.fixture
+def stopping(gpu):
+  """In the place of the program, one that takes a while to save: begins it with these flags of the script."""
+  python = gpu.fake("python", f"exec {sys.executable} -m tests.stopping_program")
+
+  def begin(*arguments, saving=1, prefix=()):
+    gpu.environment["SAVING"] = str(saving)
+    process = gpu.begin("gpu", *LOCAL, f"--python={python}", "--backoff=0", *arguments, prefix=prefix)
+    assert process.stderr.readline() == "ready\n"
+    return process
+
+  return begin
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_second_sigterm_is_as_patient_as_the_first(stopping, number):
+  process = stopping()
+  process.send_signal(number)
+  err = "".join(process.stderr.readline() for _ in range(2))
+  process.send_signal(signal.SIGTERM)
+  _, rest = process.communicate(timeout=20)
+  assert process.returncode == 0
+  assert "saving\n" in err
+  assert rest.endswith("saved\n")
+
+
+def test_a_second_interrupt_ends_it_at_once(stopping):
+  process = stopping(saving=100)
+  process.send_signal(signal.SIGINT)
+  assert "saving\n" in [process.stderr.readline() for _ in range(2)]
+  process.send_signal(signal.SIGINT)
+  _, err = process.communicate(timeout=20)
+  assert process.returncode == 128 + signal.SIGKILL
+  assert "SIGINT again: ending the run at once" in err
+  assert "saved" not in err
+
+
+def test_what_does_not_save_within_its_grace_is_killed(stopping):
+  process = stopping("--grace=1", saving=100)
+  process.terminate()
+  _, err = process.communicate(timeout=20)
+  assert process.returncode == 128 + signal.SIGKILL
+  assert "not saved within --grace=1 s: ending the run" in err
+  assert "saved\n" not in err
+
+
+def test_under_nohup_a_terminal_that_closes_changes_nothing(stopping):
+  process = stopping(prefix=(shutil.which("nohup"),))
+  process.send_signal(signal.SIGHUP)
+  time.sleep(0.5)
+  assert process.poll() is None
+  process.terminate()
+  _, err = process.communicate(timeout=20)
+  assert process.returncode == 0
+  assert err.endswith("saved\n")
+
+
+def test_a_run_saves_and_ends_when_its_script_is_killed(stopping):
+  process = stopping()
+  process.kill()
+  assert process.communicate(timeout=20)[1] == "saving\nsaved\n"  # the program's too: it ends with it
+
+
+def test_a_run_saves_when_nobody_reads_the_script_any_more(stopping, tmp_path):
+  """As under `| tee log` in a terminal that closes: a line of its own must not end the script first."""
+  process = stopping()
+  process.stderr.close()
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(timeout=20) == 0
+
+
 def test_gpus_that_are_not_there(gpu):
   done = gpu("gpu", *gpu.arguments, "--gpus=0,5", status=2)
   assert done.stderr == "launch/gpu.sh: --gpus: no GPU 5 here, expected some of 2\n"
@@ -733,6 +805,48 @@ def test_local_dry_run(flag, mark):
 def test_local_refuses_wrong_input(argument, line):
   done = local(argument, "--workdir=x")
   assert (done.returncode, done.stderr) == (2, f"launch/local.py: {line}\n")
+
+
+def begin_local(directory, *arguments, saving=1):
+  """Two programs that take a while to save; their process ids are the names of the files of `directory`."""
+  directory.mkdir()
+  process = subprocess.Popen(
+    [sys.executable, "launch/local.py", "--processes=2", "--module=tests.stopping_program", *arguments], cwd=ROOT,
+    env=os.environ | {"PYTHONPATH": str(ROOT), "SAVING": str(saving), "DIRECTORY": str(directory)},
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  assert [process.stderr.readline() for _ in range(2)] == ["ready\n"] * 2
+  return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_local_passes_signals_on_and_waits(tmp_path, number):
+  process = begin_local(tmp_path / "ids")
+  process.send_signal(number)
+  lines = [process.stderr.readline() for _ in range(2)]
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=20)
+  assert (process.returncode, "".join(lines) + err) == (0, "saving\n" * 2 + "saved\n" * 2)
+
+
+def test_local_programs_save_and_end_when_it_is_killed(tmp_path):
+  process = begin_local(tmp_path / "ids")
+  process.kill()
+  assert sorted(process.communicate(timeout=20)[1].split()) == ["saved"] * 2 + ["saving"] * 2
+  assert not any(is_alive(int(path.name)) for path in (tmp_path / "ids").iterdir())
+
+
+@pytest.mark.parametrize(("arguments", "again"), [(["--grace=1"], None), ([], signal.SIGINT)])
+def test_local_ends_what_does_not_save(tmp_path, arguments, again):
+  """After its grace, or at a second Ctrl-C."""
+  process = begin_local(tmp_path / "ids", *arguments, saving=100)
+  process.send_signal(signal.SIGINT)
+  assert [process.stderr.readline() for _ in range(2)] == ["saving\n"] * 2
+  if again:
+    process.send_signal(again)
+  _, err = process.communicate(timeout=20)
+  assert process.returncode > 0
+  assert "saved" not in err
 
 
 @pytest.mark.slow
