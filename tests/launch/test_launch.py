@@ -644,6 +644,34 @@ def test_a_run_outlives_its_connection_and_the_next_launch_stops_it(tpu, tmp_pat
   assert all((home / "saved").exists() for home in tpu.homes)
 
 
+def test_a_run_outlives_the_terminal_of_its_launch(tpu, tmp_path):
+  """It is elsewhere: what follows it here ends, and it goes on."""
+  (tmp_path / "state").write_text("READY\n")
+  tpu.plan("forever")
+  process = tpu.begin("tpu", *tpu.arguments)
+  assert [process.stdout.readline() for _ in tpu.homes] == ["start\n"] * 2
+  time.sleep(0.3)
+  process.send_signal(signal.SIGHUP)
+  assert process.wait(timeout=20) == 128 + signal.SIGHUP
+  process.communicate(timeout=20)  # to the end of the output: nothing of it is left here
+  home = tpu.homes[0]
+  assert is_alive(int((home / "rlpr_jax_state/pid").read_text()))
+  assert not (home / "saved").exists()
+  for home in tpu.homes:
+    command = ["bash", home / "rlpr_jax_code/launch/worker.sh", "stop"]
+    subprocess.run(command, env=tpu.environment | {"HOME": str(home)}, check=True)
+
+
+def test_a_run_saves_and_ends_when_its_worker_script_is_killed(tmp_path):
+  """Or the next one would begin beside it."""
+  command = ["bash", LAUNCH / "worker.sh", "run", sys.executable, "-m", "tests.stopping_program"]
+  environment = os.environ | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+  process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+  assert process.stderr.readline() == "ready\n"
+  process.kill()
+  assert process.communicate(timeout=20)[1] == "saving\nsaved\n"
+
+
 @pytest.mark.parametrize(
   ("files", "arguments", "line"),
   [

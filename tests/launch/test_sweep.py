@@ -1,13 +1,19 @@
 """A sweep as a user starts it: commands, runs, a table, and going on where it stopped."""
 
 import json
+import os
 import pathlib
+import runpy
 import shlex
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 
+from rlpr_jax.runs.children import Children
 from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -111,3 +117,25 @@ def test_a_run_that_fails_is_named_and_the_others_are_in_the_table(files):
   assert "nowhere.jsonl" in (files / "runs/larger-0.log").read_text()
   assert "| mean | 1 |" in (files / "runs/table.md").read_text()
   assert "| larger | 0 |" in (files / "runs/table.md").read_text()
+
+
+def test_a_sweep_that_is_stopped_begins_nothing_more(tmp_path):
+  """A run that was told to stop ends with status 0 as well; what follows it would take it for finished."""
+  launcher = runpy.run_path(str(ROOT / "launch/sweep.py"))
+  program, ids = [sys.executable, "-m", "tests.stopping_program"], tmp_path / "ids"
+  ids.mkdir()
+  commands = [["env", f"PYTHONPATH={ROOT}", f"DIRECTORY={ids}", *program], ["touch", str(tmp_path / "second")]]
+  jobs = [launcher["Job"](name, 0, tmp_path / name, commands, 1) for name in ("a", "b")]
+
+  def stop():
+    while not list(ids.iterdir()):
+      time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  with Children(grace=60) as children:
+    threading.Thread(target=stop).start()
+    assert launcher["run_all"](jobs, "runs", jobs, 1, children) == ["a", "b"]
+  assert children.told == signal.SIGTERM
+  assert (tmp_path / "a.log").read_text().endswith("saving\nsaved\n")
+  assert not (tmp_path / "second").exists()
+  assert len(list(ids.iterdir())) == 1
