@@ -6,7 +6,9 @@ With one process nothing is sent.
 """
 
 import contextlib
+import ipaddress
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,6 +49,11 @@ def start(
     return
   if count is not None and index is not None and not missing and index >= count:
     raise InputError(f"--process: {index}, expected a number under --processes {count}")
+  bind = None
+  if coordinator is not None:
+    host, port = split_address(coordinator)
+    if "JAX_COORDINATOR_BIND_ADDRESS" not in os.environ:
+      bind = bind_address(host, port)
   local_devices = None
   # jax knows Open MPI by a variable of its version 4. Later ones tell no address, which has to be given.
   if "OMPI_COMM_WORLD_SIZE" in os.environ and missing == ["--processes", "--process"]:
@@ -54,12 +61,71 @@ def start(
     count, index, local_device = (int(os.environ[name]) for name in names)
     local_devices = [local_device]
   try:
-    jax.distributed.initialize(coordinator, count, index, local_devices, heartbeat_timeout_seconds=_HEARTBEAT)
+    jax.distributed.initialize(
+      coordinator,
+      count,
+      index,
+      local_devices,
+      coordinator_bind_address=bind,
+      heartbeat_timeout_seconds=_HEARTBEAT,
+    )
   except (RuntimeError, ValueError) as error:
     raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
   if jax.process_index():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def split_address(address: str) -> tuple[str, int]:
+  """Host and port of `--coordinator`.
+
+  Raises:
+    InputError: not such an address.
+
+  >>> split_address("localhost:8476"), split_address("[::1]:8476")
+  (('localhost', 8476), ('::1', 8476))
+  """
+  host, colon, port = address.rpartition(":")
+  bracketed = host.startswith("[") and host.endswith("]")
+  if not colon or not host.strip("[]") or not port.isdecimal() or not 0 < int(port) < 2**16:
+    raise InputError(f"--coordinator: {address}, expected HOST:PORT")
+  if ":" in host and not bracketed:
+    raise InputError(f"--coordinator: {address}, expected [HOST]:PORT for an address with colons")
+  return host.strip("[]"), int(port)
+
+
+def bind_address(host: str, port: int) -> str | None:
+  """Where process 0 listens for the others: at the address that was named, not on every network of its machine.
+
+  Returns:
+    an address; None, which is all networks, for a name that another machine may know as another address than this one
+    does: one that stands for this machine's loopback here, or for a load balancer.
+
+  >>> bind_address("localhost", 8476), bind_address("127.0.0.1", 8476)
+  ('localhost:8476', '127.0.0.1:8476')
+  """
+  named = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+  if host == "localhost":
+    return named
+  try:
+    found = {place[4][0] for place in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+  except OSError:
+    return None  # jax says what is wrong with it
+  is_name = host not in found
+  if is_name and any(ipaddress.ip_address(str(place).partition("%")[0]).is_loopback for place in found):
+    return None
+  return named if all(_is_here(str(place)) for place in found) else None
+
+
+def _is_here(address: str) -> bool:
+  """Whether an address is one of this machine's."""
+  family = socket.AF_INET6 if ":" in address else socket.AF_INET
+  with socket.socket(family, socket.SOCK_STREAM) as probe:
+    try:
+      probe.bind((address, 0))
+    except OSError:
+      return False
+  return True
 
 
 @contextlib.contextmanager

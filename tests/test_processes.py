@@ -5,6 +5,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 
 from rlpr_jax import config as configs
 from rlpr_jax import processes
+from rlpr_jax.errors import InputError
 from rlpr_jax.policy import load_policy
 from rlpr_jax.runs.checkpoints import restore_params
 from tests.tiny_run import RECIPE
@@ -235,6 +237,81 @@ def test_processes_meet_by_what_the_cluster_says(variables, arguments):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"{i} 2 True False [0, 0, 1]" in err
+
+
+MEET_AT = """
+import pathlib, sys
+from rlpr_jax import processes
+processes.start(coordinator="localhost:{port}", count=2, index={index})
+port = {port}
+"""
+LISTENING = """
+lines = [line.split() for file in ("tcp", "tcp6") for line in pathlib.Path("/proc/net", file).read_text().splitlines()]
+places = [words[1].split(":") for words in lines if words[3] == "0A"]  # 0A: listening
+print(*(host for host, number in places if int(number, 16) == port), file=sys.stderr)
+processes.any_of(False)  # none ends before all have looked
+"""
+
+
+def test_the_coordinator_listens_where_it_was_named():
+  """On the loopback, not on all networks of the machine; two processes, as `launch/local.py` starts them."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  pair = [
+    subprocess.Popen(
+      [sys.executable, "-c", MEET_AT.format(port=port, index=index) + LISTENING],
+      env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+    )
+    for index in range(2)
+  ]  # fmt: skip
+  errors = [process.communicate(timeout=120)[1] for process in pair]
+  assert [process.returncode for process in pair] == [0, 0], errors
+  listening = errors[0].splitlines()[-1].split()
+  # As /proc/net/tcp and tcp6 have them, bytes of an address by words of the machine's order.
+  loopbacks = {"0100007F", "0" * 24 + "01000000", "0" * 16 + "FFFF00000100007F"}
+  assert listening
+  assert set(listening) <= loopbacks
+
+
+@pytest.mark.parametrize(
+  ("host", "found", "bound"),
+  [
+    ("localhost", None, "localhost:1"),
+    ("127.0.0.2", None, "127.0.0.2:1"),
+    ("::1", None, "[::1]:1"),
+    ("10.255.255.1", None, None),  # of another machine, or of a load balancer
+    ("me", ["127.0.1.1"], None),  # as Debian has a machine's own name, which others know as another address
+    ("me", ["127.0.0.1", "10.0.0.3"], None),
+    ("nowhere.invalid", [], None),
+  ],
+)
+def test_bind_addresses(monkeypatch, host, found, bound):
+  def look_up(*_, **__):
+    if not found:
+      raise OSError
+    return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (place, 0)) for place in found]
+
+  if found is not None:
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+  if host == "::1" and not processes._is_here("::1"):
+    bound = None
+  assert processes.bind_address(host, 1) == bound
+
+
+def test_a_name_of_an_address_of_this_machine_is_bound(monkeypatch):
+  monkeypatch.setattr(processes, "_is_here", lambda address: address == "10.0.0.3")
+  places = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.3", 0))]
+  monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
+  assert processes.bind_address("node3", 1) == "node3:1"
+
+
+@pytest.mark.parametrize(
+  "address", ["localhost", "localhost:", ":8476", "localhost:port", "localhost:70000", "::1:8476"]
+)
+def test_coordinators_that_cannot_be(address):
+  with pytest.raises(InputError, match=r"^--coordinator: .* expected "):
+    processes.start(coordinator=address, count=2, index=0)
 
 
 @pytest.mark.slow
