@@ -13,6 +13,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import time
 import urllib.parse
 from collections.abc import Callable, Sequence
@@ -31,6 +32,13 @@ GIVE_UP_AFTER = 20  # conversations without an answer in a row, after which no m
 _LONGEST_PAUSE = 60.0  # seconds between two attempts
 _LONGEST_ASKED = 180.0  # seconds that an endpoint may ask us to wait; a longer wait is no passing trouble
 _SECRET = 8  # characters from which on a key is more than a placeholder such as "EMPTY" or "none"
+
+
+# What an endpoint may say of keys that are not ours: a gateway's, of whom it asks in its turn.
+_FOREIGN = re.compile(
+  r"""(?ix) (?P<before> \bbearer\s+ | \b(?:x-)?api[-_ ]?key["']?\s*[=:]\s*["']? | [?&](?:key|token|access_token|sig)= )
+  [^\s"'&,;}\])]{8,} | (?P<scheme> \w://) [^/\s@]+ (?=@) | \bsk-[\w-]{8,}"""
+)
 
 
 class ClientError(RuntimeError):
@@ -205,7 +213,8 @@ class Client:
       said = f"no connection ({reason(error.__cause__ or error)})"
     else:
       said = str(error) or type(error).__name__
-    said = self._redact(" ".join(f"{self.endpoint.model} at {self.endpoint.base_url}: {said}".split()))
+    said = _FOREIGN.sub(lambda found: f"{found['before'] or found['scheme'] or ''}[key]", self._redact(said))
+    said = " ".join(f"{self.endpoint.model} at {self.endpoint.base_url}: {said}".split())
     return said if len(said) <= 400 else f"{said[:399]}…"  # cut last: part of a key would not be found
 
   def _redact(self, text: str) -> str:
@@ -236,6 +245,8 @@ def read_key(variable: str) -> str:
   Raises:
     InputError: there is none, or none that a header takes.
   """
+  if not re.fullmatch(r"[A-Za-z_]\w*", variable):  # perhaps the key itself, which is not shown
+    raise InputError("expected the name of an environment variable that holds the key, found something else")
   where = f"environment variable {variable}"
   key = os.environ.get(variable, "").strip()
   if not key:

@@ -203,6 +203,39 @@ def test_the_key_is_sent_and_shown_nowhere(status, before, monkeypatch, caplog, 
   assert "Bearer [" in str(error)
 
 
+@pytest.mark.parametrize(
+  "said",
+  [
+    "cannot reach https://up.example/v1/chat?api_key=0123secret456&model=m",
+    "POST https://me:0123secret456@up.example/v1: refused",
+    "upstream got {'Authorization': 'Bearer 0123secret456'}",
+    "upstream got x-api-key: 0123secret456",
+    'wrong "api_key": "0123secret456"',
+    "Incorrect API key provided: sk-0123secret456.",
+  ],
+)
+def test_keys_of_others_are_not_shown_either(said):
+  """A gateway may say what it has sent to those whom it asks."""
+  with serving(lambda *_: failing(401, message=said)) as server, pytest.raises(ClientError) as raised:
+    chat(Client(endpoint(server)))
+  assert "secret" not in str(raised.value)
+  assert "[key]" in str(raised.value)
+
+
+def test_what_is_no_key_is_shown():
+  said = "no api key given; a bearer of news at https://up.example/v1?model=m says: max_tokens is too large: 4096"
+  with serving(lambda *_: failing(400, message=said)) as server, pytest.raises(ClientError) as raised:
+    chat(Client(endpoint(server)))
+  assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("variable", ["sk-0123secret456", "0secret", "MY KEY"])
+def test_a_key_in_the_place_of_its_variable_is_not_shown(variable):
+  with pytest.raises(InputError, match="expected the name of an environment variable") as raised:
+    Client(Endpoint("http://x/v1", "m", variable))
+  assert variable not in str(raised.value)
+
+
 def test_an_echo_of_the_key_does_not_reach_the_cache(monkeypatch, tmp_path):
   monkeypatch.setenv("MY_KEY", KEY)
   with serving(lambda *_: f"your key is {KEY}") as server:

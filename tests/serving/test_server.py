@@ -323,9 +323,15 @@ def test_the_program_serves_and_finishes_what_runs_when_told_to_stop(policy, tmp
           reasons.append(piece.choices[0].finish_reason)
         return [reason for reason in reasons if reason]
 
+    # Where some clients put a key, and a body that is none.
+    assert httpx2.get(f"{url}/models?api_key={KEY}").status_code == 401
+    assert httpx2.get(f"{url}/{KEY}", headers={"Authorization": f"Bearer {KEY}"}).status_code == 404
+    refused = httpx2.post(f"{url}/completions", content=f"{{{KEY}", headers={"Authorization": f"Bearer {KEY}"})
+    assert refused.status_code == 400
+    assert KEY not in refused.text
     assert len(asyncio.run(stream())) == 4
-    _, errors = process.communicate(timeout=30)
-    assert KEY not in errors
+    out, errors = process.communicate(timeout=30)
+    assert KEY not in out + errors
     assert process.returncode == 0
   finally:
     process.kill()
