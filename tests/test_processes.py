@@ -19,6 +19,7 @@ from rlpr_jax import processes
 from rlpr_jax.errors import InputError
 from rlpr_jax.policy import load_policy
 from rlpr_jax.runs.checkpoints import restore_params
+from rlpr_jax.runs.lock import is_alive
 from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -176,6 +177,29 @@ def test_a_signal_to_one_process_stops_and_saves_all(recipe, begun, tmp_path):
   out, err = launcher.communicate(timeout=120)
   assert launcher.returncode == 0, err
   assert "the same command goes on from there" in out
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_killed_takes_its_run_along(recipe, begun, tmp_path):
+  """Saved; and the same command at once, while the first run still saves, waits for it and goes on."""
+  workdir = tmp_path / "run"
+  shutil.copytree(begun, workdir)
+  launcher = start(recipe, workdir, 2, "--config.steps=1000")
+  wait_for_step(launcher, 2)
+  pids = members(launcher)
+  launcher.kill()
+  again = start(recipe, workdir, 2, "--config.steps=1000")
+  for line in again.stdout:
+    if line.startswith("resumed after step"):
+      break
+  else:
+    raise AssertionError(again.stderr.read())
+  assert not any(is_alive(pid) for pid in pids)
+  again.terminate()
+  _, err = again.communicate(timeout=120)
+  assert again.returncode == 0, err
+  steps = [row["step"] for row in rows(workdir / "metrics.jsonl")]
+  assert steps == list(range(len(steps)))
 
 
 @pytest.mark.parametrize(
