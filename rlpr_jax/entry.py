@@ -15,7 +15,7 @@ from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, exit_on_input_error
 from rlpr_jax.policy import create_mesh
-from rlpr_jax.runs import lock
+from rlpr_jax.runs import lock, traces
 from rlpr_jax.runs.inputs import check_program
 from rlpr_jax.runs.interrupt import StopRequest, watch_launcher
 from rlpr_jax.runs.storage import free_name, write_atomically
@@ -32,6 +32,7 @@ WRITTEN = (
   "damaged_checkpoints",
   "unfinished",
   "failed",
+  traces.NAME,
   "report.html",
 )
 
@@ -114,7 +115,7 @@ def begin(
     attention = f"auto ({models.default_attention(mesh.devices.flat[0].platform)})"
   print(machine.describe(mesh, attention, config.model.compute_dtype), flush=True)
   open_workdir(workdir)
-  with hold(workdir, stop):
+  with hold(workdir, stop), traces.kept(workdir):
     if fresh:
       set_run_aside(workdir)
     check_program(workdir, program)
