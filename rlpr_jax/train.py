@@ -39,6 +39,7 @@ from rlpr_jax.training.state import abstract_state, adopt_rows, finish_step, fir
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
+UNTRAINED = "filter/steps_without_training"  # so far
 
 
 def train(
@@ -157,6 +158,8 @@ def train_steps(
 
     # 3. Measure it and write it down.
     values = batch.metrics | updated.metrics
+    before = writer.rows[-1].get(UNTRAINED, 0) if writer.rows else 0
+    values[UNTRAINED] = before + (not batch.groups.num_groups)
     if is_measured(config, state.step):
       with contextlib.suppress(StoppedError):
         values |= evaluate_run(run, state.params, state.step, workdir, stop)

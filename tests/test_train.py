@@ -118,10 +118,10 @@ def test_signal_in_the_warm_start_leaves_nothing_half_done(recipe, tmp_path):
 def test_an_evaluation_that_a_stop_cut_short_is_made_up_for(whole_run, tmp_path, monkeypatch):
   honest = training_program.evaluate_run
 
-  def cut_short(run, params, step, stop):
+  def cut_short(run, params, step, *rest):
     if step == 6:
       raise StoppedError
-    return honest(run, params, step, stop)
+    return honest(run, params, step, *rest)
 
   monkeypatch.setattr(training_program, "evaluate_run", cut_short)
   training_program.train(tiny(), tmp_path)

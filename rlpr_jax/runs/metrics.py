@@ -205,7 +205,7 @@ def read_history(path: pathlib.Path) -> History:
     if not line.strip():
       continue
     try:
-      row = json.loads(line)
+      row = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
       row, why = None, "not UTF-8" if isinstance(error, UnicodeDecodeError) else "not JSON"
     else:

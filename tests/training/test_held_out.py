@@ -8,9 +8,9 @@ import pytest
 
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
+from rlpr_jax.runs.unfinished import KeptRows
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
-from rlpr_jax.runs.unfinished import KeptRows
 from rlpr_jax.sampling.engine import Engine, SampleOptions, StoppedError
 from rlpr_jax.sampling.scheduler import Group, Request
 from rlpr_jax.sampling.shapes import Shapes
