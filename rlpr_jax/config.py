@@ -121,6 +121,9 @@ FIELDS = {
   "data.max_reference_length": Field(
     256, "tokens of a spliced reference; longer ones are dropped and counted", at_least=1
   ),
+  "data.max_references": Field(
+    4, "reference answers of a row where reward.references takes them all; rows with more are dropped", at_least=1
+  ),
   # Sampling.
   "rollout.max_response_length": Field(3072, "tokens, EOS included", at_least=1),
   "rollout.temperature": Field(1.0, "of sampling, and of the log-probabilities that are trained", above=0),
@@ -154,6 +157,11 @@ FIELDS = {
     "joint",
     "of mixture: joint (advantages of the sum) | separate (sum of each one's own)",
     choices=("joint", "separate"),
+  ),
+  "reward.references": Field(
+    "first",
+    "of a row with several reference answers: first (it alone counts) | best (the most probable one) | mean of all",
+    choices=("first", "best", "mean"),
   ),
   "reward.scorer": Field(
     "policy",
@@ -406,6 +414,17 @@ def row_length(config: ConfigDict) -> int:
 def longest_text(config: ConfigDict) -> int:
   """Most tokens of a prompt, its reasoning and the reference answer behind it, as a scorer reads them."""
   return int(config.data.prompt_limit + config.rollout.max_response_length + config.data.max_reference_length)
+
+
+def max_references(config: ConfigDict) -> int | None:
+  """M, the most reference answers of a row that are scored; None where the first of each alone is.
+
+  >>> config = default()
+  >>> config.reward.references = "best"
+  >>> max_references(config)
+  4
+  """
+  return None if config.reward.references == "first" else int(config.data.max_references)
 
 
 def flatten(group: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Reward mathematics of RLPR: how probable the reference answer is after the policy's own reasoning.
 
 Pure functions over arrays (or one text), importing nothing but jax and jaxtyping, so any trainer can call them.
-Shapes: P prompts, G responses a prompt, A tokens of a reference answer. Section numbers are those of the paper,
-arXiv 2506.18254, sections 3.2 to 3.4, and of its appendix for the ablations.
+Shapes: P prompts, G responses a prompt, A tokens of a reference answer, M reference answers of a prompt. Section
+numbers are those of the paper, arXiv 2506.18254, sections 3.2 to 3.4, and of its appendix for the ablations.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 from rlpr_jax.types import Evidence, Rewards
 
 AGGREGATES = ("mean_prob", "geometric_mean", "product", "mean_logprob")
+REFERENCES = ("best", "mean")
 TOKEN_WEIGHTS = ("uniform", "inverse", "base", "spread")
 SHAPINGS = ("clip", "identity", "threshold_T", "one_minus", "sigmoid_K", "leaky_T", "bins_N", "rank", "zscore")
 TEMPLATE_TAGS = {
@@ -38,6 +39,7 @@ class Scoring:
   shaping: str = "clip"  # as for `debias`
   format_coefficient: float = 0.1  # as for `combine`
   length_coefficient: float = 0.0  # the most that an answer longer than the reference costs
+  references: str = "best"  # as for `over_references`, where there are several
 
 
 def reference_probability(
@@ -83,6 +85,36 @@ def reference_probability(
   if aggregate in ("geometric_mean", "product"):
     score = jnp.exp(score)
   return jnp.where(count > 0, score, 0.0)
+
+
+def over_references(
+  scores: Float[ArrayLike, "*B M"], there: Shaped[ArrayLike, "*#B M"], references: str
+) -> Float[Array, "*B"]:
+  """Make one score of those of several reference answers, any of which is right.
+
+  Args:
+    scores: of each reference, on any scale.
+    there: True where a reference has a score; what stands elsewhere never matters.
+    references: `best` = the largest score; `mean` = their mean.
+
+  Returns:
+    0 where no reference has a score.
+
+  Raises:
+    ValueError: another name.
+
+  >>> scores, there = jnp.array([0.2, 0.6, 9.0]), jnp.array([True, True, False])
+  >>> [over_references(scores, there, references).item() for references in ("best", "mean")]
+  [0.6, 0.4]
+  """
+  if references not in REFERENCES:
+    raise ValueError(f"references {references!r}: expected one of {', '.join(REFERENCES)}")
+  scores = jnp.asarray(scores)
+  there = jnp.broadcast_to(jnp.asarray(there, bool), scores.shape)
+  count = jnp.sum(there, axis=-1)
+  if references == "best":
+    return jnp.where(count > 0, jnp.max(scores, axis=-1, where=there, initial=-jnp.inf), 0.0)
+  return jnp.sum(jnp.where(there, scores, 0.0), axis=-1) / jnp.maximum(count, 1)
 
 
 def _scaled(weights: Real[ArrayLike, "*#B A"], mask: Bool[Array, "*B A"]) -> Float[Array, "*B A"]:
@@ -380,15 +412,17 @@ def combine(
 
 def score_groups(
   evidence: Evidence,
-  baselines: Float[ArrayLike, "P"],
+  baselines: Float[ArrayLike, "P *M"],
   scoring: Scoring = Scoring(),
-  weights: Real[ArrayLike, "P G A"] | None = None,
+  weights: Real[ArrayLike, "P G *M A"] | None = None,
 ) -> Rewards:
   """Compute every part of the reward of P groups of G responses (sections 3.2 to 3.4).
 
   Args:
-    evidence: a response that could not be spliced, `scorable` False, scores as low as can be.
-    baselines: r' of each prompt; zeros for no debiasing.
+    evidence: a response that could not be spliced, `scorable` False, scores as low as can be. Of several references
+      those count that were scored, have a token in the mask; r' is then that of the same ones, and of all where none
+      was scored.
+    baselines: r' of each prompt, of several references that of each; zeros for no debiasing.
     scoring: which reward it is.
     weights: of `token_weights`; None for uniform ones.
 
@@ -409,16 +443,26 @@ def score_groups(
   """
   lowest = LOWEST_LOGPROB if scoring.aggregate == "mean_logprob" else 0.0
   score = reference_probability(evidence.logps, evidence.mask, scoring.aggregate, weights)
+  baselines, each = jnp.asarray(baselines), None
+  if score.ndim == 2:
+    to_subtract = baselines[:, None]
+  else:
+    scored, known = jnp.any(evidence.mask, axis=-1), jnp.any(jnp.isfinite(evidence.baseline_logps), axis=-1)[:, None]
+    each, same = jnp.where(scored, score, jnp.nan), jnp.where(jnp.any(scored, axis=-1, keepdims=True), scored, True)
+    score = over_references(score, scored, scoring.references)
+    of_each = jnp.broadcast_to(baselines[:, None], same.shape)
+    baselines = to_subtract = over_references(of_each, same & known, scoring.references)
   reference = jnp.where(evidence.scorable, score, lowest)
-  debiased = debias(reference, jnp.asarray(baselines)[:, None], scoring.shaping)
+  debiased = debias(reference, to_subtract, scoring.shaping)
   length = scoring.length_coefficient * jnp.asarray(evidence.excess)
   total = combine(debiased, evidence.formats, scoring.format_coefficient, evidence.repetition + length)
   return Rewards(
     reference=reference,
-    baseline=jnp.asarray(baselines),
+    baseline=baselines,
     debiased=debiased,
     format=evidence.formats,
     repetition=evidence.repetition,
     length=length,
     total=total,
+    each_reference=each,
   )

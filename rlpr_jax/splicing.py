@@ -69,17 +69,39 @@ def splice(
   >>> tokenizer.decode(ids[: spliced.prefix_length] + spliced.suffix_ids)
   '<think>6*7</think> <answer> 42 </answer><end>'
   """
+  splices = splice_each(tokenizer, prompt_ids, response_ids, [reference], template, eos_id)
+  return splices[0] if splices else None
+
+
+def splice_each(
+  tokenizer: PreTrainedTokenizerBase,
+  prompt_ids: Sequence[int] | np.ndarray,
+  response_ids: Sequence[int] | np.ndarray,
+  references: Sequence[str],
+  template: str = "think",
+  eos_id: int | None = None,
+) -> list[Splice]:
+  """`splice` of each of several reference answers, which all stand behind the same response ids; [] instead of None.
+
+  >>> from rlpr_jax.data import builtin
+  >>> tokenizer = builtin.tokenizer()
+  >>> ids = tokenizer.encode("<think>6*7</think> <answer>41</answer>")
+  >>> [tokenizer.decode(spliced.suffix_ids) for spliced in splice_each(tokenizer, [], ids, ["42", "XLII"])]
+  ['<answer> 42 </answer><end>', '<answer> ???? </answer><end>']
+  """
   ids = [int(i) for i in response_ids]
   text = _decode(tokenizer, ids)
   if not _is_scorable(prompt_opening(tokenizer, prompt_ids) + text, template):
-    return None
+    return []
   end = text.index(OPEN) + len(OPEN)
   prefix_length, head = _keep(tokenizer, ids, text, end)
   written = re.match(r"\s*", text[end:])
   space = (written and written[0]) or " "
   before = text[len(head) : end] + space
-  suffix_ids, mask = _encode_around(tokenizer, before, reference, f" {CLOSE}", eos_id)
-  return Splice(prefix_length, suffix_ids, mask)
+  return [
+    Splice(prefix_length, *_encode_around(tokenizer, before, reference, f" {CLOSE}", eos_id))
+    for reference in references
+  ]
 
 
 def prompt_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] | np.ndarray) -> str:

@@ -4,7 +4,9 @@
 
 Shapes: P prompts of a draw, G responses a prompt, B = P * G of them with a prompt's together, K groups that were kept,
 T tokens of a response, E of the text in which a reference answer is scored, A of a reference answer, R rows of L tokens
-in an update, N prompts of the data set. Only lengths and masks say what is a token and what is padding.
+in an update, N prompts of the data set. Only lengths and masks say what is a token and what is padding. `*M` is an axis
+of the M references that a prompt may have, the first at 0, where several are scored; where the first alone is scored
+(`config.reward.references`), there is no such axis.
 """
 
 import dataclasses
@@ -25,16 +27,23 @@ AnyArray = Array | np.ndarray  # on a device or on the host
 class Prompt:
   """A question in token ids, ready to be answered.
 
-  >>> Prompt(ids=np.array([5, 6, 7], np.int32), reference="8", question="3+5?", source="sums", row=0).reference
-  '8'
+  >>> prompt = Prompt(ids=np.array([5, 6, 7], np.int32), reference="8", alternatives=("eight",), question="3+5?")
+  >>> prompt.references
+  ('8', 'eight')
   """
 
   ids: np.ndarray  # int32[length], ending where the assistant begins to write
   reference: str = ""  # the reference answer
+  alternatives: tuple[str, ...] = ()  # further ones, as right, where the config takes them
   question: str = ""  # text of the last user message
   opening: str = ""  # tags that its text ends with: they count as the response's first, as `<think>` in R1's template
   source: str = ""  # where the question comes from
   row: int = 0  # index into the data set's prompts, by which per-prompt state such as r' is kept
+
+  @property
+  def references(self) -> tuple[str, ...]:
+    """All reference answers."""
+    return (self.reference, *self.alternatives)
 
 
 class Rollouts(NamedTuple):
@@ -53,12 +62,12 @@ class Rollouts(NamedTuple):
   texts: list[str]  # [B] decoded, without the EOS or stop string
   refused: np.ndarray  # bool[B] the prompt is empty or over the limit: nothing was sampled
   seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
-  scorable: np.ndarray  # bool[B] the reference answer could be spliced in
-  overlong: np.ndarray  # bool[B] it could have been, but did not fit
+  scorable: np.ndarray  # bool[B] the reference answer, or one of several, could be spliced in
+  overlong: np.ndarray  # bool[B] it, or one of several, could have been, but did not fit
   reference_starts: np.ndarray  # int32[B] tokens of the response that stand before the suffix
-  reference_tokens: np.ndarray  # int32[B, E] the suffix that was scored
-  reference_logps: np.ndarray  # float32[B, E] of the reference answer's own tokens, else 0
-  reference_mask: np.ndarray  # bool[B, E] True on the reference answer's own tokens
+  reference_tokens: np.ndarray  # int32[B, *M, E] the suffix that was scored
+  reference_logps: np.ndarray  # float32[B, *M, E] of the reference answer's own tokens, else 0
+  reference_mask: np.ndarray  # bool[B, *M, E] True on the reference answer's own tokens
 
 
 class Evidence(NamedTuple):
@@ -68,16 +77,20 @@ class Evidence(NamedTuple):
 
       logps     [[[-0.1, -0.3], [0, 0]]]        scorable  [[True, False]]
       mask      [[[True, True], [False, False]]]  formats   [[1, 0]]
+
+  With room for two references, of which the prompt has one:
+
+      logps     [[[[-0.1, -0.3], [0, 0]], [[0, 0], [0, 0]]]]
   """
 
-  logps: Float[AnyArray, "P G A"]  # of the reference after the reasoning
-  mask: Bool[AnyArray, "P G A"]  # True on the answer's tokens
-  scorable: Bool[AnyArray, "P G"]
-  baseline_logps: Float[AnyArray, "P A"]  # of the reference without reasoning; NaN where there is no token
+  logps: Float[AnyArray, "P G *M A"]  # of the reference after the reasoning
+  mask: Bool[AnyArray, "P G *M A"]  # True on the answer's tokens; nowhere for a reference that was not scored
+  scorable: Bool[AnyArray, "P G"]  # of several references one
+  baseline_logps: Float[AnyArray, "P *M A"]  # of the reference without reasoning; NaN where there is no token
   formats: Float[AnyArray, "P G"]  # 1 where the tags are right
   repetition: Float[AnyArray, "P G"]  # -1 where the response repeats itself
-  excess: Float[AnyArray, "P G"]  # how much longer than the reference the answer is: 0 to -1
-  verified: Float[AnyArray, "P G"]  # 1 where the verifier finds the answer right; 0 without a verifier
+  excess: Float[AnyArray, "P G"]  # how much longer than the longest reference the answer is: 0 to -1
+  verified: Float[AnyArray, "P G"]  # 1 where the verifier finds the answer right, by any reference; 0 without one
   noise: Float[AnyArray, "P G"]  # uniform in [0, 1)
 
 
@@ -89,12 +102,13 @@ class Rewards(NamedTuple):
   """
 
   reference: Float[AnyArray, "P G"]  # r: the reference answer's probability after the reasoning
-  baseline: Float[AnyArray, "P"]  # r': the same without reasoning
+  baseline: Float[AnyArray, "P *G"]  # r': the same without reasoning; of several references of those that r is of
   debiased: Float[AnyArray, "P G"]  # shaping(r - r')
   format: Float[AnyArray, "P G"]  # 1 where the tags of the template are all there, in order
   repetition: Float[AnyArray, "P G"]  # -1 where the response repeats itself, else 0
   length: Float[AnyArray, "P G"]  # at most 0: penalty of an answer longer than the reference
   total: Float[AnyArray, "P G"]  # what the policy is trained on
+  each_reference: Float[AnyArray, "P G M"] | None = None  # r of each of several; NaN: not scored; None: the first alone
 
 
 class Advantages(NamedTuple):
@@ -118,7 +132,7 @@ class RolloutBatch(NamedTuple):
   shadows: dict[str, Rewards]  # by name
   advantages: Advantages
   keep: np.ndarray  # bool[P]
-  baselines: np.ndarray  # float32[N, A] as in TrainState, with what this draw measured
+  baselines: np.ndarray  # float32[N, *M, A] as in TrainState, with what this draw measured
 
 
 class Answers(NamedTuple):
@@ -183,7 +197,7 @@ class StepBatch(NamedTuple):
   carried: Groups  # kept beyond that
   carried_in: int  # how many of both are of the step before
   stds: np.ndarray  # float32[max_draws * P] spread of every prompt drawn; NaN where nothing was drawn
-  baselines: np.ndarray  # float32[N, A] as in TrainState, with what was learned of them
+  baselines: np.ndarray  # float32[N, *M, A] as in TrainState, with what was learned of them
   metrics: dict[str, float]
   rollouts: list[dict[str, Any]]  # some of them, for the disk
 
@@ -235,7 +249,7 @@ class TrainState(NamedTuple):
   params: Params  # float32 masters of what is trained
   opt_state: optax.OptState
   filter: FilterState
-  baselines: np.ndarray  # float32[N, A] log-probabilities of each reference without reasoning; NaN: no token, unknown
+  baselines: np.ndarray  # float32[N, *M, A] log-probs of each reference without reasoning; NaN: no token, unknown
   initial: Params  # the initial policy, for a KL term or as frozen scorer; else nothing
   lagged: Params  # the policy some steps ago, as scorer; else nothing
   carried: Groups  # kept groups that the step before had no room for

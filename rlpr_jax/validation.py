@@ -44,6 +44,16 @@ def validate(config: ConfigDict) -> None:
     names.add(name)
     if settings.baseline_policy not in ("none", config.reward.baseline_policy):
       raise InputError(f"config.reward.shadow {name}: baselines of the run itself or none, there are no others")
+    if config.reward.references == "first" != settings.references:
+      raise InputError(
+        f"config.reward.shadow {name}.references: {settings.references}, but the run scores the first reference alone,"
+        " expected config.reward.references best or mean"
+      )
+  if config.training.answer_gradient != "none" and config.reward.references != "first":
+    raise InputError(
+      f"config.training.answer_gradient: {config.training.answer_gradient} goes through one reference answer, expected"
+      f" config.reward.references first, found {config.reward.references}"
+    )
   if config.training.answer_gradient == "jepo" and (config.reward.kind != "reference" or config.reward.custom):
     raise InputError(
       "config.training.answer_gradient: jepo takes its advantages from the bound, expected config.reward.kind reference"
@@ -93,7 +103,7 @@ def bounds(field: Field) -> str:
 
 def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> None:
   """Checks what a reward and a shadow reward have in common; `where` begins the message."""
-  for field in ("kind", "aggregate", "token_weights", "baseline_policy"):
+  for field in ("kind", "aggregate", "token_weights", "references", "baseline_policy"):
     value, choices = getattr(settings, field), FIELDS[f"reward.{field}"].choices
     if value not in choices:
       raise InputError(f"{where}.{field}: {value!r}, expected one of {', '.join(choices)}")

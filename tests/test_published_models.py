@@ -69,7 +69,7 @@ def test_one_place_says_how_a_response_ends(model, tmp_path):
   (row,), _ = supervised.load(run.config, tokenizer, run.engine.eos_id)
   assert tokenizer.decode(row.response) == f"<answer> 2 </answer>{end}"
   ids = tokenizer.encode("<think>a</think><answer>9</answer>", add_special_tokens=False)
-  spliced = run.engine._splice(run.prompts[0], ids)
+  (spliced,) = run.engine._splices(run.prompts[0], ids)
   assert tokenizer.decode(spliced.suffix_ids).endswith(f" 0 </answer>{end}")
   assert splicing.baseline_suffix(tokenizer, "4", eos_id=run.engine.eos_id)[0][-1] == run.engine.eos_id
   assert trained.load(trained.find(str(directory)), "float32").turn_end.eos_ids == eos_ids
@@ -161,8 +161,7 @@ def test_a_template_that_opens_the_thought(published, tmp_path):
   prompt = run.prompts[1]
   assert prompt.opening == "<think>"
   response = "easy </think> <answer> 2 </answer>"
-  spliced = run.engine._splice(prompt, tokenizer.encode(response))
-  assert spliced is not None
+  assert run.engine._splices(prompt, tokenizer.encode(response))
   rollouts = Rollouts(
     **dict.fromkeys(Rollouts._fields)
     | {

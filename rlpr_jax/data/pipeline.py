@@ -1,6 +1,7 @@
 """Prompts in token ids, and the order in which a run draws them."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ class PromptSettings:
   max_reference_length: int  # most tokens that scoring a reference may take, as `reference_length` counts them
   system: str = ""  # system message of every row, in the place of its own and of the instruction; "" leaves them
   seed: int = 0  # chooses which prompts of a weight that is no whole number come once more
+  several_references: bool = False  # whether references beside a row's first count too
 
 
 def prepare(
@@ -44,7 +46,8 @@ def prepare(
 
   Returns:
     The prompts, in the order of the examples, those of more than the smallest weight once more behind them
-    (`repeats`); and how many examples were dropped as `prompt_too_long` and, of the others, as `reference_too_long`.
+    (`repeats`); and how many examples were dropped as `prompt_too_long` and, of the others, as `reference_too_long`,
+    where one of several references is enough.
 
   Raises:
     InputError: no prompt is left.
@@ -61,16 +64,20 @@ def prepare(
     rendered = zip(batch, render_all(tokenizer, chats, [example.origin for example in batch]), strict=True)
     fitting = [(example, ids) for example, ids in rendered if len(ids) <= settings.prompt_limit]
     dropped["prompt_too_long"] += len(batch) - len(fitting)
-    lengths = reference_lengths(tokenizer, [example.reference for example, _ in fitting], settings.template)
-    for (example, ids), length in zip(fitting, lengths, strict=True):
-      if length > settings.max_reference_length:
+    several = settings.several_references
+    references = [(example.reference, *(example.other_references if several else ())) for example, _ in fitting]
+    texts = list(dict.fromkeys(itertools.chain(*references)))
+    lengths = dict(zip(texts, reference_lengths(tokenizer, texts, settings.template), strict=True))
+    for (example, ids), (reference, *others) in zip(fitting, references, strict=True):
+      if max(lengths[text] for text in (reference, *others)) > settings.max_reference_length:
         dropped["reference_too_long"] += 1
         continue
       question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
       prompts.append(
         Prompt(
           ids=np.array(ids, np.int32),
-          reference=example.reference,
+          reference=reference,
+          alternatives=tuple(others),
           question=question,
           opening=prompt_opening(tokenizer, ids),
           source=example.source,

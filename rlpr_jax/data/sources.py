@@ -6,6 +6,7 @@ written: an answer 007 in a CSV file stays "007", and NA stays "NA".
 """
 
 import decimal
+import functools
 import json
 import math
 import os
@@ -52,7 +53,7 @@ class Example:
   source: str  # where the question comes from; the file's stem when the file does not say
   row: int  # 1-based data row of its file; in JSONL the line
   # Not shown, as most examples have none of these.
-  other_references: tuple[str, ...] = field(default=(), repr=False)  # as right; nothing trains on them yet
+  other_references: tuple[str, ...] = field(default=(), repr=False)  # as right, each once
   weight: float = field(default=1.0, repr=False)  # how often it is drawn, relative to others
   file: str = field(default="", repr=False, compare=False)  # that it stands in, "" if in none
 
@@ -102,19 +103,23 @@ def load_demonstrations(path: str | os.PathLike[str], split: str | None = None) 
   return _strict(_read([files.one_file(Path(path), split)], _demonstration_parser))
 
 
-def read_examples(path: str, split: str | None = None, max_dropped: float = 0.0) -> Read[Example]:
+def read_examples(
+  path: str, split: str | None = None, max_dropped: float = 0.0, max_references: int | None = None
+) -> Read[Example]:
   """Reads the questions of files, directories and data sets of the hub, and tells which rows cannot be used.
 
   Args:
     path: as in `files.find`.
     split: as in `files.find`.
     max_dropped: largest share of rows that may be of no use.
+    max_references: a row with more reference answers is of none; None for any number.
 
   Raises:
     InputError: nothing is there, a file cannot be read or lacks a column, there are no rows (of that split), or more of
       them than `max_dropped` cannot be used.
   """
-  return _check(path, _read(files.find(path, split), _question_parser), max_dropped)
+  parser = functools.partial(_question_parser, max_references=max_references)
+  return _check(path, _read(files.find(path, split), parser), max_dropped)
 
 
 def read_demonstrations(path: str, split: str | None = None, max_dropped: float = 0.0) -> Read[tuple[Example, str]]:
@@ -208,7 +213,9 @@ def _of_split(file: files.DataFile, part: files.Part, columns: Columns, rows: Ro
   return [(number, row) for number, row in rows if row.get(SPLIT) == part.split]
 
 
-def _question_parser(file: files.DataFile, columns: Columns, weight: float) -> Callable[[int, Row], Example]:
+def _question_parser(
+  file: files.DataFile, columns: Columns, weight: float, max_references: int | None = None
+) -> Callable[[int, Row], Example]:
   """Makes the function that reads a question of a row of this file."""
   if "reward_model" in columns:
     question, answer = _pick(file.name, columns, ("prompt",)), "reward_model"
@@ -221,7 +228,10 @@ def _question_parser(file: files.DataFile, columns: Columns, weight: float) -> C
     if question == "messages":
       messages = _before_response(messages)
     to_references = _verl_references if answer == "reward_model" else _references
-    reference, *others = to_references(row.get(answer), answer)
+    reference, *others = references = to_references(row.get(answer), answer)
+    if max_references is not None and len(references) > max_references:
+      expected = f"at most {max_references} different references (data.max_references), found {len(references)}"
+      raise _BadCellError(answer, "too many references", expected)
     return Example(messages, reference, _source(row, file), number, tuple(others), weight, file.name)
 
   return parse
@@ -326,9 +336,10 @@ def _before_response(messages: Messages) -> Messages:
 
 
 def _references(value: Any, column: str) -> list[str]:
-  """One answer or several, without whitespace around them."""
+  """One answer or several, without whitespace around them, each once."""
   if isinstance(value, list) and value:
-    return [_reference(one, f"{column}, reference {number}") for number, one in enumerate(value, 1)]
+    texts = [_reference(one, f"{column}, reference {number}") for number, one in enumerate(value, 1)]
+    return list(dict.fromkeys(texts))
   return [_reference(value, column)]
 
 

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from math import isfinite
 from typing import NamedTuple
 
@@ -58,6 +59,15 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
     case "builtin" if (right := builtin.grade(question, answer)) is not None:
       return right
   return exact(answer, reference)
+
+
+def verify_any(kind: str, response_text: str, references: Iterable[str], question: str = "") -> bool:
+  """`verify` of several references, any of which is right.
+
+  >>> verify_any("exact", "<answer>Peking</answer>", ("Beijing", "Peking"))
+  True
+  """
+  return any(verify(kind, response_text, reference, question) for reference in references)
 
 
 def exact(answer: str, reference: str) -> bool:

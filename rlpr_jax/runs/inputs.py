@@ -43,13 +43,13 @@ class Inputs(NamedTuple):
 
 
 def row_digest(prompt: Prompt) -> str:
-  """Tells a row by its question and reference answer.
+  """Tells a row by its question and reference answers.
 
   >>> import numpy as np
   >>> row_digest(Prompt(ids=np.zeros(0, int), question="6 * 7?", reference="42"))
   '20a331c7907ab232'
   """
-  return _digest([prompt.question, prompt.reference])[:16]
+  return _digest([prompt.question, *prompt.references])[:16]
 
 
 def read_inputs(workdir: pathlib.Path) -> Inputs | None:

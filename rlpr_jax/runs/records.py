@@ -22,8 +22,9 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
 
   seconds = {name: sum(part.seconds[name] for part in rollouts) for name in rollouts[0].seconds}
   sampling = seconds["prefill"] + seconds["decode"]
+  parts = [name for name in Rewards._fields if getattr(batches[0].rewards, name) is not None]
   return {
-    **{f"reward/{name}": finite_mean([getattr(batch.rewards, name) for batch in batches]) for name in Rewards._fields},
+    **{f"reward/{name}": finite_mean([getattr(batch.rewards, name) for batch in batches]) for name in parts},
     "reward/gain": finite_mean([batch.rewards.reference for batch in batches])
     - finite_mean([batch.rewards.baseline for batch in batches]),
     "reward/group_std": finite_mean([batch.advantages.stds for batch in batches]),
@@ -79,26 +80,41 @@ def compare_rewards(batches: Sequence[RolloutBatch], verifies: bool) -> dict[str
 
 
 def rollout_rows(batch: RolloutBatch, step: int, count: int, engine: Engine) -> list[dict[str, Any]]:
-  """The first `count` responses of a batch with every part of their reward, as they go to disk."""
+  """The first `count` responses of a batch with every part of their reward, as they go to disk.
+
+  Of several references each has its r in `reward_each_reference`, None where it was not scored; `reference` and what is
+  said of its tokens are the most probable one's.
+  """
   rows, samples = [], batch.advantages.advantages.shape[1]
   for i in range(min(count, len(batch.rollouts.lengths))):
     p, g = divmod(i, samples)
-    prompt, answer = batch.prompts[p], batch.rollouts.reference_mask[i]
-    parts = {f"reward_{name}": value for name, value in batch.rewards._asdict().items()}
+    prompt = batch.prompts[p]
+    rewards = batch.rewards._asdict()
+    each = rewards.pop("each_reference")
+    parts = {f"reward_{name}": value for name, value in rewards.items()}
     parts |= {f"shadow_{name}": shadow.total for name, shadow in batch.shadows.items()}
+    tokens, logps, answer = (getattr(batch.rollouts, f"reference_{name}")[i] for name in ("tokens", "logps", "mask"))
+    shown, several = 0, {}
+    if each is not None:
+      scores = np.asarray(each[p, g, : len(prompt.references)])
+      shown = int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))
+      tokens, logps, answer = tokens[shown], logps[shown], answer[shown]
+      found = [None if np.isnan(score) else float(score) for score in scores]
+      several = {"references": list(prompt.references), "reward_each_reference": found}
     rows.append(
       {
         "step": step,
         "row": prompt.row,
         "source": prompt.source,
         "question": prompt.question,
-        "reference": prompt.reference,
+        "reference": prompt.references[shown],
+        **several,
         "response": engine.response_text(batch.rollouts.tokens[i, : batch.rollouts.lengths[i]].tolist()),
         "finish": "eos" if batch.rollouts.finished[i] else "length",
         "length": int(batch.rollouts.lengths[i]),
         "scorable": bool(batch.rollouts.scorable[i]),
-        "reference_tokens": [engine.tokenizer.decode([token]) for token in batch.rollouts.reference_tokens[i][answer]],
-        "reference_probs": np.exp(batch.rollouts.reference_logps[i][answer]).tolist(),
+        "reference_tokens": [engine.tokenizer.decode([token]) for token in tokens[answer]],
+        "reference_probs": np.exp(logps[answer]).tolist(),
         **{name: float(value[p] if value.ndim == 1 else value[p, g]) for name, value in parts.items()},
         "advantage": float(batch.advantages.advantages[p, g]),
         "group_std": float(batch.advantages.stds[p]),

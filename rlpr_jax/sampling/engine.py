@@ -53,6 +53,7 @@ class Engine:
   baseline_prefix: str  # bare | tagged
   sampling: SamplingParams = SamplingParams()
   eos_id: int | None = None  # that ends a reference answer; None: the tokenizer's EOS
+  max_references: int | None = None  # M, of a prompt that are scored; None: the first, without an axis M in arrays
 
   def sample(
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
@@ -63,15 +64,24 @@ class Engine:
   def rollout(
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
   ) -> Rollouts:
-    """Samples responses and scores the reference answer in the place of each response's own (RLPR, section 3.2)."""
+    """Samples responses and scores the reference answers in the place of each response's own (RLPR, section 3.2)."""
     return self._finish(self.scheduler(params, key, scoring=True), draws, samples, options)
 
   def scheduler(self, params: Params, key: jax.Array, scoring: bool = False) -> Scheduler:
     """A scheduler of responses whose text is this tokenizer's; with `scoring`, of their references too."""
-    return Scheduler(self.device, params, key, self.decode_text, self._splice if scoring else None)
+    return Scheduler(self.device, params, key, self.decode_text, self._splices if scoring else None)
 
-  def _splice(self, prompt: Prompt, response: list[int]) -> splicing.Splice | None:
-    return splicing.splice(self.tokenizer, prompt.ids, response, prompt.reference, self.template, self.eos_id)
+  def _references(self, prompt: Prompt) -> tuple[str, ...]:
+    """Those of a prompt that are scored."""
+    return prompt.references[: self.max_references or 1]
+
+  def _splices(self, prompt: Prompt, response: list[int]) -> list[splicing.Splice]:
+    references = self._references(prompt)
+    return splicing.splice_each(self.tokenizer, prompt.ids, response, references, self.template, self.eos_id)
+
+  def _reference_shape(self, rows: int, width: int) -> tuple[int, ...]:
+    """[rows, *M, width]."""
+    return (rows, width) if self.max_references is None else (rows, self.max_references, width)
 
   def _finish(self, scheduler: Scheduler, draws: Draws, samples: int, options: SampleOptions) -> Rollouts:
     """Runs until all of a batch has ended; request b is sample b % G of prompt b // G."""
@@ -88,11 +98,17 @@ class Engine:
       options.ended(scheduler.round())
       if done != (done := total - len(scheduler.waiting) - len(scheduler.running)):
         options.progress(done, total)
-    references = [request.reference or _NO_REFERENCE for request in requests]
-    width = shapes.suffix_length if scheduler.splice else 0
+    count, width = self.max_references or 1, shapes.suffix_length if scheduler.splice else 0
+    shape = self._reference_shape(total, width)
+    references = [
+      reference or _NO_REFERENCE
+      for request in requests
+      for reference in (*request.references, *[None] * (count - len(request.references)))
+    ]
     mask = pad_rows([reference.mask for reference in references], width, bool)
     logps = np.zeros(mask.shape, np.float32)
     logps[mask] = np.concatenate([_NO_REFERENCE.logps, *(reference.logps for reference in references)])
+    starts = [max((one.start for one in request.references if one), default=0) for request in requests]
     return Rollouts(
       tokens=pad_rows([request.tokens for request in requests], shapes.max_response_length),
       lengths=np.array([request.tokens.size for request in requests], np.int32),
@@ -101,12 +117,12 @@ class Engine:
       texts=[request.text for request in requests],
       refused=np.array([not shapes.takes(request.group.prompt) for request in requests], bool),
       seconds=scheduler.seconds,
-      scorable=np.any(mask, axis=1),
+      scorable=np.any(mask.reshape(total, count * width), axis=1),
       overlong=np.array([request.overlong for request in requests], bool),
-      reference_starts=np.array([reference.start for reference in references], np.int32),
-      reference_tokens=pad_rows([reference.tokens for reference in references], width),
-      reference_logps=logps,
-      reference_mask=mask,
+      reference_starts=np.array(starts, np.int32),
+      reference_tokens=pad_rows([reference.tokens for reference in references], width).reshape(shape),
+      reference_logps=logps.reshape(shape),
+      reference_mask=mask.reshape(shape),
     )
 
   def response_text(self, response: Sequence[int] | np.ndarray) -> str:
@@ -116,13 +132,14 @@ class Engine:
   def decode_text(self, tokens: Sequence[int] | np.ndarray) -> str:
     return str(self.tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
-  def baseline(self, params: Params, prompts: Sequence[Prompt]) -> Float[np.ndarray, "N A"]:
+  def baseline(self, params: Params, prompts: Sequence[Prompt]) -> Float[np.ndarray, "N *M A"]:
     """Scores each reference straight after its prompt, with no reasoning.
 
     Column k is the answer's k-th token; NaN beyond the last, and where a prompt or reference is too long.
     """
     shapes = self.device.shapes
-    logps = np.full((len(prompts), shapes.suffix_length), np.nan, np.float32)
+    count = self.max_references or 1
+    logps = np.full((len(prompts), count, shapes.suffix_length), np.nan, np.float32)
     by_width = collections.defaultdict(list)
     for row, prompt in enumerate(prompts):
       if shapes.takes(prompt):
@@ -132,15 +149,14 @@ class Engine:
       for first in range(0, len(rows), size):
         part = rows[first : first + size]
         cache = self.device.prefill(params, [prompts[row] for row in part], width).cache
-        suffixes = {}  # by row of the result
+        suffixes = {}  # by row of the result, and number of the reference
         for place, row in enumerate(part):
-          ids, mask = splicing.baseline_suffix(
-            self.tokenizer, prompts[row].reference, self.baseline_prefix, self.eos_id
-          )
-          suffix = Suffix.after(place, prompts[row].ids, ids, mask)
-          if len(suffix.ids) <= shapes.suffix_length:
-            suffixes[row] = suffix
+          for number, reference in enumerate(self._references(prompts[row])):
+            ids, mask = splicing.baseline_suffix(self.tokenizer, reference, self.baseline_prefix, self.eos_id)
+            suffix = Suffix.after(place, prompts[row].ids, ids, mask)
+            if len(suffix.ids) <= shapes.suffix_length:
+              suffixes[row, number] = suffix
         scores = self.device.score(params, cache, list(suffixes.values()), size, width)
-        for row, of_row in zip(suffixes, scores, strict=True):
-          logps[row, : of_row.size] = of_row
-    return logps
+        for (row, number), found in zip(suffixes, scores, strict=True):
+          logps[row, number, : found.size] = found
+    return logps.reshape(self._reference_shape(len(prompts), shapes.suffix_length))

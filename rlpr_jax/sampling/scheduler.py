@@ -57,8 +57,9 @@ class Request:
   logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
   finished: bool = False  # ended by EOS or a stop string; else cut at its limit
   text: str = ""  # without EOS or stop string
-  reference: Reference | None = None  # None: there is no place for one in the response, or none was asked for
-  overlong: bool = False  # there is a place for the reference, but no room
+  # Each of the prompt's that was asked for, None where it has no room; [] if the response has no place for them.
+  references: list[Reference | None] = dataclasses.field(default_factory=list)
+  overlong: bool = False  # there is a place for the references, but not room for all
 
 
 class Scheduler:
@@ -70,13 +71,13 @@ class Scheduler:
     params: Params,
     key: jax.Array,
     decode_text: Callable[[Sequence[int] | np.ndarray], str],
-    splice: Callable[[Prompt, list[int]], Splice | None] | None = None,
+    splice: Callable[[Prompt, list[int]], Sequence[Splice]] | None = None,
   ):
     """
     Args:
       key: with a group's draw and a request's sample it decides the response, whatever its slot and neighbours.
       decode_text: tokens to text.
-      splice: puts a prompt's reference answer into the place of a response's own; None: nothing is scored.
+      splice: puts each of a prompt's reference answers into the place of a response's own; None: nothing is scored.
     """
     self.device, self.shapes = device, device.shapes
     self.params, self.key = params, key
@@ -86,7 +87,7 @@ class Scheduler:
     self.waiting: collections.deque[Request] = collections.deque()
     self.running: dict[int, Request] = {}  # by slot
     self.finished: list[tuple[int, Request]] = []  # slot and request; its text is to be read
-    self.to_score: list[tuple[Request, Suffix]] = []
+    self.to_score: list[tuple[Request, int, Suffix]] = []  # request, number of the reference, and the reference
     count = self.shapes.slots
     self.slots_each = count // self.shapes.num_shards  # of a part of the mesh
     self.free = sorted(range(count), key=lambda slot: slot % self.slots_each)  # the parts by turns
@@ -156,14 +157,14 @@ class Scheduler:
 
   def score_references(self) -> None:
     """Scores what was spliced; then the slots are free."""
-    suffixes = [suffix for _, suffix in self.to_score]
+    suffixes = [suffix for *_, suffix in self.to_score]
     if suffixes:
       shapes = self.shapes
       logps = self.device.score(self.params, self.slots.cache, suffixes, shapes.score_rows, shapes.longest)
-      for (request, suffix), scores in zip(self.to_score, logps, strict=True):
+      for (request, number, suffix), scores in zip(self.to_score, logps, strict=True):
         start = suffix.prefix - len(request.group.prompt.ids)
-        request.reference = Reference(start, suffix.ids, suffix.mask, scores)
-    self.free += [suffix.row for suffix in suffixes]
+        request.references[number] = Reference(start, suffix.ids, suffix.mask, scores)
+    self.free += dict.fromkeys(suffix.row for suffix in suffixes)  # several references of a row free one slot
     self.to_score = []
 
   def refill(self) -> None:
@@ -226,14 +227,17 @@ class Scheduler:
       prompt, response = request.group.prompt, request.tokens.tolist()
       text = self.decode_text(self.device.settings.without_eos(response))
       request.text = text[: first_stop(text, request.group.stop)]
-      splice = self.splice(prompt, response) if self.splice else None
-      if splice:
+      splices = self.splice(prompt, response) if self.splice else ()
+      request.references = [None] * len(splices)
+      fitting: list[tuple[Request, int, Suffix]] = []
+      for number, splice in enumerate(splices):
         kept = [*prompt.ids.tolist(), *response[: splice.prefix_length]]
         suffix = Suffix.after(slot, kept, splice.suffix_ids, splice.answer_mask)
-        request.overlong = len(suffix.ids) > self.shapes.suffix_length
-      if splice and not request.overlong:
-        self.to_score.append((request, suffix))
-      elif self.splice:
+        if len(suffix.ids) <= self.shapes.suffix_length:
+          fitting.append((request, number, suffix))
+      request.overlong = len(fitting) < len(splices)
+      self.to_score += fitting
+      if self.splice and not fitting:
         self.free.append(slot)
     return [request for _, request in finished]
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from rlpr_jax import config as configs
 from rlpr_jax import processes, rewards
 from rlpr_jax.models import Params
 from rlpr_jax.runs import metrics
@@ -17,9 +18,10 @@ from rlpr_jax.types import Prompt, TrainState
 
 
 def unknown_baselines(run: Run, rows: int | None = None) -> np.ndarray:
-  """float32[N, A] of NaN; `rows` is N if it is not that of the run's prompts."""
-  rows = len(run.prompts) if rows is None else rows
-  return np.full((rows, run.config.data.max_reference_length), np.nan, np.float32)
+  """float32[N, *M, A] of NaN; `rows` is N if it is not that of the run's prompts."""
+  rows, several = len(run.prompts) if rows is None else rows, configs.max_references(run.config)
+  axis = () if several is None else (several,)
+  return np.full((rows, *axis, run.config.data.max_reference_length), np.nan, np.float32)
 
 
 def measures_all_before(config: ConfigDict) -> bool:
@@ -30,14 +32,14 @@ def measures_all_before(config: ConfigDict) -> bool:
 def measure_baselines(
   run: Run, params: Params, prompts: Sequence[Prompt], workdir: pathlib.Path, stop: StopRequest | None = None
 ) -> np.ndarray:
-  """Measures the baselines of some prompts, float32[N, A]; NaN where `stop` came first.
+  """Measures the baselines of some prompts, float32[N, *M, A]; NaN where `stop` came first.
 
   Those that were measured by a run that was stopped in this are taken from `workdir`, and the others kept there.
   """
   kept = KeptRows(workdir, "baselines", of=str(digest_rows(prompts)))
   baselines = unknown_baselines(run, len(prompts))
   for place, row in kept.rows.items():
-    baselines[place] = row
+    baselines[place] = row.reshape(baselines.shape[1:])
   places = [place for place in range(len(prompts)) if place not in kept.rows]
   size, mine = run.config.rollout.prompts_per_draw, processes.share(places)
   params, new = run.policy.sampling_params(params), unknown_baselines(run, len(mine))
@@ -48,7 +50,7 @@ def measure_baselines(
     part = mine[first : first + size]
     measured = run.engine.baseline(params, [prompts[place] for place in part])
     new[first : first + size] = measured
-    kept.add(dict(zip(part, measured, strict=True)), seconds=1)
+    kept.add(dict(zip(part, measured.reshape(len(part), -1), strict=True)), seconds=1)
     progress(first + len(part), len(mine))
   kept.write()
   baselines[places] = processes.gather(new, len(places))
@@ -56,7 +58,7 @@ def measure_baselines(
 
 
 def renew_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
-  """Returns the baselines [N, A], with those of a draw's prompts that are unknown or that the config wants anew.
+  """Returns the baselines [N, *M, A], with those of a draw's prompts that are unknown or that the config wants anew.
 
   Args:
     params: of the policy that scores, as the sampler reads them.

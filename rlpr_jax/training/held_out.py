@@ -84,7 +84,7 @@ def evaluate(
   def grade(requests: list[Request]) -> None:
     for request in requests:
       prompt, place = request.group.prompt, request.group.draw
-      right = graders.verify("builtin", request.text, prompt.reference, prompt.question)
+      right = graders.verify_any("builtin", request.text, prompt.references, prompt.question)
       well_formed = rewards.format_score(prompt.opening + request.text, engine.template)
       found[place][request.sample] = right, well_formed, len(request.tokens)
       left[place] -= 1

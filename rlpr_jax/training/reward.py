@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards, splicing
@@ -28,6 +29,7 @@ class RewardSettings:
   aggregate: str
   token_weights: str
   shaping: str
+  references: str  # "first" of several, or as for `rewards.over_references`
   baseline_policy: str  # "none": r' is 0; all others: as the evidence has it
   format_coefficient: float
   answer_length_coefficient: float
@@ -45,7 +47,7 @@ def gather_evidence(
 
   Args:
     numbered: the draw's prompts with their numbers, which decide the noise.
-    baseline_logps: [P, A], as in `Evidence`.
+    baseline_logps: [P, *M, A], as in `Evidence`.
   """
   settings, shape = config.reward, (len(numbered), config.samples_per_prompt)
   logps, mask = align(rollouts.reference_logps, rollouts.reference_mask)
@@ -55,14 +57,15 @@ def gather_evidence(
     return np.array(values, np.float32).reshape(shape)
 
   def excess(text: str, prompt: Prompt) -> float:
-    return rewards.answer_length_penalty(splicing.extract_answer(text), prompt.reference, 1.0)
+    answer = splicing.extract_answer(text)
+    return max(rewards.answer_length_penalty(answer, reference, 1.0) for reference in prompt.references)
 
   def verified(text: str, prompt: Prompt) -> float:
-    return float(graders.verify(settings.verifier, text, prompt.reference, prompt.question))
+    return float(graders.verify_any(settings.verifier, text, prompt.references, prompt.question))
 
   return Evidence(
-    logps=logps.reshape(*shape, logps.shape[1]),
-    mask=mask.reshape(*shape, mask.shape[1]),
+    logps=logps.reshape(*shape, *logps.shape[1:]),
+    mask=mask.reshape(*shape, *mask.shape[1:]),
     scorable=rollouts.scorable.reshape(shape),
     baseline_logps=baseline_logps,
     formats=each(lambda text, prompt: rewards.format_score(prompt.opening + text, config.data.template)),
@@ -78,23 +81,27 @@ def gather_evidence(
 
 
 def align(logps: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Log-probabilities [B, E] and mask of the answer's tokens, moved to the left: column k is the k-th of them.
+  """Log-probabilities [..., E] and mask of the answer's tokens, moved to the left: column k is the k-th of them.
 
   >>> align(np.array([[0.0, -0.5, -0.1]]), np.array([[False, True, True]]))[0].tolist()
   [[-0.5, -0.1, 0.0]]
   """
-  order = np.argsort(~mask, axis=1, kind="stable")
-  return np.take_along_axis(logps, order, axis=1), np.take_along_axis(mask, order, axis=1)
+  order = np.argsort(~mask, axis=-1, kind="stable")
+  return np.take_along_axis(logps, order, axis=-1), np.take_along_axis(mask, order, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("settings",))
 def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
   """Computes every part of a reward (RLPR, sections 3.2 to 3.4)."""
+  several = evidence.logps.ndim == 4  # references of each prompt
+  if several and settings.references == "first":
+    evidence, several = first_reference(evidence), False
   known = jnp.isfinite(evidence.baseline_logps)
-  weights = rewards.token_weights(evidence.logps, evidence.mask, settings.token_weights, evidence.baseline_logps, known)
+  weights = weigh_tokens(evidence, settings.token_weights)
   # The baseline's tokens weigh as those of a response with as many.
   same = jnp.sum(evidence.mask, axis=-1) == jnp.sum(known, axis=-1)[:, None]
-  of_baseline = jnp.max(jnp.where((same & evidence.scorable)[..., None], weights, 0.0), axis=1)
+  scored = jnp.any(evidence.mask, axis=-1) if several else evidence.scorable
+  of_baseline = jnp.max(jnp.where((same & scored)[..., None], weights, 0.0), axis=1)
   baselines = rewards.reference_probability(evidence.baseline_logps, known, settings.aggregate, of_baseline)
   if settings.baseline_policy == "none":
     baselines = jnp.zeros_like(baselines)
@@ -103,6 +110,7 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
     shaping=settings.shaping,
     format_coefficient=settings.format_coefficient,
     length_coefficient=settings.answer_length_coefficient,
+    references=settings.references,
   )
   parts = rewards.score_groups(evidence, baselines, scoring, weights)
   match settings.kind:
@@ -113,6 +121,27 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
     case "random":  # spread as a reward is, and knows nothing
       return parts._replace(total=evidence.noise)
   return parts
+
+
+def first_reference(evidence: Evidence) -> Evidence:
+  """Takes the first of several references out of the evidence, as if it were the only one that was scored."""
+  mask = evidence.mask[:, :, 0]
+  return evidence._replace(
+    logps=evidence.logps[:, :, 0],
+    mask=mask,
+    scorable=jnp.any(mask, axis=-1),
+    baseline_logps=evidence.baseline_logps[:, 0],
+  )
+
+
+def weigh_tokens(evidence: Evidence, kind: str) -> Float[Array, "P G *M A"]:
+  """Weighs the tokens of the evidence's references, those of each reference by themselves."""
+  logps, mask, baseline_logps = evidence.logps, evidence.mask, evidence.baseline_logps
+  known = jnp.isfinite(baseline_logps)
+  if logps.ndim == 3:
+    return rewards.token_weights(logps, mask, kind, baseline_logps, known)
+  logps, mask = (jnp.moveaxis(x, 2, 1) for x in (logps, mask))  # the responses to a prompt beside each other
+  return jnp.moveaxis(rewards.token_weights(logps, mask, kind, baseline_logps, known), 1, 2)
 
 
 def parse_shadow(config: ConfigDict, text: str) -> tuple[str, RewardSettings]:

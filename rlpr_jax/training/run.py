@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 from transformers import PreTrainedTokenizerBase
 
+from rlpr_jax import config as configs
 from rlpr_jax import filtering, splicing
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data import builtin
@@ -70,7 +71,12 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     print(f"config.data.instruction: empty, and the chat template begins with a system message of its own: {own}")
   dropped_rows: dict[str, list[DroppedRow]] = {}
   prompts, dropped_rows["config.data.path"] = load_prompts(
-    config, config.data, tokenizer, builtin_split="train", count=config.data.count
+    config,
+    config.data,
+    tokenizer,
+    builtin_split="train",
+    count=config.data.count,
+    max_references=configs.max_references(config),
   )
   held_out: list[Prompt] = []
   if count := config.evaluation.prompts:
@@ -93,6 +99,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     baseline_prefix=config.reward.baseline_prefix,
     sampling=SamplingParams(config.rollout.temperature),
     eos_id=policy.turn_end.eos_id,
+    max_references=configs.max_references(config),
   )
   program = UpdateProgram(policy.model, create_optimizer(config), settings.update_settings(config, policy.sharding))
   return Run(
@@ -138,13 +145,19 @@ def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> 
 
 
 def load_prompts(
-  config: ConfigDict, source: ConfigDict, tokenizer: PreTrainedTokenizerBase, builtin_split: str, count: int
+  config: ConfigDict,
+  source: ConfigDict,
+  tokenizer: PreTrainedTokenizerBase,
+  builtin_split: str,
+  count: int,
+  max_references: int | None = None,
 ) -> tuple[list[Prompt], list[DroppedRow]]:
   """Loads questions of files, or of the built-in set, as prompts; says how many were dropped.
 
   Args:
     source: `config.data` or `config.evaluation`.
     count: how many of the built-in ones there are to be.
+    max_references: most reference answers of a row; None for any number, of which all may be right and none is scored.
 
   Returns:
     prompts, and the rows that cannot be used.
@@ -153,7 +166,7 @@ def load_prompts(
   name = source.path or f"built-in {builtin_split} questions"
   if source.path:
     print(f"{name}: reading", flush=True)
-    examples, unusable = read_examples(source.path, source.split or None, data.max_dropped)
+    examples, unusable = read_examples(source.path, source.split or None, data.max_dropped, max_references)
   else:
     examples, unusable = builtin.examples(builtin_split, count, config.seed, data.domains), []
   prompts, dropped = prepare(
@@ -167,10 +180,14 @@ def load_prompts(
       max_reference_length=data.max_reference_length,
       system=data.system,
       seed=config.seed,
+      several_references=config.reward.references != "first",
     ),
     Progress(f"{name}: tokenised"),
   )
   print(f"{name}: {len(prompts)} prompts, dropped: {dropped}{describe_dropped_rows(unusable)}", flush=True)
   if several := sum(bool(example.other_references) for example in examples):
-    print(f"{name}: {several} rows have several references, the first of each counts", flush=True)
+    counts = "the first of each counts; config.reward.references=best or mean takes all"
+    if config.reward.references != "first":
+      counts = f"all of each count ({config.reward.references})" if max_references else "any of each is right"
+    print(f"{name}: {several} rows have several references, {counts}", flush=True)
   return prompts, unusable

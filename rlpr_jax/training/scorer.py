@@ -19,14 +19,14 @@ def score_again(scorer: TextScorer, prompts: Sequence[Prompt], rollouts: Rollout
     scorer: with room in a row for a prompt, a response and a reference answer.
   """
   samples = len(rollouts.lengths) // max(len(prompts), 1)
-  scorable = np.flatnonzero(rollouts.scorable).tolist()
+  scored = [tuple(i) for i in np.argwhere(rollouts.reference_mask.any(axis=-1))]  # rows, or rows and references
   segments, places = [], []
-  for i in scorable:
-    prompt, answer = prompts[i // samples].ids, np.flatnonzero(rollouts.reference_mask[i])
-    kept, suffix = rollouts.tokens[i, : rollouts.reference_starts[i]], rollouts.reference_tokens[i, : answer[-1] + 1]
-    segments.append(Segment.of_tokens(np.concatenate([prompt, kept, suffix])))
+  for i in scored:
+    prompt, answer = prompts[i[0] // samples].ids, np.flatnonzero(rollouts.reference_mask[i])
+    kept, suffix = rollouts.tokens[i[0], : rollouts.reference_starts[i[0]]], rollouts.reference_tokens[i]
+    segments.append(Segment.of_tokens(np.concatenate([prompt, kept, suffix[: answer[-1] + 1]])))
     places.append(len(prompt) + len(kept) + answer)
   logps = np.zeros_like(rollouts.reference_logps)
-  for i, place, text_logps in zip(scorable, places, scorer.logprobs(segments), strict=True):
-    logps[i, rollouts.reference_mask[i]] = text_logps[place]
+  for i, place, text_logps in zip(scored, places, scorer.logprobs(segments), strict=True):
+    logps[i][rollouts.reference_mask[i]] = text_logps[place]
   return rollouts._replace(reference_logps=logps)

@@ -519,6 +519,57 @@ def test_rows_wait_to_be_scored_while_their_neighbours_slots_are_used_again(play
     np.testing.assert_allclose(out.reference_logps[row][out.reference_mask[row]], logps, atol=1e-4)
 
 
+@pytest.fixture(scope="module")
+def several(draws):
+  """The prompts with one, two and three references by turns, and each reference by itself; "x" where there is none."""
+  others = [(letters(4, 90), letters(30, 91)), (letters(70, 92), letters(1, 93)), (), (letters(5, 94),)]
+  several = [(n, dataclasses.replace(prompt, alternatives=others[row % 4])) for row, (n, prompt) in enumerate(draws)]
+
+  def alone(number):
+    return [
+      (n, dataclasses.replace(prompt, reference=(*prompt.references, "x", "x")[number], alternatives=()))
+      for n, prompt in several
+    ]
+
+  return several, [alone(number) for number in range(3)]
+
+
+@pytest.mark.parametrize("slots", [4, 16])
+def test_several_references_are_scored_as_each_of_them_alone(make, policy, several, slots):
+  """From one rollout; a slot that went to the next response before its last reference was scored would show."""
+  draws, alone = several
+  out = dataclasses.replace(make(slots=slots), max_references=3).rollout(policy.params, draws, KEY, SAMPLES)
+  assert out.reference_logps.shape == out.reference_tokens.shape == (len(draws) * SAMPLES, 3, SUFFIX)
+  scorable, overlong = np.zeros((2, len(out.texts)), bool)
+  for number in range(3):
+    there = np.repeat([number < len(prompt.references) for _, prompt in draws], SAMPLES)
+    expected = make(slots=slots).rollout(policy.params, alone[number], KEY, SAMPLES)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    for name in ("reference_tokens", "reference_mask"):
+      np.testing.assert_array_equal(getattr(out, name)[there, number], getattr(expected, name)[there], err_msg=name)
+    np.testing.assert_allclose(out.reference_logps[there, number], expected.reference_logps[there], atol=1e-5)
+    scored = there & expected.scorable
+    assert scored.sum() > 5
+    np.testing.assert_array_equal(out.reference_starts[scored], expected.reference_starts[scored])
+    assert not out.reference_mask[~there, number].any()
+    scorable |= scored
+    overlong |= there & expected.overlong
+  np.testing.assert_array_equal(out.scorable, scorable)
+  np.testing.assert_array_equal(out.overlong, overlong)
+  assert (scorable & overlong).any()  # one reference fits where another does not
+
+
+def test_baselines_of_several_references_are_those_of_each_alone(make, policy, several):
+  draws, alone = several
+  found = dataclasses.replace(make(), max_references=3).baseline(policy.params, [prompt for _, prompt in draws])
+  assert found.shape == (len(draws), 3, SUFFIX)
+  for number in range(3):
+    there = [number < len(prompt.references) for _, prompt in draws]
+    expected = make().baseline(policy.params, [prompt for _, prompt in alone[number]])
+    np.testing.assert_allclose(found[there, number], expected[there], atol=1e-5)  # NaN where the other is NaN
+    assert np.isnan(found[np.logical_not(there), number]).all()
+
+
 @pytest.mark.parametrize(("prefix", "temperature"), [("bare", 1.0), ("tagged", 0.7)])
 def test_baselines_are_the_references_straight_after_the_prompt(make, policy, draws, prefix, temperature):
   prompts = [prompt for _, prompt in draws]

@@ -57,7 +57,8 @@ def test_too_many_bad_rows_are_refused(tmp_path):
 def test_several_references_are_said(tmp_path, capsys):
   prompts, _ = load(config(write(tmp_path / "a.jsonl", [{"question": "1+1", "answer": ["2", "two"]}, *rows(2)])))
   assert prompts[0].reference == "2"
-  assert "a.jsonl: 1 rows have several references, the first of each counts\n" in capsys.readouterr().out
+  said = "a.jsonl: 1 rows have several references, the first of each counts; config.reward.references=best or mean"
+  assert f"{said} takes all\n" in capsys.readouterr().out
 
 
 def test_a_system_message_of_the_config(tmp_path):

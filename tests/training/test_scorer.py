@@ -53,6 +53,16 @@ def test_the_same_policy_gives_the_same_scores(case, policy):
   assert np.abs(rollouts.reference_logps).max() > 1
 
 
+def test_several_references_are_scored_one_by_one(case, policy):
+  run, prompts, _ = case
+  prompts = [dataclasses.replace(prompt, alternatives=("ab", "z")[: prompt.row]) for prompt in prompts]
+  engine = dataclasses.replace(run.engine, max_references=3)
+  rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
+  found = score_again(reference_scorer(run, policy.params), prompts, rollouts)
+  np.testing.assert_allclose(found.reference_logps, rollouts.reference_logps, atol=1e-5)
+  assert (np.abs(rollouts.reference_logps).max(axis=(0, 2)) > 1).all()
+
+
 def test_another_policy_scores_what_this_one_wrote(case, policy):
   """Its scores are those of an engine that had sampled the same tokens: greedy from weights that agree on them."""
   run, prompts, rollouts = case
