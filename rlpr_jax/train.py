@@ -35,7 +35,7 @@ from rlpr_jax.training.held_out import evaluate_run
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
 from rlpr_jax.training.old_logprobs import resolve_old_logprobs
 from rlpr_jax.training.run import Run, digest_inputs, set_up
-from rlpr_jax.training.state import abstract_state, adopt_rows, finish_step, first_state, join, split
+from rlpr_jax.training.state import abstract_state, adopt_rows, compile_sampling, finish_step, first_state, join, split
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
 ACCURACY = "held_out/accuracy"
@@ -113,7 +113,7 @@ def resume(
   """Begins a run that goes on: programs, and the evaluation that a stop may have cut short."""
   print(f"resumed after step {state.step} of {run.config.steps}", flush=True)
   if state.step < run.config.steps:
-    run.engine.device.compile_programs(run.policy.sampling_params(state.params), scoring=True)
+    compile_sampling(run, state.params)
   if is_measured(run.config, state.step) and writer.value(state.step, ACCURACY) is None:
     with contextlib.suppress(StoppedError):
       if accuracies := evaluate_run(run, state.params, state.step, workdir, stop):

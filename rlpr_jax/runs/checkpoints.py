@@ -1,6 +1,7 @@
 """Checkpoints: the newest states of a run and the best, so that it goes on where it stopped."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -187,7 +188,7 @@ class Checkpoints(Generic[State]):
     )
     params, arrays = restored["params"], restored["arrays"]
     host, sums = _verified_host(f"{self._directory}/{step}", step, restored["host"])
-    _verify(f"{self._directory}/{step}", sums, (params, arrays))
+    _verify(f"{self._directory}/{step}", sums, (params, arrays), "digest" in restored["host"])
     return self._join(params, arrays, host)
 
   def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
@@ -205,20 +206,25 @@ class Checkpoints(Generic[State]):
     self._manager.close()
 
 
-def checksums(tree: Any) -> list[int]:
+def checksums(tree: Any, of_places: bool = True) -> list[int]:
   """A number for each array, of its bits and their places: the same wherever its parts lie.
+
+  Args:
+    of_places: False for the plain sums of bits, which older versions wrote.
 
   >>> checksums({"a": np.array([1.0, 2.0]), "b": np.array([2.0, 1.0])})
   [2193092769, 958838164]
   """
-  return [int(_checksum(x)) for x in jax.tree.leaves(tree)]
+  return [int(_checksum(x, of_places)) for x in jax.tree.leaves(tree)]
 
 
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("of_places",))
+def _checksum(x: jax.Array, of_places: bool) -> jax.Array:
   bits = x.astype(jnp.uint32)
   if jnp.issubdtype(x.dtype, jnp.floating):
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+  if not of_places:
+    return jnp.sum(bits, dtype=jnp.uint32)
   places, stride = jnp.zeros(x.shape, jnp.uint32), 1
   for axis in reversed(range(x.ndim)):
     places += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
@@ -258,7 +264,7 @@ def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tup
     restored = _restore(manager, chosen, params=params, host=ocp.args.JsonRestore())
   found, name = restored["params"], f"{directory}/{chosen}"
   _, sums = _verified_host(name, chosen, restored["host"])
-  _verify(name, sums[: len(jax.tree.leaves(found))], found)
+  _verify(name, sums[: len(jax.tree.leaves(found))], found, "digest" in restored["host"])
   return chosen, found
 
 
@@ -268,19 +274,18 @@ def _verified_host(name: str, step: int, saved: dict[str, Any]) -> tuple[dict[st
   Raises:
     InputError: it is not what was saved, or is that of another step.
   """
-  host = {field: value for field, value in saved.items() if field not in ("sums", "digest")}
-  if "digest" not in saved or saved["digest"] != _digest(host, saved["sums"]):
-    older = "checksums" in saved
-    why = "an older version wrote it" if older else "its metadata is not what was saved"
-    raise InputError(f"{name}: cannot be read ({why})")
+  host = {field: value for field, value in saved.items() if field not in ("sums", "digest", "checksums")}
+  sums = saved.get("sums", saved.get("checksums", []))
+  if "checksums" not in saved and saved.get("digest") != _digest(host, sums):  # older versions wrote no digest
+    raise InputError(f"{name}: cannot be read (its metadata is not what was saved)")
   if host["step"] != step:
     raise InputError(f"{name}: cannot be read (it is the checkpoint of step {host['step']})")
-  return host, saved["sums"]
+  return host, sums
 
 
-def _verify(name: str, expected: list[int], tree: Any) -> None:
+def _verify(name: str, expected: list[int], tree: Any, of_places: bool) -> None:
   """Orbax reads zeros where a file is missing."""
-  if expected != checksums(tree):
+  if expected != checksums(tree, of_places):
     raise InputError(f"{name}: cannot be read (the arrays are not those that were saved)")
 
 

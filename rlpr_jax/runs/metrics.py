@@ -5,7 +5,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -240,6 +240,21 @@ class Progress:
     )
     line = f"{self._label} {done}/{total}  {detail}  {rest}".rstrip()
     print(f"\r\033[K{line}" if terminal else line, end="\n" if finished or not terminal else "", flush=True)
+
+
+@contextlib.contextmanager
+def announced(work: str) -> Iterator[None]:
+  """Around a piece of work that shows no progress: says what is done before it, and how long it took after it.
+
+  >>> with announced("compiling"):
+  ...   pass
+  compiling ...
+  compiling: 0s
+  """
+  start = time.monotonic()
+  print(f"{work} ...", flush=True)
+  yield
+  print(f"{work}: {duration(time.monotonic() - start)}", flush=True)
 
 
 def duration(seconds: float) -> str:

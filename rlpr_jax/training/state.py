@@ -57,12 +57,13 @@ def first_state(run: Run, workdir: pathlib.Path, writer: metrics.MetricsWriter, 
   Returns:
     the state; None if `stop` was asked for.
   """
-  params = initial_params(run.config, run.policy)
+  with metrics.announced("making the policy's parameters"):
+    params = initial_params(run.config, run.policy)
   demonstrations: list[supervised.Demonstration] = []
   if run.config.warm_start.steps:
     demonstrations, dropped = supervised.load(run.config, run.engine.tokenizer, run.engine.eos_id)
     writer.write_dropped_rows("config.warm_start.path", dropped)
-  run.engine.device.compile_programs(run.policy.sampling_params(params), scoring=True)  # a lack of memory shows here
+  compile_sampling(run, params)  # a lack of memory shows here
   if demonstrations:
     params = supervised.warm_start(run.config, run.policy, params, demonstrations, workdir, stop)
   baselines = unknown_baselines(run)
@@ -83,6 +84,12 @@ def first_state(run: Run, workdir: pathlib.Path, writer: metrics.MetricsWriter, 
     initial=copy_params(params) if keeps_initial(run.config) else {},
     lagged=copy_params(params) if run.config.reward.scorer == "lagged" else {},
   )
+
+
+def compile_sampling(run: Run, params: Params) -> None:
+  """Compiles the programs that sample and score. Those of the updates are compiled when the first is taken."""
+  with metrics.announced("compiling the programs that sample and score"):
+    run.engine.device.compile_programs(run.policy.sampling_params(params), scoring=True)
 
 
 def adopt_rows(

@@ -236,6 +236,18 @@ def test_metadata_that_are_not_those_that_were_saved(tmp_path, capsys, changes):
   assert "checkpoints/3: cannot be read (its metadata is not what was saved)" in capsys.readouterr().err
 
 
+def test_checkpoints_of_an_older_version_are_read(tmp_path):
+  """They have plain sums of bits and no digest."""
+  saved(tmp_path, 1)
+  path = next((tmp_path / "checkpoints/1/host").glob("metadata*"))
+  sums = [int(np.sum(params(1.0)["w"].view(np.uint32), dtype=np.uint64) % 2**32)] * 2
+  path.write_text(json.dumps({"step": 1, "checksums": sums}))
+  assert open_checkpoints(tmp_path).restore(State((0, params(0.0))))[0] == 1
+  path.write_text(json.dumps({"step": 1, "checksums": [sums[0], sums[1] ^ 1]}))
+  with pytest.raises(InputError, match="the arrays are not those that were saved"):
+    open_checkpoints(tmp_path).restore(State((0, params(0.0))))
+
+
 def test_a_checkpoint_of_another_step(tmp_path, capsys):
   saved(tmp_path, 3)
   shutil.rmtree(tmp_path / "checkpoints/3")
