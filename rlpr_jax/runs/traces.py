@@ -1,4 +1,4 @@
-"""Stack traces of libraries: hundreds of lines around the one that matters go to a file, WORKDIR/errors.log."""
+"""Stack traces of libraries: hundreds of lines around the one that matters go to a file, WORKDIR/traces.log."""
 
 import contextlib
 import gc
@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-NAME = "errors.log"
+NAME = "traces.log"
 
 
 def keep(workdir: pathlib.Path, text: str) -> None:
