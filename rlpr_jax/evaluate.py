@@ -50,7 +50,7 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
   if jax.process_count() > 1:
     raise InputError("evaluate: many processes, expected one; it uses all devices of its own host")
   loaded = [_load(name, of, settings.seed) for name, of in settings.benchmarks.items()]
-  if any(question.grader == "math" for benchmark in loaded for question in benchmark.questions):
+  if any(form.grader == "math" for benchmark in loaded for question in benchmark.questions for form in question.forms):
     graders.check_installed()
   judging = _open_judge(settings.judge) if settings.judge.url else None
   models = {name: open_model(model, f"config.models.{name}") for name, model in settings.models.items()}
@@ -134,7 +134,7 @@ def _judge(
     return graded.benchmark in free_form and (settings.when == "always" or not sample.grade.right)
 
   items = [
-    JudgeItem(question.prompt, question.reference, sample.grade.answer)
+    JudgeItem(question.prompt, question.gold, sample.grade.answer)
     for graded in everything
     for question, row in zip(graded.questions, graded.samples, strict=True)
     for sample in row
@@ -198,7 +198,7 @@ def _row(graded: Graded, question: Question, i: int, sample: Sample) -> dict[str
     "mode": graded.mode,
     "sample": i,
     "question": question.prompt,
-    "reference": question.reference,
+    "reference": question.gold,
     **sample.response._asdict(),
     "rule": sample.grade.right,
     "rule_why": sample.grade.why,

@@ -10,7 +10,7 @@ import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -290,9 +290,13 @@ def _bbh(row: Row) -> Question:
 
 def _own(example: sources.Example, path: str) -> Question:
   question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
-  grader, reference, options = _infer(question, example.reference)
   key = f"{Path(path).stem}/{example.row}"
-  return Question(key, question, reference, example.source, grader=grader, options=options, row=example.row)
+
+  def form(gold: str) -> Question:
+    grader, reference, options = _infer(question, gold)
+    return Question(key, question, reference, example.source, grader=grader, options=options, row=example.row)
+
+  return replace(form(example.reference), alternatives=tuple(map(form, example.other_references)))
 
 
 # ---- what a reference is, where no column says it ----

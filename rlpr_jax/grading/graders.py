@@ -127,7 +127,7 @@ class Grade(NamedTuple):
 
 
 def grade(question: Question, text: str) -> Grade:
-  """Whether a response answers a question right.
+  """Whether a response answers a question right, by any of its gold answers.
 
   Raises:
     InputError: the question's grader is unknown, or it is mathematics and math-verify is not installed.
@@ -136,6 +136,12 @@ def grade(question: Question, text: str) -> Grade:
   >>> grade(question, "<answer>42.0</answer>")
   Grade(right=True, answer='42.0', path='answer_tag', why='equal number')
   """
+  grades = (_grade_form(form, text) for form in question.forms)
+  first = next(grades)
+  return first if first.right else next((grade for grade in grades if grade.right), first)
+
+
+def _grade_form(question: Question, text: str) -> Grade:
   graders = {"multiple_choice": _grade_choice, "math": _grade_math, "number": _grade_number, "text": _grade_text}
   if question.grader not in graders:
     raise InputError(f"question {question.id}: expected a grader {' or '.join(graders)}, found {question.grader!r}")

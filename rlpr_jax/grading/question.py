@@ -19,3 +19,19 @@ class Question:
   # How far a number may be from the reference: relative to it, and absolute.
   rtol: float = 0.0
   atol: float = 0.0
+  alternatives: tuple["Question", ...] = ()  # the same question with other gold answers, each as right
+
+  @property
+  def forms(self) -> tuple["Question", ...]:
+    """The question with each of its gold answers."""
+    return (self, *self.alternatives)
+
+  @property
+  def gold(self) -> str:
+    """All gold answers, for a reader.
+
+    >>> half = Question(id="1", prompt="1 / 2?", reference="half", category="", grader="text")
+    >>> Question(id="1", prompt="1 / 2?", reference="0.5", category="", grader="number", alternatives=(half,)).gold
+    '0.5 or half'
+    """
+    return " or ".join(form.reference for form in self.forms)

@@ -101,6 +101,18 @@ def reference_tokens(row: Json) -> list[tuple[str, float | None]]:
   return list(itertools.zip_longest(tokens, known))
 
 
+def each_reference(row: Json) -> Iterator[Markup]:
+  """Each of several reference answers, with its r after the reasoning.
+
+  >>> list(each_reference({"references": ["4", "four"], "reward_each_reference": [0.5, None]}))
+  ['<span>4 <b>0.50</b></span>', '<span>four <b>—</b></span>']
+  """
+  texts, scores = list(row.get("references") or []), list(row.get("reward_each_reference") or [])
+  if len(texts) > 1:
+    for reference, score in itertools.zip_longest(texts, map(finite, scores[: len(texts)])):
+      yield tag("span", f"{reference} ", tag("b", "—" if score is None else f"{score:.2f}"))
+
+
 def token_chip(token: str, probability: float | None) -> Markup:
   """One token of the reference, coloured by its probability.
 
@@ -210,6 +222,8 @@ def card(row: Json) -> Markup:
   ]
   if not row.get("reference_tokens"):
     parts.append(tag("div", text(row, "reference"), class_="text"))
+  if others := list(each_reference(row)):
+    parts += [tag("div", "Each reference answer, and its r", class_="label"), tag("div", *others, class_="sum")]
   if reference is not None and baseline is not None and row.get("scorable"):
     parts.append(track(baseline, reference))
   parts += [

@@ -273,6 +273,19 @@ def test_own_questions(tmp_path):
     assert graders.grade(question, f"<answer> {reference} </answer>").right
 
 
+def test_own_questions_with_several_answers(tmp_path):
+  """Each is graded as what it is; a response is right by any of them."""
+  rows = [{"question": "Half of one?", "answer": ["1/2", "one half", "(A) 0.50"]}, {"question": "q", "answer": ["7"]}]
+  (half, seven), _ = load("own", write(tmp_path / "mine.jsonl", rows))
+  assert [form.grader for form in half.forms] == ["number", "text", "text"]
+  assert (half.gold, seven.gold, seven.alternatives) == ("1/2 or one half or (A) 0.50", "7", ())
+  for answer, why in (("0.5", "equal number"), ("One half.", "same text"), ("(A)", "same letter")):
+    grade = graders.grade(half, f"<answer> {answer} </answer>")
+    assert (grade.right, grade.why) == (True, why)
+  assert graders.grade(half, "<answer> 2 </answer>") == graders.grade(half.alternatives[1], "<answer> 2 </answer>")
+  assert not graders.grade(half, "<answer> 2 </answer>").right
+
+
 def test_own_chat_messages(tmp_path):
   prompt = [{"role": "system", "content": "s"}, {"role": "user", "content": "six times seven?"}]
   rows = [{"prompt": prompt, "reward_model": {"style": "rule", "ground_truth": "42"}}]

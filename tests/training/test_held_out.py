@@ -97,6 +97,12 @@ def test_all_wrong_and_all_right():
     assert values["accuracy"] == values["accuracy/a"] == accuracy
 
 
+def test_any_reference_is_right():
+  prompts = [dataclasses.replace(prompt("one", "a"), alternatives=("1",)), prompt("one", "b")]
+  values = evaluate(Told([[RIGHT, WRONG]] * 2), {}, prompts, 2, jax.random.key(0), SampleOptions())
+  assert (values["accuracy/a"], values["accuracy/b"]) == (0.5, 0.0)
+
+
 def test_sentences_count_by_what_they_say():
   """Any wording of the right content, whatever the reference's; other questions by exact match."""
   question, reference = "ann 17 cats, bob 31. who has more?", "bob has 14 more cats than ann"

@@ -11,9 +11,11 @@ from rlpr_jax import config as configs
 from rlpr_jax import rewards, train, validation
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
+from rlpr_jax.policy import initial_params
 from rlpr_jax.runs.inputs import row_digest
+from rlpr_jax.training.baselines import measure_baselines
 from rlpr_jax.training.reward import RewardSettings, compute_rewards, gather_evidence, parse_shadow
-from rlpr_jax.training.run import load_prompts
+from rlpr_jax.training.run import load_prompts, set_up
 from rlpr_jax.types import Prompt, Rollouts
 from tests import tiny_run
 from tests.evidence import make_evidence
@@ -253,15 +255,29 @@ def questions():
   return rows
 
 
-def run(tmp_path, name, rows, **reward):
+def config_of(tmp_path, name, rows, **reward):
   c = tiny_run.tiny()
   # A random policy writes `<answer>` once in every third response or so.
   c.steps, c.warm_start.steps, c.data.template, c.evaluation.prompts = 2, 0, "answer_only", 4
   c.data.path = c.evaluation.path = write(tmp_path / f"{name}.jsonl", rows)
   c.reward.update(reward)
   validation.validate(c)
+  return c
+
+
+def run(tmp_path, name, rows, **reward):
+  c = config_of(tmp_path, name, rows, **reward)
   train.train(c, tmp_path / name)
   return tmp_path / name, c
+
+
+def test_baselines_that_a_stop_left_are_those_of_all_references(tmp_path):
+  run = set_up(config_of(tmp_path, "run", questions(), references="best"))
+  params = initial_params(run.config, run.policy)
+  measured = measure_baselines(run, params, run.prompts, tmp_path)
+  np.testing.assert_array_equal(np.isfinite(measured).any(-1).sum(-1), 1 + np.arange(20) % 3)
+  kept = measure_baselines(run._replace(engine=None), params, run.prompts, tmp_path)
+  np.testing.assert_array_equal(kept, measured)
 
 
 @pytest.mark.parametrize("references", ["best", pytest.param("mean", marks=pytest.mark.slow)])
