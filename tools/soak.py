@@ -2,8 +2,9 @@
 
 The quickstart's recipe for `--steps` steps, with one reward in a hundred NaN. One run is left alone. The other lies on
 a disk of its own (a tmpfs, where one may be mounted; `umount` it in the end). It meets, at random moments and in turns:
-kill -9, SIGTERM, a kill with the newest checkpoint cut in half, and a disk that cannot be written for a while. After
-each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both
+kill -9, SIGTERM, a kill with the newest checkpoint cut in half, a `tee` that dies before the Ctrl-C that it shares,
+SIGHUP, metrics and rollouts and pictures that are deleted before a kill, and a disk that cannot be written for a while.
+After each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both
 accuracies, how many steps differ in any number, and the memory of the longest stretch are printed. An undisturbed run
 that is there already is taken as it is.
 """
@@ -12,6 +13,7 @@ import itertools
 import json
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,9 +26,11 @@ from absl import app, flags
 # What a step computes; the rest of a row is time, and what depends on the process.
 _COMPUTED = ("filter/", "held_out/", "reward/", "rollout/", "update/")
 ROOT = pathlib.Path(__file__).parents[1]
+KINDS = ("kill", "term", "damage", "tee", "hangup", "delete", "disk")
+_SIGNALS = {"term": signal.SIGTERM, "tee": signal.SIGINT, "hangup": signal.SIGHUP}  # the others are killed
 _OUT = flags.DEFINE_string("out", None, "Directory of both runs.", required=True)  # the runs have a --workdir
 _STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.")
-_FAULTS = flags.DEFINE_integer("faults", 8, "How many, then the run is left alone.")
+_FAULTS = flags.DEFINE_integer("faults", 14, "How many, then the run is left alone.")
 _EVERY = flags.DEFINE_integer("every", 60, "Seconds between two faults, in the mean.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
 _CHILD = flags.DEFINE_bool("child", False, "Be a run; what this program starts.")
@@ -58,10 +62,14 @@ def recipe():
   return config
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def start(workdir: pathlib.Path) -> tuple[subprocess.Popen, subprocess.Popen]:
+  """A run, and the `tee` that takes its output."""
   command = [sys.executable, __file__, f"--out={workdir}", "--child", f"--steps={_STEPS.value}"]
-  log = workdir.with_suffix(".log").open("a")
-  return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+  process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+  log = ["tee", "-a", str(workdir.with_suffix(".log"))]
+  tee = subprocess.Popen(log, stdin=process.stdout, stdout=subprocess.DEVNULL)
+  process.stdout.close()  # tee alone reads it
+  return process, tee
 
 
 def resident_mib(process: subprocess.Popen) -> list[float]:
@@ -95,17 +103,26 @@ def damage(workdir: pathlib.Path) -> None:
   largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
+def delete(workdir: pathlib.Path, process: subprocess.Popen) -> None:
+  """Deletes what the run has written for people, and waits until it is there again."""
+  for name in ("rollouts", "tensorboard"):
+    shutil.rmtree(workdir / name)
+  (workdir / "metrics.jsonl").unlink()
+  while not (workdir / "metrics.jsonl").exists() and process.poll() is None:
+    time.sleep(0.5)
+
+
 def remount(workdir: pathlib.Path, how: str) -> bool:
   return subprocess.run(["mount", "-o", f"remount,{how}", workdir], capture_output=True).returncode == 0
 
 
 def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
   """The run with faults, to its end; how many of each there were, and the memory of the longest stretch."""
-  rng, counts, longest = random.Random(_SEED.value), dict.fromkeys(("kill", "term", "damage", "disk"), 0), []
+  rng, counts, longest = random.Random(_SEED.value), dict.fromkeys(KINDS, 0), []
   mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", workdir]
   mounted = subprocess.run(mount, capture_output=True).returncode == 0
-  for fault in itertools.cycle(counts if mounted else ("kill", "term", "damage")):
-    process, memory = start(workdir), []
+  for fault in itertools.cycle(KINDS if mounted else KINDS[:-1]):
+    (process, tee), memory = start(workdir), []
     begun = len(rows(workdir))
     while len(rows(workdir)) <= begun and process.poll() is None:  # let each stretch come a step further
       time.sleep(0.5)
@@ -123,9 +140,15 @@ def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
         process.wait()
         damage(workdir)
       else:
-        process.send_signal(signal.SIGKILL if fault in ("kill", "disk") else signal.SIGTERM)
+        if fault == "tee":
+          tee.kill()
+          tee.wait()
+        if fault == "delete":
+          delete(workdir, process)
+        process.send_signal(_SIGNALS.get(fault, signal.SIGKILL))
       counts[fault] += fault != "disk"
     status = process.wait()
+    tee.wait()
     longest = max(longest, memory, key=len)
     done = rows(workdir)[-1]["step"] if rows(workdir) else 0
     print(f"{fault}: status {status}, {done} of {_STEPS.value} steps, {counts}", flush=True)
@@ -137,14 +160,17 @@ def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
 def main(argv: list[str]) -> None:
   workdir = pathlib.Path(_OUT.value)
   if _CHILD.value:
-    child(workdir)
+    from rlpr_jax import output
+
+    with output.shielded():
+      child(workdir)
     return
   alone, other = workdir / "alone", workdir / "disturbed"
   for directory in (alone, other):
     directory.mkdir(parents=True, exist_ok=True)
   memory: list[float] = []
   if len(rows(alone)) <= _STEPS.value:
-    process = start(alone)
+    process, _ = start(alone)
     while not wait(process, 60, memory):
       print(f"alone: {len(rows(alone))} of {_STEPS.value} steps", flush=True)
     if process.returncode:

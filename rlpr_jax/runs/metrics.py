@@ -172,6 +172,8 @@ class MetricsWriter:
     return self.rows if again else rows
 
   def close(self) -> None:
+    if processes.is_first() and not self._path.exists():
+      self._rewrite()
     if self._events is not None:
       with contextlib.suppress(OSError):
         self._events.close()

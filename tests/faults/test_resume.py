@@ -147,6 +147,7 @@ def test_what_is_deleted_while_a_run_goes_on_is_made_again(tmp_path):
       (tmp_path / "metrics.jsonl").unlink()
     writer.write_rollouts(step, [{"text": "x"}])
     writer.write(step, {"x": 0.5 * step})
+  (tmp_path / "metrics.jsonl").unlink()  # after the last step
   writer.close()
   assert [row["step"] for row in read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
   assert sorted(path.name for path in (tmp_path / "rollouts").iterdir()) == ["step_000003.jsonl", "step_000004.jsonl"]
