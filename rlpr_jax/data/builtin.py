@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 CAREFUL, TERSE = 0.45, 0.25  # shares of the mixture; the rest is careless
 HELD_OUT_IN = 5  # one question in five is held out
 DOMAINS = ("short", "sentences", "all")
+_MOST = 10**6  # questions or demonstrations, which takes minutes
+_PATIENCE = 20_000  # questions made in a row none of which is new: there are no others
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -117,6 +119,7 @@ def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tu
   True
   """
   rng, makers = random.Random(f"demonstrations {seed}"), _makers(domains)
+  _check_count("demonstrations", count)
   pairs: list[tuple[Example, str]] = []
   while len(pairs) < count:
     question = makers[len(pairs) % len(makers)](rng)
@@ -185,14 +188,22 @@ def grade(question: str, answer: str) -> bool | None:
 
 def _questions(split: str, count: int, seed: int, domains: str) -> list[Question]:
   rng, makers = random.Random(f"{split} {seed}"), _makers(domains)
+  _check_count(f"{split} questions", count)
   chosen: dict[str, Question] = {}
-  for _ in range(100 * count):
-    if len(chosen) == count:
-      return list(chosen.values())
-    question = makers[len(chosen) % len(makers)](rng)
+  in_vain = 0  # questions since the last new one
+  while len(chosen) < count and in_vain < _PATIENCE:
+    question, before = makers[len(chosen) % len(makers)](rng), len(chosen)
     if _is_held_out(question.text) == (split == "held_out"):
       chosen.setdefault(question.text, question)
-  raise InputError(f"built-in questions: {count} {split} questions were asked for, only {len(chosen)} could be made")
+    in_vain = in_vain + 1 if len(chosen) == before else 0
+  if len(chosen) < count:
+    raise InputError(f"built-in questions: {count} {split} questions were asked for, only {len(chosen)} could be made")
+  return list(chosen.values())
+
+
+def _check_count(what: str, count: int) -> None:
+  if count > _MOST:
+    raise InputError(f"built-in questions: {count} {what} were asked for, expected at most {_MOST}")
 
 
 def _makers(domains: str) -> tuple[Callable[[random.Random], Question], ...]:

@@ -7,8 +7,26 @@ A recipe calls `default()`, then names models and benchmarks: `c.models.policy =
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards
+from rlpr_jax.config import Field, check_value
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS
+
+# Least and most of a number; of the others at least 0, and what `config.LARGEST` says.
+_BOUNDS: dict[str, tuple[float, float | None]] = {
+  "seed": (0, 2**32 - 1),
+  "resamples": (100, 10**6),
+  "concurrency": (1, 10**6),
+  "time_limit": (0.001, 10**6),
+  "attempts": (1, 10**6),
+  "step": (-1, None),
+  "temperature": (0, 10),
+  "top_p": (0, 1),
+  "min_p": (0, 1),
+  "max_tokens": (1, 2**20),
+  "prompt_limit": (1, 2**20),
+  "slots": (1, 2**20),
+  "decode_steps": (1, 2**20),
+}
 
 
 def default() -> ConfigDict:
@@ -109,8 +127,6 @@ def validate(config: ConfigDict) -> None:
     raise InputError(f"config.judge.when: {config.judge.when!r}, expected wrong or always")
   if bool(config.judge.url) != bool(config.judge.model):
     raise InputError("config.judge: expected both url and model, or neither")
-  if config.resamples < 100:
-    raise InputError(f"config.resamples: {config.resamples}, expected 100 or more")
   for name, settings in config.models.items():
     _check_model(f"config.models.{name}", settings)
   for name, settings in config.benchmarks.items():
@@ -118,9 +134,6 @@ def validate(config: ConfigDict) -> None:
     _check_fields(where, settings, benchmark())
     if name not in BENCHMARKS and not settings.path:
       raise InputError(f"{where}.path: missing, expected a file, or one of the benchmarks {', '.join(BENCHMARKS)}")
-    for field in ("limit", "samples"):
-      if settings[field] < 0:
-        raise InputError(f"{where}.{field}: {settings[field]}, expected 0 or more")
 
 
 def _check_model(where: str, settings: ConfigDict) -> None:
@@ -136,12 +149,6 @@ def _check_model(where: str, settings: ConfigDict) -> None:
     raise InputError(f"{where}.stop: {settings.stop!r}, expected texts, none empty")
   if settings.dtype not in ("float32", "bfloat16"):
     raise InputError(f"{where}.dtype: {settings.dtype!r}, expected float32 or bfloat16")
-  for field in ("max_tokens", "prompt_limit", "slots", "decode_steps", "concurrency", "attempts"):
-    if not settings[field] >= 1:
-      raise InputError(f"{where}.{field}: {settings[field]}, expected at least 1")
-  for field, least, most in (("temperature", 0, 10), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 2**31 - 1)):
-    if not least <= settings[field] <= most:
-      raise InputError(f"{where}.{field}: {settings[field]}, expected {least} to {most}")
   neutral = model()
   for field in ("top_k", "min_p", "stop", "step", "dtype", "prompt_limit", "slots", "decode_steps"):
     if settings.url and settings[field] != neutral[field]:
@@ -149,9 +156,16 @@ def _check_model(where: str, settings: ConfigDict) -> None:
 
 
 def _check_fields(where: str, settings: ConfigDict, expected: ConfigDict) -> None:
+  """Checks that a group has all fields and no others, and each value by itself."""
+  if not isinstance(settings, ConfigDict):
+    raise InputError(f"{where}: {settings!r}, expected a group of fields")
   for name in settings:
     if name not in expected:
       raise InputError(f"{where}.{name}: unknown, expected some of {', '.join(expected)}")
   for name in expected:
     if name not in settings:
       raise InputError(f"{where}.{name}: missing; make it by the functions of rlpr_jax.evaluation.config")
+  for name, value in expected.items():
+    if not isinstance(value, ConfigDict):
+      least, most = _BOUNDS.get(name, (0, None))
+      check_value(f"{where}.{name}", Field(value, "", at_least=least, at_most=most), settings[name])

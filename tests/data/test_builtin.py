@@ -174,6 +174,11 @@ def test_seed_decides_everything():
 def test_more_questions_than_there_are():
   with pytest.raises(InputError, match=r"1500 held_out questions were asked for, only [0-9]+ could be made"):
     builtin.examples("held_out", 1500)
+  for make, count in ((lambda n: builtin.examples("train", n), 20_000), (builtin.demonstrations, 2**31)):
+    before = time.monotonic()
+    with pytest.raises(InputError, match=f"built-in questions: {count} "):
+      make(count)
+    assert time.monotonic() - before < 30  # where a hundred tries for each took ten minutes
 
 
 # --- tokenizer ---

@@ -16,6 +16,7 @@ from rlpr_jax.data.templates import (
   turn_end,
 )
 from rlpr_jax.errors import InputError
+from tests.huggingface.published import GEMMA2_TEMPLATE
 
 PLAIN = (
   "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -160,13 +161,7 @@ def test_llama_prompt_has_one_bos_and_no_clock(published):
 
 
 def test_gemma_prompt(published):
-  """With the part of Gemma 2's template that matters here; the package comes without it."""
-  template = (
-    "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}{{ '<start_of_turn>' + m.role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-  )
-  tokenizer = with_template(published("gemma2"), template)
+  tokenizer = with_template(published("gemma2"), GEMMA2_TEMPLATE)
   ids = render(tokenizer, [SYSTEM, QUESTION])
   assert ids.count(tokenizer.bos_token_id) == 1
   assert tokenizer.decode(ids) == ("<bos><start_of_turn>user\nBe brief.\n\n6 * 7?<end_of_turn>\n<start_of_turn>model\n")

@@ -1,6 +1,7 @@
 """Evaluations from questions to figures: with our own engine and with endpoints, interrupted, judged, compared."""
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -347,6 +348,27 @@ def test_settings_that_cannot_be(file, change, says):
   settings.update_from_flattened_dict(change)
   with pytest.raises(InputError, match=says):
     validate(settings)
+
+
+NUMBERS = [
+  (f"{group}.{name}", value)
+  for group, fields in (
+    ("", default()), ("judge", default().judge), ("models.policy", model()), ("benchmarks.mine", benchmark())
+  )
+  for name, value in fields.items()
+  if type(value) in (int, float)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "default"), NUMBERS)
+def test_numbers_that_cannot_be(file, field, default):
+  for value in (math.nan, math.inf, -math.inf, -2.0, 1e300, 2**63) if type(default) is float else (-2, 2**31, 2**63):
+    if field == ".seed" and value == 2**31:
+      continue
+    settings = recipe(file, policy=ours("somewhere"))
+    settings.update_from_flattened_dict({field.removeprefix("."): value})
+    with pytest.raises(InputError, match=rf"^config\.{field.removeprefix('.')}: \S+, expected [^\n]+$"):
+      validate(settings)
 
 
 def test_settings_that_nobody_reads(file):
