@@ -3,9 +3,13 @@
 import functools
 import gc
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+# Where the tests run under nohup, the programs that they start would ignore it too.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Compiling is most of the tests' time: XLA's own passes as ever, LLVM's left out. Subprocesses inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
