@@ -17,8 +17,9 @@ from absl import flags, logging
 from ml_collections import ConfigDict, FrozenConfigDict, config_flags
 
 from rlpr_jax import resources
-from rlpr_jax.config import Field, check_value, flatten
+from rlpr_jax.config import flatten
 from rlpr_jax.errors import InputError, user_code
+from rlpr_jax.fields import Field, check_value
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(=.*)?", re.DOTALL)
 

@@ -26,8 +26,7 @@ class ShieldedStream(io.TextIOBase):
   'step 1\\n'
   """
 
-  def __init__(self, stream: TextIO | None):
-    """`stream`: None drops everything, as for a program that was started with its output closed."""
+  def __init__(self, stream: TextIO):
     self._stream, self._patience = stream, _PATIENCE
     self._waiting: queue.SimpleQueue[str | threading.Event] = queue.SimpleQueue()  # may be put into by signal handlers
     threading.Thread(target=self._write_for_ever, daemon=True, name="output").start()
@@ -48,13 +47,11 @@ class ShieldedStream(io.TextIOBase):
 
   def isatty(self) -> bool:
     try:
-      return self._stream is not None and self._stream.isatty()
+      return self._stream.isatty()
     except (OSError, ValueError):
       return False
 
   def fileno(self) -> int:
-    if self._stream is None:
-      raise io.UnsupportedOperation("fileno")
     return self._stream.fileno()
 
   def _write_for_ever(self) -> None:
@@ -68,8 +65,6 @@ class ShieldedStream(io.TextIOBase):
 
   def _write(self, text: str) -> None:
     """Past the stream's own buffer, which Python would try to write once more when it ends."""
-    if self._stream is None:
-      return
     try:
       number = self._stream.fileno()
     except (OSError, ValueError):  # no file: a notebook's, a test's
@@ -90,7 +85,8 @@ def shielded() -> Iterator[None]:
     except OSError:  # closed: the next file that is opened would get what is printed
       os.open(os.devnull, os.O_RDWR)
   before = sys.stdout, sys.stderr
-  sys.stdout, sys.stderr = (ShieldedStream(stream) for stream in before)
+  # Python has no stream where its output was closed.
+  sys.stdout, sys.stderr = (ShieldedStream(stream or open(os.devnull, "w")) for stream in before)  # noqa: SIM115
   try:
     yield
   finally:

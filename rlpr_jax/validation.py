@@ -7,8 +7,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards
-from rlpr_jax.config import FIELDS, bounds, check_fields, check_value, flatten, is_within, longest_sequence
+from rlpr_jax.config import FIELDS, check_fields, flatten, longest_sequence
 from rlpr_jax.errors import InputError
+from rlpr_jax.fields import bounds, check_value, is_within
 from rlpr_jax.training import reward
 
 

@@ -5,6 +5,7 @@
 ORDER = (
   ("__init__", "output"),
   ("errors", "resources", "compilation"),
+  ("fields",),
   ("machine", "config", "sharding", "processes", "filtering", "grpo"),
   ("types",),
   ("rewards", "command_line", "custom_reward"),

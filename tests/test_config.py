@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from rlpr_jax import config as configs
-from rlpr_jax import filtering, grpo, rewards, sharding, validation
+from rlpr_jax import fields, filtering, grpo, rewards, sharding, validation
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
@@ -257,10 +257,10 @@ def test_every_field_refuses_what_it_cannot_be(path, written, tmp_path):
       continue  # ml_collections makes 1.0 of the one, and raises of the others by itself
     try:
       if written:
-        fields = json.loads(configs.to_json(configs.default()))
+        values = json.loads(configs.to_json(configs.default()))
         *groups, name = path.split(".")
-        functools.reduce(dict.get, groups, fields)[name] = value
-        (tmp_path / "config.json").write_text(json.dumps(fields))
+        functools.reduce(dict.get, groups, values)[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(values))
         config = configs.read(tmp_path / "config.json")
       else:
         config = configs.default()
@@ -281,12 +281,12 @@ def test_every_field_refuses_what_it_cannot_be(path, written, tmp_path):
 def test_the_ends_of_the_bounds_are_allowed(path):
   """By the field itself: together with the others of the default some cannot be."""
   field = configs.FIELDS[path]
-  if type(field.default) not in configs.LARGEST:
+  if type(field.default) not in fields.LARGEST:
     return
-  largest = configs.LARGEST[type(field.default)]
+  largest = fields.LARGEST[type(field.default)]
   for value in (field.at_least, field.at_most, largest if field.at_most is None else None):
     if value is not None and (field.above is None or value > field.above):
-      configs.check_value(path, field, value)
+      fields.check_value(path, field, value)
 
 
 @pytest.mark.parametrize(

@@ -145,14 +145,20 @@ def wait_for_step(process, step):
   raise AssertionError(process.stderr.read())
 
 
+def begin_two(recipe, begun, tmp_path, step):
+  """A launcher of two processes that have come to this step, and the run's directory."""
+  workdir = tmp_path / "run"
+  shutil.copytree(begun, workdir)
+  launcher = start(recipe, workdir, 2, "--config.steps=1000")
+  wait_for_step(launcher, step)
+  return launcher, workdir
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 def test_a_process_that_dies_ends_the_others(recipe, begun, tmp_path, dead):
   """The launcher itself is stopped first, so that the processes have nothing but each other."""
-  workdir = tmp_path / "run"
-  shutil.copytree(begun, workdir)
-  launcher = start(recipe, workdir, 2, "--config.steps=1000")
-  wait_for_step(launcher, 2)
+  launcher, workdir = begin_two(recipe, begun, tmp_path, step=2)
   pids = members(launcher)
   os.kill(launcher.pid, signal.SIGSTOP)
   os.kill(pids[dead], signal.SIGKILL)
@@ -169,10 +175,7 @@ def test_a_process_that_dies_ends_the_others(recipe, begun, tmp_path, dead):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_stops_and_saves_all(recipe, begun, tmp_path):
-  workdir = tmp_path / "run"
-  shutil.copytree(begun, workdir)
-  launcher = start(recipe, workdir, 2, "--config.steps=1000")
-  wait_for_step(launcher, 1)
+  launcher, _ = begin_two(recipe, begun, tmp_path, step=1)
   os.kill(members(launcher)[1], signal.SIGTERM)
   out, err = launcher.communicate(timeout=120)
   assert launcher.returncode == 0, err
@@ -182,10 +185,7 @@ def test_a_signal_to_one_process_stops_and_saves_all(recipe, begun, tmp_path):
 @pytest.mark.slow
 def test_a_launcher_that_is_killed_takes_its_run_along(recipe, begun, tmp_path):
   """Saved; and the same command at once, while the first run still saves, waits for it and goes on."""
-  workdir = tmp_path / "run"
-  shutil.copytree(begun, workdir)
-  launcher = start(recipe, workdir, 2, "--config.steps=1000")
-  wait_for_step(launcher, 2)
+  launcher, workdir = begin_two(recipe, begun, tmp_path, step=2)
   pids = members(launcher)
   launcher.kill()
   again = start(recipe, workdir, 2, "--config.steps=1000")

@@ -7,11 +7,11 @@ A recipe calls `default()`, then names models and benchmarks: `c.models.policy =
 from ml_collections import ConfigDict
 
 from rlpr_jax import rewards
-from rlpr_jax.config import Field, check_value
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS
+from rlpr_jax.fields import Field, check_value
 
-# Least and most of a number; of the others at least 0, and what `config.LARGEST` says.
+# Least and most of a number; of the others at least 0, and what `fields.LARGEST` says.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
   "seed": (0, 2**32 - 1),
   "resamples": (100, 10**6),

@@ -187,8 +187,7 @@ class Checkpoints(Generic[State]):
       host=ocp.args.JsonRestore(),
     )
     params, arrays = restored["params"], restored["arrays"]
-    host, sums = _verified_host(f"{self._directory}/{step}", step, restored["host"])
-    _verify(f"{self._directory}/{step}", sums, (params, arrays), "digest" in restored["host"])
+    host = _verify(f"{self._directory}/{step}", step, restored["host"], (params, arrays))
     return self._join(params, arrays, host)
 
   def _put_aside(self, damaged: list[InputError], steps: list[int]) -> None:
@@ -263,30 +262,34 @@ def restore_params(workdir: pathlib.Path, step: int | None, like: Params) -> tup
     params = ocp.args.StandardRestore(jax.tree.map(_abstract, like))
     restored = _restore(manager, chosen, params=params, host=ocp.args.JsonRestore())
   found, name = restored["params"], f"{directory}/{chosen}"
-  _, sums = _verified_host(name, chosen, restored["host"])
-  _verify(name, sums[: len(jax.tree.leaves(found))], found, "digest" in restored["host"])
+  _verify(name, chosen, restored["host"], found, first=len(jax.tree.leaves(found)))
   return chosen, found
 
 
-def _verified_host(name: str, step: int, saved: dict[str, Any]) -> tuple[dict[str, Any], list[int]]:
-  """What a checkpoint holds beside its arrays, and the sums of these.
+def _verify(name: str, step: int, saved: dict[str, Any], tree: Any, first: int | None = None) -> dict[str, Any]:
+  """Checks all that was read of a checkpoint, since orbax reads zeros where a file is missing.
+
+  Args:
+    saved: what the checkpoint holds beside its arrays, and the sums of these.
+    tree: its arrays, or the first of them.
+    first: how many of them; None for all.
+
+  Returns:
+    what it holds beside them.
 
   Raises:
-    InputError: it is not what was saved, or is that of another step.
+    InputError: something is not what was saved, or is that of another step.
   """
   host = {field: value for field, value in saved.items() if field not in ("sums", "digest", "checksums")}
-  sums = saved.get("sums", saved.get("checksums", []))
-  if "checksums" not in saved and saved.get("digest") != _digest(host, sums):  # older versions wrote no digest
+  older = "checksums" in saved  # such versions wrote no digest
+  sums = saved["checksums"] if older else saved.get("sums", [])
+  if not older and saved.get("digest") != _digest(host, sums):
     raise InputError(f"{name}: cannot be read (its metadata is not what was saved)")
   if host["step"] != step:
     raise InputError(f"{name}: cannot be read (it is the checkpoint of step {host['step']})")
-  return host, sums
-
-
-def _verify(name: str, expected: list[int], tree: Any, of_places: bool) -> None:
-  """Orbax reads zeros where a file is missing."""
-  if expected != checksums(tree, of_places):
+  if sums[:first] != checksums(tree, of_places=not older):
     raise InputError(f"{name}: cannot be read (the arrays are not those that were saved)")
+  return host
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:

@@ -209,13 +209,12 @@ def warm_start(
   for state, losses in steps(config, policy, state, demonstrations):  # noqa: B020
     progress(state.step, total, f"loss {float(losses['answer_loss']):.3f}")
     due = processes.is_first() and time.monotonic() - kept_at > unfinished.EVERY
-    stopping = processes.any_of(bool(stop))
-    if stopping or processes.any_of(due):
+    if processes.any_of(due or bool(stop)):
       checkpoints.save(state)
       checkpoints.wait()  # before the next step donates the arrays
       kept_at = time.monotonic()
-    if stopping:
-      break
+      if processes.any_of(bool(stop)):
+        break
   checkpoints.close()
   return state.params
 

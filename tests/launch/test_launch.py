@@ -617,12 +617,18 @@ def test_wrong_input_on_the_workers_ends_it(tpu, tmp_path):
   tpu("tpu", *tpu.arguments, status=2)
 
 
-def test_a_signal_stops_the_workers(tpu, tmp_path):
+def begin_on_workers(tpu, tmp_path, *plan):
+  """The script, with a program on each worker that has begun."""
   (tmp_path / "state").write_text("READY\n")
-  tpu.plan("forever")
+  tpu.plan(*plan)
   process = tpu.begin("tpu", *tpu.arguments)
   assert [process.stdout.readline() for _ in tpu.homes] == ["start\n"] * 2
   time.sleep(0.3)
+  return process
+
+
+def test_a_signal_stops_the_workers(tpu, tmp_path):
+  process = begin_on_workers(tpu, tmp_path, "forever")
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate(timeout=20)
   assert "the run on the workers saves and stops" in err
@@ -632,11 +638,7 @@ def test_a_signal_stops_the_workers(tpu, tmp_path):
 
 
 def test_a_run_outlives_its_connection_and_the_next_launch_stops_it(tpu, tmp_path):
-  (tmp_path / "state").write_text("READY\n")
-  tpu.plan("forever", 0)
-  process = tpu.begin("tpu", *tpu.arguments)
-  assert [process.stdout.readline() for _ in tpu.homes] == ["start\n"] * 2
-  time.sleep(0.3)
+  process = begin_on_workers(tpu, tmp_path, "forever", 0)
   process.kill()
   process.wait()
   assert not any((home / "saved").exists() for home in tpu.homes)
@@ -646,11 +648,7 @@ def test_a_run_outlives_its_connection_and_the_next_launch_stops_it(tpu, tmp_pat
 
 def test_a_run_outlives_the_terminal_of_its_launch(tpu, tmp_path):
   """It is elsewhere: what follows it here ends, and it goes on."""
-  (tmp_path / "state").write_text("READY\n")
-  tpu.plan("forever")
-  process = tpu.begin("tpu", *tpu.arguments)
-  assert [process.stdout.readline() for _ in tpu.homes] == ["start\n"] * 2
-  time.sleep(0.3)
+  process = begin_on_workers(tpu, tmp_path, "forever")
   process.send_signal(signal.SIGHUP)
   assert process.wait(timeout=20) == 128 + signal.SIGHUP
   process.communicate(timeout=20)  # to the end of the output: nothing of it is left here

@@ -248,21 +248,20 @@ def test_checkpoints_of_an_older_version_are_read(tmp_path):
     open_checkpoints(tmp_path).restore(State((0, params(0.0))))
 
 
-def test_a_checkpoint_of_another_step(tmp_path, capsys):
+@pytest.mark.parametrize(
+  ("part", "why"),
+  [
+    ("", "it is the checkpoint of step 1"),
+    # A file that can be read, and holds other numbers.
+    ("params", "the arrays are not those that were saved"),
+  ],
+)
+def test_what_is_of_another_checkpoint(tmp_path, capsys, part, why):
   saved(tmp_path, 3)
-  shutil.rmtree(tmp_path / "checkpoints/3")
-  shutil.copytree(tmp_path / "checkpoints/1", tmp_path / "checkpoints/3")
+  shutil.rmtree(tmp_path / "checkpoints/3" / part)
+  shutil.copytree(tmp_path / "checkpoints/1" / part, tmp_path / "checkpoints/3" / part)
   assert open_checkpoints(tmp_path).restore(State((0, params(0.0))))[0] == 2
-  assert "checkpoints/3: cannot be read (it is the checkpoint of step 1)" in capsys.readouterr().err
-
-
-def test_arrays_that_are_not_those_that_were_saved(tmp_path, capsys):
-  """A file that can be read, and holds other numbers: the array of another checkpoint."""
-  saved(tmp_path, 3)
-  shutil.rmtree(tmp_path / "checkpoints/3/params")
-  shutil.copytree(tmp_path / "checkpoints/1/params", tmp_path / "checkpoints/3/params")
-  assert open_checkpoints(tmp_path).restore(State((0, params(0.0))))[0] == 2
-  assert "checkpoints/3: cannot be read (the arrays are not those that were saved)" in capsys.readouterr().err
+  assert f"checkpoints/3: cannot be read ({why})" in capsys.readouterr().err
 
 
 def test_no_checkpoint_is_put_aside_if_none_can_be_read(tmp_path):

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from rlpr_jax import config as configs
+from rlpr_jax import fields
 from rlpr_jax import sft as program
 from rlpr_jax.errors import InputError
 from rlpr_jax.runs.checkpoints import restore_params
@@ -186,7 +187,7 @@ def test_weights_of_demonstrations(tmp_path):
 
 @pytest.mark.parametrize(("kind", "rate"), [("muon", 1e38), ("adam", 1e38), ("adam", 1e12)])
 def test_a_rate_that_is_too_high_leaves_no_parameters_that_are_not_finite(tmp_path, monkeypatch, kind, rate):
-  monkeypatch.setitem(configs.LARGEST, float, 1e38)  # or the highest ones would be refused
+  monkeypatch.setitem(fields.LARGEST, float, 1e38)  # or the highest ones would be refused
   c = config(write(tmp_path / "rows.jsonl", ROWS))
   c.warm_start.optimizer, c.warm_start.learning_rate, c.warm_start.adam_learning_rate = kind, rate, rate
   c.warm_start.steps = c.guards.max_skipped
