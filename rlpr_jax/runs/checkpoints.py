@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import tenacity
 from ml_collections import ConfigDict
@@ -24,6 +25,7 @@ from rlpr_jax.models import Params
 from rlpr_jax.runs.storage import persist, reason
 
 State = TypeVar("State")
+_norm = jax.jit(optax.tree.norm)
 # Orbax warns of each checkpoint without an accuracy, and of each directory that is read only, as is meant here.
 logging.getLogger("absl").addFilter(
   lambda record: record.filename != "checkpoint_manager.py" or record.levelno > logging.WARNING
@@ -94,10 +96,19 @@ class Checkpoints(Generic[State]):
     """Starts writing; `wait` before the state's arrays are given away to the next update.
 
     Raises:
-      InputError: the storage did not take it for `log.retry_seconds`.
+      InputError: the storage did not take it for `log.retry_seconds`, or its parameters are not finite.
     """
     self.wait()
     params, arrays, host = self._split(state)
+    # By the norm: parameters whose squares are not finite make nothing that is. Asked of what is saved, and not in the
+    # update, where old and new parameters would lie in memory side by side.
+    if not jnp.isfinite(_norm(params)):
+      before = self.latest()
+      there = "there is none before it" if before is None else f"the one before it, of step {before}, is whole"
+      raise InputError(
+        f"{self._directory}: the parameters of step {host['step']} are not finite and not saved, {there}: expected a"
+        " lower learning rate"
+      )
     sums = checksums((params, arrays))
     self._under_way = OnDisk(params, arrays, host | {"sums": sums, "digest": _digest(host, sums)}), accuracy
     try:

@@ -85,7 +85,7 @@ def optimizer_step(
 ) -> tuple[Trainable, dict[str, jax.Array]]:
   """Takes one optimiser step. Gradients of micro-batches add up: the rows' weights hold the minibatch's mean already.
 
-  A loss, a gradient or a new parameter that is not finite changes neither parameters nor optimiser state.
+  A loss or gradient that is not finite changes neither parameters nor optimiser state.
 
   Args:
     frozen: parameters that are not trained (the base under LoRA); empty when all are.
@@ -122,11 +122,8 @@ def optimizer_step(
   # 2. The optimiser's step, which is not taken where anything is not finite.
   grad_norm = optax.tree.norm(gradients)
   steps, opt_state = optimizer.update(gradients, trainable.opt_state, params)
+  sound = jnp.isfinite(grad_norm) & jnp.isfinite(sums["loss"])
   stepped = Trainable(optax.apply_updates(params, steps), opt_state)
-  # By the norm: parameters whose squares are not finite make nothing that is. Moments are sums of gradients and of
-  # their squares, which are finite where the gradients' norm is.
-  norms = grad_norm, optax.tree.norm(stepped.params)
-  sound = jnp.isfinite(sums["loss"]) & jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
   new = jax.tree.map(functools.partial(jnp.where, sound), stepped, trainable)
 
   # 3. Sums over the minibatch's tokens become its metrics.

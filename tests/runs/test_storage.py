@@ -272,6 +272,22 @@ def test_no_checkpoint_is_put_aside_if_none_can_be_read(tmp_path):
   assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()) == ["1", "2"]
 
 
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path):
+  checkpoints = open_checkpoints(tmp_path)
+  checkpoints.save(State((1, params(1.0))))
+  for bad in (np.nan, np.inf):
+    other = params(2.0)
+    other["w"][3, 4] = bad
+    with pytest.raises(
+      InputError, match=r"step 2 are not finite and not saved, the one before it, of step 1, is whole"
+    ):
+      checkpoints.save(State((2, other)))
+  checkpoints.close()
+  step, found = open_checkpoints(tmp_path).restore(State((0, params(0.0))))
+  assert step == 1
+  np.testing.assert_array_equal(found["w"], params(1.0)["w"])
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path):
   checkpoints = open_checkpoints(tmp_path, keep_checkpoints=2, keep_best=1)
   for step, accuracy in enumerate([0.1, None, 0.7, None, 0.3, None, 0.2, None]):

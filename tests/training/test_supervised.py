@@ -1,6 +1,5 @@
 """Supervised steps against sums in float64, packed and not; the program, killed and gone on."""
 
-import contextlib
 import json
 import pathlib
 import subprocess
@@ -185,20 +184,17 @@ def test_weights_of_demonstrations(tmp_path):
   assert [tokenizer.decode(prompt) for prompt, _ in found] == [f"<q>{i}+{i}<a>" for i in (0, 1, 2, 3, 2, 3)]
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("muon", 1e38), ("adam", 1e38), ("adam", 1e12)])
+@pytest.mark.parametrize(("kind", "rate"), [("muon", 1e38), ("adam", 1e38)])
 def test_a_rate_that_is_too_high_leaves_no_parameters_that_are_not_finite(tmp_path, monkeypatch, kind, rate):
   monkeypatch.setitem(fields.LARGEST, float, 1e38)  # or the highest ones would be refused
   c = config(write(tmp_path / "rows.jsonl", ROWS))
   c.warm_start.optimizer, c.warm_start.learning_rate, c.warm_start.adam_learning_rate = kind, rate, rate
-  c.warm_start.steps = c.guards.max_skipped
-  with contextlib.suppress(InputError):  # that so many updates in a row were not finite
+  c.warm_start.steps, c.log.checkpoint_every = c.guards.max_skipped, 1
+  with pytest.raises(InputError, match=r"checkpoints: the parameters of step \d+ are not finite and not saved"):
     program.sft(c, tmp_path / "run")
-  policy = program.load_policy(c)
-  step, params = restore_params(tmp_path / "run", None, policy.trained)
-  assert step >= 2
-  assert np.isfinite(optax.tree.norm(params))
-  written = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-  assert sum(row["sft/skipped"] for row in written) > 0
+  for directory in (tmp_path / "run/checkpoints").iterdir():
+    _, params = restore_params(tmp_path / "run", int(directory.name), program.load_policy(c).trained)
+    assert np.isfinite(optax.tree.norm(params))
 
 
 def test_steps_are_needed(tmp_path):
