@@ -218,7 +218,7 @@ FIELDS = {
   "training.epochs_per_step": Field(1, "passes", at_least=1, at_most=1000),
   "training.row_length": Field(
     0,
-    "tokens of a row, into which sequences are packed; 0 for the longest sequence there can be",
+    "tokens of a row, into which prompts and their responses are packed; 0 for the longest of a pair there can be",
     at_least=0,
     at_most=_SIZE,
     may_change=True,
@@ -406,17 +406,6 @@ def longest_sequence(config: ConfigDict) -> int:
   """
   answer = config.data.max_reference_length if config.training.answer_gradient != "none" else 0
   return int(config.data.prompt_limit + config.rollout.max_response_length + answer)
-
-
-def row_length(config: ConfigDict) -> int:
-  """Tokens of a row in the update, into which sequences are packed.
-
-  >>> config = default()
-  >>> config.training.row_length = 8192
-  >>> row_length(config)
-  8192
-  """
-  return int(config.training.row_length or longest_sequence(config))
 
 
 def longest_text(config: ConfigDict) -> int:

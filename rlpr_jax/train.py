@@ -214,7 +214,9 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
     state=finish_step(run, state, batch, stream),
     minibatches=minibatches,
     losses=losses,
-    metrics=gap | update_metrics(batch, losses, time.perf_counter() - started),
+    metrics=gap
+    | {"update/padding": float(np.mean([rows.padding for rows in minibatches])) if minibatches else 0.0}
+    | update_metrics(batch, losses, time.perf_counter() - started),
   )
 
 
@@ -246,9 +248,7 @@ def training_scorer(run: Run, params: Params) -> TextScorer:
 
 def update_metrics(batch: StepBatch, losses: list[dict[str, np.ndarray]], seconds: float) -> dict[str, float]:
   """Means over the step's optimiser steps that were finite, and what the update cost."""
-  groups = batch.groups
-  tokens = int(groups.prompt_lengths.sum() * groups.lengths.shape[1] + groups.lengths.sum())
-  values = {"seconds/update": seconds, "tokens_per_second/update": tokens / seconds}
+  values = {"seconds/update": seconds, "tokens_per_second/update": int(batch.groups.lengths.sum()) / seconds}
   values["update/skipped"] = sum(bool(loss["skipped"]) for loss in losses)
   sound = [loss for loss in losses if not loss["skipped"]]
   names = sound[0].keys() - {"skipped"} if sound else ()

@@ -205,27 +205,45 @@ class StepBatch(NamedTuple):
 class PackedRows(NamedTuple):
   """Token rows for the update. numpy or jax.
 
-  Two sequences, of prompts 5 6 and 8 with the responses 7 2 and 9 2, in a row of eight places:
+  A group is a stem (the prompt) and branches (its responses), each of which goes on from the stem's end. The prompt
+  5 6 with the responses 7 2 and 9 2, and 8 with 4 2, in a row of ten places:
 
-      tokens       5 6 7 2  8 9 2  0
-      positions    0 1 2 3  0 1 2  0
-      segment_ids  1 1 1 1  2 2 2  0      0 is padding
-      mask         . . T T  . T T  .
+      tokens       5 6  7 2  9 2  8  4 2  0
+      positions    0 1  2 3  2 3  0  1 2 -1
+      segment_ids  1 1  2 2  3 3  4  5 5  0      0 is padding
+      group_ids    1 1  1 1  1 1  2  2 2  0
+      mask         . .  T T  T T  .  T T  .
   """
 
   tokens: np.ndarray  # int32[R, L]
-  positions: np.ndarray  # int32[R, L] within the segment
-  segment_ids: np.ndarray  # int32[R, L] counts the sequences of a row from 1; 0 is padding
+  positions: np.ndarray  # int32[R, L] in the text, stem and branch; -1 where no token stands
+  segment_ids: np.ndarray  # int32[R, L] counts the stems and branches of a row from 1; 0 is padding
   mask: np.ndarray  # bool[R, L] True on sampled tokens, EOS included
   old_logprobs: np.ndarray  # float32[R, L] of the token at the same place
   advantages: np.ndarray  # float32[R, L]
   weights: np.ndarray  # float32[R, L] loss = sum(weights * token loss), over the whole minibatch
   answer_weights: np.ndarray | None = None  # float32[R, L] loss -= sum(answer_weights * log p); None for no such term
   reference_logprobs: np.ndarray | None = None  # float32[R, L] under the initial policy; None without a KL term
+  group_ids: np.ndarray | None = None  # int32[R, L] counts the groups of a row; None where each segment is alone
+
+  @property
+  def counted(self) -> AnyArray:
+    """bool[R, L] the tokens whose log-probability matters: sampled ones, and those with a weight of their own."""
+    return self.mask if self.answer_weights is None else self.mask | (self.answer_weights != 0)
+
+  @property
+  def padding(self) -> float:
+    """Share of the places in rows that hold a token at all, which hold none.
+
+    >>> PackedRows.empty(2, 8).padding
+    0.0
+    """
+    used = self.positions[np.any(self.positions >= 0, axis=1)] >= 0
+    return float(1 - used.mean()) if used.size else 0.0
 
   @classmethod
   def empty(cls, rows: int, length: int) -> "PackedRows":
-    """Rows of padding.
+    """Rows of padding, of groups.
 
     >>> PackedRows.empty(2, 8).tokens.shape
     (2, 8)
@@ -233,8 +251,9 @@ class PackedRows(NamedTuple):
     shape = (rows, length)
     return cls(
       tokens=np.zeros(shape, np.int32),
-      positions=np.zeros(shape, np.int32),
+      positions=np.full(shape, -1, np.int32),
       segment_ids=np.zeros(shape, np.int32),
+      group_ids=np.zeros(shape, np.int32),
       mask=np.zeros(shape, bool),
       old_logprobs=np.zeros(shape, np.float32),
       advantages=np.zeros(shape, np.float32),

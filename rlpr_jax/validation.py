@@ -11,6 +11,7 @@ from rlpr_jax.config import FIELDS, check_fields, flatten, longest_sequence
 from rlpr_jax.errors import InputError
 from rlpr_jax.fields import bounds, check_value, is_within
 from rlpr_jax.training import reward
+from rlpr_jax.training.packing import shortest_row
 
 
 def validate(config: ConfigDict) -> None:
@@ -65,10 +66,10 @@ def validate(config: ConfigDict) -> None:
     raise InputError(
       f"config.training.minibatches: {minibatches} does not divide config.prompts_per_step {config.prompts_per_step}"
     )
-  if 0 < row_length < longest_sequence(config):
+  needed = shortest_row(longest_sequence(config))
+  if 0 < row_length < needed:
     raise InputError(
-      f"config.training.row_length: {row_length}, expected 0 or room for the longest sequence,"
-      f" {longest_sequence(config)} tokens"
+      f"config.training.row_length: {row_length}, expected 0 or room for the longest sequence, {needed} tokens"
     )
 
 

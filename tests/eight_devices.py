@@ -32,11 +32,12 @@ from rlpr_jax.sampling.decode import (
 )
 from rlpr_jax.sampling.device import Suffix, pack_suffixes
 from rlpr_jax.sampling.params import SamplingParams, stack
+from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import clipped_optimizer, init_opt_state
 from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, loss, optimizer_step
 from tests.models import cases
 
-ROWS, LENGTH = 8, 24  # longer than every window of the cases
+ROWS, LENGTH = 8, 28  # longer than every window of the cases
 PROMPTS, WIDTH, NEW, SUFFIX = 4, 10, 5, 3
 SLOTS, STEPS = 8, 3  # rows that are sampled at once, and tokens of a call: two calls, the second one cut short
 SETTINGS = UpdateSettings(0.8, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=ROWS)
@@ -50,23 +51,28 @@ OPTIMIZERS = {
 
 
 def make_rows(seed=0) -> types.PackedRows:
-  """Two sequences and padding in each row; ratios on both sides of the clip."""
+  """Two groups and padding in each row, of one stem and two branches and of one; ratios on both sides of the clip."""
   rng = np.random.default_rng(seed)
-  first = rng.integers(3, 12, ROWS)
-  packed = [
-    cases.pack([cases.random_tokens(n, seed=10 + n), cases.random_tokens(n + 1, seed=30 + n)], LENGTH) for n in first
-  ]
-  tokens, positions, segment_ids = (np.concatenate(field) for field in zip(*packed, strict=True))
-  mask = (segment_ids > 0) & (positions > 1)
-  return types.PackedRows(
-    tokens=tokens,
-    positions=positions,
-    segment_ids=segment_ids,
-    mask=mask,
+  trees = []
+  for n in rng.integers(3, 7, ROWS):
+    trees.append(packing.Tree(cases.random_tokens(n, seed=10 + n), random_branches((n, n - 2))))
+    trees.append(packing.Tree(cases.random_tokens(n - 1, seed=30 + n), random_branches((4,))))
+  pieces = []
+  for row, (first, second) in enumerate(zip(trees[::2], trees[1::2], strict=True)):
+    n = first.stem.size
+    pieces.append(packing.Piece(2 * row, row, 0, [(0, n), (1, 2 * n)]))
+    pieces.append(packing.Piece(2 * row + 1, row, 3 * n - 2, [(0, 3 * n - 2 + second.stem.size)]))
+  rows = packing.lay(trees, pieces, ROWS, LENGTH)
+  mask = rows.mask
+  return rows._replace(
     old_logprobs=np.where(mask, rng.normal(-4.6, 1, mask.shape), 0).astype(np.float32),
     advantages=np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32),
     weights=np.where(mask, 1 / mask.sum(), 0).astype(np.float32),
   )
+
+
+def random_branches(lengths) -> list[packing.Branch]:
+  return [packing.Branch.of_tokens(cases.random_tokens(n, seed=50 + n), np.ones(n, bool)) for n in lengths]
 
 
 def distance(found, expected) -> float:

@@ -7,6 +7,7 @@ import numpy as np
 
 from rlpr_jax import models
 from rlpr_jax.models import ModelConfig, Params, Rope
+from rlpr_jax.types import PackedRows
 
 QWEN2_5_1_5B = ModelConfig(
   vocab_size=151_936, embed_dim=1536, mlp_dim=8960, num_layers=28, num_heads=12, num_kv_heads=2, head_dim=128,
@@ -55,9 +56,15 @@ def forward_flops(config: ModelConfig, lengths: Iterable[int]) -> int:
   return 2 * product_weights(config) * int(lengths.sum()) + attention
 
 
-def update_flops(config: ModelConfig, lengths: Iterable[int]) -> int:
-  """Model operations of an update: three forward passes (one forwards, two backwards), nothing computed again."""
-  return 3 * forward_flops(config, lengths)
+def update_flops(config: ModelConfig, rows: PackedRows) -> int:
+  """Model operations of an update: three forward passes (one forwards, two backwards), nothing computed again.
+
+  As of `forward_flops`, of the tokens that stand in the rows; the head meets those before sampled ones alone.
+  """
+  seen = np.asarray(rows.positions, np.int64)[rows.positions >= 0] + 1  # by each token: all before it in its text
+  head = config.vocab_size * config.embed_dim
+  products = 2 * (product_weights(config) - head) * len(seen) + 2 * head * int(rows.mask.sum())
+  return 3 * (products + 4 * config.num_layers * config.num_heads * config.head_dim * int(seen.sum()))
 
 
 def random_params(config: ModelConfig, dtype: str, seed: int = 0) -> Params:

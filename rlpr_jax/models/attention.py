@@ -59,10 +59,9 @@ def attend(
     return _attend_xla(queries, keys, values, places, settings, cached)
   match settings.backend:
     case "splash":
-      return kernels.splash_attention(queries, keys, values, places.segment_ids, settings, places.windowed)
+      return kernels.splash_attention(queries, keys, values, places, settings)
     case "tokamax" | "tokamax_or_xla":
-      first_visible = places.first_visible(settings.window)
-      mixed = kernels.tokamax_attention(queries, keys, values, first_visible, settings)
+      mixed = kernels.tokamax_attention(queries, keys, values, places, settings)
       if mixed is not None:
         return mixed
   return _attend_xla(queries, keys, values, places, settings)

@@ -8,17 +8,18 @@ import functools
 import importlib.metadata
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlpr_jax.errors import SettingError
+from rlpr_jax.models.masks import Places, Spans, alignment
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.types import AnyArray
 
 Kernel = Callable[..., jax.Array]
 TILE = 128  # whole blocks of either kernel: lanes of a TPU's registers, query rows of a Hopper's thread block
@@ -40,41 +41,46 @@ def splash_attention(
   queries: Float[Array, "B T N H"],
   keys: Float[Array, "B T K H"],
   values: Float[Array, "B T K H"],
-  segment_ids: Int[AnyArray, "B T"],
+  places: Places,
   settings: AttentionSettings,
-  windowed: Bool[Array, ""] | None,
 ) -> Float[Array, "B T N H"]:
   """Splash attention, the block-sparse flash attention for TPUs that comes with JAX.
 
-  No [T, T] array is held, forwards or backwards. Blocks that lie in the future or before the window are skipped; scores
-  of other segments are computed and masked. T is padded to whole blocks.
+  No [T, T] array is held, forwards or backwards. Blocks of which no token sees another are skipped: those that lie in
+  the future, before the window, or in other groups and branches. T is padded to whole blocks.
 
   Args:
     queries: float32 or bfloat16, as keys and values; scores and their softmax are float32.
-    windowed: whether this layer has the window; None for no.
+    places: stems end, and branches begin, at multiples of `masks.alignment(T)`.
   """
 
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-
   def attend(
-    queries: jax.Array, keys: jax.Array, values: jax.Array, segment_ids: jax.Array, windowed: jax.Array | None
+    queries: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    ids: tuple[jax.Array, ...],
+    windowed: jax.Array | None,
   ) -> jax.Array:
     length = queries.shape[1]
     block = block_length(length)
 
     queries *= jnp.asarray(settings.scale, queries.dtype)  # the kernel has no scale
-    operands = [_pad(x, block).swapaxes(1, 2) for x in (queries, keys, values)]
-    ids = _pad(segment_ids, block, -1)  # a segment of its own
+    queries, keys, values = (_pad(x, block).swapaxes(1, 2) for x in (queries, keys, values))
+    segment_ids, group_ids = (_pad(x, block, -1) for x in (ids[0], ids[-1]))  # a group of its own
+    spans = Spans.of(segment_ids, group_ids)
 
     def mixed(window: int | None) -> Float[Array, "B N S H"]:
-      kernel = _splash_kernel(queries.shape[2], ids.shape[1], block, window, settings.softcap)
-      return jax.vmap(kernel)(*operands, splash.SegmentIds(ids, ids))
+      # Not vmap: over what a kernel is told of its blocks that would be a loop, with copies of each row.
+      together = _Row(queries, keys, values, spans, group_ids)
+      rows = [_Row(*jax.tree.map(lambda x, row=row: x[row], together)) for row in range(len(queries))]
+      return jnp.stack([_splash_row(row, block, window, settings.softcap) for row in rows])
 
-    # A kernel's mask is static: both kernels are compiled, and a layer runs its own.
+    # A kernel's window is static: both kernels are compiled, and a layer runs its own.
     y = mixed(None) if windowed is None else jax.lax.cond(windowed, lambda: mixed(settings.window), lambda: mixed(None))
     return y[:, :, :length].swapaxes(1, 2)
 
-  return _each_device(attend, settings, queries, keys, values, segment_ids, windowed)
+  ids = [jnp.asarray(x) for x in (places.segment_ids, places.group_ids) if x is not None]
+  return _each_device(attend, settings, queries, keys, values, ids, places.windowed)
 
 
 def block_length(length: int) -> int:
@@ -93,13 +99,34 @@ def _pad(x: Shaped[Array, "B T ..."], block: int, value: int = 0) -> Shaped[Arra
   return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
 
-def _splash_kernel(heads: int, length: int, block: int, window: int | None, softcap: float | None) -> Kernel:
-  """The kernel for one row: queries [heads, length, H], keys and values [K, length, H], segment ids [length]."""
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+class _Row(NamedTuple):
+  """Operands of the kernel, or several rows of them."""
 
-  shape = (length, length)
-  mask = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
+  queries: Float[Array, "*B N S H"]
+  keys: Float[Array, "*B K S H"]
+  values: Float[Array, "*B K S H"]
+  spans: Spans  # of its places, [*B, S]
+  group_ids: Int[Array, "*B S"]
+
+
+def _splash_row(row: _Row, block: int, window: int | None, softcap: float | None) -> Float[Array, "N S H"]:
+  """The kernel on one row."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
+
+  runs, coded = visible_blocks(row.spans, window, block), _encode(row.spans)
+
+  def info(axis: int) -> mask_info.MaskInfo:
+    """For loops over blocks along an axis, inside one over the other."""
+    dtype = jnp.int8 if len(runs) <= jnp.iinfo(jnp.int8).max else jnp.int32
+    return mask_info.MaskInfo(
+      data_next=_next_block(runs, axis)[None].astype(dtype),
+      mask_next=None,
+      block_mask=runs[None].astype(dtype),
+      partial_mask_blocks=None,
+      q_sequence=coded,  # type: ignore[arg-type]  # as jax's own dynamic masks have it
+    )
+
   sizes = splash.BlockSizes(
     block_q=block,
     block_kv=block,
@@ -108,25 +135,109 @@ def _splash_kernel(heads: int, length: int, block: int, window: int | None, soft
     block_q_dq=block,
     block_kv_dq=block,
   )
-  return splash.make_splash_mha(
-    splash_mask.MultiHeadMask([mask] * heads),
+  kernel = splash.SplashAttentionKernel(
+    info(1),
+    info(1),
+    info(0),
     block_sizes=sizes,
+    is_mqa=False,
+    save_residuals=False,
+    mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=softcap,
-    head_shards=1,
-    q_seq_shards=1,
+    residual_checkpoint_name=None,
+    mask_function=_sees(row.queries.shape[1], window),
   )
+  mixed = kernel(row.queries, row.keys, row.values, splash.SegmentIds(row.group_ids, row.group_ids))
+  assert isinstance(mixed, jax.Array)  # without residuals
+  return mixed
+
+
+def visible_blocks(spans: Spans, window: int | None, block: int) -> Bool[Array, "A A"]:
+  """Whether some token of each block sees one of each other; what `Places.sees` says, by blocks.
+
+  Args:
+    spans: of the places of one row, [S].
+
+  >>> ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # a stem and two branches
+  >>> spans = jax.tree.map(lambda x: x[0], Spans.of(ids, jnp.ones_like(ids)))
+  >>> visible_blocks(spans, None, block=2).astype(int).tolist()
+  [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+  """
+  places = jnp.arange(len(spans.group))
+  blocks = jnp.arange(0, len(places), block)  # first places
+
+  def hits(first: Int[Array, "S"], end: Int[Array, "S"]) -> Bool[Array, "S A"]:
+    """Whether what lies from `first` to before `end` reaches into each block."""
+    return (first < end)[:, None] & (first[:, None] < blocks + block) & (end[:, None] > blocks)
+
+  own = jnp.where(spans.branch > 0, spans.branch, spans.group)
+  in_stem = spans.group  # of a branch's tokens: the first that they see there
+  if window is not None:
+    oldest = places - window + 1
+    own = jnp.maximum(own, oldest)
+    in_stem = jnp.maximum(in_stem, oldest - (spans.branch - spans.stem_end))
+  seen = hits(own, places + 1) | hits(in_stem, spans.stem_end)
+  return jnp.any(seen.reshape(len(blocks), block, -1), axis=1)
+
+
+def visible_share(segment_ids: np.ndarray, group_ids: np.ndarray) -> float:
+  """Share of the blocks of some rows [R, T] that splash runs in a layer without a window.
+
+  >>> visible_share(np.ones((1, 1024), int), np.ones((1, 1024), int))  # all but those in the future
+  0.75
+  """
+  block = block_length(segment_ids.shape[1])
+  ids, groups = (_pad(jnp.asarray(x), block, -1) for x in (segment_ids, group_ids))
+  blocks = jax.vmap(lambda spans: visible_blocks(spans, None, block))(Spans.of(ids, groups))
+  return float(jnp.mean(blocks))
+
+
+def _next_block(runs: Bool[Array, "A A"], axis: int) -> Int[Array, "A A"]:
+  """What a kernel fetches where it has nothing to do: the next block along the axis that runs, or the last that did."""
+  count = len(runs)
+  numbers = jnp.arange(count)[:, None] if axis == 0 else jnp.arange(count)
+  at = jnp.where(runs, numbers, count)
+  coming = jax.lax.cummin(at, axis=axis, reverse=True)
+  latest = jax.lax.cummax(jnp.where(runs, numbers, 0), axis=axis)
+  return jnp.where(coming == count, latest, coming)
+
+
+def _encode(spans: Spans) -> Int[Array, "S"]:
+  """A query's place, where its branch begins and where its stem ends, in one number; `_sees` reads it."""
+  length = len(spans.group)
+  bits, low = (length - 1).bit_length(), alignment(length).bit_length() - 1
+  return jnp.arange(length) | (spans.branch >> low) << bits | (spans.stem_end >> low) << (2 * bits - low)
+
+
+@functools.cache  # one object for each, since kernels are compiled for it
+def _sees(length: int, window: int | None) -> Kernel:
+  """Whether a query sees a key, of one group: of its number by `_encode`, and the key's place."""
+  bits, low = (length - 1).bit_length(), alignment(length).bit_length() - 1
+  short = bits - low
+
+  def sees(query: jax.Array, key: jax.Array) -> jax.Array:
+    place = query & (2**bits - 1)
+    branch = (jax.lax.shift_right_logical(query, jnp.full_like(query, bits)) & (2**short - 1)) << low
+    stem_end = jax.lax.shift_right_logical(query, jnp.full_like(query, bits + short)) << low
+    in_stem = key < stem_end
+    seen = (key <= place) & (in_stem | (key >= branch))
+    if window is not None:
+      seen &= jnp.where(in_stem, key + (branch - stem_end), key) > place - window
+    return seen
+
+  return sees
 
 
 def tokamax_attention(
   queries: Float[Array, "B T N H"],
   keys: Float[Array, "B T K H"],
   values: Float[Array, "B T K H"],
-  first_visible: Int[Array, "B T"],
+  places: Places,
   settings: AttentionSettings,
 ) -> Float[Array, "B T N H"] | None:
   """Flash attention for GPUs by tokamax, an optional dependency.
 
-  A token sees from `first_visible` to itself. T is padded to whole blocks. Of tokamax's implementations the first is
+  T is padded to whole blocks. Of tokamax's implementations the first is
   taken that can be traced, forwards and backwards, for JAX's default device:
     - mosaic_gpu: bfloat16 on Hopper and Blackwell. No [T, T] array is held, forwards or backwards.
     - triton: from Ampere on, float32 too (in TF32). Backwards it holds a boolean mask [B, T, T], and has no soft cap.
@@ -141,7 +252,8 @@ def tokamax_attention(
   """
   required = settings.backend == "tokamax"
   names = ["mosaic_gpu", "triton", "xla"] if required else ["mosaic_gpu", "triton"]
-  operands = (queries, keys, values, first_visible)
+  first, until = places.first_visible(settings.window), places.visible_until()
+  operands = (queries, keys, values, (first,) if until is None else (first, until))
   try:
     implementations, mask = import_tokamax()
   except Exception as error:  # a package made for another JAX may raise anything
@@ -192,16 +304,28 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def attend_tokamax(
-  implementation: Kernel | None, mask: Callable[..., Any], settings: AttentionSettings, *operands: jax.Array
+  implementation: Kernel | None,
+  mask: Callable[..., Any],
+  settings: AttentionSettings,
+  queries: jax.Array,
+  keys: jax.Array,
+  values: jax.Array,
+  visible: tuple[jax.Array, ...],
 ) -> jax.Array:
-  """One implementation, on one device; None for one that tokamax could not import."""
+  """One implementation, on one device; None for one that tokamax could not import.
+
+  Args:
+    visible: `first_visible`, and `visible_until` where there are branches.
+  """
   if implementation is None:
     raise ImportError("tokamax has no such implementation here")
-  *packed, first_visible = operands
-  length = first_visible.shape[1]
+  length = queries.shape[1]
+  bounds = {"k_start": _pad(visible[0], TILE, length)[:, None]}
+  if len(visible) > 1:
+    bounds["q_end"] = _pad(visible[1], TILE, length + -length % TILE)[:, None]
   y = implementation(
-    *(_pad(x, TILE) for x in packed),
-    mask=mask(k_start=_pad(first_visible, TILE, length)[:, None], is_causal=True),
+    *(_pad(x, TILE) for x in (queries, keys, values)),
+    mask=mask(**bounds, is_causal=True),
     logits_scale=settings.scale,
     logits_soft_cap=settings.softcap,
   )
@@ -214,10 +338,10 @@ def _with_gradients(
   queries: jax.Array,
   keys: jax.Array,
   values: jax.Array,
-  of_tokens: jax.Array,
+  of_tokens: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """The output, and gradients of queries, keys and values for a gradient of its shape."""
-  y, backwards = jax.vjp(lambda *x: _each_device(attend, settings, *x, of_tokens), queries, keys, values)
+  y, backwards = jax.vjp(lambda q, k, v: _each_device(attend, settings, q, k, v, of_tokens), queries, keys, values)
   return y, backwards(y)
 
 
@@ -243,18 +367,21 @@ def _each_device(
   queries: jax.Array,
   keys: jax.Array,
   values: jax.Array,
-  of_tokens: Int[AnyArray, "B T"],
-  *whole: jax.Array | None,
+  of_tokens: Sequence[jax.Array],
+  *whole: Bool[Array, ""] | None,
 ) -> Float[Array, "B T N H"]:
-  """`attend`(queries, keys, values, of_tokens, *whole), under a mesh for each device's rows and heads by themselves."""
+  """`attend`(queries, keys, values, of_tokens, *whole), under a mesh for each device's rows and heads by themselves.
+
+  `of_tokens` are numbers of each token, [B, T].
+  """
   sharding = settings.sharding
   if sharding.mesh is not None:
     heads, rows = sharding.spec(("batch", None, "heads", None)), sharding.spec(("batch", None))
     attend = jax.shard_map(
       attend,
       mesh=sharding.mesh,
-      in_specs=(heads, heads, heads, rows, *(jax.sharding.PartitionSpec() for _ in whole)),
+      in_specs=(heads, heads, heads, (rows,) * len(of_tokens), *(jax.sharding.PartitionSpec() for _ in whole)),
       out_specs=heads,
       check_vma=False,  # a kernel does not say over which axes its output varies
     )
-  return attend(queries, keys, values, of_tokens, *whole)
+  return attend(queries, keys, values, tuple(of_tokens), *whole)

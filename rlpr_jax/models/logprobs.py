@@ -1,14 +1,19 @@
 """Log-probabilities of tokens without ever holding [tokens, vocabulary]."""
 
+import functools
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float, Int
 
 from rlpr_jax.models.attention import softcap
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.types import AnyArray
 
 CHUNK = 1024  # tokens a device whose logits exist at once
+CHUNKS = 4  # at least, where some are left out
 
 
 def token_logprobs(
@@ -19,6 +24,7 @@ def token_logprobs(
   cap: float | None = None,
   sharding: Sharding = Sharding(),
   known_tokens: int | None = None,
+  used: Bool[AnyArray, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """Log-probability of each target and entropy of its distribution softmax(logits / temperature), float32, in nats.
 
@@ -28,6 +34,7 @@ def token_logprobs(
   Args:
     cap: soft cap of the logits (Gemma 2).
     known_tokens: as for `drop_unknown`.
+    used: where either is wanted, best in front: what comes behind the last such chunk is left out, and gives zeros.
 
   >>> head = jnp.log(jnp.array([[0.2], [0.5], [0.3]]))
   >>> logprob, entropy = token_logprobs(head, jnp.ones((1, 1, 1)), jnp.array([[1]]))
@@ -35,30 +42,99 @@ def token_logprobs(
   (0.500, 1.030)
   """
   rows, length = targets.shape
-  chunk = min(length, max(1, CHUNK * sharding.num_shards("batch") // rows))
+  chunk = chunk_length(length, rows, sharding.num_shards("batch"), partly=used is not None)
   chunks = -(-length // chunk)
   padding = chunks * chunk - length
   # Chunks of places, not of rows: rows are spread over devices, and every device is to work on every chunk.
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk, -1).swapaxes(0, 1)
   targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, chunks, chunk).swapaxes(0, 1)
   hidden = sharding.constrain(hidden, None, "batch", None, None)
-  head = head.astype(hidden.dtype)
+  count = chunks if used is None else jnp.max(jnp.where(used, jnp.arange(length) // chunk + 1, 0))
+  logps, entropy = _first_chunks(_Distribution(cap, known_tokens, sharding), head, hidden, targets, temperature, count)
+  logps, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logps, entropy))
+  return logps, entropy
 
-  @jax.checkpoint
-  def one_chunk(scanned: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    hidden, targets = scanned
+
+def chunk_length(length: int, rows: int, num_shards: int, partly: bool) -> int:
+  """Places of each row whose logits exist at once; fewer where not all are used, so that the last chunk is soon full.
+
+  >>> chunk_length(4096, rows=8, num_shards=8, partly=False), chunk_length(374, rows=1, num_shards=1, partly=True)
+  (1024, 94)
+  """
+  return min(-(-length // CHUNKS) if partly else length, max(1, CHUNK * num_shards // rows))
+
+
+class _Distribution(NamedTuple):
+  """What makes a distribution over the vocabulary of logits; arguments of `token_logprobs`."""
+
+  cap: float | None
+  known_tokens: int | None
+  sharding: Sharding
+
+  def logprobs(
+    self,
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "B C D"],
+    targets: Int[Array, "B C"],
+    temperature: Float[ArrayLike, ""],
+  ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
+    """Log-probability and entropy at the places of one chunk, with all of their logits."""
     logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
-    logits = drop_unknown(softcap(logits, cap) / temperature, known_tokens)
-    logits = sharding.constrain(logits, "batch", None, "vocab")
+    logits = drop_unknown(softcap(logits, self.cap) / temperature, self.known_tokens)
+    logits = self.sharding.constrain(logits, "batch", None, "vocab")
     logps = jax.nn.log_softmax(logits)
     entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
     # Not a gather: each device has its part of the vocabulary.
     chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
     return jnp.sum(jnp.where(chosen, logps, 0.0), axis=-1), entropy
 
-  logps, entropy = jax.lax.map(one_chunk, (hidden, targets))
-  logps, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logps, entropy))
-  return logps, entropy
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _first_chunks(
+  distribution: _Distribution,
+  head: Float[Array, "V D"],
+  hidden: Float[Array, "N B C D"],
+  targets: Int[Array, "N B C"],
+  temperature: Float[ArrayLike, ""],
+  count: Int[ArrayLike, ""],
+) -> tuple[Float[Array, "N B C"], Float[Array, "N B C"]]:
+  """Log-probabilities and entropies of the first `count` of N chunks, zeros of the others, which cost nothing.
+
+  Its own gradient is a loop of as many turns: one over all of them would hold several arrays of the head's size.
+  """
+  cast = head.astype(hidden.dtype)
+
+  def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    logps, entropy = distribution.logprobs(cast, hidden[i], targets[i], temperature)
+    return found[0].at[i].set(logps), found[1].at[i].set(entropy)
+
+  zeros = jnp.zeros(targets.shape)
+  found: tuple[jax.Array, jax.Array] = jax.lax.fori_loop(0, count, step, (zeros, zeros))
+  return found
+
+
+def _first_chunks_forward(distribution: _Distribution, *args: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  return _first_chunks(distribution, *args), args
+
+
+def _first_chunks_backward(
+  distribution: _Distribution, args: Any, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array | None, ...]:
+  head, hidden, targets, temperature, count = args
+  cast = head.astype(hidden.dtype)
+
+  def step(i: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    of_head, of_hidden = total
+    _, backwards = jax.vjp(lambda h, x: distribution.logprobs(h, x, targets[i], temperature), cast, hidden[i])
+    head_part, hidden_part = backwards((gradients[0][i], gradients[1][i]))
+    return of_head + head_part.astype(of_head.dtype), of_hidden.at[i].set(hidden_part)
+
+  start = jnp.zeros(head.shape, jnp.float32), jnp.zeros_like(hidden)
+  of_head, of_hidden = jax.lax.fori_loop(0, count, step, start)
+  return of_head.astype(head.dtype), of_hidden, None, jnp.zeros_like(temperature), None
+
+
+_first_chunks.defvjp(_first_chunks_forward, _first_chunks_backward)
 
 
 def drop_unknown(logits: Float[Array, "*B V"], known_tokens: int | None) -> Float[Array, "*B V"]:

@@ -1,5 +1,6 @@
 """Which earlier tokens each token sees."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -13,20 +14,31 @@ UNSEEN = int(np.iinfo(np.int32).max)  # position of a cache slot that holds noth
 
 
 class Places(NamedTuple):
-  """Where the tokens of packed rows stand."""
+  """Where the tokens of packed rows stand. A token sees those before it in its segment, and itself.
 
-  segment_ids: Int[AnyArray, "B T"]  # a token sees those before it in its segment, and itself; segments are contiguous
+  Segments are contiguous, and so are groups of them. The first segment of a group is a stem, the others are branches,
+  each of which goes on from the stem's end and sees it too; a segment alone in its group is a plain sequence.
+  """
+
+  segment_ids: Int[AnyArray, "B T"]
   windowed: Bool[Array, ""] | None = None  # whether this layer has the window; None for no
   positions: Int[AnyArray, "B T"] | None = None  # in the text; needed for cached tokens alone
+  group_ids: Int[AnyArray, "B T"] | None = None  # None where each segment is a group
 
   def first_visible(self, window: int | None) -> Int[Array, "B T"]:
     """The first place that each token sees."""
-    return first_visible(self.segment_ids, window, self.windowed)
+    return first_visible(self.segment_ids, window, self.windowed, self.group_ids)
+
+  def visible_until(self) -> Int[Array, "B T"] | None:
+    """The place from which on no token sees this one; None where `first_visible` says it all."""
+    return None if self.group_ids is None else visible_until(self.segment_ids, self.group_ids)
 
   def sees(self, window: int | None) -> Bool[Array, "B T T"]:
     """Whether each token sees each of them."""
     places = jnp.arange(self.segment_ids.shape[1])
-    return (places <= places[:, None]) & (places >= self.first_visible(window)[:, :, None])
+    mask = (places <= places[:, None]) & (places >= self.first_visible(window)[:, :, None])
+    until = self.visible_until()
+    return mask if until is None else mask & (places[:, None] < until[:, None])
 
   def sees_cached(self, cached: Int[Array, "B S"], window: int | None) -> Bool[Array, "B T S"]:
     """Whether each token sees each cached one: what stands before its segment begins, and nothing that stands later."""
@@ -40,10 +52,63 @@ class Places(NamedTuple):
     return mask
 
 
+class Spans(NamedTuple):
+  """Where the text of each token begins and goes on in its row."""
+
+  group: Int[Array, "B T"]  # where its group begins
+  stem_end: Int[Array, "B T"]  # of a branch's tokens: where its group's stem ends; 0 in a stem
+  branch: Int[Array, "B T"]  # of a branch's tokens: where the branch begins; 0 in a stem
+
+  @classmethod
+  def of(cls, segment_ids: Int[AnyArray, "B T"], group_ids: Int[AnyArray, "B T"] | None) -> "Spans":
+    """Finds them by the ids.
+
+    A group of a stem and two branches; then a plain sequence:
+
+    >>> spans = Spans.of(jnp.array([[1, 1, 2, 2, 3, 4, 4]]), jnp.array([[1, 1, 1, 1, 1, 2, 2]]))
+    >>> spans.group[0].tolist(), spans.stem_end[0].tolist(), spans.branch[0].tolist()
+    ([0, 0, 0, 0, 0, 5, 5], [0, 0, 2, 2, 2, 0, 0], [0, 0, 2, 2, 4, 0, 0])
+    """
+    segment = _begins(segment_ids)
+    group = segment if group_ids is None else _begins(group_ids)
+    in_branch = segment > group
+    first_branch = in_branch & ~jnp.pad(in_branch[:, :-1], ((0, 0), (1, 0)))
+    stem_end = jax.lax.cummax(jnp.where(first_branch, _places(segment_ids), 0), axis=1)
+    return cls(group, jnp.where(in_branch, stem_end, 0), jnp.where(in_branch, segment, 0))
+
+
+def predecessors(segment_ids: Int[AnyArray, "B T"], group_ids: Int[AnyArray, "B T"] | None) -> Int[Array, "B T"]:
+  """The place of the token before each in its text, where it is predicted; of the first of all -1.
+
+  The first token of a branch follows the last of the stem:
+
+  >>> predecessors(jnp.array([[1, 1, 2, 2, 3]]), jnp.array([[1, 1, 1, 1, 1]])).tolist()
+  [[-1, 0, 1, 2, 1]]
+  """
+  spans, places = Spans.of(segment_ids, group_ids), _places(segment_ids)
+  begins = (spans.branch > 0) & (places == spans.branch)
+  return jnp.where(begins, spans.stem_end, places) - 1
+
+
+def alignment(length: int) -> int:
+  """Of what number the ends of stems, and the beginnings of branches, are multiples in rows of this length.
+
+  Splash is told of both, and of a query's place, in one number of 32 bits.
+
+  >>> alignment(1024), alignment(4096), alignment(8192)
+  (1, 4, 16)
+  """
+  bits = (length - 1).bit_length()
+  return int(2 ** max(0, math.ceil((3 * bits - 32) / 2)))
+
+
 def first_visible(
-  segment_ids: Int[AnyArray, "B T"], window: int | None, windowed: Bool[Array, ""] | None
+  segment_ids: Int[AnyArray, "B T"],
+  window: int | None,
+  windowed: Bool[Array, ""] | None,
+  group_ids: Int[AnyArray, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-  """The first place that each token of a packed row sees; it sees all from there to itself.
+  """The first place that each token of a packed row sees; it sees all from there to itself that `visible_until` allows.
 
   segment_ids 1 1 2 2 2 0 (0 is padding), window 2:
 
@@ -57,10 +122,50 @@ def first_visible(
 
   >>> first_visible(jnp.array([[1, 1, 2, 2, 2, 0]]), 2, jnp.array(True)).tolist()
   [[0, 0, 2, 2, 3, 5]]
+
+  The same with 1 as a stem and 2 and 3 as its branches: a window reaches over the branches between.
+
+    sees           first_visible   with the window   visible_until
+    1 . . . . .          0                0                6
+    1 1 . . . .          0                0                6
+    1 1 2 . . .          0                1                4
+    1 1 2 2 . .          0                2                4
+    1 1 . . 3 .          0                1                6
+    1 1 . . 3 3          0                4                6
+
+  >>> first_visible(jnp.array([[1, 1, 2, 2, 3, 3]]), 2, jnp.array(True), jnp.ones((1, 6), int)).tolist()
+  [[0, 0, 1, 2, 1, 4]]
   """
-  places = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-  begins = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-  first = jax.lax.cummax(jnp.where(begins, places, 0), axis=1)
+  spans = Spans.of(segment_ids, group_ids)
   if windowed is None or window is None:
-    return first
-  return jnp.where(windowed, jnp.maximum(first, places + 1 - window), first)
+    return spans.group
+  oldest = _places(segment_ids) - window + 1
+  hole = spans.branch - spans.stem_end  # what lies between a stem and the branch
+  oldest = jnp.where(oldest < spans.branch, oldest - hole, oldest)
+  return jnp.where(windowed, jnp.maximum(spans.group, oldest), spans.group)
+
+
+def visible_until(segment_ids: Int[AnyArray, "B T"], group_ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+  """The place from which on no token sees this one: the end of a stem's group, or of the branch.
+
+  >>> visible_until(jnp.array([[1, 1, 2, 2, 3, 3]]), jnp.ones((1, 6), int)).tolist()
+  [[6, 6, 4, 4, 6, 6]]
+  """
+  in_stem = Spans.of(segment_ids, group_ids).branch == 0
+  return jnp.where(in_stem, _ends(group_ids), _ends(segment_ids))
+
+
+def _places(ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+  return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+
+
+def _begins(ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+  """Where the run of equal ids begins in which each place lies."""
+  changes = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+  return jax.lax.cummax(jnp.where(changes, _places(ids), 0), axis=1)
+
+
+def _ends(ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
+  """Where that run ends."""
+  length = ids.shape[1]
+  return length - jnp.flip(_begins(jnp.flip(jnp.asarray(ids), axis=1)), axis=1)

@@ -248,12 +248,16 @@ class Decoder(nnx.Module):
       sharding=runtime.sharding,
     )
 
-  def __call__(self, tokens: Tokens, positions: Tokens, segment_ids: Tokens) -> Float[Array, "B T D"]:
+  def __call__(
+    self, tokens: Tokens, positions: Tokens, segment_ids: Tokens, group_ids: Tokens | None = None
+  ) -> Float[Array, "B T D"]:
     """Hidden states of packed rows, normed, ready for the head.
 
+    The first segment of a group is the stem of the others, as in `masks.Places`; without `group_ids` each is alone.
     Backwards, what `runtime.remat` says is kept and everything else is computed again.
     """
     positions, segment_ids = jnp.asarray(positions), jnp.asarray(segment_ids)
+    group_ids = None if group_ids is None else jnp.asarray(group_ids)
     definition, stacked = nnx.split(self.layers)
 
     @functools.partial(jax.checkpoint, policy=_REMAT[self.runtime.remat])
@@ -261,7 +265,8 @@ class Decoder(nnx.Module):
       weights, kind = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, kind)
-      return layer.mix(x, attend(queries, keys, values, Places(segment_ids, kind.windowed), self.attention)), None
+      places = Places(segment_ids, kind.windowed, group_ids=group_ids)
+      return layer.mix(x, attend(queries, keys, values, places, self.attention)), None
 
     x, _ = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config)))
     return self.final_norm(x)
@@ -332,7 +337,11 @@ class Decoder(nnx.Module):
     return drop_unknown(softcap(logits, self.config.final_softcap), self.config.known_tokens)
 
   def logprobs(
-    self, hidden: Float[Array, "B T D"], targets: Tokens, temperature: float = 1.0
+    self,
+    hidden: Float[Array, "B T D"],
+    targets: Tokens,
+    temperature: float = 1.0,
+    used: Bool[AnyArray, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target and entropy there, as `logprobs.token_logprobs` gives them."""
     return token_logprobs(
@@ -343,6 +352,7 @@ class Decoder(nnx.Module):
       cap=self.config.final_softcap,
       sharding=self.runtime.sharding,
       known_tokens=self.config.known_tokens,
+      used=used,
     )
 
   @property

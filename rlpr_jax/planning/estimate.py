@@ -8,12 +8,18 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rlpr_jax import config as configs
+import numpy as np
+
+from rlpr_jax.models import kernels
 from rlpr_jax.planning import flops
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
-from rlpr_jax.training.settings import rollout_shapes
+from rlpr_jax.training import packing
+from rlpr_jax.training.packing import Branch, Tree
+from rlpr_jax.training.settings import rollout_shapes, row_length
+
+SPREAD = 0.6  # standard deviation of the logarithm of the lengths of prompts and responses
 
 
 class Lengths(NamedTuple):
@@ -54,7 +60,7 @@ class Roofline(NamedTuple):
 def memory_peak(program: Program, compiled: Compiled) -> int:
   """Bytes a device while the program runs, with all that is alive beside it.
 
-  >>> program = Program(lambda: None, trips=1, parts={}, beside=100)
+  >>> program = Program(lambda: None, trips=(1,), parts={}, beside=100)
   >>> memory_peak(program, Compiled("", peak=20, temporary=0, traffic={}, kernels=[], seconds=1.0))
   120
   """
@@ -80,13 +86,54 @@ def count_devices(layout: Layout, name: str) -> int:
   return mesh.size if mesh is not None else 1
 
 
+class Packed(NamedTuple):
+  """What a minibatch of texts of some lengths becomes."""
+
+  rows: int
+  counted: float  # share of the rows' places whose token's log-probability is asked for
+  visible: float  # share of splash's blocks that it does not skip
+
+
+def packed(layout: Layout, lengths: Lengths) -> Packed:
+  """Packs a minibatch of prompts and responses, log-normal as those of a run are, as an update would."""
+  config, rng = layout.config, np.random.default_rng(0)
+
+  def draw(mean: int, most: int, count: int) -> np.ndarray:
+    return np.clip(np.round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, count)), 1, most).astype(int)
+
+  limits, groups = config.rollout.max_response_length, config.prompts_per_step // config.training.minibatches
+  trees = [
+    Tree(np.zeros(prompt, np.int32), [Branch.of_tokens(np.zeros(n, np.int32)) for n in of_prompt])
+    for prompt, of_prompt in zip(
+      draw(lengths.prompt, config.data.prompt_limit, groups),
+      draw(lengths.response, limits, groups * config.samples_per_prompt).reshape(groups, -1),
+      strict=True,
+    )
+  ]
+  length = row_length(config)
+  pieces = packing.arrange(trees, length)
+  rows = packing.lay(trees, pieces, max(piece.row for piece in pieces) + 1, length)
+  return Packed(
+    rows=len(rows.tokens),
+    counted=sum(branch.tokens.size for tree in trees for branch in tree.branches) / rows.tokens.size,
+    visible=kernels.visible_share(rows.segment_ids, rows.group_ids),
+  )
+
+
+def skipped_attention(layout: Layout, rows: int, visible: float) -> float:
+  """Operations of an update's attention, in so many rows at once, in blocks that splash skips in layers without window.
+
+  Two products forwards and four backwards, and forwards again what is not kept.
+  """
+  config = layout.policy.config
+  passes = 3 if layout.config.model.remat == "none" else 4
+  every = rows * row_length(layout.config) ** 2 * 4 * config.num_heads * config.head_dim * config.num_layers * passes
+  return (1 - visible) * every
+
+
 def micro_batches(layout: Layout, rows: int, lengths: Lengths) -> int:
-  """How many of so many rows a minibatch of packed sequences takes."""
-  config = layout.config
-  sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
-  length = configs.row_length(config)
-  full = sequences * min((lengths.prompt + lengths.response) / length, 1)
-  return max(math.ceil(full / rows), 1)
+  """How many of so many rows a minibatch takes."""
+  return math.ceil(packed(layout, lengths).rows / rows)
 
 
 def rooflines(

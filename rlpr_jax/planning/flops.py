@@ -6,14 +6,14 @@ Products of matrices alone, a multiplication and an addition being two; they are
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
 
 
-def count(function: Callable, *args: Any, trips: int | None = None) -> int:
+def count(function: Callable, *args: Any, trips: Sequence[int] = ()) -> int:
   """Of a call with these arguments, arrays or `ShapeDtypeStruct`s; nothing is computed. `trips` as in `of_jaxpr`.
 
   >>> count(jax.numpy.dot, jax.ShapeDtypeStruct((3, 4), "float32"), jax.ShapeDtypeStruct((4, 5), "float32"))
@@ -22,14 +22,14 @@ def count(function: Callable, *args: Any, trips: int | None = None) -> int:
   return of_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
 
 
-def of_jaxpr(jaxpr: core.Jaxpr, trips: int | None = None) -> int:
+def of_jaxpr(jaxpr: core.Jaxpr, trips: Sequence[int] = ()) -> int:
   """A loop's body counts as often as it runs, and of a branch the dearest side.
 
   Args:
-    trips: how often a loop runs whose length the data decide.
+    trips: how often a loop runs whose length the data decide; then one inside it, and so on.
 
   Raises:
-    ValueError: there are products in such a loop, and `trips` is None.
+    ValueError: there are products in such a loop, and `trips` says nothing of it.
 
   >>> matrix = jax.ShapeDtypeStruct((3, 3), "float32")
   >>> of_jaxpr(jax.make_jaxpr(lambda a: a @ a)(matrix).jaxpr)
@@ -38,21 +38,22 @@ def of_jaxpr(jaxpr: core.Jaxpr, trips: int | None = None) -> int:
   return sum(_of_equation(equation, trips) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: core.JaxprEqn, trips: int | None) -> int:
+def _of_equation(equation: core.JaxprEqn, trips: Sequence[int]) -> int:
   if equation.primitive.name == "dot_general":
     (contracted, _), _ = equation.params["dimension_numbers"]
     depth = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
     return 2 * depth * math.prod(equation.outvars[0].aval.shape)
-  inner = [of_jaxpr(jaxpr, trips) for jaxpr in _inside(equation.params)]
-  match equation.primitive.name:
+  name = equation.primitive.name
+  inner = [of_jaxpr(jaxpr, trips[1:] if name == "while" else trips) for jaxpr in _inside(equation.params)]
+  match name:
     case "scan":
       return equation.params["length"] * sum(inner)
     case "cond":
       return max(inner)
     case "while" if sum(inner):
-      if trips is None:
+      if not trips:
         raise ValueError("products in a while loop: how often it runs is not known")
-      return trips * sum(inner)
+      return trips[0] * sum(inner)
   return sum(inner)
 
 

@@ -6,7 +6,7 @@ says.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,37 +42,40 @@ class Traffic(NamedTuple):
   far: float = 0  # of those, the bytes of groups that reach beyond a slice or host
 
 
-def traffic(text: str, trips: int, far: Callable[[list[int]], bool]) -> dict[str, Traffic]:
+def traffic(text: str, trips: Sequence[int], far: Callable[[list[int]], bool]) -> dict[str, Traffic]:
   """Bytes that each device receives in one run of a program, by kind.
 
   Args:
     text: of the compiled program.
-    trips: how often loops run that the compiler does not know the length of.
+    trips: how often loops run that the compiler does not know the length of; then those inside them, and so on.
     far: whether a group of devices, by their places in the mesh, reaches beyond a slice or host.
 
   >>> lines = ["ENTRY %main (x: f32[8]) -> f32[8] {", "  %y = f32[8] all-reduce(%x), replica_groups={{0,1}}"]
-  >>> traffic(chr(10).join(lines), trips=1, far=lambda group: False)
+  >>> traffic(chr(10).join(lines), trips=(1,), far=lambda group: False)
   {'all-reduce': Traffic(runs=1, received=32.0, far=0)}
   """
   bodies, entry = _computations(text)
-  seen: dict[str, dict[str, Traffic]] = {}
+  seen: dict[tuple[str, int], dict[str, Traffic]] = {}
 
-  def of(name: str) -> dict[str, Traffic]:
-    if name not in seen:
+  def of(name: str, depth: int) -> dict[str, Traffic]:
+    """`depth`: how many such loops are around it."""
+    if (name, depth) not in seen:
       total: dict[str, Traffic] = {}
       for line in bodies.get(name, ()):
         if kind := _KIND.search(line):
           which = "reduce-scatter" if name.startswith(_SCATTER) else kind[1]
           _add(total, {which: _collective(line, which, bool(kind[2]), far, unsplit=which != kind[1])}, 1)
         elif " while(" in line:
-          _add(total, of(_BODY.search(line)[1]), _length(line, bodies) or trips)
+          known = _length(line, bodies)
+          times = known or trips[min(depth, len(trips) - 1)]
+          _add(total, of(_BODY.search(line)[1], depth + (not known)), times)
         elif not _GOES_ON.search(line):
           for called in _CALLED.findall(line):
-            _add(total, of(called), 1)
-      seen[name] = total
-    return seen[name]
+            _add(total, of(called, depth), 1)
+      seen[name, depth] = total
+    return seen[name, depth]
 
-  return of(entry)
+  return of(entry, 0)
 
 
 def kernels(text: str) -> list[str]:

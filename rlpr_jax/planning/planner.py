@@ -240,7 +240,11 @@ def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int)
   """Operations of each program for texts of these lengths, and bytes a device of its slots."""
   extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference)
   counted = programs.rollout_programs(planner.flat, slots, extent)
-  operations = estimate.count_flops(counted | programs.update_programs(planner.flat, micro_batch_rows))
+  packed = estimate.packed(planner.layout, lengths)
+  update = programs.update_programs(planner.flat, micro_batch_rows, packed.counted)
+  operations = estimate.count_flops(counted | update)
+  if planner.place.chip is not None and planner.place.chip.platform == "tpu":
+    operations["update"] -= round(estimate.skipped_attention(planner.flat, micro_batch_rows, packed.visible))
   return operations, programs.rollout_programs(planner.layout, slots)["decode"].parts["slots"]
 
 

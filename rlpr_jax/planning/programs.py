@@ -16,11 +16,11 @@ import optax
 from jax.sharding import Mesh, SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from rlpr_jax import config as configs
 from rlpr_jax import models, sharding, types
 from rlpr_jax.errors import in_field
 from rlpr_jax.models import ModelConfig, Params
 from rlpr_jax.models.cache_rows import CACHE
+from rlpr_jax.models.logprobs import chunk_length
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.policy import Policy, create_mesh, create_sharding, place_policy
 from rlpr_jax.sampling import decode
@@ -28,7 +28,7 @@ from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.optimizer import abstract_opt_state, create_optimizer
-from rlpr_jax.training.settings import check_lengths, check_rows, rollout_shapes, update_settings
+from rlpr_jax.training.settings import check_lengths, check_rows, rollout_shapes, row_length, update_settings
 from rlpr_jax.training.state import keeps_initial
 from rlpr_jax.training.update import Trainable, UpdateProgram, optimizer_step
 from rlpr_jax.types import PackedRows
@@ -41,7 +41,7 @@ class Program(NamedTuple):
   """One compiled function of a step."""
 
   trace: Callable[[], jax.stages.Traced]
-  trips: int  # how often a loop runs whose length the data decide
+  trips: tuple[int, ...]  # how often a loop runs whose length the data decide, and one inside it
   parts: dict[str, int]  # bytes a device of its arguments and of what is alive beside them
   beside: int  # bytes a device of those that are not its arguments
 
@@ -163,7 +163,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   temperature = config.reward.score_temperature
 
   def program(function, *args, beside: int, trips: int = 1) -> Program:
-    return Program(lambda: function.trace(model, params, *args), trips, parts, state + beside)
+    return Program(lambda: function.trace(model, params, *args), (trips,), parts, state + beside)
 
   programs = {
     "prefill": program(decode.prefill, *prompts, beside=cache + waiting),
@@ -181,13 +181,17 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
     merged, dtype = policy.merged_params(policy.trained), policy.sampling.compute_dtype
     trace = functools.partial(models.cast.trace, merged, dtype, source, gathered)
     beside = layout.state["parameters"] + layout.state["frozen"] - device_bytes(merged)
-    gather = Program(trace, 1, layout.state | {"sampling copy": weights}, beside + layout.state["optimiser"])
+    gather = Program(trace, (1,), layout.state | {"sampling copy": weights}, beside + layout.state["optimiser"])
     programs = {"gather": gather} | programs
   return programs
 
 
-def update_programs(layout: Layout, micro_batch_rows: int) -> dict[str, Program]:
-  """The optimiser step on one minibatch, so many rows at a time."""
+def update_programs(layout: Layout, micro_batch_rows: int, counted: float = 1.0) -> dict[str, Program]:
+  """The optimiser step on one minibatch, so many rows at a time.
+
+  Args:
+    counted: share of the rows' places whose token's log-probability is asked for.
+  """
   config, policy = layout.config, layout.policy
   settings = update_settings(config, policy.sharding)
   settings = dataclasses.replace(settings, micro_batch_rows=micro_batch_rows)
@@ -197,14 +201,16 @@ def update_programs(layout: Layout, micro_batch_rows: int) -> dict[str, Program]
     optimizer_step.trace, program, policy.frozen, Trainable(policy.trained, layout.opt_state), rows
   )
   beside = layout.state["parameters"] - device_bytes(policy.trained)
-  return {"update": Program(trace, 1, layout.state | {"rows": device_bytes(rows)}, beside)}
+  length, num_shards = row_length(config), policy.sharding.num_shards("batch")
+  chunks = math.ceil(counted * length / chunk_length(length, micro_batch_rows, num_shards, partly=True))
+  return {"update": Program(trace, (1, chunks), layout.state | {"rows": device_bytes(rows)}, beside)}
 
 
 def abstract_rows(config: ConfigDict, micro_batch_rows: int) -> PackedRows:
   """Shapes of the rows of a minibatch: as many as it would take if no two sequences shared one."""
   sequences = config.prompts_per_step // config.training.minibatches * config.samples_per_prompt
   count = -(-sequences // micro_batch_rows) * micro_batch_rows
-  empty = functools.partial(types.PackedRows.empty, count, configs.row_length(config))
+  empty = functools.partial(types.PackedRows.empty, count, row_length(config))
   rows = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, empty()))
   if config.training.answer_gradient != "none":
     rows = rows._replace(answer_weights=rows.weights)

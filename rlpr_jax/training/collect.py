@@ -145,7 +145,9 @@ def reference_scorer(run: Run, params: Params) -> TextScorer:
     micro_batch_rows=config.rollout.score_rows,
     sharding=policy.sampling.sharding,
   )
-  return TextScorer(program, params, configs.longest_text(config))
+  # Long rows hold many of a prompt's responses behind it.
+  length = max(packing.shortest_row(configs.longest_text(config)), run.packing.row_length)
+  return TextScorer(program, params, length)
 
 
 def gather_rollouts(rollouts: Rollouts, prompts: int, samples: int) -> Rollouts:

@@ -15,9 +15,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from rlpr_jax.models import ModelGraph, Params
+from rlpr_jax.models.masks import predecessors
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training import packing
-from rlpr_jax.training.packing import Segment
+from rlpr_jax.training.packing import Tree
 from rlpr_jax.types import PackedRows
 
 Carry = TypeVar("Carry")
@@ -26,16 +27,24 @@ Carry = TypeVar("Carry")
 def row_logprobs(
   model: ModelGraph, params: Params, rows: PackedRows, temperature: float
 ) -> tuple[Float[Array, "R L"], Float[Array, "R L"]]:
-  """Log-probability of the token at each place given those before it in its segment, and the entropy there.
+  """Log-probability of each counted token, at its place, given those before it in its text, and the entropy there.
 
-  Place 0 and the first token of a segment have no prediction; their value means nothing and no mask covers them.
+  Both are 0 elsewhere: only hidden states at the places before counted tokens meet the head. The first token of a text
+  has no prediction; its value means nothing.
   """
   decoder = nnx.merge(model, params)
-  tokens = jnp.asarray(rows.tokens)
-  hidden = decoder(tokens, rows.positions, rows.segment_ids)
-  logps, entropy = decoder.logprobs(hidden[:, :-1], tokens[:, 1:], temperature)
-  shift = ((0, 0), (1, 0))  # what is predicted at place t - 1 is the token at place t
-  return jnp.pad(logps, shift), jnp.pad(entropy, shift)
+  tokens, counted = jnp.asarray(rows.tokens), jnp.asarray(rows.counted)
+  hidden = decoder(tokens, rows.positions, rows.segment_ids, rows.group_ids)
+
+  def take(x: jax.Array, places: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
+
+  order = jnp.argsort(~counted, axis=1, stable=True)  # counted tokens come first
+  before = take(predecessors(rows.segment_ids, rows.group_ids), order)
+  found = decoder.logprobs(take(hidden, jnp.maximum(before, 0)), take(tokens, order), temperature, take(counted, order))
+  places = jnp.argsort(order, axis=1)
+  logps, entropy = (jnp.where(counted, take(x, places), 0.0) for x in found)
+  return logps, entropy
 
 
 def fold_micro_batches(
@@ -50,7 +59,7 @@ def fold_micro_batches(
   How many there are depends on the data, what is compiled does not.
   """
   size, constrain = micro_batch_rows, sharding.constrain
-  used = jnp.sum(jnp.any(rows.segment_ids > 0, axis=1))
+  used = jnp.sum(jnp.any(rows.positions >= 0, axis=1))
   stacked = jax.tree.map(lambda x: constrain(x.reshape(-1, size, *x.shape[1:]), None, "batch", None), rows)
   return jax.lax.fori_loop(
     0, (used + size - 1) // size, lambda i, carry: step(jax.tree.map(lambda x: x[i], stacked), carry, i), start
@@ -68,7 +77,7 @@ class LogprobProgram(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("program",))
 def compute_logprobs(program: LogprobProgram, params: Params, rows: PackedRows) -> Float[Array, "R L"]:
-  """Computes the log-probabilities of the rows' tokens, as `row_logprobs` does, a micro-batch at a time."""
+  """Computes the log-probabilities of the rows' counted tokens, as `row_logprobs` does, a micro-batch at a time."""
 
   def step(micro_batch: PackedRows, logps: jax.Array, i: jax.Array) -> jax.Array:
     return logps.at[i].set(row_logprobs(program.model, params, micro_batch, program.temperature)[0])
@@ -86,24 +95,24 @@ class TextScorer(NamedTuple):
   params: Params  # all of the policy's
   row_length: int  # tokens of a row; the longest text fits
 
-  def logprobs(self, segments: Sequence[Segment], one_micro_batch: bool = False) -> list[np.ndarray]:
-    """Computes the log-probability of each token of each text, given those before it.
+  def logprobs(self, trees: Sequence[Tree], one_micro_batch: bool = False) -> list[list[np.ndarray | None]]:
+    """Computes the log-probability of each counted token of each branch, given those before it.
 
     Args:
-      one_micro_batch: only as many texts as are packed into the first one; of the others nothing.
+      one_micro_batch: only of as many branches as are packed into the first one.
 
     Returns:
-      float32[N] for each text, float32[0] for one that was left out; the first number of each means nothing.
+      of each tree, for each branch float32[N], 0 where a token does not count; None for a branch that was left out.
     """
-    size = self.program.micro_batch_rows
-    places = packing.first_fit([segment.tokens.size for segment in segments], self.row_length)
-    used = places[:, 0].max(initial=-1) + 1
-    out = [np.zeros(0, np.float32)] * len(segments)
-    for first in range(0, size if one_micro_batch else used, size):
-      inside = np.flatnonzero((places[:, 0] >= first) & (places[:, 0] < first + size)).tolist()
-      rows = packing.pack_rows([segments[i] for i in inside], places[inside] - [first, 0], size, self.row_length)
+    size, pieces = self.program.micro_batch_rows, packing.arrange(trees, self.row_length)
+    out: list[list[np.ndarray | None]] = [[None] * len(tree.branches) for tree in trees]
+    used = size if one_micro_batch else max((piece.row for piece in pieces), default=-1) + 1
+    for first in range(0, used, size):
+      inside = [piece._replace(row=piece.row - first) for piece in pieces if 0 <= piece.row - first < size]
+      rows = packing.lay(trees, inside, size, self.row_length)
       logps = np.asarray(compute_logprobs(self.program, self.params, rows))
-      for i in inside:
-        row, start = places[i] - [first, 0]
-        out[i] = logps[row, start : start + segments[i].tokens.size]
+      for piece in inside:
+        for number, start in piece.branches:
+          end = start + trees[piece.tree].branches[number].tokens.size
+          out[piece.tree][number] = logps[piece.row, start:end]
     return out

@@ -59,11 +59,10 @@ def sampler_gap(sampler: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
 
 def trainer_logprobs(groups: Groups, trainer: TextScorer, everything: bool) -> np.ndarray:
   """float32[K, G, T] of the sampled tokens; NaN beyond the lengths, and beyond one micro-batch unless `everything`."""
-  segments = packing.to_segments(groups._replace(answers=None), np.zeros(groups.lengths.size))
+  trees = packing.to_trees(groups._replace(answers=None), np.zeros(groups.lengths.size))
   logprobs = np.full(groups.logprobs.shape, np.nan, np.float32)
-  for (k, g), logps in zip(
-    np.ndindex(groups.lengths.shape), trainer.logprobs(segments, one_micro_batch=not everything), strict=True
-  ):
-    if logps.size:
-      logprobs[k, g, : groups.lengths[k, g]] = logps[groups.prompt_lengths[k] :]
+  for k, of_group in enumerate(trainer.logprobs(trees, one_micro_batch=not everything)):
+    for g, logps in enumerate(of_group):
+      if logps is not None:
+        logprobs[k, g, : logps.size] = logps
   return logprobs

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlpr_jax.training.logprobs import TextScorer
-from rlpr_jax.training.packing import Segment
+from rlpr_jax.training.packing import Branch, Tree
 from rlpr_jax.types import Prompt, Rollouts
 
 
@@ -19,14 +19,18 @@ def score_again(scorer: TextScorer, prompts: Sequence[Prompt], rollouts: Rollout
     scorer: with room in a row for a prompt, a response and a reference answer.
   """
   samples = len(rollouts.lengths) // max(len(prompts), 1)
-  scored = [tuple(i) for i in np.argwhere(rollouts.reference_mask.any(axis=-1))]  # rows, or rows and references
-  segments, places = [], []
-  for i in scored:
-    prompt, answer = prompts[i[0] // samples].ids, np.flatnonzero(rollouts.reference_mask[i])
-    kept, suffix = rollouts.tokens[i[0], : rollouts.reference_starts[i[0]]], rollouts.reference_tokens[i]
-    segments.append(Segment.of_tokens(np.concatenate([prompt, kept, suffix[: answer[-1] + 1]])))
-    places.append(len(prompt) + len(kept) + answer)
+  trees = [Tree(np.asarray(prompt.ids, np.int32), []) for prompt in prompts]
+  scored: list[list[tuple[int, ...]]] = [[] for _ in prompts]  # rows, or rows and references, of each prompt
+  for i in map(tuple, np.argwhere(rollouts.reference_mask.any(axis=-1)).tolist()):
+    prompt, mask = i[0] // samples, rollouts.reference_mask[i]
+    end = np.flatnonzero(mask)[-1] + 1
+    kept, suffix = rollouts.tokens[i[0], : rollouts.reference_starts[i[0]]], rollouts.reference_tokens[i][:end]
+    counted = np.concatenate([np.zeros(len(kept), bool), mask[:end]])
+    trees[prompt].branches.append(Branch.of_tokens(np.concatenate([kept, suffix]), counted))
+    scored[prompt].append(i)
   logps = np.zeros_like(rollouts.reference_logps)
-  for i, place, text_logps in zip(scored, places, scorer.logprobs(segments), strict=True):
-    logps[i][rollouts.reference_mask[i]] = text_logps[place]
+  for tree, places, of_tree in zip(trees, scored, scorer.logprobs(trees), strict=True):
+    for branch, i, of_branch in zip(tree.branches, places, of_tree, strict=True):
+      assert of_branch is not None
+      logps[i][rollouts.reference_mask[i]] = of_branch[branch.mask]
   return rollouts._replace(reference_logps=logps)

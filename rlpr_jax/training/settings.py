@@ -7,7 +7,7 @@ from rlpr_jax import filtering
 from rlpr_jax.errors import InputError
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
-from rlpr_jax.training.packing import PackingSettings
+from rlpr_jax.training.packing import PackingSettings, shortest_row
 from rlpr_jax.training.update import UpdateSettings
 
 # The fields of a config by the names that the rooms below have for them, of those that they may find fault with.
@@ -40,6 +40,17 @@ def micro_batch_rows(config: ConfigDict, sharding: Sharding) -> int:
   return config.training.micro_batch_rows or sharding.num_shards("batch")
 
 
+def row_length(config: ConfigDict) -> int:
+  """Tokens of a row in the update, into which prompts and their responses are packed.
+
+  >>> config = configs.default()
+  >>> config.training.row_length = 8192
+  >>> row_length(config)
+  8192
+  """
+  return int(config.training.row_length or shortest_row(configs.longest_sequence(config)))
+
+
 def update_settings(config: ConfigDict, sharding: Sharding) -> UpdateSettings:
   """Settings of the update."""
   training = config.training
@@ -64,7 +75,7 @@ def packing_settings(config: ConfigDict, sharding: Sharding) -> PackingSettings:
     prompts_per_step=config.prompts_per_step,
     minibatches=training.minibatches,
     aggregate=training.aggregate,
-    row_length=configs.row_length(config),
+    row_length=row_length(config),
     micro_batch_rows=micro_batch_rows(config, sharding),
   )
 

@@ -30,7 +30,7 @@ from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.splicing import prompt_opening
 from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state, warm_start_optimizer
-from rlpr_jax.training.packing import Segment
+from rlpr_jax.training.packing import Branch, Tree
 from rlpr_jax.training.settings import micro_batch_rows
 from rlpr_jax.training.update import Update, UpdateProgram, UpdateSettings
 from rlpr_jax.types import PackedRows
@@ -133,12 +133,13 @@ def pack(batch: Sequence[Demonstration], rows: int, row_length: int) -> PackedRo
   >>> rows.answer_weights.tolist()
   [[0.0, 0.0, 0.5, 0.5, 0.0, 0.0]]
   """
-  weight, segments = 1 / sum(len(item.response) for item in batch), []
+  weight = 1 / sum(len(item.response) for item in batch)
+  trees: dict[tuple[int, ...], Tree] = {}  # by prompt
   for prompt, response in batch:
-    tokens = np.array([*prompt, *response], np.int32)
-    weights = np.where(np.arange(tokens.size) < len(prompt), 0, weight).astype(np.float32)
-    segments.append(Segment.of_tokens(tokens, answer_weights=weights))
-  return packing.pack_segments(segments, rows, row_length)
+    weights = np.full(len(response), weight, np.float32)
+    tree = trees.setdefault(tuple(prompt), Tree(np.array(prompt, np.int32), []))
+    tree.branches.append(Branch.of_tokens(np.array(response, np.int32), answer_weights=weights))
+  return packing.pack_trees(list(trees.values()), rows, row_length)
 
 
 class SupervisedState(NamedTuple):
@@ -163,7 +164,8 @@ def steps(
   """
   settings = config.warm_start
   size = micro_batch_rows(config, policy.sharding)
-  row_length = config.training.row_length or config.data.prompt_limit + config.rollout.max_response_length
+  longest = config.data.prompt_limit + config.rollout.max_response_length
+  row_length = config.training.row_length or packing.shortest_row(longest)
   rows = -(-settings.batch_size // size) * size
   compiled = UpdateSettings(
     temperature=1.0,

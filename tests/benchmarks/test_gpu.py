@@ -21,6 +21,7 @@ from benchmarks.gpu.runner import Part
 from rlpr_jax import models
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import flops
+from rlpr_jax.training.packing import Branch, Tree, pack_trees
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = [ROOT / "tools" / name for name in ("gpu_wheels.sh", "on_gpu.sh")]
@@ -311,7 +312,12 @@ def test_operations_of_an_update():
   assert shapes.product_weights(CONFIG) == weights
   pairs = (1 + 2 + 3) + (1 + 2)  # of a token and those that it sees
   assert shapes.forward_flops(CONFIG, [3, 2]) == 2 * weights * 5 + 4 * 2 * 2 * 2 * pairs
-  assert shapes.update_flops(CONFIG, [3, 2]) == 3 * shapes.forward_flops(CONFIG, [3, 2])
+  branches = [Branch.of_tokens(np.arange(n), np.ones(n, bool)) for n in (3, 2)]
+  rows = pack_trees([Tree(np.arange(4), branches)], rows=1, row_length=16)
+  head = CONFIG.vocab_size * CONFIG.embed_dim
+  pairs = 4 * 5 // 2 + (5 + 6 + 7) + (5 + 6)
+  expected = 2 * (weights - head) * 9 + 2 * head * 5 + 4 * 2 * 2 * 2 * pairs
+  assert shapes.update_flops(CONFIG, rows) == 3 * expected
 
 
 def test_operations_as_counted():
@@ -329,10 +335,9 @@ def test_operations_as_counted():
 
 def test_rows_of_the_update():
   rows = update.packed_rows(2, 256)
-  lengths = update.sequence_lengths(rows)
-  assert sum(lengths) == (rows.segment_ids > 0).sum()
-  assert len(lengths) % 8 == 0
-  assert max(lengths) <= 256
+  assert rows.positions.max() < 256
+  assert rows.mask.any(axis=1).sum() == (rows.positions >= 0).any(axis=1).sum()
+  assert rows.padding < 0.3
 
 
 def test_published_rates_are_of_the_same_card():

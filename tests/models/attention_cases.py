@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from rlpr_jax import sharding
 from rlpr_jax.models import attention
 from rlpr_jax.models.attention import AttentionSettings
-from rlpr_jax.models.masks import Places
+from rlpr_jax.models.masks import Places, alignment
 
 
 class Inputs(NamedTuple):
@@ -31,6 +31,7 @@ class Inputs(NamedTuple):
   values: Float[Array, "B T K H"]
   output_gradient: Float[Array, "B T N H"]
   segment_ids: Int[Array, "B T"]
+  group_ids: Int[Array, "B T"] | None = None  # None where each segment is alone
 
 
 def random_inputs(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> Inputs:
@@ -43,12 +44,34 @@ def random_inputs(batch: int, length: int, heads: int, kv_heads: int, head_dim: 
   return Inputs(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes), jnp.asarray(ids))
 
 
+def branched_inputs(batch: int, length: int, heads: int, kv_heads: int, head_dim: int) -> Inputs:
+  """Rows of groups: stems with up to five branches, one without any, and padding at the end."""
+  rng, step = np.random.default_rng(1), alignment(length)
+  segments, groups = np.zeros((2, batch, length), np.int32)
+  for row in range(batch):
+    place, segment, group = 0, 0, 0
+    while place < 0.8 * length:
+      lengths = rng.integers(1, length // 6, 1 + rng.integers(6) * (group != 1))
+      gap = -(place + lengths[0]) % step  # the stem ends at a multiple of the step
+      segments[row, place : place + gap], groups[row, place : place + gap] = segment or -1, group or -1
+      place, group = place + gap, group + 1
+      for size in lengths:
+        segment += 1
+        end = min(place + size, length)
+        here = slice(place, min(end + -end % step, length))  # what lies behind a branch is as if it were of it
+        segments[row, here], groups[row, here] = segment, group
+        place = here.stop
+  inputs = random_inputs(batch, length, heads, kv_heads, head_dim)
+  return inputs._replace(segment_ids=jnp.asarray(segments), group_ids=jnp.asarray(groups))
+
+
 @functools.partial(jax.jit, static_argnums=2)
 def attend(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str, jax.Array]:
   """Output of attention and its gradients. `windowed` is traced, as in a scan over layers."""
   sharded = [settings.sharding.constrain(x, "batch", None, "heads", None) for x in inputs[:1]]
   sharded += [settings.sharding.constrain(x, "batch", None, "kv_heads", None) for x in inputs[1:3]]
-  y, backwards = jax.vjp(lambda *x: attention.attend(*x, Places(inputs.segment_ids, windowed), settings), *sharded)
+  places = Places(inputs.segment_ids, windowed, group_ids=inputs.group_ids)
+  y, backwards = jax.vjp(lambda *x: attention.attend(*x, places, settings), *sharded)
   return dict(zip(("output", "queries", "keys", "values"), (y, *backwards(inputs.output_gradient)), strict=True))
 
 
@@ -64,8 +87,8 @@ def distances(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str
 
 def interpreted() -> contextlib.AbstractContextManager:
   """Splash attention without a TPU, as long as the context lasts."""
-  make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
-  return mock.patch.object(splash_attention_kernel, "make_splash_mha", make)
+  make = functools.partial(splash_attention_kernel.SplashAttentionKernel, interpret=True)
+  return mock.patch.object(splash_attention_kernel, "SplashAttentionKernel", make)
 
 
 def compare_on_mesh() -> dict:
@@ -74,7 +97,7 @@ def compare_on_mesh() -> dict:
   for name, shape, kv_heads in (("split", (2, 2, 2), 2), ("replicated", (1, 2, 4), 2)):
     where = sharding.fit(sharding.create(sharding.create_mesh(*shape)), {"heads": 8, "kv_heads": kv_heads})
     settings = AttentionSettings("splash", 0.125, softcap=5.0, window=16, sharding=where)
-    inputs = random_inputs(4, 40, 8, kv_heads, 64)
+    inputs = branched_inputs(4, 40, 8, kv_heads, 64)
     for windowed in (True, False):
       result[f"{name} {windowed}"] = distances(inputs, jnp.array(windowed), settings)
     y = attend(inputs, jnp.array(True), settings)["output"]

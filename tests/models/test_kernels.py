@@ -19,9 +19,9 @@ from rlpr_jax import models
 from rlpr_jax.errors import InputError
 from rlpr_jax.models import attention, kernels, transformer
 from rlpr_jax.models.attention import AttentionSettings
-from rlpr_jax.models.masks import Places
+from rlpr_jax.models.masks import Places, Spans
 from tests.models import attention_cases
-from tests.models.attention_cases import distances, random_inputs
+from tests.models.attention_cases import branched_inputs, distances, random_inputs
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-5  # of the largest number, in float32
@@ -54,6 +54,38 @@ def test_splash(interpreted, length, heads, kv_heads, head_dim, softcap):
 
 def test_splash_without_windows(interpreted):
   assert_close(distances(random_inputs(2, 130, 2, 1, 64), None, AttentionSettings("splash", 0.125)))
+
+
+@pytest.mark.parametrize(
+  ("length", "heads", "kv_heads", "head_dim", "softcap", "window"),
+  [
+    (200, 4, 2, 64, None, None),
+    (640, 7, 1, 128, 20.0, 24),  # windows shorter than a block, and than most branches
+    (640, 2, 2, 64, 5.0, 200),  # reaches from a branch into its stem, over others
+    (1300, 2, 1, 64, None, 300),  # places in units of two
+  ],
+)
+def test_splash_with_branches(interpreted, length, heads, kv_heads, head_dim, softcap, window):
+  inputs = branched_inputs(2, length, heads, kv_heads, head_dim)
+  settings = AttentionSettings("splash", head_dim**-0.5, softcap, window)
+  assert_close(distances(inputs, None, settings))
+  if window is not None:
+    assert_close(distances(inputs, jnp.array(True), settings))
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("make", [random_inputs, branched_inputs])
+def test_splash_runs_the_blocks_in_which_something_is_seen(make, window):
+  """Counted against the mask itself."""
+  inputs, block = make(2, 1280, 1, 1, 64), 256
+  ids, groups = inputs.segment_ids, inputs.segment_ids if inputs.group_ids is None else inputs.group_ids
+  sees = np.asarray(Places(ids, jnp.array(True), group_ids=groups).sees(window))
+  expected = sees.reshape(2, 5, block, 5, block).any(axis=(2, 4))
+  spans = Spans.of(ids, groups)
+  for row in range(2):
+    found = kernels.visible_blocks(jax.tree.map(lambda x, row=row: x[row], spans), window, block)
+    np.testing.assert_array_equal(found, expected[row])
+  assert expected.mean() < 0.6
 
 
 def test_splash_window_matters(interpreted):

@@ -52,7 +52,7 @@ def test_loops_groups_and_fusions_of_a_tpu():
     groups.append(group)
     return group == [0, 1]
 
-  found = hlo.traffic(TPU, trips=5, far=far)
+  found = hlo.traffic(TPU, trips=(5,), far=far)
   runs = 5 * 28
   assert found["all-gather"] == (runs, runs * 0.75 * 16 * 32 * 2, 0)
   assert found["reduce-scatter"] == (runs, runs * 0.75 * 64 * 32 * 4, 0)
@@ -128,7 +128,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_the_text_of_a_gpu():
   groups = []
-  found = hlo.traffic(GPU, trips=1, far=lambda group: bool(groups.append(group)))
+  found = hlo.traffic(GPU, trips=(1,), far=lambda group: bool(groups.append(group)))
   assert found["all-gather"].received == 0.75 * 16 * 32 * 2
   assert found["reduce-scatter"].received == 1 * 8 * 32 * 4 + 3 * (2 + 1) * 4
   assert found["collective-permute"] == (7, 7 * 400, 0)

@@ -346,7 +346,7 @@ def whole_pass(policy, texts, temperature):
   for row, text in enumerate(texts):
     tokens[row, : len(text)], segments[row, : len(text)] = text, 1
   positions = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
-  rows = PackedRows(tokens, positions, segments, mask=None, old_logprobs=None, advantages=None, weights=None)
+  rows = PackedRows(tokens, positions, segments, mask=segments > 0, old_logprobs=None, advantages=None, weights=None)
   return np.asarray(trainer_logprobs(policy.model, policy.params, rows, temperature))
 
 

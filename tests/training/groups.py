@@ -7,6 +7,7 @@ import numpy as np
 
 from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import row_logprobs
+from rlpr_jax.training.packing import Piece
 from rlpr_jax.types import Groups
 
 PROMPT, RESPONSE, SAMPLES = 6, 7, 2  # tokens of a padded prompt, of a response; responses to a prompt
@@ -37,10 +38,13 @@ def make_groups(count=3, seed=0):
 
 def padded(groups, size, aggregate):
   """One row a sequence, for `size` groups."""
-  segments = packing.to_segments(groups, packing.sequence_weights(groups, aggregate, size * SAMPLES))
-  places = np.stack([np.arange(len(segments)), np.zeros(len(segments), int)], axis=1)
+  trees = packing.to_trees(groups, packing.sequence_weights(groups, aggregate, size * SAMPLES))
+  pieces = [
+    Piece(tree=k, row=SAMPLES * k + g, start=0, branches=[(g, trees[k].stem.size)])
+    for k, g in np.ndindex(groups.lengths.shape)
+  ]
   width = PROMPT + RESPONSE + (groups.answers.mask.shape[2] if groups.answers else 0)
-  return packing.pack_rows(segments, places, size * SAMPLES, width)
+  return packing.lay(trees, pieces, size * SAMPLES, width)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -13,13 +13,14 @@ import pytest
 from flax import nnx
 
 from rlpr_jax import grpo, types
+from rlpr_jax.models.masks import alignment
 from rlpr_jax.runs.metrics import compilations
 from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, decode, empty_slots, insert, prefill
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs, row_logprobs
 from rlpr_jax.training.optimizer import clipped_optimizer, learning_rate
-from rlpr_jax.training.packing import PackingSettings
+from rlpr_jax.training.packing import Branch, PackingSettings, Piece, Tree
 from rlpr_jax.training.update import (
   Trainable,
   UpdateProgram,
@@ -176,13 +177,13 @@ def test_two_sequences_in_one_row_are_two_rows(policy, groups):
   packed = types.PackedRows.empty(3, length)
   for row in range(3):
     start = 0
-    for segment, source in enumerate((row, row + 3), start=1):
+    for number, source in enumerate((row, row + 3)):
       tokens = int(np.sum(rows.segment_ids[source] > 0))
       for name, field in packed._asdict().items():
         if field is None:
           continue
-        value = segment if name == "segment_ids" else getattr(rows, name)[source, :tokens]
-        field[row, start : start + tokens] = value
+        before = number * {"segment_ids": 2, "group_ids": 1}.get(name, 0)
+        field[row, start : start + tokens] = before + getattr(rows, name)[source, :tokens]
       start += tokens
   expected, expected_metrics = gradients(policy, rows)
   found, metrics = gradients(policy, packed)
@@ -301,28 +302,100 @@ def test_prompts_are_read_and_not_trained(policy, groups):
 # --- packing ---
 
 
-def test_first_fit_by_hand():
-  """Longest first: 7 and 6 open rows, 4 joins the 6, the first 3 the 7; equal lengths keep their order."""
-  places = packing.first_fit([3, 7, 4, 6, 3, 1], 10)
-  assert places.tolist() == [[0, 7], [0, 0], [1, 6], [1, 0], [2, 0], [2, 3]]
+def tree_of(stem, *branches):
+  return Tree(np.arange(stem), [Branch.of_tokens(np.arange(n)) for n in branches])
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_first_fit_loses_nothing_and_wastes_little(seed):
-  """No two sequences overlap, none leaves its row, and all but one row are at least half full, as the bound has it."""
-  rng = np.random.default_rng(seed)
-  length = int(rng.integers(8, 200))
-  lengths = np.clip(rng.lognormal(np.log(length / 6), 0.8, rng.integers(1, 300)), 1, length).astype(int)
-  places = packing.first_fit(lengths, length)
-  used = np.zeros((places[:, 0].max() + 1, length), int)
-  for (row, start), n in zip(places, lengths, strict=True):
-    assert start + n <= length
-    used[row, start : start + n] += 1
+def test_arrange_by_hand():
+  """Longest first: 9 and 8 open rows, 5 has no room behind them, 4 has neither; the 3 joins the first."""
+  trees = [tree_of(2, 3), tree_of(1, 4, 4), tree_of(2, 1), tree_of(3, 5)]
+  assert packing.arrange(trees, 12) == [
+    Piece(1, 0, 0, [(0, 1), (1, 5)]),
+    Piece(2, 0, 9, [(0, 11)]),
+    Piece(3, 1, 0, [(0, 3)]),
+    Piece(0, 2, 0, [(0, 2)]),
+  ]
+
+
+def test_trees_are_cut_where_that_saves_rows():
+  """Rows of 13: two trees of nine and one of seven would take three; a stem of one token stands twice in two."""
+  trees = [tree_of(1, 3, 3, 2), tree_of(1, 3, 3, 2), tree_of(1, 3, 3)]
+  assert packing.arrange(trees, 13) == [
+    Piece(0, 0, 0, [(0, 1), (1, 4), (2, 7)]),
+    Piece(1, 0, 9, [(0, 10)]),
+    Piece(1, 1, 0, [(1, 1), (2, 4)]),
+    Piece(2, 1, 6, [(0, 7), (1, 10)]),
+  ]
+
+
+def test_a_tree_for_which_rows_are_too_short_is_refused():
+  for tree in (tree_of(3, 2, 8), tree_of(11, 1), tree_of(0, 1)):
+    with pytest.raises(ValueError, match="tree 1: expected a stem with room for each branch"):
+      packing.arrange([tree_of(1, 1), tree], 10)
+
+
+@pytest.mark.parametrize("length", [40, 200, 3000, 5000])
+@pytest.mark.parametrize("seed", range(10))
+def test_arrange_loses_nothing_and_wastes_little(seed, length):
+  """Each branch once, behind its stem; no two in one place; ends of stems and beginnings of branches as splash asks."""
+  rng, step = np.random.default_rng(seed), alignment(length)
+  trees = []
+  for _ in range(rng.integers(1, 40)):
+    stem = int(rng.integers(1, length // 5))
+    branches = np.clip(rng.lognormal(np.log(length / 6), 0.8, rng.integers(1, 9)), 1, length - stem - step)
+    trees.append(tree_of(stem, *branches.astype(int)))
+  pieces = packing.arrange(trees, length)
+  used, seen = np.zeros((max(piece.row for piece in pieces) + 1, length), int), []
+  for piece in pieces:
+    stem, branches = trees[piece.tree]
+    assert (piece.start + stem.size) % step == 0
+    assert piece.start >= 0
+    used[piece.row, piece.start : piece.start + stem.size] += 1
+    for number, start in piece.branches:
+      assert start % step == 0
+      assert start >= piece.start + stem.size
+      assert start + branches[number].tokens.size <= length
+      used[piece.row, start : start + branches[number].tokens.size] += 1
+      seen.append((piece.tree, number))
   assert used.max() == 1
-  assert used.sum() == lengths.sum()
-  assert all(row[: row.sum()].all() for row in used)  # no holes
-  assert np.sum(2 * used.sum(axis=1) <= length) <= 1
-  np.testing.assert_array_equal(places, packing.first_fit(lengths, length))
+  assert sorted(seen) == [(k, g) for k, tree in enumerate(trees) for g in range(len(tree.branches))]
+  assert pieces == packing.arrange(trees, length)
+  alone = sum(tree.stem.size + branch.tokens.size for tree in trees for branch in tree.branches)
+  assert len(used) <= max(np.ceil(2 * alone / length), 1)  # what first-fit has of sequences that each bring their stem
+
+
+def test_rows_of_the_papers_lengths_are_full():
+  """Prompts to 1,024 and responses to 3,072 tokens, 300 and 1,000 in the mean, in rows of 8,192."""
+  rng = np.random.default_rng(0)
+
+  def lengths(mean, most, count):
+    return np.clip(rng.lognormal(np.log(mean) - 0.18, 0.6, count), 1, most).astype(int)
+
+  trees = [tree_of(stem, *lengths(1000, 3072, 8)) for stem in lengths(300, 1024, 128)]
+  rows = packing.pack_trees(trees, 256, 8192)
+  assert rows.padding < 0.05
+  read = np.sum(rows.positions >= 0)
+  alone = sum(tree.stem.size + branch.tokens.size for tree in trees for branch in tree.branches)
+  assert alone / read > 1.2
+
+
+def test_rows_by_hand():
+  """Two trees, the first cut between rows; what the fields hold where, and nothing elsewhere."""
+  old, ones = np.array([-1.0, -2.0], np.float32), np.ones(2, bool)
+  branch = Branch(np.array([7, 2]), ones, old, advantage=0.5, weight=0.25)
+  trees = [Tree(np.array([5, 6]), [branch, branch._replace(tokens=np.array([9, 2]))])]
+  trees.append(Tree(np.array([8]), [Branch.of_tokens(np.array([4, 2]), np.array([False, True]))]))
+  pieces = [Piece(0, 0, 0, [(1, 2)]), Piece(1, 0, 5, [(0, 6)]), Piece(0, 1, 0, [(0, 2)])]
+  rows = packing.lay(trees, pieces, rows=2, row_length=9)
+  assert rows.tokens.tolist() == [[5, 6, 9, 2, 0, 8, 4, 2, 0], [5, 6, 7, 2, 0, 0, 0, 0, 0]]
+  assert rows.positions.tolist() == [[0, 1, 2, 3, -1, 0, 1, 2, -1], [0, 1, 2, 3, -1, -1, -1, -1, -1]]
+  assert rows.segment_ids.tolist() == [[1, 1, 2, 2, 2, 3, 4, 4, 0], [1, 1, 2, 2, 0, 0, 0, 0, 0]]
+  assert rows.group_ids.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2, 0], [1, 1, 1, 1, 0, 0, 0, 0, 0]]
+  assert rows.mask.astype(int).tolist() == [[0, 0, 1, 1, 0, 0, 0, 1, 0], [0, 0, 1, 1, 0, 0, 0, 0, 0]]
+  assert rows.old_logprobs[:, 2:4].tolist() == [[-1.0, -2.0]] * 2
+  assert rows.advantages.sum(axis=1).tolist() == [1.0, 1.0]
+  assert rows.weights.sum(axis=1).tolist() == [0.5, 0.5]
+  assert rows.padding == pytest.approx(7 / 18)
 
 
 @pytest.mark.parametrize(
@@ -399,14 +472,16 @@ def test_pack_row_by_row():
   rows = padded(groups, 5, "token_mean")
   assert {field.shape for field in rows if field is not None} == {(10, PROMPT + RESPONSE)}
   dtypes = [field.dtype for field in rows if field is not None]
-  assert dtypes == [np.int32, np.int32, np.int32, np.bool_, np.float32, np.float32, np.float32]
+  assert dtypes == [np.int32, np.int32, np.int32, np.bool_, np.float32, np.float32, np.float32, np.int32]
   for row in range(6):
     k, g = divmod(row, SAMPLES)
     start, end = groups.prompt_lengths[k], groups.prompt_lengths[k] + groups.lengths[k, g]
     text = [*groups.prompt_tokens[k, :start], *groups.tokens[k, g, : end - start]]
     assert rows.tokens[row, :end].tolist() == text
     assert rows.positions[row, :end].tolist() == list(range(end))
-    assert rows.segment_ids[row].tolist() == [1] * end + [0] * (PROMPT + RESPONSE - end)
+    padding = [0] * (PROMPT + RESPONSE - end)
+    assert rows.segment_ids[row].tolist() == [1] * start + [2] * (end - start) + padding
+    assert rows.group_ids[row].tolist() == [1] * end + padding
     assert not rows.mask[row, start - 1]  # the last prompt token is not trained,
     assert rows.mask[row].tolist() == [start <= place < end for place in range(PROMPT + RESPONSE)]
     assert text[-1] == 0  # and EOS, which looks like padding here, is
@@ -414,8 +489,8 @@ def test_pack_row_by_row():
     assert set(rows.advantages[row, start:end]) == {groups.advantages[k, g]}
     for field in (rows.old_logprobs, rows.advantages, rows.weights):
       assert not field[row][~rows.mask[row]].any()
-  for field in rows:
-    assert field is None or not field[6:].any()  # the rows of the missing groups
+  for name, field in rows._asdict().items():  # the rows of the missing groups
+    assert field is None or np.all(field[6:] == (-1 if name == "positions" else 0))
   np.testing.assert_allclose(rows.weights[rows.mask], 1 / groups.lengths.sum(), rtol=1e-6)
 
 
@@ -496,7 +571,8 @@ def test_the_gradient_through_answers_is_that_of_their_weighted_log_probability(
   def objective(params):
     value = 0.0
     for text, start, kept, places, k, g in texts:
-      rows = PackedRows(text[None], np.arange(len(text))[None], np.ones((1, len(text)), int), *[None] * 4)
+      ones = np.ones((1, len(text)), int)
+      rows = PackedRows(text[None], np.arange(len(text))[None], ones, ones > 0, *[None] * 3)
       logps = row_logprobs(policy.model, params, rows, TEMPERATURE)[0][0]
       old = spliced.logprobs[k, g, :kept]
       ratio = jnp.exp(logps[start : start + kept] - old)
@@ -535,6 +611,7 @@ def test_kl_is_measured_from_the_reference(policy, groups, micro_batch_rows):
   assert max(float(np.abs(x).max()) for x in jax.tree.leaves(found)) < 1e-5
   far = rows._replace(reference_logprobs=compute_logprobs(program, other, rows))
   np.testing.assert_allclose(far.reference_logprobs, row_logprobs(policy.model, other, rows, TEMPERATURE)[0], atol=1e-5)
+  assert np.all(np.asarray(far.reference_logprobs)[rows.mask] < 0)
   found, metrics = gradients(policy, far, settings)
   reference = np.asarray(far.reference_logprobs, np.float64)
 

@@ -26,7 +26,7 @@ from rlpr_jax.models.attention import AttentionSettings, attend
 BOUNDS = {"float32": 5e-3, "bfloat16": 3e-2}
 ROWS, LENGTH, HEADS, KV_HEADS = 2, 4096, 8, 2
 
-Attend = Callable[..., jax.Array]  # (queries, keys, values, segment_ids, settings, windowed)
+Attend = Callable[..., jax.Array]  # (queries, keys, values, places, settings)
 
 
 class Case(NamedTuple):
@@ -73,13 +73,13 @@ def run(report: Report) -> None:
 
 
 def _compare(report: Report, case: Case, rows: int, length: int, contenders: dict[str, Attend]) -> None:
-  operands, ids = random_operands(case, rows, length), segment_ids(rows, length)
+  operands = random_operands(case, rows, length)
   settings = AttentionSettings("xla", case.head_dim**-0.5, case.softcap, case.window)
-  windowed = None if case.window is None else jnp.array(True)
+  places = places_of(rows, length)._replace(windowed=None if case.window is None else jnp.array(True))
 
   def lower(contender: Attend, operands) -> jax.stages.Lowered:
     def both(queries, keys, values, gradient):
-      y, backwards = jax.vjp(lambda *x: contender(*x, ids, settings, windowed), queries, keys, values)
+      y, backwards = jax.vjp(lambda *x: contender(*x, places, settings), queries, keys, values)
       return y, *backwards(gradient)
 
     return jax.jit(both).lower(*operands)
@@ -131,13 +131,16 @@ def random_operands(case: Case, rows: int, length: int) -> tuple[jax.Array, ...]
   return tuple(jax.random.normal(*pair).astype(case.dtype) for pair in zip(keys, shapes, strict=True))
 
 
-def segment_ids(rows: int, length: int) -> jax.Array:
-  """Rows of three segments of unlike lengths; the last eighth of each other row is padding."""
-  ids = np.ones((rows, length), np.int32)
-  ids[:, length // 5 :] = 2
-  ids[:, length // 2 + 3 :] = 3
-  ids[::2, length - length // 8 :] = 0
-  return jnp.asarray(ids)
+def places_of(rows: int, length: int) -> masks.Places:
+  """Rows of a stem with two branches and another text, of unlike lengths; the last eighth of each other is padding."""
+  segments, groups = np.ones((2, rows, length), np.int32)
+  segments[:, length // 5 :] = 2
+  segments[:, length // 2 + 3 :] = 3
+  segments[:, length // 2 + length // 6 :] = 4
+  groups[:, length // 2 + length // 6 :] = 2
+  for ids in (segments, groups):
+    ids[::2, length - length // 8 :] = 0
+  return masks.Places(jnp.asarray(segments), group_ids=jnp.asarray(groups))
 
 
 @contextlib.contextmanager
@@ -154,15 +157,15 @@ def _contenders(report: Report) -> Iterator[dict[str, Attend]]:
   if not report.rehearse:
     yield found
     return
-  interpreted = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
-  with mock.patch.object(splash_attention_kernel, "make_splash_mha", interpreted):
+  interpreted = functools.partial(splash_attention_kernel.SplashAttentionKernel, interpret=True)
+  with mock.patch.object(splash_attention_kernel, "SplashAttentionKernel", interpreted):
     yield {"splash, interpreted": kernels.splash_attention} | found
 
 
-def _tokamax(implementation, mask, queries, keys, values, segment_ids, settings, windowed) -> jax.Array:
-  first = masks.first_visible(segment_ids, settings.window, windowed)
-  return kernels.attend_tokamax(implementation, mask, settings, queries, keys, values, first)
+def _tokamax(implementation, mask, queries, keys, values, places, settings) -> jax.Array:
+  visible = places.first_visible(settings.window), places.visible_until()
+  return kernels.attend_tokamax(implementation, mask, settings, queries, keys, values, visible)
 
 
-def _plain(queries, keys, values, segment_ids, settings, windowed) -> jax.Array:
-  return attend(queries, keys, values, masks.Places(segment_ids, windowed), settings)
+def _plain(queries, keys, values, places, settings) -> jax.Array:
+  return attend(queries, keys, values, places, settings)

@@ -46,8 +46,8 @@ class Prepared(NamedTuple):
   step: Callable[[], Any]  # one update; its parameters and optimiser state go into the next one
   attention: str  # that it was compiled with
   seconds: float  # that compiling took
-  lengths: list[int]  # of the sequences in its rows
-  rows: int  # in use
+  rows: PackedRows
+  used: int  # of the rows
 
 
 def run(report: Report) -> None:
@@ -56,7 +56,8 @@ def run(report: Report) -> None:
   rate = ceiling(report, "bfloat16")
   report.note(
     "model operations: 3 x (2 x weights of products x tokens + 4 x layers x heads x head size x pairs of a token and"
-    " one that it sees), of the sequences alone; what is computed again backwards, and padding, do not count"
+    " one that it sees), of prompts once a group in a row, and of the head for sampled tokens alone; what is computed"
+    " again backwards, and padding, do not count"
   )
   report.note("masters, moments and gradients in float32, products in bfloat16, remat 'dots'; medians of up to 3 steps")
   seen: list[str] = []
@@ -76,14 +77,15 @@ def run(report: Report) -> None:
       report.say(f"running with attention {prepared.attention}")
       _, first = timed(prepared.step)
       repeats = min(max(int(report.left() / 4 / first), 1), 3)
-      took, tokens = seconds(prepared.step, repeats), sum(prepared.lengths)
-      flops = shapes.update_flops(size.config, prepared.lengths)
+      took, tokens = seconds(prepared.step, repeats), int(prepared.rows.mask.sum())
+      flops = shapes.update_flops(size.config, prepared.rows)
       report.row(
         "update",
         {
           "attention": prepared.attention,
-          "rows": f"{prepared.rows} of {size.row_length}, {size.micro_batch_rows} at once",
-          "tokens": tokens,
+          "rows": f"{prepared.used} of {size.row_length}, {size.micro_batch_rows} at once",
+          "sampled tokens": tokens,
+          "padding": prepared.rows.padding,
           "compile s": prepared.seconds,
           "s": took,
           "tokens/s": tokens / took,
@@ -119,7 +121,7 @@ def prepare(size: Sizes, attention: str) -> Prepared:
     return metrics
 
   attention = ", ".join(hlo.kernels(compiled.as_text())) or "xla"
-  return Prepared(step, attention, took, sequence_lengths(rows), used)
+  return Prepared(step, attention, took, rows, used)
 
 
 def packed_rows(rows: int, row_length: int) -> PackedRows:
@@ -141,9 +143,3 @@ def packed_rows(rows: int, row_length: int) -> PackedRows:
     rng.normal(size=(prompts, 8)).astype(np.float32),
   )
   return packing.pack(groups, "token_mean", 8 * prompts, row_length)
-
-
-def sequence_lengths(rows: PackedRows) -> list[int]:
-  """Tokens of each sequence."""
-  lengths = [np.bincount(ids)[1:] for ids in np.asarray(rows.segment_ids)]
-  return [int(length) for row in lengths for length in row if length]
