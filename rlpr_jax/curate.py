@@ -27,7 +27,7 @@ from rlpr_jax.curation import checks
 from rlpr_jax.curation.checks import Dropped, Protected, Rating, Score
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.data.tables import read_rows
-from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.errors import InputError, exit_with_one_line
 from rlpr_jax.judging.client import Cache, Client, Endpoint, ReplyFormat, Unanswered, ask_all
 from rlpr_jax.report import funnel
 from rlpr_jax.runs.storage import reason, write_atomically
@@ -60,7 +60,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     curate(read_flags(command_line.parse(define_flags(), argv, __doc__)))
 
 

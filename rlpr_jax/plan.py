@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import command_line, huggingface, validation
 from rlpr_jax import config as configs
-from rlpr_jax.errors import USAGE, InputError, exit_on_input_error
+from rlpr_jax.errors import INTERRUPTED, MACHINE, USAGE, InputError, MachineError, exit_with_one_line
 from rlpr_jax.planning import compiler, hardware, table
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.runs.storage import write_atomically
@@ -33,7 +33,7 @@ DOES_NOT_FIT = 3
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     given, config = command_line.parse_config(define_flags(), argv, __doc__)
     if bool(given.topology) == bool(given.compare):
       raise InputError("--topology: missing, expected it or --compare")
@@ -99,6 +99,7 @@ def ask(
 
   Raises:
     InputError: it could not be made, and why.
+    MachineError: so it could not, for a reason that may pass.
   """
   with tempfile.TemporaryDirectory() as directory:
     job = pathlib.Path(directory)
@@ -116,11 +117,14 @@ def ask(
     command = [sys.executable, "-m", "rlpr_jax.planning.child", directory]
     with (job / "log").open("w+") as log:
       child = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
-      for line in child.stderr:
-        if line.startswith(("[", "warning: ")):
-          print(line, end="", file=sys.stderr, flush=True)
-        log.write(line)
-      status = child.wait()
+      try:
+        for line in child.stderr:
+          if line.startswith(("[", "warning: ")):
+            print(line, end="", file=sys.stderr, flush=True)
+          log.write(line)
+        status = child.wait()
+      finally:
+        child.kill()  # does nothing to one that has ended
       log.seek(0)
       said = log.read()
     if status == 0:
@@ -130,8 +134,10 @@ def ask(
         write_atomically(kept, text)
       return json.loads(text)
   errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
-  if status == USAGE and errors:
-    raise InputError(errors[-1])
+  if status == INTERRUPTED:
+    raise KeyboardInterrupt
+  if status in (USAGE, MACHINE) and errors:
+    raise (InputError if status == USAGE else MachineError)(errors[-1])
   print(said[-4000:], file=sys.stderr)
   raise InputError(f"--topology: {place.name}: the compiler ended with status {status}; what it said is above")
 

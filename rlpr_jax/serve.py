@@ -13,7 +13,7 @@ from absl import flags
 
 from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra, setting_names
+from rlpr_jax.errors import InputError, exit_with_one_line, needs_extra, setting_names
 from rlpr_jax.judging.client import read_key
 from rlpr_jax.runs import trained
 from rlpr_jax.runs.storage import reason
@@ -24,7 +24,7 @@ SIZES = {"slots": "--slots", "prompt_limit": "--prompt_limit", "max_response_len
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     serve(command_line.parse(define_flags(), argv, __doc__))
 
 

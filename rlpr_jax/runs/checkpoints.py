@@ -20,7 +20,7 @@ import tenacity
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError
 from rlpr_jax.models import Params
 from rlpr_jax.runs.storage import persist, reason
 
@@ -96,7 +96,8 @@ class Checkpoints(Generic[State]):
     """Starts writing; `wait` before the state's arrays are given away to the next update.
 
     Raises:
-      InputError: the storage did not take it for `log.retry_seconds`, or its parameters are not finite.
+      MachineError: the storage did not take it for `log.retry_seconds`.
+      InputError: its parameters are not finite.
     """
     self.wait()
     params, arrays, host = self._split(state)
@@ -120,7 +121,7 @@ class Checkpoints(Generic[State]):
     """Until what is under way is on disk; it is written anew where that failed.
 
     Raises:
-      InputError: the storage did not take it for `log.retry_seconds`.
+      MachineError: the storage did not take it for `log.retry_seconds`.
     """
     try:
       self._manager.wait_until_finished()
@@ -143,11 +144,11 @@ class Checkpoints(Generic[State]):
   def _save_again(self, error: Exception) -> None:
     """Writes the state under way until that succeeds, each time as a new program would.
 
-    Of many processes only one may have failed, or died, while the others wait for it: then the run ends, and is no
-    wrong input, so that a launcher starts it again.
+    Of many processes only one may have failed, or died, while the others wait for it: then the run ends, and a launcher
+    starts it again.
     """
     if jax.process_count() > 1:
-      raise RuntimeError(f"{self._directory}: cannot be written ({reason(error)})") from error
+      raise MachineError(f"{self._directory}: cannot be written ({reason(error)})") from error
     assert self._under_way is not None
     step = self._under_way[0].host["step"]
     print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)

@@ -8,7 +8,7 @@ from typing import BinaryIO, TypeVar
 
 import tenacity
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import trouble
 
 T = TypeVar("T")
 _BLOCK = 2**20  # bytes
@@ -22,7 +22,8 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
     seconds: how long to try.
 
   Raises:
-    InputError: it failed for so long.
+    MachineError: it failed for so long.
+    InputError: so it did, since something is in the way.
   """
 
   def say(attempt: tenacity.RetryCallState) -> None:
@@ -40,9 +41,10 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
   try:
     return attempts(write)
   except OSError as error:
-    raise InputError(
+    raise trouble(
+      error,
       f"{where}: cannot be written ({reason(error)}), tried for {seconds:.0f}s;"
-      " the same command goes on from the last checkpoint"
+      " the same command goes on from the last checkpoint",
     ) from None
 
 
