@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from rlpr_jax.policy import create_mesh
 from rlpr_jax.runs import lock, traces
 from rlpr_jax.runs.inputs import check_program
 from rlpr_jax.runs.interrupt import StopRequest, watch_launcher
-from rlpr_jax.runs.storage import free_name, write_atomically
+from rlpr_jax.runs.storage import free_name, persist, write_atomically
 
 # What a run writes into its directory.
 WRITTEN = (
@@ -149,7 +148,8 @@ def hold(workdir: pathlib.Path, stop: StopRequest) -> Iterator[None]:
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   """WORKDIR/config.json, by which the directory is known from now on; of many processes the first writes it."""
   if processes.is_first():
-    write_atomically(workdir / "config.json", configs.to_json(config))
+    path = workdir / "config.json"
+    persist(lambda: write_atomically(path, configs.to_json(config)), path, config.log.retry_seconds)
 
 
 def set_run_aside(workdir: pathlib.Path) -> None:
@@ -183,10 +183,5 @@ def open_workdir(workdir: pathlib.Path) -> None:
 def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes sure that the directory holds no other run."""
   saved = workdir / "config.json"
-  if saved.exists():
-    try:
-      difference = configs.first_difference(json.loads(saved.read_text()), config)
-    except ValueError:
-      raise InputError(f"{saved}: not JSON, expected the config of this directory's run") from None
-    if difference:
-      raise InputError(f"--workdir: {workdir} holds another run: {difference}")
+  if saved.exists() and (difference := configs.first_difference(configs.read_fields(saved), config)):
+    raise InputError(f"--workdir: {workdir} holds another run: {difference}")

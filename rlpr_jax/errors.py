@@ -8,6 +8,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import socket
 import sys
 import tempfile
 import traceback
@@ -146,6 +147,25 @@ def trouble(error: OSError, message: str) -> InputError | MachineError:
   MachineError('a.json: cannot be written')
   """
   return InputError(message) if is_lasting(error) else MachineError(message)
+
+
+def is_of_network(error: BaseException) -> bool:
+  """Whether behind an error of a library there is a connection that failed, or a server that did.
+
+  >>> is_of_network(ConnectionRefusedError(111, "Connection refused")), is_of_network(ValueError("no such name"))
+  (True, False)
+  """
+  link: BaseException | None = error
+  while link is not None:
+    if type(link).__name__ == "OfflineModeIsEnabled":  # of huggingface_hub: the user's own wish
+      return False
+    status = getattr(getattr(link, "response", None), "status_code", None)
+    if isinstance(status, int):
+      return status >= 500 or status in (408, 429)
+    if isinstance(link, ConnectionError | TimeoutError | socket.gaierror):
+      return True
+    link = link.__cause__ or link.__context__
+  return False
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ The real compiler compiles the programs of a training step at the config's shape
 rooflines, estimates that nothing here has measured. Exit status 3 says that nothing that was asked for fits.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -111,8 +112,8 @@ def ask(
       huggingface.load_config(model)  # what is wrong with it is said at once
       wanted["model"] = str(model.absolute())
     kept = cache / f"plan-{fingerprint(config, wanted, environment)}.json" if cache else None
-    if kept and kept.exists():
-      return json.loads(kept.read_text())
+    if kept and (plan := _read(kept)):
+      return plan
     (job / "job.json").write_text(json.dumps(wanted | {"cache": str(cache or "")}))
     command = [sys.executable, "-m", "rlpr_jax.planning.child", directory]
     with (job / "log").open("w+") as log:
@@ -130,8 +131,9 @@ def ask(
     if status == 0:
       text = (job / "result.json").read_text()
       if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, text)
+        with contextlib.suppress(OSError):  # it can be made again
+          kept.parent.mkdir(parents=True, exist_ok=True)
+          write_atomically(kept, text)
       return json.loads(text)
   errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
   if status == INTERRUPTED:
@@ -140,6 +142,15 @@ def ask(
     raise (InputError if status == USAGE else MachineError)(errors[-1])
   print(said[-4000:], file=sys.stderr)
   raise InputError(f"--topology: {place.name}: the compiler ended with status {status}; what it said is above")
+
+
+def _read(kept: pathlib.Path) -> dict[str, Any] | None:
+  """A plan that was kept; None where there is none, or it is damaged: it is made anew."""
+  try:
+    plan = json.loads(kept.read_text())
+  except (OSError, ValueError, RecursionError):
+    return None
+  return plan if isinstance(plan, dict) else None
 
 
 def fingerprint(config, wanted: dict[str, Any], environment: dict[str, str]) -> str:

@@ -6,7 +6,6 @@ Chat and plain completions, streamed or not, from a Hugging Face directory, a na
 import math
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -66,9 +65,8 @@ def serve(given: flags.FlagValues) -> None:
   host, port = listening.getsockname()[:2]
   print(f"serving {name} at http://{host}:{port}/v1", flush=True)
   uvicorn.Server(config).run([listening])
-  if loop.error:
-    print(f"error: the engine failed: {loop.error}", file=sys.stderr)
-    sys.exit(1)
+  if loop.error:  # of a thread
+    raise loop.error
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -206,11 +206,14 @@ class Checkpoints(Generic[State]):
     aside = self._directory.with_name("damaged_checkpoints")
     for error, step in zip(damaged, steps, strict=True):
       print(f"{error}: put aside in {aside}, going on from the one before", file=sys.stderr, flush=True)
-      aside.mkdir(exist_ok=True)
-      shutil.rmtree(aside / str(step), ignore_errors=True)
-      (self._directory / str(step)).rename(aside / str(step))
+      persist(functools.partial(self._move, step, aside), aside, self.log.retry_seconds)
     if damaged:
       self._open()
+
+  def _move(self, step: int, aside: pathlib.Path) -> None:
+    aside.mkdir(exist_ok=True)
+    shutil.rmtree(aside / str(step), ignore_errors=True)
+    (self._directory / str(step)).rename(aside / str(step))
 
   def close(self) -> None:
     self.wait()

@@ -198,7 +198,7 @@ def _read(path: pathlib.Path) -> _Holder | None:
   """Whose lock it is; None where it is nobody's, or not written yet."""
   try:
     return _Holder(**json.loads(path.read_text().partition("\n")[0]))
-  except (FileNotFoundError, ValueError, TypeError):
+  except (FileNotFoundError, ValueError, TypeError, RecursionError):
     return None
 
 
