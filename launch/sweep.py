@@ -32,7 +32,7 @@ from rlpr_jax import command_line, validation
 from rlpr_jax.errors import InputError, exit_with_one_line, user_code
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.children import Children
-from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.runs.storage import write_result
 
 _START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from
 
@@ -234,8 +234,8 @@ def write_results(workdir: pathlib.Path, results: dict[str, list[tuple[float, fl
     )
   table = "\n".join(lines) + "\n"
   print(table, end="", flush=True)
-  write_atomically(workdir / "table.md", table)
-  write_atomically(workdir / "table.json", json.dumps(results, indent=2))
+  write_result(workdir / "table.md", table)
+  write_result(workdir / "table.json", json.dumps(results, indent=2))
   plot(workdir / "table.png", results)
 
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -20,7 +21,7 @@ import tenacity
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from rlpr_jax.errors import InputError, MachineError
+from rlpr_jax.errors import InputError, MachineError, trouble
 from rlpr_jax.models import Params
 from rlpr_jax.runs.storage import persist, reason
 
@@ -68,12 +69,21 @@ class Checkpoints(Generic[State]):
       log: `config.log`, which says how many of the newest and of the best are kept, and how long trouble with the
         storage is borne.
       split, join: take a state apart into what goes on disk, and put it together again.
+
+    Raises:
+      InputError: something else is in its place.
+      MachineError: the disk is full or gone.
     """
     self._directory, self.log = (workdir / "checkpoints").absolute(), log
+    if os.path.lexists(self._directory) and not self._directory.is_dir():
+      raise InputError(f"{self._directory}: not a directory, expected that of checkpoints")
     self._split, self._join = split, join
     self._under_way: tuple[OnDisk, float | None] | None = None
     self._accuracies: dict[int, float] = {}
-    self._open()
+    try:
+      self._open()
+    except OSError as error:
+      raise trouble(error, f"{self._directory}: cannot be opened ({reason(error)})") from None
 
   def _open(self) -> None:
     policy = AnyPreservationPolicy([LatestN(self.log.keep_checkpoints), _Best(self.log.keep_best, self._accuracies)])

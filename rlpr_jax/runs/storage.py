@@ -71,6 +71,20 @@ def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
   os.replace(temporary, path)
 
 
+def write_result(path: pathlib.Path, content: str | bytes) -> None:
+  """What a program was asked for, as `write_atomically` does, in a directory that is made where there is none.
+
+  Raises:
+    InputError: it cannot be written until somebody mends it.
+    MachineError: the disk is full or gone.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+  except OSError as error:
+    raise trouble(error, f"{path}: cannot be written ({reason(error)})") from None
+
+
 def free_name(path: pathlib.Path) -> pathlib.Path:
   """A name beside a file that nothing has yet, to keep the file by as it is: metrics.jsonl.1, metrics.jsonl.2 ...
 
