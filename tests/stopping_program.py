@@ -19,8 +19,8 @@ def say(word: str) -> None:
 
 def main() -> None:
   with exit_with_one_line():
-    watch_launcher()
     with StopRequest() as stop:
+      watch_launcher()
       if "DIRECTORY" in os.environ:
         (pathlib.Path(os.environ["DIRECTORY"]) / str(os.getpid())).touch()
       say("ready")
