@@ -110,5 +110,6 @@ def test_a_launcher_that_is_gone_before_the_program_has_begun():
   with subprocess.Popen(["true"]) as gone:
     pass
   process = start("env", f"RLPR_LAUNCHER={gone.pid}")
-  _, err = process.communicate(timeout=20)
+  err = process.stderr.read()  # not `communicate`, which would miss what came together with the first line
+  process.wait(timeout=20)
   assert err == "saving\nsaved\n"
