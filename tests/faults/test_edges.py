@@ -143,12 +143,12 @@ def test_a_file_of_a_run_that_cannot_be_written(call, recipe, tmp_path, monkeypa
 
 
 def test_what_is_in_the_way_is_not_waited_for(tmp_path):
-  writer = MetricsWriter(tmp_path, None, retry_seconds=1e9)
+  writer = MetricsWriter(tmp_path, None, retry_seconds=3)
   (tmp_path / "rollouts/step_000001.jsonl").mkdir()
   with pytest.raises(InputError, match=r"step_000001\.jsonl: cannot be written \(Is a directory\); the same command"):
     writer.write_rollouts(1, [{"text": "x"}])
   with pytest.raises(InputError, match=r"step_000001\.jsonl: cannot be written \(Is a directory\)"):
-    MetricsWriter(tmp_path, 0, retry_seconds=1e9)
+    MetricsWriter(tmp_path, 0, retry_seconds=3)
 
 
 def test_damaged_checkpoints_that_cannot_be_put_aside(whole, tmp_path):
