@@ -11,7 +11,8 @@ fi
 
 SCRIPT=launch/$(basename "$0")
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
-USAGE=2              # exit status of wrong input, here as in rlpr_jax/errors.py
+USAGE=2              # exit status of wrong input, here as in rlpr_jax/errors.py,
+INTERRUPTED=130      # and of Ctrl-C: a run that ends with one of them is not started again
 MOUNT=/mnt/rlpr_jax  # where a bucket lies on the machines that run
 declare -A OPTION=() # the script's flags, by name
 OVERRIDES=()         # what is passed on to the program as it stands
@@ -273,6 +274,9 @@ end_child() {
 # one of their own.
 hang_up() { pass_on HUP; }
 
+# is_over STATUS: whether another try would not help.
+is_over() { (($1 == 0 || $1 == USAGE || $1 == INTERRUPTED)); }
+
 # keep_running COMMAND...: again after a crash, with a pause that doubles. Ends with status 0, with wrong input, which
 # another try does not mend, when told to stop, or after --restarts tries.
 keep_running() {
@@ -281,11 +285,11 @@ keep_running() {
   trap 'pass_on TERM' TERM
   trap hang_up HUP # under nohup it is ignored, and stays so
   trap : PIPE      # of those who read the output
-  comment "until it ends with status 0 or $USAGE; after anything else again, ${OPTION[restarts]} times at most:"
+  comment "until it ends with status 0, $USAGE or $INTERRUPTED; after anything else again, ${OPTION[restarts]} times at most:"
   while true; do
     began=$SECONDS status=0
     "$@" || status=$?
-    if dry_run || [[ -n $STOPPED ]] || ((status == 0 || status == USAGE)); then return "$status"; fi
+    if dry_run || [[ -n $STOPPED ]] || is_over "$status"; then return "$status"; fi
     if ((SECONDS - began >= 1800)); then tries=0 pause=${OPTION[backoff]}; fi # that was another trouble
     if ((tries >= OPTION[restarts])); then
       say "ended with status $status, after ${OPTION[restarts]} restarts: giving up"

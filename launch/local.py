@@ -17,7 +17,7 @@ import time
 from absl import app, flags
 
 from rlpr_jax import command_line
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import USAGE, InputError, exit_with_one_line
 from rlpr_jax.runs.children import Children
 
 _PROCESSES = flags.DEFINE_integer("processes", 2, "How many.", lower_bound=1)
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   if _DRY_RUN.value:
     print(*(shlex.join(command) + " &" for command in commands), "wait", sep="\n")
     return
-  with Children(_GRACE.value) as children:
+  with exit_with_one_line(), Children(_GRACE.value) as children:
     status = watch([children.start(command) for command in commands])
   sys.exit(status)
 
@@ -53,7 +53,7 @@ def check(arguments: list[str]) -> None:
         command_line.find_recipe(recipe if equals else following)
       except InputError as error:
         print(f"launch/local.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(USAGE)
 
 
 def parse_flags(argv: list[str]) -> list[str]:
@@ -62,7 +62,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     program, *rest = flags.FLAGS(argv, known_only=True)
   except flags.Error as error:
     print(f"launch/local.py: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(USAGE)
   if "--" in rest:
     rest.remove("--")
   return [program, *rest]

@@ -131,8 +131,8 @@ done
 echo "job \$SLURM_JOB_ID, restart \${SLURM_RESTART_COUNT:-0}: status \$status"
 
 if [[ -n \$stopped ]]; then exit "\$status"; fi
-# $USAGE is wrong input, which another try does not mend.
-if [[ -z \$again ]] && ((status != 0 && status != $USAGE)); then
+# $USAGE is wrong input, which another try does not mend, and $INTERRUPTED an interruption.
+if [[ -z \$again ]] && ((status != 0 && status != $USAGE && status != $INTERRUPTED)); then
   crashes=$(quote "$LOGS")/\$SLURM_JOB_ID.crashes
   echo "status \$status" >>"\$crashes"
   if ((\$(wc -l <"\$crashes") <= ${OPTION[restarts]})); then again=yes; fi

@@ -29,10 +29,10 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from rlpr_jax import command_line, validation
-from rlpr_jax.errors import InputError, exit_on_input_error, user_code
+from rlpr_jax.errors import InputError, exit_with_one_line, user_code
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.children import Children
-from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.runs.storage import write_result
 
 _START = ("warm_start.", "model.", "lora.", "data.")  # fields that decide what a policy starts from
 
@@ -56,7 +56,7 @@ class Job(NamedTuple):
 
 
 def main() -> None:
-  with exit_on_input_error():
+  with exit_with_one_line():
     given, config = command_line.parse_config(define_flags(), None, __doc__)
     for name, expected in (("sweep", "a file of variants"), ("workdir", "a directory")):
       if not given[name].value:
@@ -67,25 +67,25 @@ def main() -> None:
     _, overrides = command_line.split_overrides(sys.argv[1:])
     arguments = [f"--config={given.config}", *overrides]
     starts, jobs = make_jobs(sweep, config, arguments, given.seeds, workdir)
-  if given.dry_run:
-    for job in starts + jobs:
-      print(job)
-    return
-  with Children(given.grace) as children:
-    at_once = given.processes
-    left = [job for job in starts if not (job.policy / "config.json").exists()]
-    failed = run_all(left, "warm starts", starts, at_once, children)
-    if not failed:
-      failed = run_all([job for job in jobs if not is_finished(job)], "runs", jobs, at_once, children)
-  if children.told:
-    name = signal.Signals(children.told).name
-    print(f"stopped by {name}: the same command goes on from there", file=sys.stderr)
-    sys.exit(128 + children.told)
-  results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
-  write_results(workdir, results)
-  if failed:
-    print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
-    sys.exit(1)
+    if given.dry_run:
+      for job in starts + jobs:
+        print(job)
+      return
+    with Children(given.grace) as children:
+      at_once = given.processes
+      left = [job for job in starts if not (job.policy / "config.json").exists()]
+      failed = run_all(left, "warm starts", starts, at_once, children)
+      if not failed:
+        failed = run_all([job for job in jobs if not is_finished(job)], "runs", jobs, at_once, children)
+    if children.told:
+      name = signal.Signals(children.told).name
+      print(f"stopped by {name}: the same command goes on from there", file=sys.stderr)
+      sys.exit(128 + children.told)
+    results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
+    write_results(workdir, results)
+    if failed:
+      print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
+      sys.exit(1)
 
 
 def define_flags() -> flags.FlagValues:
@@ -234,8 +234,8 @@ def write_results(workdir: pathlib.Path, results: dict[str, list[tuple[float, fl
     )
   table = "\n".join(lines) + "\n"
   print(table, end="", flush=True)
-  write_atomically(workdir / "table.md", table)
-  write_atomically(workdir / "table.json", json.dumps(results, indent=2))
+  write_result(workdir / "table.md", table)
+  write_result(workdir / "table.json", json.dumps(results, indent=2))
   plot(workdir / "table.png", results)
 
 

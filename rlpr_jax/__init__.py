@@ -12,13 +12,19 @@ Modules are imported when they are first asked for, `rlpr_jax.rewards` for insta
 
 import importlib
 import logging
+import sys
 from typing import Any
+
+from rlpr_jax import interruption
 
 __version__ = "0.2.0"
 __all__ = [
   "config", "curate", "evaluate", "export", "filtering", "grpo", "models", "plan", "report", "rewards", "serve", "sft",
   "splicing", "train",
 ]  # fmt: skip
+
+if interruption.is_program(sys.orig_argv, sys.argv):
+  interruption.end_at_once()
 
 # That there is no torch is no news here.
 logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in record.getMessage())

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import rlpr_jax
+from rlpr_jax import interruption
 from rlpr_jax.errors import USAGE
 
 PROGRAMS = {
@@ -33,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"rlpr_jax {rlpr_jax.__version__}")
   elif name in PROGRAMS:
     module = "rlpr_jax.report.__main__" if name == "report" else f"rlpr_jax.{name}"
-    importlib.import_module(module).main([f"rlpr {name}", *arguments])
+    interruption.end_at_once()
+    try:
+      program = importlib.import_module(module).main
+    finally:
+      interruption.end_as_usual()
+    program([f"rlpr {name}", *arguments])
   else:
     print(f"error: {name}: no such program, expected one of {', '.join(PROGRAMS)}", file=sys.stderr)
     sys.exit(USAGE)

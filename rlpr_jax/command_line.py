@@ -3,7 +3,7 @@
     --config=RECIPE[:ARGUMENT] --config.field=value ... --flag=value ...
 
 Each program defines flags of its own, so that several can be imported in one process. Whatever is wrong is said in one
-line, with exit status 2 (`errors.exit_on_input_error`).
+line, with exit status 2 (`errors.exit_with_one_line`).
 """
 
 import difflib

@@ -460,11 +460,11 @@ def check_fields(config: ConfigDict) -> None:
     check_value(f"config.{path}", field, values[path])
 
 
-def read(path: pathlib.Path) -> ConfigDict:
-  """A config that `to_json` wrote.
+def read_fields(path: pathlib.Path) -> dict[str, Any]:
+  """The object of a file of JSON in which a config is to be.
 
   Raises:
-    InputError: missing, or not such a config.
+    InputError: it is missing, or something else.
   """
   try:
     fields = json.loads(path.read_text())
@@ -474,7 +474,16 @@ def read(path: pathlib.Path) -> ConfigDict:
     raise InputError(f"{path}: cannot be read as JSON ({' '.join(str(error).split())[:200]})") from None
   if not isinstance(fields, dict):
     raise InputError(f"{path}: {show(fields)}, expected the config of a run, an object")
-  config, values = default(), flatten(fields)
+  return fields
+
+
+def read(path: pathlib.Path) -> ConfigDict:
+  """A config that `to_json` wrote.
+
+  Raises:
+    InputError: missing, or not such a config.
+  """
+  config, values = default(), flatten(read_fields(path))
   for name, value in values.items():
     if name not in FIELDS:
       raise InputError(f"{path}: config.{name}: there is no such field")

@@ -27,7 +27,7 @@ from rlpr_jax.curation import checks
 from rlpr_jax.curation.checks import Dropped, Protected, Rating, Score
 from rlpr_jax.data.sources import Example, load_examples
 from rlpr_jax.data.tables import read_rows
-from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.errors import InputError, MachineError, exit_with_one_line, trouble
 from rlpr_jax.judging.client import Cache, Client, Endpoint, ReplyFormat, Unanswered, ask_all
 from rlpr_jax.report import funnel
 from rlpr_jax.runs.storage import reason, write_atomically
@@ -60,7 +60,7 @@ class Options:
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     curate(read_flags(command_line.parse(define_flags(), argv, __doc__)))
 
 
@@ -106,8 +106,9 @@ def curate(options: Options) -> None:
   """Writes what is left of the questions of `options.path` to `options.out`.
 
   Raises:
-    InputError: files that cannot be used, a directory that holds something else, a judge that cannot be reached (what
-      it rated so far is kept), or nothing left.
+    InputError: files that cannot be used, a directory that holds something else, a judge that refuses or says nothing
+      that is understood (what it rated so far is kept), or nothing left.
+    MachineError: a judge that cannot be reached, a disk that is full.
   """
   examples = load_examples(options.path, options.split or None)
   benchmarks = [Protected(path.stem, texts) for path in options.benchmarks for texts in read_benchmark(path)]
@@ -261,7 +262,8 @@ def _rate(
     # To drop or keep a whole file unrated would be a result that says nothing.
     if isinstance(answer, Unanswered) and not answer.asked:
       rated = sum(isinstance(answer, Rating) for answer in answers)
-      raise InputError(
+      kind = MachineError if answer.may_pass else InputError
+      raise kind(
         f"--judge_url: {rated} of {len(indices)} rows rated, then given up ({answer.why}); the same command goes on"
       )
   notes = (answer.why if isinstance(answer, Unanswered) else answer for answer in answers)
@@ -310,8 +312,8 @@ def _open(directory: pathlib.Path, settings: dict[str, Any]) -> bool:
       raise InputError(f"--out: {directory} holds other files, expected a new or empty directory")
     write_atomically(record, json.dumps({"finished": False, "settings": settings}, indent=2))
   except OSError as error:
-    raise InputError(f"--out: {directory} cannot be written ({reason(error)})") from None
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise trouble(error, f"--out: {directory} cannot be written ({reason(error)})") from None
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
     if isinstance(error, InputError):
       raise
     raise InputError(f"{record}: expected the record of a curation, found something else") from None
@@ -372,7 +374,7 @@ def _write(directory: pathlib.Path, settings: dict[str, Any], curated: Curated, 
       directory / "curation.json", json.dumps({"finished": True, "settings": settings, "counts": counts}, indent=2)
     )
   except OSError as error:
-    raise InputError(f"--out: {directory} cannot be written ({reason(error)})") from None
+    raise trouble(error, f"--out: {directory} cannot be written ({reason(error)})") from None
   for name, count in reasons.items():
     print(f"{count:8,} {name}")
   print(f"{len(curated.kept):8,} of {len(examples):,} kept in {directory / 'train.parquet'}")

@@ -1,7 +1,7 @@
 """The frame of the programs that work on a run's directory: flags, processes, the directory, errors."""
 
 import contextlib
-import json
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from rlpr_jax import command_line, machine, models, processes, validation
 from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.errors import InputError, MachineError, exit_with_one_line, trouble
 from rlpr_jax.policy import create_mesh
 from rlpr_jax.runs import lock, traces
 from rlpr_jax.runs.inputs import check_program
 from rlpr_jax.runs.interrupt import StopRequest, watch_launcher
-from rlpr_jax.runs.storage import free_name, write_atomically
+from rlpr_jax.runs.storage import free_name, persist, write_atomically
 
 # What a run writes into its directory.
 WRITTEN = (
@@ -53,17 +53,19 @@ def run(
     recipe: where the command line names none.
     goes_on: whether the program goes on with a run: it has the flags --accept_changes and --fresh, and is given both.
   """
-  with exit_on_input_error():
+  with exit_with_one_line() as ending:
     given, config = command_line.parse_config(define_flags(recipe, goes_on), argv, doc)
     if not given.workdir:
       raise InputError("--workdir: missing, expected the run's directory")
     if "://" in given.workdir:  # a path would be made of it, on this machine's disk
       raise InputError(f"--workdir: {given.workdir}, expected a directory: mount the bucket, for instance by gcsfuse")
+    workdir = pathlib.Path(given.workdir)
+    ending.keep = functools.partial(traces.keep, workdir)
     watch_launcher()
     processes.start(given.distributed, given.coordinator, given.processes, given.process)
-    with processes.end_together():
+    with processes.end_together(ending):
       options = {"accept_changes": given.accept_changes, "fresh": given.fresh} if goes_on else {}
-      program(config, pathlib.Path(given.workdir), **options)
+      program(config, workdir, **options)
 
 
 def define_flags(recipe: str, goes_on: bool) -> flags.FlagValues:
@@ -132,11 +134,11 @@ def hold(workdir: pathlib.Path, stop: StopRequest) -> Iterator[None]:
     InputError: another run is there.
   """
   with contextlib.ExitStack() as held:
-    refusal = None
+    refusal: InputError | MachineError | None = None
     if processes.is_first():
       try:
         held.enter_context(lock.hold(workdir, stop.__bool__))
-      except InputError as error:
+      except (InputError, MachineError) as error:
         refusal = error
     if processes.any_of(refusal is not None):
       raise refusal or InputError(f"--workdir: {workdir} is in use, as process 0 says")
@@ -146,7 +148,8 @@ def hold(workdir: pathlib.Path, stop: StopRequest) -> Iterator[None]:
 def write_config(config: ConfigDict, workdir: pathlib.Path) -> None:
   """WORKDIR/config.json, by which the directory is known from now on; of many processes the first writes it."""
   if processes.is_first():
-    write_atomically(workdir / "config.json", configs.to_json(config))
+    path = workdir / "config.json"
+    persist(lambda: write_atomically(path, configs.to_json(config)), path, config.log.retry_seconds)
 
 
 def set_run_aside(workdir: pathlib.Path) -> None:
@@ -162,23 +165,23 @@ def set_run_aside(workdir: pathlib.Path) -> None:
 
 
 def open_workdir(workdir: pathlib.Path) -> None:
-  """Makes sure that the directory is there and can be written."""
+  """Makes sure that the directory is there and can be written.
+
+  Raises:
+    InputError: it cannot, until somebody mends it.
+    MachineError: the disk is full or gone.
+  """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / f".writable-{jax.process_index()}"
     probe.touch()
     probe.unlink(missing_ok=True)  # another program may try the same
   except OSError as error:
-    raise InputError(f"--workdir: {workdir} cannot be written ({error.strerror})") from None
+    raise trouble(error, f"--workdir: {workdir} cannot be written ({error.strerror})") from None
 
 
 def check_same_run(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes sure that the directory holds no other run."""
   saved = workdir / "config.json"
-  if saved.exists():
-    try:
-      difference = configs.first_difference(json.loads(saved.read_text()), config)
-    except ValueError:
-      raise InputError(f"{saved}: not JSON, expected the config of this directory's run") from None
-    if difference:
-      raise InputError(f"--workdir: {workdir} holds another run: {difference}")
+  if saved.exists() and (difference := configs.first_difference(configs.read_fields(saved), config)):
+    raise InputError(f"--workdir: {workdir} holds another run: {difference}")

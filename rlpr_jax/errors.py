@@ -1,18 +1,40 @@
-"""Errors that are the user's to mend: one line that names the file, field or row and what was expected."""
+"""Errors that are the user's to mend: one line that names the file, field or row and what was expected.
+
+And how programs end by these and by all others: with one line each, and an exit status that says whether the same
+command, given again, may do better.
+"""
 
 import contextlib
+import errno
 import os
+import pathlib
+import socket
 import sys
+import tempfile
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
-from rlpr_jax import output
+from rlpr_jax import interruption, output
 
-USAGE = 2  # exit status for wrong input
+# Exit statuses. launch/common.sh has them too: launchers start a program again after any but the first two.
+USAGE = 2  # wrong input: the same command fails again
+INTERRUPTED = interruption.STATUS  # Ctrl-C
+MACHINE = 75  # the disk, the network, memory: the same command may do better (EX_TEMPFAIL of sysexits.h)
+FAULT = 1  # of the program, which nobody foresaw
+
+# What is in the way of a file stays there until somebody takes it away.
+_LASTING = (
+  errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP,
+  errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class InputError(ValueError):
   """Wrong input. The message is one line and says what was found, where, and what was expected."""
+
+
+class MachineError(RuntimeError):
+  """Trouble of the machine or the network that may pass. The message is one line and says what could not be done."""
 
 
 class _OwnNames(dict[str, str]):
@@ -62,15 +84,130 @@ def setting_names(names: Mapping[str, str]) -> Iterator[None]:
     raise InputError(error.renamed(names)) from None
 
 
+class Ending:
+  """What a program says when an error ends it, and its exit status."""
+
+  def __init__(self) -> None:
+    self.keep: Callable[[str], pathlib.Path | None] = _keep_nowhere  # takes a traceback; the file that it is in then
+
+  def say(self, error: BaseException, who: str = "", why: str = "") -> int:
+    """Says it in one line on stderr; where nobody foresaw the error, its traceback is in a file that the line names.
+
+    Args:
+      who: begins what is said.
+      why: what may stand behind an error that nobody foresaw.
+
+    Returns:
+      the exit status.
+    """
+    if isinstance(error, KeyboardInterrupt):
+      print(f"{who}interrupted", file=sys.stderr, flush=True)
+    elif isinstance(error, InputError | MachineError):
+      print(f"error: {who}{error}", file=sys.stderr, flush=True)
+    else:
+      trace = "".join(traceback.format_exception(error))
+      file = self.keep(trace) or _keep_among_temporary_files(trace)
+      if file is None:
+        print(trace, end="", file=sys.stderr)
+      where = f"; the traceback is in {file}" if file else ""
+      print(f"error: {who}{_name(error)}{why and f', {why}'}{where}", file=sys.stderr, flush=True)
+    return exit_status(error)
+
+
+def exit_status(error: BaseException) -> int:
+  """The exit status of a program that an error ends.
+
+  >>> exit_status(InputError("x")), exit_status(MachineError("x")), exit_status(KeyboardInterrupt())
+  (2, 75, 130)
+  >>> exit_status(IsADirectoryError(21, "x")), exit_status(OSError(28, "No space left on device"))
+  (2, 75)
+  >>> exit_status(TypeError())
+  1
+  """
+  if isinstance(error, KeyboardInterrupt):
+    return INTERRUPTED
+  if isinstance(error, InputError) or (isinstance(error, OSError) and is_lasting(error)):
+    return USAGE
+  return MACHINE if isinstance(error, MachineError | OSError | MemoryError) else FAULT
+
+
+def is_lasting(error: OSError) -> bool:
+  """Whether what is wrong with a file stays so until somebody mends it: no permission, a directory in its place.
+
+  >>> is_lasting(PermissionError(13, "Permission denied")), is_lasting(OSError(5, "Input/output error"))
+  (True, False)
+  """
+  return error.errno in _LASTING
+
+
+def trouble(error: OSError, message: str) -> InputError | MachineError:
+  """Trouble with a file in a program's words, the user's where it stays until it is mended, else the machine's.
+
+  >>> trouble(OSError(28, "No space left on device"), "a.json: cannot be written")
+  MachineError('a.json: cannot be written')
+  """
+  return InputError(message) if is_lasting(error) else MachineError(message)
+
+
+def is_of_network(error: BaseException) -> bool:
+  """Whether behind an error of a library there is a connection that failed, or a server that did.
+
+  >>> is_of_network(ConnectionRefusedError(111, "Connection refused")), is_of_network(ValueError("no such name"))
+  (True, False)
+  """
+  link: BaseException | None = error
+  while link is not None:
+    if type(link).__name__ == "OfflineModeIsEnabled":  # of huggingface_hub: the user's own wish
+      return False
+    status = getattr(getattr(link, "response", None), "status_code", None)
+    if isinstance(status, int):
+      return status >= 500 or status in (408, 429)
+    if isinstance(link, ConnectionError | TimeoutError | socket.gaierror):
+      return True
+    link = link.__cause__ or link.__context__
+  return False
+
+
 @contextlib.contextmanager
-def exit_on_input_error() -> Iterator[None]:
-  """Turns an `InputError` into one line on stderr and exit status 2, for entry points."""
+def exit_with_one_line() -> Iterator[Ending]:
+  """Around a program: whatever ends it is said in one line on stderr, and in its exit status.
+
+  Yields:
+    how it ends. A program that has a directory says there where tracebacks are kept.
+  """
+  interruption.end_as_usual()
+  ending = Ending()
   with output.shielded():
     try:
-      yield
-    except InputError as error:
-      print(f"error: {error}", file=sys.stderr)
-      sys.exit(USAGE)
+      yield ending
+    except (Exception, KeyboardInterrupt) as error:
+      sys.exit(ending.say(error))
+
+
+def _name(error: BaseException) -> str:
+  """An error in one line, with what it is: `TypeError: ...`.
+
+  >>> _name(OSError(28, "No space left on device", "a.json")), _name(KeyError("a"))
+  ('a.json: No space left on device', "KeyError: 'a'")
+  """
+  if isinstance(error, OSError) and error.strerror:
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+  words = " ".join(str(error).split())
+  return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
+
+
+def _keep_nowhere(trace: str) -> None:
+  del trace
+
+
+def _keep_among_temporary_files(trace: str) -> pathlib.Path | None:
+  try:
+    number, name = tempfile.mkstemp(".log", "rlpr_jax-")
+    with os.fdopen(number, "w", errors="backslashreplace") as file:
+      file.write(trace)
+  except OSError:
+    return None
+  return pathlib.Path(name)
 
 
 @contextlib.contextmanager

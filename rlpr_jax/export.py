@@ -13,14 +13,14 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import command_line, huggingface
 from rlpr_jax import config as configs
-from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.errors import InputError, exit_with_one_line
 from rlpr_jax.policy import load_policy
 from rlpr_jax.runs.checkpoints import restore_params
 
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     given = command_line.parse(define_flags(), argv, __doc__)
     for name in ("workdir", "out"):
       if not given[name].value:

@@ -7,6 +7,7 @@ The real compiler compiles the programs of a training step at the config's shape
 rooflines, estimates that nothing here has measured. Exit status 3 says that nothing that was asked for fits.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -23,7 +24,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import command_line, huggingface, validation
 from rlpr_jax import config as configs
-from rlpr_jax.errors import USAGE, InputError, exit_on_input_error
+from rlpr_jax.errors import INTERRUPTED, MACHINE, USAGE, InputError, MachineError, exit_with_one_line
 from rlpr_jax.planning import compiler, hardware, table
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.runs.storage import write_atomically
@@ -33,7 +34,7 @@ DOES_NOT_FIT = 3
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     given, config = command_line.parse_config(define_flags(), argv, __doc__)
     if bool(given.topology) == bool(given.compare):
       raise InputError("--topology: missing, expected it or --compare")
@@ -99,6 +100,7 @@ def ask(
 
   Raises:
     InputError: it could not be made, and why.
+    MachineError: so it could not, for a reason that may pass.
   """
   with tempfile.TemporaryDirectory() as directory:
     job = pathlib.Path(directory)
@@ -110,30 +112,45 @@ def ask(
       huggingface.load_config(model)  # what is wrong with it is said at once
       wanted["model"] = str(model.absolute())
     kept = cache / f"plan-{fingerprint(config, wanted, environment)}.json" if cache else None
-    if kept and kept.exists():
-      return json.loads(kept.read_text())
+    if kept and (plan := _read(kept)):
+      return plan
     (job / "job.json").write_text(json.dumps(wanted | {"cache": str(cache or "")}))
     command = [sys.executable, "-m", "rlpr_jax.planning.child", directory]
     with (job / "log").open("w+") as log:
       child = subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
-      for line in child.stderr:
-        if line.startswith(("[", "warning: ")):
-          print(line, end="", file=sys.stderr, flush=True)
-        log.write(line)
-      status = child.wait()
+      try:
+        for line in child.stderr:
+          if line.startswith(("[", "warning: ")):
+            print(line, end="", file=sys.stderr, flush=True)
+          log.write(line)
+        status = child.wait()
+      finally:
+        child.kill()  # does nothing to one that has ended
       log.seek(0)
       said = log.read()
     if status == 0:
       text = (job / "result.json").read_text()
       if kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(kept, text)
+        with contextlib.suppress(OSError):  # it can be made again
+          kept.parent.mkdir(parents=True, exist_ok=True)
+          write_atomically(kept, text)
       return json.loads(text)
   errors = [line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")]
-  if status == USAGE and errors:
-    raise InputError(errors[-1])
+  if status == INTERRUPTED:
+    raise KeyboardInterrupt
+  if status in (USAGE, MACHINE) and errors:
+    raise (InputError if status == USAGE else MachineError)(errors[-1])
   print(said[-4000:], file=sys.stderr)
   raise InputError(f"--topology: {place.name}: the compiler ended with status {status}; what it said is above")
+
+
+def _read(kept: pathlib.Path) -> dict[str, Any] | None:
+  """A plan that was kept; None where there is none, or it is damaged: it is made anew."""
+  try:
+    plan = json.loads(kept.read_text())
+  except (OSError, ValueError, RecursionError):
+    return None
+  return plan if isinstance(plan, dict) else None
 
 
 def fingerprint(config, wanted: dict[str, Any], environment: dict[str, str]) -> str:

@@ -177,7 +177,7 @@ def parse_variables(text: str) -> dict[str, Any]:
   """
   try:
     variables = json.loads(text or "{}")
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise InputError(f"config.data.chat_template_kwargs: {text!r}, expected a JSON object ({error})") from None
   if not isinstance(variables, dict) or not all(name.isidentifier() for name in variables):
     raise InputError(f"config.data.chat_template_kwargs: {text!r}, expected a JSON object whose keys are names")
@@ -206,12 +206,12 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
       path, local_files_only=True, trust_remote_code=False
     )
-  except (OSError, ValueError) as error:
+  except Exception as error:  # transformers' own errors, those of its tokenizers and of its checks have no common class
     raise InputError(f"{path}: no tokenizer ({' '.join(str(error).split())[:200]})") from None
   file = pathlib.Path(path) / "chat_template.json"  # of models that see, too: transformers leaves it to their processor
   if not tokenizer.chat_template and file.exists():
     try:
       tokenizer.chat_template = json.loads(file.read_text())["chat_template"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
       raise InputError(f"{file}: expected an object with chat_template ({error})") from None
   return tokenizer

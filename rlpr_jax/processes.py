@@ -10,7 +10,6 @@ import ipaddress
 import os
 import socket
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -18,7 +17,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from rlpr_jax.errors import USAGE, InputError
+from rlpr_jax.errors import Ending, InputError, MachineError
 
 T = TypeVar("T")
 
@@ -39,7 +38,8 @@ def start(
     index: which of them this one is.
 
   Raises:
-    InputError: arguments that do not fit together, or processes that cannot be found.
+    InputError: arguments that do not fit together.
+    MachineError: the other processes cannot be reached.
   """
   given = {"--coordinator": coordinator, "--processes": count, "--process": index}
   missing = [name for name, value in given.items() if value is None]
@@ -70,7 +70,8 @@ def start(
       heartbeat_timeout_seconds=_HEARTBEAT,
     )
   except (RuntimeError, ValueError) as error:
-    raise InputError(f"--distributed: {' '.join(str(error).split())[:300]}") from None
+    kind = MachineError if isinstance(error, jax.errors.JaxRuntimeError) else InputError
+    raise kind(f"--distributed: {' '.join(str(error).split())[:300]}") from None
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
   if jax.process_index():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -129,19 +130,20 @@ def _is_here(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def end_together() -> Iterator[None]:
-  """With many processes, an error ends this one at once, so that the others notice; they would wait for it for ever."""
+def end_together(ending: Ending) -> Iterator[None]:
+  """With many processes, an error ends this one at once, so that the others notice; they would wait for it for ever.
+
+  Args:
+    ending: how the program ends.
+  """
   try:
     yield
-  except Exception as error:
-    if jax.process_count() == 1:
+  except (Exception, KeyboardInterrupt) as error:
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
       raise
-    wrong_input = isinstance(error, InputError)
-    if not wrong_input:
-      traceback.print_exc()
-    what = str(error) if wrong_input else f"{type(error).__name__}, perhaps since another process died"
-    print(f"error: process {jax.process_index()} of {jax.process_count()}: {what}", file=sys.stderr, flush=True)
-    os._exit(USAGE if wrong_input else 1)  # not by way of a shutdown that waits for the others
+    who = f"process {jax.process_index()} of {jax.process_count()}: "
+    status = ending.say(error, who, "perhaps since another process died")
+    os._exit(status)  # not by way of a shutdown that waits for the others
 
 
 def announced(environment: Mapping[str, str]) -> bool:

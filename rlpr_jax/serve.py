@@ -6,14 +6,13 @@ Chat and plain completions, streamed or not, from a Hugging Face directory, a na
 import math
 import signal
 import socket
-import sys
 from collections.abc import Sequence
 
 from absl import flags
 
 from rlpr_jax import command_line
 from rlpr_jax.compilation import keep_programs
-from rlpr_jax.errors import InputError, exit_on_input_error, needs_extra, setting_names
+from rlpr_jax.errors import InputError, exit_with_one_line, needs_extra, setting_names
 from rlpr_jax.judging.client import read_key
 from rlpr_jax.runs import trained
 from rlpr_jax.runs.storage import reason
@@ -24,7 +23,7 @@ SIZES = {"slots": "--slots", "prompt_limit": "--prompt_limit", "max_response_len
 
 def main(argv: Sequence[str] | None = None) -> None:
   """The program: `argv` is its name and its arguments, those of this process if None."""
-  with exit_on_input_error():
+  with exit_with_one_line():
     serve(command_line.parse(define_flags(), argv, __doc__))
 
 
@@ -66,9 +65,8 @@ def serve(given: flags.FlagValues) -> None:
   host, port = listening.getsockname()[:2]
   print(f"serving {name} at http://{host}:{port}/v1", flush=True)
   uvicorn.Server(config).run([listening])
-  if loop.error:
-    print(f"error: the engine failed: {loop.error}", file=sys.stderr)
-    sys.exit(1)
+  if loop.error:  # of a thread
+    raise loop.error
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -45,7 +45,7 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False,
     inputs = Inputs("sft", model_digests(config, policy.tokenizer), rows)
     check_inputs(workdir, read_inputs(workdir), inputs, accept_changes)
     entry.write_config(config, workdir)
-    write_inputs(workdir, inputs)
+    write_inputs(workdir, inputs, config.log.retry_seconds)
     checkpoints = Checkpoints(workdir, config.log, supervised.split, supervised.join)
     state = checkpoints.restore(supervised.abstract_supervised_state(config, policy))
     writer = metrics.MetricsWriter(

@@ -78,7 +78,7 @@ def train(
       state = adopt_rows(run, state, began_with, inputs.rows, workdir)
     writer = metrics.MetricsWriter(workdir, state.step if state else None, config.log.retry_seconds)
     checkpoints.know({row["step"]: row[ACCURACY] for row in writer.rows if ACCURACY in row})
-    write_inputs(workdir, inputs._replace(earlier=earlier))
+    write_inputs(workdir, inputs._replace(earlier=earlier), config.log.retry_seconds)
     try:
       for field, rows in run.dropped_rows.items():
         writer.write_dropped_rows(field, rows)

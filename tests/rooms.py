@@ -3,6 +3,7 @@
 # From the bottom to the top. A room is a folder, or a file beside the folders; it imports of rooms that stand on lines
 # above its own.
 ORDER = (
+  ("interruption",),
   ("__init__", "output"),
   ("errors", "resources", "compilation"),
   ("fields",),

@@ -8,6 +8,7 @@ import os
 import pathlib
 import time
 
+from rlpr_jax.errors import exit_with_one_line
 from rlpr_jax.runs.interrupt import StopRequest, watch_launcher
 
 
@@ -17,16 +18,17 @@ def say(word: str) -> None:
 
 
 def main() -> None:
-  watch_launcher()
-  with StopRequest() as stop:
-    if "DIRECTORY" in os.environ:
-      (pathlib.Path(os.environ["DIRECTORY"]) / str(os.getpid())).touch()
-    say("ready")
-    while not stop:
-      time.sleep(0.02)
-    say("saving")
-    time.sleep(float(os.environ.get("SAVING", "0.5")))
-  say("saved")
+  with exit_with_one_line():
+    with StopRequest() as stop:
+      watch_launcher()
+      if "DIRECTORY" in os.environ:
+        (pathlib.Path(os.environ["DIRECTORY"]) / str(os.getpid())).touch()
+      say("ready")
+      while not stop:
+        time.sleep(0.02)
+      say("saving")
+      time.sleep(float(os.environ.get("SAVING", "0.5")))
+    say("saved")
 
 
 if __name__ == "__main__":

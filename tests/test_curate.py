@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse
 from rlpr_jax.curate import Options, curate, read_benchmark, read_scores, score
 from rlpr_jax.curation.checks import Score
 from rlpr_jax.data.sources import Example, load_examples
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError
 from rlpr_jax.judging.client import Endpoint
 from tests.chat_server import serving
 
@@ -162,12 +162,13 @@ def test_rows_without_a_rating(options, unjudged):
   assert json.loads((options.out / "curation.json").read_text())["counts"]["unjudged"] == 1
 
 
-def test_a_judge_that_dies_costs_nothing_that_it_has_said(options):
+@pytest.mark.parametrize(("status", "kind"), [(404, InputError), (503, MachineError)])
+def test_a_judge_that_dies_costs_nothing_that_it_has_said(options, status, kind):
   def reply(body, number):
-    return rate(body) if number <= 15 else JSONResponse({"error": {"message": "gone"}}, 404)
+    return rate(body) if number <= 15 else JSONResponse({"error": {"message": "gone"}}, status)
 
   with serving(reply) as server:
-    with pytest.raises(InputError, match=r"--judge_url: 15 of 40 rows rated, then given up .*; the same command goes"):
+    with pytest.raises(kind, match=r"--judge_url: 15 of 40 rows rated, then given up .*; the same command goes"):
       curate(judged_by(options, server))
     assert not (options.out / "train.parquet").exists()
     server.reply, before = rate, server.requests

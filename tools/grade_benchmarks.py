@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from absl import app, flags
 
-from rlpr_jax.errors import exit_on_input_error
+from rlpr_jax.errors import exit_with_one_line
 from rlpr_jax.evaluation import benchmarks
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.grading import graders, multiple_choice, numbers
@@ -135,7 +135,7 @@ def measure(name: str, path: pathlib.Path) -> tuple[str, list[str]]:
 
 
 def main(_) -> None:
-  with exit_on_input_error():
+  with exit_with_one_line():
     print("| benchmark | rows | left out | dressings | gold graded | gold right | others graded | others right |")
     print("|---|---|---|---|---|---|---|---|")
     lines = []

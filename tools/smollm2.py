@@ -215,7 +215,7 @@ def install(directory: pathlib.Path, wheels: pathlib.Path) -> bool:
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected argument: {argv[1]}")
-  with errors.exit_on_input_error():
+  with errors.exit_with_one_line():
     directory = pathlib.Path(DIRECTORY.value)
     made = install(directory, pathlib.Path(WHEELS.value))
     print(f"{directory}: {'written' if made else 'already complete'}")

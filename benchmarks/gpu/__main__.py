@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from benchmarks.gpu import runner, table
-from rlpr_jax.errors import InputError, exit_on_input_error
+from rlpr_jax.errors import InputError, exit_with_one_line
 
 
 def define_flags() -> flags.FlagValues:
@@ -52,7 +52,7 @@ def say(text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> None:
-  with exit_on_input_error():
+  with exit_with_one_line():
     given = parse(argv)
     parts = runner.choose(given.only)
     out = pathlib.Path(given.out).absolute()

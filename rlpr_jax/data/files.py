@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import huggingface_hub
 
 from rlpr_jax.data.tables import SUFFIXES
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError, is_of_network
 
 _HUB_NAME = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(/(?P<subset>\w[\w./-]*))?(@(?P<revision>[\w./-]+))?")
 _SHARD = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}.*")  # as `datasets` names the files that it writes
@@ -104,6 +104,9 @@ def _find_part(text: str, default_split: str | None) -> Part:
   if local.is_dir():
     listed = _list_directory(local)
     chosen, split = _choose(path, listed, _read_card(local / _README), None, split)
+    for name in chosen:
+      if any("\ud800" <= c <= "\udfff" for c in name):  # as Python shows bytes that are none
+        raise InputError(f"{path}: {name!a}, expected names of files in UTF-8")
     files = [DataFile(local / name, str(local / name), _stem(name)) for name in chosen]
   elif hub is None and not local.exists() and local.suffix.lower() not in SUFFIXES:
     raise InputError(f"{path}: no such file or directory, expected one, or org/name of the Hugging Face hub")
@@ -145,7 +148,8 @@ def _fetch(name: re.Match[str], split: str | None) -> tuple[Path, list[str], str
       )
     except Exception as error:  # its errors and those of the HTTP library below it have no common class
       reason = " ".join(str(error).split())
-      raise InputError(f"{name[0]}: no such file or directory, and no data set of the hub either: {reason}") from None
+      kind = MachineError if is_of_network(error) else InputError
+      raise kind(f"{name[0]}: no such file or directory, and no data set of the hub either: {reason}") from None
 
   if listed is None:
     directory = download([_README])

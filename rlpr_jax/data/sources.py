@@ -261,7 +261,8 @@ def _pick(name: str, columns: Columns, names: Sequence[str]) -> str:
 
 
 def _source(row: Row, file: files.DataFile) -> str:
-  return str(next((row[name] for name in SOURCE if row.get(name)), file.source))
+  name = next((name for name in SOURCE if row.get(name)), None)
+  return _whole(str(row[name]), name) if name else file.source
 
 
 # ---- one cell ----
@@ -280,12 +281,17 @@ def _text(value: Any, column: str) -> str:
   if not isinstance(value, str) or _INVISIBLE.fullmatch(value):
     reason = "empty" if value is None or isinstance(value, str) else "not text"
     raise _BadCellError(column, reason, f"non-empty text, found {reprlib.repr(value)}")
+  return _whole(value, column)
+
+
+def _whole(text: str, column: str) -> str:
+  """A text that can be encoded: JSON can spell half a surrogate pair, which neither a tokenizer nor a file takes."""
   try:
-    value.encode()
-  except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    text.encode()
+  except UnicodeEncodeError as error:
     found = f"text, found a lone surrogate at character {error.start + 1}"
     raise _BadCellError(column, "half a surrogate pair", found) from None
-  return value
+  return text
 
 
 def _question(value: Any, column: str) -> Messages:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlpr_jax.data import sources, tables
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError, is_of_network
 from rlpr_jax.grading import extraction, multiple_choice, numbers
 from rlpr_jax.grading.question import Question
 
@@ -37,13 +37,12 @@ class Row(NamedTuple):
     value = str(value) if isinstance(value, int | float) else value
     if not isinstance(value, str) or not value.strip():
       raise InputError(f"{self.where(column)}: expected non-empty text, found {reprlib.repr(value)}")
-    if any("\ud800" <= c <= "\udfff" for c in value):  # JSON can spell half a pair, which no tokenizer takes
-      raise InputError(f"{self.where(column)}: expected text, found a lone surrogate")
-    return value.strip()
+    return self._stripped(column, value)
 
   def optional(self, *columns: str) -> str:
     """The text, or "" where no column has one."""
-    return next((str(value).strip() for name in columns if (value := self.values.get(name)) is not None), "")
+    found = ((name, str(value)) for name in columns if (value := self.values.get(name)) is not None)
+    return next((self._stripped(name, text) for name, text in found), "")
 
   def key(self, *columns: str) -> str:
     """The row's own id, or its number."""
@@ -54,7 +53,12 @@ class Row(NamedTuple):
     value = self.values.get(column)
     if not isinstance(value, list | tuple) or not value or not all(isinstance(v, str) and v.strip() for v in value):
       raise InputError(f"{self.where(column)}: expected a list of texts, found {reprlib.repr(value)}")
-    return tuple(v.strip() for v in value)
+    return tuple(self._stripped(column, v) for v in value)
+
+  def _stripped(self, column: str, text: str) -> str:
+    if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell half a pair, which nothing takes
+      raise InputError(f"{self.where(column)}: expected text, found a lone surrogate")
+    return text.strip()
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,8 @@ def _rows(benchmark: Benchmark, path: str, split: str, subset: str) -> list[Row]
     table = datasets.load_dataset(benchmark.hub, subset or benchmark.subset or None, split=split or benchmark.split)
   except Exception as error:  # the hub's client raises whatever its libraries do, and many kinds of its own
     reason = " ".join(str(error).split())[:200]
-    raise InputError(
+    kind = MachineError if is_of_network(error) else InputError
+    raise kind(
       f"dataset {benchmark.hub}: cannot be loaded from the hub, expected that, or a local file of its rows given as"
       f" path: {type(error).__name__}: {reason}"
     ) from None

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
-from rlpr_jax.errors import InputError, setting_names
+from rlpr_jax.errors import InputError, MachineError, setting_names, trouble
 from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, ClientError, Endpoint
 from rlpr_jax.runs import storage, trained
@@ -61,11 +61,16 @@ class Store:
     self._path, self._responses = workdir / "responses.jsonl", {}
     self.replies = Cache(workdir / "replies")
     if self._path.exists():
-      for line in self._path.read_bytes().splitlines():
+      try:
+        lines = self._path.read_bytes().splitlines()
+      except OSError as error:
+        message = f"{self._path}: cannot be read ({storage.reason(error)}), expected the responses of an evaluation"
+        raise trouble(error, message) from None
+      for line in lines:
         try:
           row = json.loads(line)
           self._responses[row["key"]] = [Response(*response) for response in row["responses"]]
-        except (ValueError, KeyError, TypeError):  # half a line, of a process that was killed
+        except (ValueError, KeyError, TypeError, RecursionError):  # half a line, of a process that was killed
           continue
 
   def get(self, key: str) -> list[Response] | None:
@@ -155,7 +160,8 @@ def respond(
     progress: called with how many questions are done, of how many.
 
   Raises:
-    InputError: the model cannot be loaded, or an endpoint did not answer everything.
+    InputError: the model cannot be loaded, or an endpoint refused something.
+    MachineError: an endpoint cannot be reached.
   """
   ask = _ask_engine if asked.source else _ask_endpoint
   ask(asked, seed, missing, store, progress=progress)
@@ -216,7 +222,7 @@ def _ask_endpoint(
       store.replies.put(request, reply)
     return Response(reply.texts[0], reply.completion_tokens, reply.finish_reasons[0] != "length")
 
-  last, in_a_row = "", 0
+  last, in_a_row = ClientError(""), 0
   done = 0
 
   async def answer(key: str, task: Task) -> None:
@@ -230,7 +236,7 @@ def _ask_endpoint(
       samples = [_REFUSED if isinstance(outcome, ClientError) else outcome for outcome in samples]
       errors = []
     if errors:
-      in_a_row, last = in_a_row + 1, str(errors[0])
+      in_a_row, last = in_a_row + 1, errors[0]
     else:
       store.add(key, samples)
       in_a_row = 0
@@ -250,7 +256,8 @@ def _ask_endpoint(
   asyncio.run(run())
   unanswered = sum(store.get(key) is None for key in missing)
   if unanswered:
-    raise InputError(
+    kind = MachineError if last.may_pass else InputError
+    raise kind(
       f"{asked.settings.url}: {unanswered} of {len(missing)} questions got no response ({last}); the same command asks"
       " again"
     )

@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
 
 from rlpr_jax import sharding
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError, is_of_network
 from rlpr_jax.huggingface.families import from_huggingface
 from rlpr_jax.huggingface.tensors import INDEX, SINGLE, Layout, canonical_name, layout, left_out
 from rlpr_jax.models.config import ModelConfig
@@ -59,7 +59,8 @@ def resolve(path_or_repo: str | os.PathLike[str], files: Sequence[str] = _FILES)
       safetensors and tokenizer files.
 
   Raises:
-    InputError: neither a directory nor such a name, or one that cannot be fetched.
+    InputError: neither a directory nor such a name, or one that is not there.
+    MachineError: the hub cannot be reached.
   """
   path = pathlib.Path(path_or_repo)
   if str(path_or_repo) and path.is_dir():
@@ -75,7 +76,8 @@ def resolve(path_or_repo: str | os.PathLike[str], files: Sequence[str] = _FILES)
     )
   except Exception as error:  # its errors and those of the HTTP library below it have no common class
     reason = " ".join(str(error).split())
-    raise InputError(f"{path_or_repo}: no such directory, and not on the Hugging Face hub either: {reason}") from None
+    kind = MachineError if is_of_network(error) else InputError
+    raise kind(f"{path_or_repo}: no such directory, and not on the Hugging Face hub either: {reason}") from None
 
 
 def load_pretrained(

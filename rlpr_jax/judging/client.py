@@ -22,7 +22,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import tenacity
 
-from rlpr_jax.errors import InputError, needs_extra
+from rlpr_jax.errors import InputError, needs_extra, trouble
 from rlpr_jax.runs.storage import reason, write_atomically
 
 T = TypeVar("T")
@@ -44,9 +44,10 @@ _FOREIGN = re.compile(
 class ClientError(RuntimeError):
   """An endpoint gave no answer. One line, without the key."""
 
-  def __init__(self, message: str, status: int | None = None):
+  def __init__(self, message: str, status: int | None = None, may_pass: bool = False):
     super().__init__(message)
     self.refused = status in (400, 413, 422)  # this conversation, and for good: too long, filtered
+    self.may_pass = may_pass  # of the network, or of a server that is not well
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,10 @@ class Client:
       try:
         return await attempts(self._request, self.request(messages, seed))
       except (openai.OpenAIError, TimeoutError, ValueError) as error:
-        trouble, status = self._in_one_line(error), getattr(error, "status_code", None)
+        said, status = self._in_one_line(error), getattr(error, "status_code", None)
+        may_pass = _may_pass(error) and isinstance(error, openai.OpenAIError | TimeoutError)
     # Not within the handler: the error would carry the request along, and with it the key.
-    raise ClientError(trouble, status)
+    raise ClientError(said, status, may_pass)
 
   def request(self, messages: Sequence[Message], seed: int | None = None) -> dict[str, Any]:
     """The request that `chat` sends: all that a reply depends on, but for where the model is."""
@@ -291,13 +293,14 @@ class Cache:
     """Makes the directory.
 
     Raises:
-      InputError: it cannot be made.
+      InputError: it cannot be made, until somebody mends it.
+      MachineError: the disk is full or gone.
     """
     self._directory = pathlib.Path(directory)
     try:
       self._directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise InputError(f"{self._directory}: cannot be made ({reason(error)})") from None
+      raise trouble(error, f"{self._directory}: cannot be made ({reason(error)})") from None
 
   def get(self, request: dict[str, Any]) -> Reply | None:
     """The reply to a request, or None if it is not there or its file is damaged."""
@@ -305,15 +308,14 @@ class Cache:
       stored = json.loads(self._path(request).read_text())["reply"]
       reply = Reply(tuple(stored["texts"]), tuple(stored["finish_reasons"]), int(stored["prompt_tokens"]),
                     int(stored["completion_tokens"]))  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
       return None
     return reply if reply.texts and all(isinstance(text, str) for text in reply.texts) else None
 
   def put(self, request: dict[str, Any], reply: Reply) -> None:
     """Stores a reply, with its request for those who want to read what was asked.
 
-    Raises:
-      InputError: it cannot be written.
+    Raises: as above, where it cannot be written.
     """
     path, content = self._path(request), json.dumps({"request": request, "reply": reply._asdict()}, indent=1)
     try:
@@ -321,7 +323,7 @@ class Cache:
       with contextlib.suppress(FileNotFoundError):  # another process has just put its own in place
         write_atomically(path, content)
     except OSError as error:
-      raise InputError(f"{path}: cannot be written ({reason(error)})") from None
+      raise trouble(error, f"{path}: cannot be written ({reason(error)})") from None
 
   def _path(self, request: dict[str, Any]) -> pathlib.Path:
     name = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -336,6 +338,7 @@ class Unanswered(NamedTuple):
 
   why: str
   asked: bool  # False if it was not even tried
+  may_pass: bool = False  # as of `ClientError`; of what was not tried, that of the last that was
 
 
 class _GaveUpError(Exception):
@@ -390,7 +393,7 @@ async def ask_all(
         client.usage.cached += 1
         break
   todo = iter([name for name in requests if name not in answers])
-  failures, last = 0, ""
+  failures, last = 0, Unanswered("", True)
 
   async def ask(name: str) -> T | Unanswered:
     reply = None
@@ -398,7 +401,7 @@ async def ask_all(
       try:
         reply = await client.chat(**request)
       except ClientError as error:
-        return Unanswered(str(error), True)
+        return Unanswered(str(error), True, error.may_pass)
       if reply.finish_reasons[0] != "length" and (understood := reply_format.parse(reply.texts[0])) is not None:
         if cache:
           cache.put(client.request(**request), reply)
@@ -410,7 +413,7 @@ async def ask_all(
     nonlocal failures, last
     for name in todo:  # one iterator for all workers
       answers[name] = answer = await ask(name)
-      failures, last = (failures + 1, answer.why) if isinstance(answer, Unanswered) else (0, "")
+      failures, last = (failures + 1, answer) if isinstance(answer, Unanswered) else (0, last)
       if progress:
         progress(len(answers), len(requests), _spent(client.usage))
       if failures >= give_up_after:
@@ -424,7 +427,7 @@ async def ask_all(
     _, others = errors.split(_GaveUpError)
     if others:
       raise others.exceptions[0] from None
-  skipped = Unanswered(f"not asked, as {give_up_after} in a row came to nothing: {last}", False)
+  skipped = Unanswered(f"not asked, as {give_up_after} in a row came to nothing: {last.why}", False, last.may_pass)
   return [answers.get(name, skipped) for name in names]
 
 

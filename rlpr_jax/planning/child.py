@@ -13,7 +13,7 @@ import jax
 from rlpr_jax import config as configs
 from rlpr_jax import huggingface
 from rlpr_jax.data import builtin
-from rlpr_jax.errors import exit_on_input_error, setting_names
+from rlpr_jax.errors import exit_with_one_line, setting_names
 from rlpr_jax.planning import hardware
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.planning.planner import Planner, plan
@@ -43,5 +43,5 @@ def main(job: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  with exit_on_input_error(), setting_names(NAMES):
+  with exit_with_one_line(), setting_names(NAMES):
     main(pathlib.Path(sys.argv[1]))

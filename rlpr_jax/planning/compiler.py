@@ -190,7 +190,7 @@ def compile_program(
 def _read(file: pathlib.Path) -> Compiled | None:
   try:
     account = Compiled(**json.loads(file.read_text()))
-  except (OSError, ValueError, TypeError):  # none, or of another version: it is made anew
+  except (OSError, ValueError, TypeError, RecursionError):  # none, or of another version: it is made anew
     return None
   return account._replace(traffic={kind: hlo.Traffic(*numbers) for kind, numbers in account.traffic.items()})
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.markup import Markup, join, tag
 from rlpr_jax.report.records import ACCURACY, Json, Run, Series, read_run
-from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.runs.storage import write_result
 
 # The policy forbids scripts and requests even if something hostile were to get past the escaping.
 HEAD = """<meta charset="utf-8">
@@ -142,5 +142,5 @@ def render_page(run: Run) -> str:
 def write_report(workdir: pathlib.Path) -> pathlib.Path:
   """Writes WORKDIR/report.html from what the run wrote so far, and returns its path."""
   path = workdir / "report.html"
-  write_atomically(path, render_page(read_run(workdir)))
+  write_result(path, render_page(read_run(workdir)))
   return path

@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.charts import Panel
 from rlpr_jax.report.records import ACCURACY, Json, Run, number, read_run
-from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.runs.storage import write_result
 
 # All lengths are points, 1/72 inch; at 100 dots an inch the picture is 1,200 wide. Written at twice that.
 WIDTH, DPI = 864.0, 200
@@ -294,6 +294,5 @@ def save_picture(workdir: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     # A response in a script the font lacks becomes boxes, which is no reason to fill the screen.
     warnings.filterwarnings("ignore", message="Glyph")
     content = draw(run)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(path, content)
+  write_result(path, content)
   return path

@@ -98,7 +98,7 @@ def read_lines(path: pathlib.Path) -> Iterator[Json | None]:
     for line in file:
       try:
         content = json.loads(line)
-      except ValueError:
+      except (ValueError, RecursionError):
         content = None
       yield content if isinstance(content, dict) else None
 
@@ -125,7 +125,7 @@ def read_config(path: pathlib.Path) -> Json:
     return {}
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise errors.InputError(f"{path}: not JSON ({error})") from error
   return content if isinstance(content, dict) else {"config": content}
 
@@ -135,7 +135,7 @@ def read_run(workdir: pathlib.Path) -> Run:
   if not workdir.is_dir():
     raise errors.InputError(f"{workdir}: no such directory, expected that of a run")
   rows, unreadable = read_metrics(workdir / "metrics.jsonl")
-  files = sorted((workdir / "rollouts").glob("*.jsonl"), reverse=True)[:RECENT_FILES]
+  files = sorted(filter(pathlib.Path.is_file, (workdir / "rollouts").glob("*.jsonl")), reverse=True)[:RECENT_FILES]
   rollouts = [row for path in files for row in read_lines(path)]
   return Run(
     name=workdir.resolve().name,

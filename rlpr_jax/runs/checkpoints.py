@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 import sys
@@ -20,7 +21,7 @@ import tenacity
 from ml_collections import ConfigDict
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, LatestN
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError, trouble
 from rlpr_jax.models import Params
 from rlpr_jax.runs.storage import persist, reason
 
@@ -68,12 +69,21 @@ class Checkpoints(Generic[State]):
       log: `config.log`, which says how many of the newest and of the best are kept, and how long trouble with the
         storage is borne.
       split, join: take a state apart into what goes on disk, and put it together again.
+
+    Raises:
+      InputError: something else is in its place.
+      MachineError: the disk is full or gone.
     """
     self._directory, self.log = (workdir / "checkpoints").absolute(), log
+    if os.path.lexists(self._directory) and not self._directory.is_dir():
+      raise InputError(f"{self._directory}: not a directory, expected that of checkpoints")
     self._split, self._join = split, join
     self._under_way: tuple[OnDisk, float | None] | None = None
     self._accuracies: dict[int, float] = {}
-    self._open()
+    try:
+      self._open()
+    except OSError as error:
+      raise trouble(error, f"{self._directory}: cannot be opened ({reason(error)})") from None
 
   def _open(self) -> None:
     policy = AnyPreservationPolicy([LatestN(self.log.keep_checkpoints), _Best(self.log.keep_best, self._accuracies)])
@@ -96,7 +106,8 @@ class Checkpoints(Generic[State]):
     """Starts writing; `wait` before the state's arrays are given away to the next update.
 
     Raises:
-      InputError: the storage did not take it for `log.retry_seconds`, or its parameters are not finite.
+      MachineError: the storage did not take it for `log.retry_seconds`.
+      InputError: its parameters are not finite.
     """
     self.wait()
     params, arrays, host = self._split(state)
@@ -120,7 +131,7 @@ class Checkpoints(Generic[State]):
     """Until what is under way is on disk; it is written anew where that failed.
 
     Raises:
-      InputError: the storage did not take it for `log.retry_seconds`.
+      MachineError: the storage did not take it for `log.retry_seconds`.
     """
     try:
       self._manager.wait_until_finished()
@@ -143,11 +154,11 @@ class Checkpoints(Generic[State]):
   def _save_again(self, error: Exception) -> None:
     """Writes the state under way until that succeeds, each time as a new program would.
 
-    Of many processes only one may have failed, or died, while the others wait for it: then the run ends, and is no
-    wrong input, so that a launcher starts it again.
+    Of many processes only one may have failed, or died, while the others wait for it: then the run ends, and a launcher
+    starts it again.
     """
     if jax.process_count() > 1:
-      raise RuntimeError(f"{self._directory}: cannot be written ({reason(error)})") from error
+      raise MachineError(f"{self._directory}: cannot be written ({reason(error)})") from error
     assert self._under_way is not None
     step = self._under_way[0].host["step"]
     print(f"{self._directory}/{step}: {reason(error)}, writing it again", file=sys.stderr, flush=True)
@@ -205,11 +216,14 @@ class Checkpoints(Generic[State]):
     aside = self._directory.with_name("damaged_checkpoints")
     for error, step in zip(damaged, steps, strict=True):
       print(f"{error}: put aside in {aside}, going on from the one before", file=sys.stderr, flush=True)
-      aside.mkdir(exist_ok=True)
-      shutil.rmtree(aside / str(step), ignore_errors=True)
-      (self._directory / str(step)).rename(aside / str(step))
+      persist(functools.partial(self._move, step, aside), aside, self.log.retry_seconds)
     if damaged:
       self._open()
+
+  def _move(self, step: int, aside: pathlib.Path) -> None:
+    aside.mkdir(exist_ok=True)
+    shutil.rmtree(aside / str(step), ignore_errors=True)
+    (self._directory / str(step)).rename(aside / str(step))
 
   def close(self) -> None:
     self.wait()

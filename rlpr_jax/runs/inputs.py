@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlpr_jax import huggingface, processes
 from rlpr_jax.errors import InputError
-from rlpr_jax.runs.storage import write_atomically
+from rlpr_jax.runs.storage import persist, reason, write_atomically
 from rlpr_jax.types import Prompt
 
 NAME = "inputs.json"
@@ -65,14 +65,15 @@ def read_inputs(workdir: pathlib.Path) -> Inputs | None:
     return Inputs(fields["program"], dict(fields["parts"]), list(fields["rows"]), earlier)
   except FileNotFoundError:
     return None
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f"{file}: expected the inputs of this directory's run ({error})") from None
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise InputError(f"{file}: expected the inputs of this directory's run ({reason(error)})") from None
 
 
-def write_inputs(workdir: pathlib.Path, inputs: Inputs) -> None:
+def write_inputs(workdir: pathlib.Path, inputs: Inputs, retry_seconds: float) -> None:
   """Writes the inputs into the run's directory; of many processes the first does."""
   if processes.is_first():
-    write_atomically(workdir / NAME, json.dumps(inputs._asdict()))
+    path = workdir / NAME
+    persist(lambda: write_atomically(path, json.dumps(inputs._asdict())), path, retry_seconds)
 
 
 def check_program(workdir: pathlib.Path, program: str) -> None:

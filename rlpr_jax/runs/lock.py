@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from rlpr_jax.errors import USAGE, InputError
+from rlpr_jax.errors import USAGE, InputError, trouble
 
 NAME = "run.lock"
 PERIOD = 5.0  # seconds between two signs of life
@@ -63,7 +63,8 @@ def hold(workdir: pathlib.Path, stopping: Callable[[], bool] = lambda: False) ->
     stopping: whether this run was told to stop; then it does not wait for others, and others wait for it.
 
   Raises:
-    InputError: another run is there; names its process and machine.
+    InputError: another run is there; names its process and machine. Or the file cannot be written.
+    MachineError: the disk is full or gone.
 
   >>> import tempfile
   >>> with tempfile.TemporaryDirectory() as directory, hold(pathlib.Path(directory)):
@@ -74,7 +75,7 @@ def hold(workdir: pathlib.Path, stopping: Callable[[], bool] = lambda: False) ->
   try:
     file = _acquire(path, ours, stopping)
   except OSError as error:
-    raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+    raise trouble(error, f"{path}: cannot be written ({error.strerror})") from None
   ended = threading.Event()
   beat = threading.Thread(target=_show_life, args=(path, file, ours, stopping, ended), name="lock", daemon=True)
   beat.start()
@@ -197,7 +198,7 @@ def _read(path: pathlib.Path) -> _Holder | None:
   """Whose lock it is; None where it is nobody's, or not written yet."""
   try:
     return _Holder(**json.loads(path.read_text().partition("\n")[0]))
-  except (FileNotFoundError, ValueError, TypeError):
+  except (FileNotFoundError, ValueError, TypeError, RecursionError):
     return None
 
 

@@ -1,7 +1,9 @@
 """Output of a run while it goes: metrics, samples of rollouts, lines on the screen."""
 
 import contextlib
+import functools
 import json
+import os
 import pathlib
 import sys
 import time
@@ -74,7 +76,7 @@ class MetricsWriter:
         f"{self._path}: metrics of {max(steps)} steps, and {workdir / 'checkpoints'} holds no checkpoint: expected the"
         " checkpoints back, or --fresh to begin anew"
       )
-    if self._rollouts.exists() and not self._rollouts.is_dir():
+    if os.path.lexists(self._rollouts) and not self._rollouts.is_dir():
       raise InputError(f"{self._rollouts}: not a directory, expected one for samples of rollouts")
     self.rows = [row for row in history.rows if row["step"] <= self._last]  # all that is written, on every process
     if processes.is_first():
@@ -88,7 +90,7 @@ class MetricsWriter:
       for file in self._rollouts.glob("step_*.jsonl"):
         step = file.stem.removeprefix("step_")
         if step.isascii() and step.isdigit() and int(step) > self._last:
-          file.unlink()
+          self._persist(file, functools.partial(file.unlink, missing_ok=True))
       self._plot([])
 
   def _set_aside(self, damaged: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ from typing import BinaryIO, TypeVar
 
 import tenacity
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import is_lasting, trouble
 
 T = TypeVar("T")
 _BLOCK = 2**20  # bytes
@@ -22,7 +22,8 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
     seconds: how long to try.
 
   Raises:
-    InputError: it failed for so long.
+    MachineError: it failed for so long.
+    InputError: something is in the way, which is not waited for, or there was no permission for so long.
   """
 
   def say(attempt: tenacity.RetryCallState) -> None:
@@ -30,8 +31,11 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
     why = reason(error) if error else "failed"
     print(f"{where}: {why}, trying again in {attempt.upcoming_sleep:.0f}s", file=sys.stderr, flush=True)
 
+  def may_pass(error: BaseException) -> bool:
+    return isinstance(error, PermissionError) or (isinstance(error, OSError) and not is_lasting(error))
+
   attempts = tenacity.Retrying(
-    retry=tenacity.retry_if_exception_type(OSError),
+    retry=tenacity.retry_if_exception(may_pass),
     wait=tenacity.wait_exponential(multiplier=0.5, max=30),
     stop=tenacity.stop_after_delay(seconds),
     before_sleep=say,
@@ -40,10 +44,9 @@ def persist(write: Callable[[], T], where: pathlib.Path, seconds: float) -> T:
   try:
     return attempts(write)
   except OSError as error:
-    raise InputError(
-      f"{where}: cannot be written ({reason(error)}), tried for {seconds:.0f}s;"
-      " the same command goes on from the last checkpoint"
-    ) from None
+    tried = f", tried for {seconds:.0f}s" if may_pass(error) else ""
+    message = f"{where}: cannot be written ({reason(error)}){tried}; the same command goes on from the last checkpoint"
+    raise trouble(error, message) from None
 
 
 def reason(error: BaseException) -> str:
@@ -56,13 +59,30 @@ def reason(error: BaseException) -> str:
 
 
 def write_atomically(path: pathlib.Path, content: str | bytes) -> None:
-  """Either the old file or the whole new one is there, whenever the process dies."""
+  """Either the old file or the whole new one is there, whenever the process dies.
+
+  Half a surrogate pair, which a text of somebody else's JSON may hold, is written as JSON spells it.
+  """
   temporary = path.with_name(f"{path.name}.partial")
   with temporary.open("wb") as file:
-    file.write(content.encode() if isinstance(content, str) else content)
+    file.write(content.encode(errors="backslashreplace") if isinstance(content, str) else content)
     file.flush()
     os.fsync(file.fileno())
   os.replace(temporary, path)
+
+
+def write_result(path: pathlib.Path, content: str | bytes) -> None:
+  """What a program was asked for, as `write_atomically` does, in a directory that is made where there is none.
+
+  Raises:
+    InputError: it cannot be written until somebody mends it.
+    MachineError: the disk is full or gone.
+  """
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
+  except OSError as error:
+    raise trouble(error, f"{path}: cannot be written ({reason(error)})") from None
 
 
 def free_name(path: pathlib.Path) -> pathlib.Path:

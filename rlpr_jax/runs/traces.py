@@ -14,10 +14,15 @@ from typing import Any
 NAME = "traces.log"
 
 
-def keep(workdir: pathlib.Path, text: str) -> None:
-  """Appends to the file; where that fails too, as on a full disk, the text is lost."""
-  with contextlib.suppress(OSError), (workdir / NAME).open("a", errors="backslashreplace") as file:
-    file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{text.rstrip()}\n")
+def keep(workdir: pathlib.Path, text: str) -> pathlib.Path | None:
+  """Appends to the file, and returns it; None where that fails too, as on a full disk."""
+  path = workdir / NAME
+  try:
+    with path.open("a", errors="backslashreplace") as file:
+      file.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')}\n{text.rstrip()}\n")
+  except OSError:
+    return None
+  return path
 
 
 @contextlib.contextmanager

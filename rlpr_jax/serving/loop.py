@@ -110,7 +110,6 @@ class Loop:
         jobs = {*self._taken, *self.jobs.values(), *self._new}
       for job in jobs:
         job.tell(None)
-      raise
 
   def _take(self) -> bool:
     """Waits for something to do, and hands it to the scheduler; False once all is over."""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question, load
 from rlpr_jax.grading import graders
 from rlpr_jax.grading.question import GRADERS
@@ -125,8 +125,8 @@ def write(path, rows):
   return str(path)
 
 
-def fails(part, *args, **kwargs):
-  with pytest.raises(InputError) as caught:
+def fails(part, *args, kind=InputError, **kwargs):
+  with pytest.raises(kind) as caught:
     load(*args, **kwargs)
   assert "\n" not in str(caught.value)
   assert part in str(caught.value)
@@ -403,8 +403,8 @@ def test_the_hub_out_of_reach(monkeypatch):
     raise ConnectionError("no\nnetwork")
 
   monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-  fails("dataset HuggingFaceH4/MATH-500: cannot be loaded from the hub", "math500")
-  fails("a local file of its rows given as path: ConnectionError: no network", "math500")
+  fails("dataset HuggingFaceH4/MATH-500: cannot be loaded from the hub", "math500", kind=MachineError)
+  fails("a local file of its rows given as path: ConnectionError: no network", "math500", kind=MachineError)
 
 
 def measured(directory):

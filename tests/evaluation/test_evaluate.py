@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from rlpr_jax import evaluate as program
 from rlpr_jax import huggingface
 from rlpr_jax import train as training
-from rlpr_jax.errors import InputError
+from rlpr_jax.errors import InputError, MachineError
 from rlpr_jax.evaluation import benchmarks, responses
 from rlpr_jax.evaluation.config import benchmark, default, model, validate
 from rlpr_jax.judging.judge import JudgeItem, conversation
@@ -223,7 +223,7 @@ def test_an_endpoint_that_dies_is_asked_again_for_what_is_missing(file, tmp_path
   """Also of a question some of whose samples are there."""
   with serving(lambda body, number: completion("<answer>2</answer>") if number < 6 else server.die() or 9.0) as server:
     settings = recipe(file, 2, m=theirs(server.url, concurrency=1, time_limit=0.3, attempts=1))
-    with pytest.raises(InputError, match=r"of 8 questions got no response .* the same command asks again"):
+    with pytest.raises(MachineError, match=r"of 8 questions got no response .* the same command asks again"):
       program.evaluate(settings, tmp_path / "out")
   assert not (tmp_path / "out" / "summary.json").exists()
   with serving(lambda body, _: "<answer>2</answer>") as server:

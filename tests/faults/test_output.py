@@ -16,7 +16,7 @@ from tests.tiny_run import ROOT
 PROGRAM = """
 import pathlib, sys
 from rlpr_jax import errors
-with errors.exit_on_input_error():
+with errors.exit_with_one_line():
   for step in range(3000):
     print(f"step {step} " + 100 * "x", flush=step % 100 == 0)
     print("a warning", file=sys.stderr)

@@ -22,11 +22,11 @@ from tests.tiny_run import RECIPE, rows, start, tiny
 ROOT = pathlib.Path(__file__).parents[2]
 HOLDER = """
 import pathlib, sys
-from rlpr_jax.errors import exit_on_input_error
+from rlpr_jax.errors import exit_with_one_line
 from rlpr_jax.runs import lock
 lock.PERIOD = 0.2
 told = []
-with exit_on_input_error(), lock.hold(pathlib.Path(sys.argv[1]), lambda: bool(told)):
+with exit_with_one_line(), lock.hold(pathlib.Path(sys.argv[1]), lambda: bool(told)):
   print("held", flush=True)
   for line in sys.stdin:
     told.append(line)

@@ -15,6 +15,7 @@ import time
 import pytest
 import yaml
 
+from rlpr_jax import errors
 from rlpr_jax.runs.lock import is_alive
 from tests.models import tpu_compile
 from tests.tiny_run import RECIPE
@@ -315,6 +316,8 @@ def test_manifests_fit_the_schemas(launch, accelerator, topology, more, nodes, c
   (volume,) = pod["volumes"]
   assert ("csi" in volume) == ("claim" not in options) == ("annotations" in (template["metadata"] or {}))
   assert found["spec"]["failurePolicy"]["maxRestarts"] == 100
+  (rule,) = slices["template"]["spec"]["podFailurePolicy"]["rules"]
+  assert rule["onExitCodes"]["values"] == [errors.USAGE, errors.INTERRUPTED]
 
 
 # --- what is refused ------------------------------------------------------------------------------------------------
@@ -401,9 +404,15 @@ def test_a_crash_is_tried_again(gpu):
   assert gpu.calls()[1:] == [f"python -m rlpr_jax.train {' '.join(LOCAL)} --config.steps=3"] * 3
 
 
-def test_wrong_input_is_not_tried_again(gpu):
-  gpu.plan(2)
-  assert gpu("gpu", *gpu.arguments, status=2).stdout == "start\n"
+@pytest.mark.parametrize("status", [errors.USAGE, errors.INTERRUPTED])
+def test_what_another_try_does_not_mend_is_not_tried_again(gpu, status):
+  gpu.plan(status)
+  assert gpu("gpu", *gpu.arguments, status=status).stdout == "start\n"
+
+
+def test_trouble_of_the_machine_and_faults_are_tried_again(gpu):
+  gpu.plan(errors.MACHINE, errors.FAULT, 128 + signal.SIGABRT, 0)
+  assert gpu("gpu", *gpu.arguments).stdout == "start\n" * 4
 
 
 def test_restarts_end(gpu):
@@ -611,10 +620,11 @@ def test_a_queued_resource_is_created_and_again_when_preempted(tpu):
   assert "ended with status 1, restart 1 of 100" in done.stderr
 
 
-def test_wrong_input_on_the_workers_ends_it(tpu, tmp_path):
+@pytest.mark.parametrize("status", [errors.USAGE, errors.INTERRUPTED])
+def test_what_another_try_does_not_mend_ends_it_on_the_workers(tpu, tmp_path, status):
   (tmp_path / "state").write_text("READY\n")
-  tpu.plan(2)
-  tpu("tpu", *tpu.arguments, status=2)
+  tpu.plan(status)
+  assert tpu("tpu", *tpu.arguments, status=status).stdout == "start\n" * 2
 
 
 def begin_on_workers(tpu, tmp_path, *plan):
@@ -783,6 +793,20 @@ def test_a_cluster_that_cannot_be_used(gke, tmp_path, gone, line):
 
 
 # --- launch/slurm.sh, with an sbatch that stands in ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [0, errors.USAGE, errors.INTERRUPTED, errors.MACHINE, errors.FAULT])
+def test_the_batch_script_asks_for_another_try_where_one_may_help(launch, tmp_path, status):
+  launch.fake("sbatch", 'cp "$2" "$FAKE/submitted"; echo 77')
+  launch("slurm", CONFIG, f"--workdir={tmp_path}/run", "--gpus-per-node=0")
+  launch.fake("srun", f"exit {status}")
+  launch.fake("scontrol", "")
+  launch.fake("sleep", "")
+  environment = launch.environment | {"SLURM_JOB_ID": "77"}
+  done = subprocess.run(["bash", tmp_path / "submitted"], env=environment, capture_output=True, text=True, check=False)
+  assert done.returncode == status, done.stderr
+  asked = "scontrol requeue 77" in launch.calls()
+  assert asked == (status in (errors.MACHINE, errors.FAULT))
 
 
 def test_a_job_is_submitted(launch, tmp_path):
