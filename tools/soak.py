@@ -3,12 +3,13 @@
 The quickstart's recipe for `--steps` steps, with one reward in a hundred NaN. One run is left alone. The other lies on
 a disk of its own (a tmpfs, where one may be mounted; `umount` it in the end). It meets, at random moments and in turns:
 kill -9, SIGTERM, a kill with the newest checkpoint cut in half, a `tee` that dies before the Ctrl-C that it shares,
-SIGHUP, metrics and rollouts and pictures that are deleted before a kill, and a disk that cannot be written for a while.
-After each end the same command is given again; after `--faults` of them the run is left alone to its end. Then both
-accuracies, how many steps differ in any number, and the memory of the longest stretch are printed. An undisturbed run
-that is there already is taken as it is.
+SIGHUP, metrics and rollouts and pictures that are deleted before a kill, a disk that cannot be written for a while, and
+one that is full for a while, with the log on it. After each end the same command is given again; after `--faults` of
+them the run is left alone to its end. Then both accuracies, how many steps differ in any number, and the memory of the
+longest stretch are printed. An undisturbed run that is there already is taken as it is.
 """
 
+import contextlib
 import itertools
 import json
 import pathlib
@@ -26,11 +27,12 @@ from absl import app, flags
 # What a step computes; the rest of a row is time, and what depends on the process.
 _COMPUTED = ("filter/", "held_out/", "reward/", "rollout/", "update/")
 ROOT = pathlib.Path(__file__).parents[1]
-KINDS = ("kill", "term", "damage", "tee", "hangup", "delete", "disk")
+KINDS = ("kill", "term", "damage", "tee", "hangup", "delete", "disk", "full")
+_ON_A_DISK = ("disk", "full")  # of its own
 _SIGNALS = {"term": signal.SIGTERM, "tee": signal.SIGINT, "hangup": signal.SIGHUP}  # the others are killed
 _OUT = flags.DEFINE_string("out", None, "Directory of both runs.", required=True)  # the runs have a --workdir
 _STEPS = flags.DEFINE_integer("steps", 200, "Training steps of each run.")
-_FAULTS = flags.DEFINE_integer("faults", 14, "How many, then the run is left alone.")
+_FAULTS = flags.DEFINE_integer("faults", 16, "How many, then the run is left alone.")
 _EVERY = flags.DEFINE_integer("every", 60, "Seconds between two faults, in the mean.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the faults.")
 _CHILD = flags.DEFINE_bool("child", False, "Be a run; what this program starts.")
@@ -66,7 +68,7 @@ def start(workdir: pathlib.Path) -> tuple[subprocess.Popen, subprocess.Popen]:
   """A run, and the `tee` that takes its output."""
   command = [sys.executable, __file__, f"--out={workdir}", "--child", f"--steps={_STEPS.value}"]
   process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-  log = ["tee", "-a", str(workdir.with_suffix(".log"))]
+  log = ["tee", "-a", str(workdir / "log")]
   tee = subprocess.Popen(log, stdin=process.stdout, stdout=subprocess.DEVNULL)
   process.stdout.close()  # tee alone reads it
   return process, tee
@@ -116,22 +118,37 @@ def remount(workdir: pathlib.Path, how: str) -> bool:
   return subprocess.run(["mount", "-o", f"remount,{how}", workdir], capture_output=True).returncode == 0
 
 
+def fill(workdir: pathlib.Path) -> pathlib.Path:
+  """Fills the disk; the file that does."""
+  file = workdir / "full"
+  with contextlib.suppress(OSError), file.open("wb", buffering=0) as out:
+    while True:
+      out.write(bytes(2**20))
+  return file
+
+
 def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
   """The run with faults, to its end; how many of each there were, and the memory of the longest stretch."""
   rng, counts, longest = random.Random(_SEED.value), dict.fromkeys(KINDS, 0), []
   mount = ["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", workdir]
   mounted = subprocess.run(mount, capture_output=True).returncode == 0
-  for fault in itertools.cycle(KINDS if mounted else KINDS[:-1]):
+  kinds = [kind for kind in KINDS if mounted or kind not in _ON_A_DISK]
+  for fault in itertools.cycle(kinds):
     (process, tee), memory = start(workdir), []
     begun = len(rows(workdir))
     while len(rows(workdir)) <= begun and process.poll() is None:  # let each stretch come a step further
       time.sleep(0.5)
     last = sum(counts.values()) >= _FAULTS.value
     over = wait(process, float("inf") if last else rng.uniform(0.2, 1.8) * _EVERY.value, memory)
-    if not over and fault == "disk":
-      remount(workdir, "ro")
+    if not over and fault in _ON_A_DISK:
+      filler = fill(workdir) if fault == "full" else None
+      if fault == "disk":
+        remount(workdir, "ro")
       over = wait(process, rng.uniform(5, 30), memory)
-      remount(workdir, "rw")
+      if filler is None:
+        remount(workdir, "rw")
+      else:
+        filler.unlink()
       counts[fault] += 1
       over = over or wait(process, 20, memory)
     if not over:
@@ -146,7 +163,7 @@ def disturbed(workdir: pathlib.Path) -> tuple[dict[str, int], list[float]]:
         if fault == "delete":
           delete(workdir, process)
         process.send_signal(_SIGNALS.get(fault, signal.SIGKILL))
-      counts[fault] += fault != "disk"
+      counts[fault] += fault not in _ON_A_DISK
     status = process.wait()
     tee.wait()
     longest = max(longest, memory, key=len)
@@ -174,7 +191,7 @@ def main(argv: list[str]) -> None:
     while not wait(process, 60, memory):
       print(f"alone: {len(rows(alone))} of {_STEPS.value} steps", flush=True)
     if process.returncode:
-      raise SystemExit(f"the undisturbed run ended with status {process.returncode}: {alone.with_suffix('.log')}")
+      raise SystemExit(f"the undisturbed run ended with status {process.returncode}: {alone / 'log'}")
   counts, stretch = disturbed(other)
   for name, directory, mib in (("alone", alone, memory), ("disturbed", other, stretch)):
     accuracy = {row["step"]: row["held_out/accuracy"] for row in rows(directory) if "held_out/accuracy" in row}
