@@ -46,13 +46,15 @@ def splash_attention(
 ) -> Float[Array, "B T N H"]:
   """Splash attention, the block-sparse flash attention for TPUs that comes with JAX.
 
-  No [T, T] array is held, forwards or backwards. Blocks of which no token sees another are skipped: those that lie in
-  the future, before the window, or in other groups and branches. T is padded to whole blocks.
+  No [T, T] array is held, forwards or backwards. Blocks that lie in the future or before the window are skipped, and in
+  rows of groups all of which no token sees another. T is padded to whole blocks.
 
   Args:
     queries: float32 or bfloat16, as keys and values; scores and their softmax are float32.
     places: stems end, and branches begin, at multiples of `masks.alignment(T)`.
   """
+
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 
   def attend(
     queries: jax.Array,
@@ -66,12 +68,14 @@ def splash_attention(
 
     queries *= jnp.asarray(settings.scale, queries.dtype)  # the kernel has no scale
     queries, keys, values = (_pad(x, block).swapaxes(1, 2) for x in (queries, keys, values))
-    segment_ids, group_ids = (_pad(x, block, -1) for x in (ids[0], ids[-1]))  # a group of its own
-    spans = Spans.of(segment_ids, group_ids)
+    padded = [_pad(x, block, -1) for x in ids]  # a segment and a group of its own
 
     def mixed(window: int | None) -> Float[Array, "B N S H"]:
+      if len(ids) == 1:
+        kernel = _splash_kernel(queries.shape[1], queries.shape[2], block, window, settings.softcap)
+        return jax.vmap(kernel)(queries, keys, values, splash.SegmentIds(padded[0], padded[0]))
       # Not vmap: over what a kernel is told of its blocks that would be a loop, with copies of each row.
-      together = _Row(queries, keys, values, spans, group_ids)
+      together = _Row(queries, keys, values, Spans.of(*padded), padded[1])
       rows = [_Row(*jax.tree.map(lambda x, row=row: x[row], together)) for row in range(len(queries))]
       return jnp.stack([_splash_row(row, block, window, settings.softcap) for row in rows])
 
@@ -99,6 +103,35 @@ def _pad(x: Shaped[Array, "B T ..."], block: int, value: int = 0) -> Shaped[Arra
   return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
 
+def _splash_kernel(heads: int, length: int, block: int, window: int | None, softcap: float | None) -> Kernel:
+  """The kernel for one row of plain sequences: queries [heads, length, H], keys and values [K, length, H], ids."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
+  shape = (length, length)
+  mask = splash_mask.CausalMask(shape) if window is None else splash_mask.LocalMask(shape, (window - 1, 0), 0)
+  return splash.make_splash_mha(
+    splash_mask.MultiHeadMask([mask] * heads),
+    block_sizes=_block_sizes(block),
+    attn_logits_soft_cap=softcap,
+    head_shards=1,
+    q_seq_shards=1,
+  )
+
+
+def _block_sizes(block: int) -> Any:
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+
+  return splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
+
+
 class _Row(NamedTuple):
   """Operands of the kernel, or several rows of them."""
 
@@ -110,7 +143,7 @@ class _Row(NamedTuple):
 
 
 def _splash_row(row: _Row, block: int, window: int | None, softcap: float | None) -> Float[Array, "N S H"]:
-  """The kernel on one row."""
+  """The kernel on one row of groups."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask_info as mask_info
 
@@ -127,25 +160,18 @@ def _splash_row(row: _Row, block: int, window: int | None, softcap: float | None
       q_sequence=coded,  # type: ignore[arg-type]  # as jax's own dynamic masks have it
     )
 
-  sizes = splash.BlockSizes(
-    block_q=block,
-    block_kv=block,
-    block_q_dkv=block,
-    block_kv_dkv=block,
-    block_q_dq=block,
-    block_kv_dq=block,
-  )
   kernel = splash.SplashAttentionKernel(
     info(1),
     info(1),
     info(0),
-    block_sizes=sizes,
+    block_sizes=_block_sizes(block),
     is_mqa=False,
     save_residuals=False,
     mask_value=splash.DEFAULT_MASK_VALUE,
     attn_logits_soft_cap=softcap,
     residual_checkpoint_name=None,
     mask_function=_sees(row.queries.shape[1], window),
+    interpret=False,
   )
   mixed = kernel(row.queries, row.keys, row.values, splash.SegmentIds(row.group_ids, row.group_ids))
   assert isinstance(mixed, jax.Array)  # without residuals

@@ -87,7 +87,11 @@ def distances(inputs: Inputs, windowed, settings: AttentionSettings) -> dict[str
 
 def interpreted() -> contextlib.AbstractContextManager:
   """Splash attention without a TPU, as long as the context lasts."""
-  make = functools.partial(splash_attention_kernel.SplashAttentionKernel, interpret=True)
+
+  def make(*args, **options):
+    return kernel(*args, **options | {"interpret": True})
+
+  kernel = splash_attention_kernel.SplashAttentionKernel
   return mock.patch.object(splash_attention_kernel, "SplashAttentionKernel", make)
 
 

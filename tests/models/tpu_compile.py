@@ -75,15 +75,15 @@ def compile_decoder(where: sharding.Sharding, config: models.ModelConfig) -> dic
   for backend in ("auto", "xla"):
     model = models.definition(config, models.Runtime("bfloat16", backend, sharding=where))
 
-    def loss(params, tokens, positions, segment_ids, model=model):
+    def loss(params, tokens, positions, segment_ids, group_ids, model=model):
       decoder = nnx.merge(model, params)
-      return decoder.logprobs(decoder(tokens, positions, segment_ids), tokens)[0].mean()
+      return decoder.logprobs(decoder(tokens, positions, segment_ids, group_ids), tokens)[0].mean()
 
     def prefill(params, tokens, model=model):
       return nnx.merge(model, params).prefill(tokens)
 
     result[backend] = {
-      "gradient": compile_for_tpu(jax.grad(loss), params, rows, rows, rows),
+      "gradient": compile_for_tpu(jax.grad(loss), params, rows, rows, rows, rows),
       "prefill": compile_for_tpu(prefill, params, rows),
     }
   return result
@@ -96,8 +96,8 @@ def compile_kernels(where: sharding.Sharding) -> dict[str, Any]:
     for dtype in ("bfloat16", "float32"):
       settings = AttentionSettings("splash", head_dim**-0.5, softcap=50.0, window=100, sharding=where)
 
-      def loss(queries, keys, values, segment_ids, windowed, settings=settings):
-        places = Places(segment_ids, windowed)
+      def loss(queries, keys, values, segment_ids, group_ids, windowed, settings=settings):
+        places = Places(segment_ids, windowed, group_ids=group_ids)
         return attention.attend(queries, keys, values, places, settings).astype(jnp.float32).sum()
 
       def heads(count, axis, head_dim=head_dim, dtype=dtype):
@@ -105,7 +105,14 @@ def compile_kernels(where: sharding.Sharding) -> dict[str, Any]:
         return jax.ShapeDtypeStruct((4, 1000, count, head_dim), dtype, sharding=placed)
 
       ids = jax.ShapeDtypeStruct((4, 1000), jnp.int32, sharding=where.named(("batch", None)))
-      operands = (heads(8, "heads"), heads(2, "kv_heads"), heads(2, "kv_heads"), ids, jax.ShapeDtypeStruct((), bool))
+      operands = (
+        heads(8, "heads"),
+        heads(2, "kv_heads"),
+        heads(2, "kv_heads"),
+        ids,
+        ids,
+        jax.ShapeDtypeStruct((), bool),
+      )
       result[f"{head_dim} {dtype}"] = compile_for_tpu(jax.grad(loss, argnums=(0, 1, 2)), *operands)
   return result
 

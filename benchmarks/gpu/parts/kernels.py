@@ -157,7 +157,11 @@ def _contenders(report: Report) -> Iterator[dict[str, Attend]]:
   if not report.rehearse:
     yield found
     return
-  interpreted = functools.partial(splash_attention_kernel.SplashAttentionKernel, interpret=True)
+  kernel = splash_attention_kernel.SplashAttentionKernel
+
+  def interpreted(*args, **options):
+    return kernel(*args, **options | {"interpret": True})
+
   with mock.patch.object(splash_attention_kernel, "SplashAttentionKernel", interpreted):
     yield {"splash, interpreted": kernels.splash_attention} | found
 
