@@ -19,7 +19,7 @@ from rlpr_jax.training import packing
     lambda: attention.rotate(jnp.zeros((1, 2, 3)), jnp.zeros((1, 2), int), jnp.zeros(2)),
     lambda: attention.rotate(jnp.zeros((1, 2, 3, 4)), jnp.zeros((2, 2), int), jnp.zeros(2)),
     lambda: shapes.bucket((1, 2), "1"),
-    lambda: packing.first_fit([1, 2], row_length=None),
+    lambda: packing.arrange([], row_length=None),
   ],
   ids=["filtering", "sharding", "huggingface", "models, rank", "models, batch", "sampling", "training"],
 )
