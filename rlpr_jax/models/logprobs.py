@@ -49,7 +49,7 @@ def token_logprobs(
   hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(rows, chunks, chunk, -1).swapaxes(0, 1)
   targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(rows, chunks, chunk).swapaxes(0, 1)
   hidden = sharding.constrain(hidden, None, "batch", None, None)
-  count = chunks if used is None else jnp.max(jnp.where(used, jnp.arange(length) // chunk + 1, 0))
+  count = None if used is None else jnp.max(jnp.where(used, jnp.arange(length) // chunk + 1, 0))
   logps, entropy = _first_chunks(_Distribution(cap, known_tokens, sharding), head, hidden, targets, temperature, count)
   logps, entropy = (x.swapaxes(0, 1).reshape(rows, -1)[:, :length] for x in (logps, entropy))
   return logps, entropy
@@ -96,11 +96,12 @@ def _first_chunks(
   hidden: Float[Array, "N B C D"],
   targets: Int[Array, "N B C"],
   temperature: Float[ArrayLike, ""],
-  count: Int[ArrayLike, ""],
+  count: Int[Array, ""] | None,
 ) -> tuple[Float[Array, "N B C"], Float[Array, "N B C"]]:
   """Log-probabilities and entropies of the first `count` of N chunks, zeros of the others, which cost nothing.
 
-  Its own gradient is a loop of as many turns: one over all of them would hold several arrays of the head's size.
+  `count`: None for all. Its own gradient is a loop of as many turns: one over all of them would hold several arrays of
+  the head's size.
   """
   cast = head.astype(hidden.dtype)
 
@@ -109,7 +110,8 @@ def _first_chunks(
     return found[0].at[i].set(logps), found[1].at[i].set(entropy)
 
   zeros = jnp.zeros(targets.shape)
-  found: tuple[jax.Array, jax.Array] = jax.lax.fori_loop(0, count, step, (zeros, zeros))
+  most = len(targets) if count is None else count
+  found: tuple[jax.Array, jax.Array] = jax.lax.fori_loop(0, most, step, (zeros, zeros))
   return found
 
 
@@ -130,7 +132,8 @@ def _first_chunks_backward(
     return of_head + head_part.astype(of_head.dtype), of_hidden.at[i].set(hidden_part)
 
   start = jnp.zeros(head.shape, jnp.float32), jnp.zeros_like(hidden)
-  of_head, of_hidden = jax.lax.fori_loop(0, count, step, start)
+  most = len(targets) if count is None else count
+  of_head, of_hidden = jax.lax.fori_loop(0, most, step, start)
   return of_head.astype(head.dtype), of_hidden, None, jnp.zeros_like(temperature), None
 
 

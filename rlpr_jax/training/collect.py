@@ -20,6 +20,7 @@ from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
 from rlpr_jax.training.reward import compute_rewards, gather_evidence
 from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
+from rlpr_jax.training.settings import row_length
 from rlpr_jax.types import (
   Advantages,
   Answers,
@@ -146,7 +147,7 @@ def reference_scorer(run: Run, params: Params) -> TextScorer:
     sharding=policy.sampling.sharding,
   )
   # Long rows hold many of a prompt's responses behind it.
-  length = max(packing.shortest_row(configs.longest_text(config)), run.packing.row_length)
+  length = max(packing.shortest_row(configs.longest_text(config)), row_length(config))
   return TextScorer(program, params, length)
 
 

@@ -334,10 +334,11 @@ def test_operations_as_counted():
 
 
 def test_rows_of_the_update():
-  rows = update.packed_rows(2, 256)
+  rows = update.packed_rows(20, 256)
   assert rows.positions.max() < 256
   assert rows.mask.any(axis=1).sum() == (rows.positions >= 0).any(axis=1).sum()
-  assert rows.padding < 0.3
+  assert 18 <= rows.mask.any(axis=1).sum() <= 22
+  assert rows.padding < 0.1
 
 
 def test_published_rates_are_of_the_same_card():

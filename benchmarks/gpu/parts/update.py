@@ -128,7 +128,7 @@ def packed_rows(rows: int, row_length: int) -> PackedRows:
   """Random tokens in about so many rows: prompts of about 150 tokens with 8 responses each of about 600, log-normal, as
   long as a row at most; where rows are shorter than 4096, in proportion."""
   rng, scale = np.random.default_rng(0), row_length / 4096
-  prompts = max(int(rows * row_length / scale / 8 / 850), 1)
+  prompts = max(int(rows * row_length / scale / 5900), 1)
   limits = np.array([row_length // 4, row_length - row_length // 4])
 
   def lengths(median: float, limit: int, shape: tuple[int, ...]) -> np.ndarray:
