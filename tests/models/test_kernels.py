@@ -151,9 +151,10 @@ def test_decoder(interpreted):
 def test_tokamax(softcap):
   """What a token sees, heads and scale. Which of its kernels serves a GPU is not seen here."""
   pytest.importorskip("tokamax", reason="tokamax is not installed")
-  inputs, settings = random_inputs(2, 200, 4, 2, 64), AttentionSettings("tokamax", 0.1, softcap, window=25)
-  for windowed in (jnp.array(True), jnp.array(False), None):
-    assert_close(distances(inputs, windowed, settings))
+  settings = AttentionSettings("tokamax", 0.1, softcap, window=25)
+  for make in (random_inputs, branched_inputs):
+    for windowed in (jnp.array(True), jnp.array(False), None):
+      assert_close(distances(make(2, 200, 4, 2, 64), windowed, settings))
 
 
 def test_tokamax_private_names():
@@ -161,7 +162,7 @@ def test_tokamax_private_names():
   pytest.importorskip("tokamax", reason="tokamax is not installed")
   implementations, mask = kernels.import_tokamax()
   assert {"mosaic_gpu", "triton", "xla"} <= set(implementations)
-  made = mask(k_start=jnp.zeros((2, 1, 8), jnp.int32), is_causal=True)
+  made = mask(k_start=jnp.zeros((2, 1, 8), jnp.int32), q_end=jnp.full((2, 1, 8), 8), is_causal=True)
   assert made.is_causal  # kept beside the range, or the future would be computed
   assert made.k_start.shape == (2, 1, 8)
   sees = np.asarray(mask(k_start=jnp.array([0, 0, 2, 2]), is_causal=True).as_array(4, 4))
