@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 # Where the tests run under nohup, the programs that they start would ignore it too.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's jobs in the background ignore
 
 # Compiling is most of the tests' time: XLA's own passes as ever, LLVM's left out. Subprocesses inherit it.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"

@@ -330,10 +330,11 @@ def test_whole_updates_are_those_of_one_device(eight):
     assert result["metrics"] == pytest.approx(result["expected_metrics"], rel=1e-5, abs=1e-6)
     assert 0.1 < result["metrics"]["clip_fraction"] < 0.9
     assert result["state"] < 1e-5  # moments, or momentum
-    assert result["scores"] < 1e-5
+    assert result["scores"] < 1e-3  # AdamW divides the smallest gradients, which are rounding, by their own size
     assert result["stayed"]  # where they lay
   assert eight["update"]["momentum"]["moved"] > 1e-2
   assert eight["update"]["momentum"]["params"] < 1e-5
+  assert eight["update"]["momentum"]["scores"] < 1e-5
 
 
 @pytest.mark.parametrize("name", eight_devices.OPTIMIZERS)
