@@ -41,6 +41,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from rlpr_jax.data import builtin
 from rlpr_jax.models import ModelConfig, Params, abstract_params, definition
+from tests.tiny_run import RECIPE
 
 # Files of few and long tests begin first, or a worker is left alone with them at the end.
 LONG = (
@@ -54,6 +55,14 @@ collect_ignore = [path for path in Path(__file__).parent.rglob("*.py") if not pa
 
 def pytest_collection_modifyitems(items):
   items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+  """A file of the recipe of a run of seconds."""
+  path = tmp_path_factory.mktemp("recipe") / "tiny.py"
+  path.write_text(RECIPE)
+  return path
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -20,7 +20,6 @@ from rlpr_jax.errors import InputError
 from rlpr_jax.policy import load_policy
 from rlpr_jax.runs.checkpoints import restore_params
 from rlpr_jax.runs.lock import is_alive
-from tests.tiny_run import RECIPE
 
 ROOT = pathlib.Path(__file__).parents[1]
 SETTINGS = (
@@ -52,13 +51,6 @@ def run(*arguments, **options) -> str:
   out, err = process.communicate(timeout=600)
   assert process.returncode == 0, err
   return out
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-  path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-  path.write_text(RECIPE)
-  return path
 
 
 @pytest.fixture(scope="module")

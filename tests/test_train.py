@@ -15,16 +15,9 @@ from rlpr_jax import train as training_program
 from rlpr_jax.errors import InputError
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.sampling.engine import StoppedError
-from tests.tiny_run import RECIPE, final_state, rows, start, timeless, tiny
+from tests.tiny_run import final_state, rows, start, timeless, tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory) -> pathlib.Path:
-  path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-  path.write_text(RECIPE)
-  return path
 
 
 def wait_for(process: subprocess.Popen, path: pathlib.Path) -> None:

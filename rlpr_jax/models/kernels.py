@@ -263,8 +263,8 @@ def tokamax_attention(
 ) -> Float[Array, "B T N H"] | None:
   """Flash attention for GPUs by tokamax, an optional dependency.
 
-  T is padded to whole blocks. Of tokamax's implementations the first is
-  taken that can be traced, forwards and backwards, for JAX's default device:
+  T is padded to whole blocks. Of tokamax's implementations the first is taken that can be traced, forwards and
+  backwards, for JAX's default device:
     - mosaic_gpu: bfloat16 on Hopper and Blackwell. No [T, T] array is held, forwards or backwards.
     - triton: from Ampere on, float32 too (in TF32). Backwards it holds a boolean mask [B, T, T], and has no soft cap.
     - xla: anywhere. It holds the scores, as backend "xla" does, and is taken for backend "tokamax" alone.

@@ -264,27 +264,23 @@ def lay(trees: Sequence[Tree], pieces: Sequence[Piece], rows: int, row_length: i
   segments, groups = np.zeros((2, rows), np.int32)
   filled = np.zeros(rows, np.int32)
 
-  def begin(row: int, start: int, size: int) -> slice:
+  def lay_segment(row: int, start: int, tokens: np.ndarray, position: int) -> slice:
     """The places of a segment. Those between it and the one before are as that one's: it ends before all of them."""
-    out.segment_ids[row, filled[row] : start] = segments[row]
-    group_ids[row, filled[row] : start] = groups[row]
+    here = slice(start, start + tokens.size)
+    out.segment_ids[row, filled[row] : start], group_ids[row, filled[row] : start] = segments[row], groups[row]
     segments[row] += 1
-    filled[row] = start + size
-    return slice(start, start + size)
+    groups[row] += position == 0  # a stem
+    out.segment_ids[row, here], group_ids[row, here] = segments[row], groups[row]
+    out.tokens[row, here], out.positions[row, here] = tokens, position + np.arange(tokens.size)
+    filled[row] = here.stop
+    return here
 
   for piece in pieces:
     row, (stem, branches) = piece.row, trees[piece.tree]
-    here = begin(row, piece.start, stem.size)
-    groups[row] += 1
-    out.segment_ids[row, here], group_ids[row, here] = segments[row], groups[row]
-    out.tokens[row, here] = stem
-    out.positions[row, here] = np.arange(stem.size)
+    lay_segment(row, piece.start, stem, 0)
     for number, start in piece.branches:
       branch = branches[number]
-      here = begin(row, start, branch.tokens.size)
-      out.segment_ids[row, here], group_ids[row, here] = segments[row], groups[row]
-      out.tokens[row, here] = branch.tokens
-      out.positions[row, here] = stem.size + np.arange(branch.tokens.size)
+      here = lay_segment(row, start, branch.tokens, stem.size)
       out.mask[row, here] = branch.mask
       out.old_logprobs[row, here] = branch.old_logprobs
       out.advantages[row, here] = branch.mask * branch.advantage

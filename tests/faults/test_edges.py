@@ -24,7 +24,7 @@ from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.metrics import MetricsWriter
 from rlpr_jax.runs.storage import write_atomically
 from rlpr_jax.training.collect import collect
-from tests.tiny_run import RECIPE, ROOT, tiny
+from tests.tiny_run import ROOT, tiny
 
 DEEP = "[" * 100_000
 SHORT = (
@@ -50,13 +50,6 @@ def call(capsys, monkeypatch, tmp_path):
     return status, capsys.readouterr().err
 
   return run
-
-
-@pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-  path = tmp_path_factory.mktemp("recipe") / "tiny.py"
-  path.write_text(RECIPE)
-  return path
 
 
 @pytest.fixture(scope="module")
