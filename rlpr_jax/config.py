@@ -38,8 +38,8 @@ FIELDS = {
   ),
   "model.attention": Field(
     "auto",
-    "auto (by the devices) | xla | splash (TPU) | tokamax (GPU)",
-    choices=("auto", "xla", "splash", "tokamax"),
+    "auto (by the devices) | xla | blockwise (CPU) | splash (TPU) | tokamax (GPU)",
+    choices=("auto", "xla", "blockwise", "splash", "tokamax"),
     may_change=True,
   ),
   "model.remat": Field(

@@ -1,7 +1,7 @@
 """Attention with grouped queries, and the rotary embedding.
 
-`attend` is the one function; behind it stand plain XLA, which runs anywhere and alone reads a cache, and the kernels of
-TPUs and GPUs for whole sequences.
+`attend` is the one function; behind it stand plain XLA, which runs anywhere and alone reads a cache, and for whole
+sequences blocks on the CPU and the kernels of TPUs and GPUs.
 """
 
 import functools
@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from rlpr_jax.models import kernels
+from rlpr_jax.models import blockwise, kernels
 from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.models.masks import Places
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.types import AnyArray
+
+ALL_AT_ONCE = 128  # tokens of a row up to which the CPU takes all scores at once: blocks gain nothing there
 
 
 class Cached(NamedTuple):
@@ -58,6 +60,8 @@ def attend(
     ]
     return _attend_xla(queries, keys, values, places, settings, cached)
   match settings.backend:
+    case "blockwise" if queries.shape[1] > ALL_AT_ONCE:
+      return blockwise.blockwise_attention(queries, keys, values, places, settings)
     case "splash":
       return kernels.splash_attention(queries, keys, values, places, settings)
     case "tokamax" | "tokamax_or_xla":

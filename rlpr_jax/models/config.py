@@ -116,7 +116,7 @@ class Runtime:
   """How a policy is run. Nothing here changes what it computes beyond rounding, which an int8 cache makes coarse."""
 
   compute_dtype: str = "float32"  # bfloat16 on accelerators; parameters keep their own dtype
-  attention: str = "auto"  # auto (the best one for the devices) | xla | splash | tokamax
+  attention: str = "auto"  # auto (the best one for the devices) | xla | blockwise | splash | tokamax
   remat: str = "dots"  # kept for the backward pass: none: all; dots: products with weights; full: layer inputs alone
   int8_cache: bool = False  # keys and values are kept in eight bits: half of bfloat16's memory, and not exact
   sharding: Sharding = Sharding()

@@ -18,7 +18,7 @@ from absl import flags
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from rlpr_jax.errors import SettingError
-from rlpr_jax.models.masks import Places, Spans, alignment
+from rlpr_jax.models.masks import Places, Spans, alignment, visible_blocks
 from rlpr_jax.sharding import Sharding
 
 Kernel = Callable[..., jax.Array]
@@ -30,7 +30,7 @@ BLOCKS = (512, 384, 256)  # lengths of splash's blocks in a long sequence
 class AttentionSettings:
   """Settings of attention that all layers share."""
 
-  backend: str  # xla | splash | tokamax | tokamax_or_xla, which is what "auto" becomes on a GPU
+  backend: str  # xla | blockwise | splash | tokamax | tokamax_or_xla, which is what "auto" becomes on a GPU
   scale: float  # of the scores
   softcap: float | None = None  # scores become cap * tanh(scores / cap)
   window: int | None = None  # tokens that a layer with a window sees, the newest one included
@@ -67,8 +67,8 @@ def splash_attention(
     block = block_length(length)
 
     queries *= jnp.asarray(settings.scale, queries.dtype)  # the kernel has no scale
-    queries, keys, values = (_pad(x, block).swapaxes(1, 2) for x in (queries, keys, values))
-    padded = [_pad(x, block, -1) for x in ids]  # a segment and a group of its own
+    queries, keys, values = (pad(x, block).swapaxes(1, 2) for x in (queries, keys, values))
+    padded = [pad(x, block, -1) for x in ids]  # a segment and a group of its own
 
     def mixed(window: int | None) -> Float[Array, "B N S H"]:
       if len(ids) == 1:
@@ -84,7 +84,7 @@ def splash_attention(
     return y[:, :, :length].swapaxes(1, 2)
 
   ids = [jnp.asarray(x) for x in (places.segment_ids, places.group_ids) if x is not None]
-  return _each_device(attend, settings, queries, keys, values, ids, places.windowed)
+  return each_device(attend, settings, queries, keys, values, ids, places.windowed)
 
 
 def block_length(length: int) -> int:
@@ -98,7 +98,7 @@ def block_length(length: int) -> int:
   return min(BLOCKS, key=lambda block: -length % block)
 
 
-def _pad(x: Shaped[Array, "B T ..."], block: int, value: int = 0) -> Shaped[Array, "B S ..."]:
+def pad(x: Shaped[Array, "B T ..."], block: int, value: int = 0) -> Shaped[Array, "B S ..."]:
   """With tokens of this value up to whole blocks."""
   return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block), *[(0, 0)] * (x.ndim - 2)], constant_values=value)
 
@@ -178,34 +178,6 @@ def _splash_row(row: _Row, block: int, window: int | None, softcap: float | None
   return mixed
 
 
-def visible_blocks(spans: Spans, window: int | None, block: int) -> Bool[Array, "A A"]:
-  """Whether some token of each block sees one of each other; what `Places.sees` says, by blocks.
-
-  Args:
-    spans: of the places of one row, [S].
-
-  >>> ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # a stem and two branches
-  >>> spans = jax.tree.map(lambda x: x[0], Spans.of(ids, jnp.ones_like(ids)))
-  >>> visible_blocks(spans, None, block=2).astype(int).tolist()
-  [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
-  """
-  places = jnp.arange(len(spans.group))
-  blocks = jnp.arange(0, len(places), block)  # first places
-
-  def hits(first: Int[Array, "S"], end: Int[Array, "S"]) -> Bool[Array, "S A"]:
-    """Whether what lies from `first` to before `end` reaches into each block."""
-    return (first < end)[:, None] & (first[:, None] < blocks + block) & (end[:, None] > blocks)
-
-  own = jnp.where(spans.branch > 0, spans.branch, spans.group)
-  in_stem = spans.group  # of a branch's tokens: the first that they see there
-  if window is not None:
-    oldest = places - window + 1
-    own = jnp.maximum(own, oldest)
-    in_stem = jnp.maximum(in_stem, oldest - (spans.branch - spans.stem_end))
-  seen = hits(own, places + 1) | hits(in_stem, spans.stem_end)
-  return jnp.any(seen.reshape(len(blocks), block, -1), axis=1)
-
-
 def visible_share(segment_ids: np.ndarray, group_ids: np.ndarray) -> float:
   """Share of the blocks of some rows [R, T] that splash runs in a layer without a window.
 
@@ -213,7 +185,7 @@ def visible_share(segment_ids: np.ndarray, group_ids: np.ndarray) -> float:
   0.75
   """
   block = block_length(segment_ids.shape[1])
-  ids, groups = (_pad(jnp.asarray(x), block, -1) for x in (segment_ids, group_ids))
+  ids, groups = (pad(jnp.asarray(x), block, -1) for x in (segment_ids, group_ids))
   blocks = jax.vmap(lambda spans: visible_blocks(spans, None, block))(Spans.of(ids, groups))
   return float(jnp.mean(blocks))
 
@@ -293,7 +265,7 @@ def tokamax_attention(
     try:
       # Backwards too: what fails there fails when a gradient is taken, where nothing else can be tried.
       jax.eval_shape(functools.partial(_with_gradients, attend, settings), *operands)
-      return _each_device(attend, settings, *operands)
+      return each_device(attend, settings, *operands)
     except NotImplementedError as error:
       failures[name] = _line(error)
     except Exception as error:
@@ -346,11 +318,11 @@ def attend_tokamax(
   if implementation is None:
     raise ImportError("tokamax has no such implementation here")
   length = queries.shape[1]
-  bounds = {"k_start": _pad(visible[0], TILE, length)[:, None]}
+  bounds = {"k_start": pad(visible[0], TILE, length)[:, None]}
   if len(visible) > 1:
-    bounds["q_end"] = _pad(visible[1], TILE, length + -length % TILE)[:, None]
+    bounds["q_end"] = pad(visible[1], TILE, length + -length % TILE)[:, None]
   y = implementation(
-    *(_pad(x, TILE) for x in (queries, keys, values)),
+    *(pad(x, TILE) for x in (queries, keys, values)),
     mask=mask(**bounds, is_causal=True),
     logits_scale=settings.scale,
     logits_soft_cap=settings.softcap,
@@ -367,7 +339,7 @@ def _with_gradients(
   of_tokens: tuple[jax.Array, ...],
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """The output, and gradients of queries, keys and values for a gradient of its shape."""
-  y, backwards = jax.vjp(lambda q, k, v: _each_device(attend, settings, q, k, v, of_tokens), queries, keys, values)
+  y, backwards = jax.vjp(lambda q, k, v: each_device(attend, settings, q, k, v, of_tokens), queries, keys, values)
   return y, backwards(y)
 
 
@@ -387,7 +359,7 @@ def _warn(what: str) -> None:
   print(f"warning: attention: {what}", file=sys.stderr, flush=True)
 
 
-def _each_device(
+def each_device(
   attend: Kernel,
   settings: AttentionSettings,
   queries: jax.Array,

@@ -155,6 +155,34 @@ def visible_until(segment_ids: Int[AnyArray, "B T"], group_ids: Int[AnyArray, "B
   return jnp.where(in_stem, _ends(group_ids), _ends(segment_ids))
 
 
+def visible_blocks(spans: Spans, window: int | None, block: int) -> Bool[Array, "A A"]:
+  """Whether some token of each block sees one of each other; what `Places.sees` says, by blocks.
+
+  Args:
+    spans: of the places of one row, [S].
+
+  >>> ids = jnp.array([[1, 1, 2, 2, 3, 3]])  # a stem and two branches
+  >>> spans = jax.tree.map(lambda x: x[0], Spans.of(ids, jnp.ones_like(ids)))
+  >>> visible_blocks(spans, None, block=2).astype(int).tolist()
+  [[1, 0, 0], [1, 1, 0], [1, 0, 1]]
+  """
+  places = jnp.arange(len(spans.group))
+  blocks = jnp.arange(0, len(places), block)  # first places
+
+  def hits(first: Int[Array, "S"], end: Int[Array, "S"]) -> Bool[Array, "S A"]:
+    """Whether what lies from `first` to before `end` reaches into each block."""
+    return (first < end)[:, None] & (first[:, None] < blocks + block) & (end[:, None] > blocks)
+
+  own = jnp.where(spans.branch > 0, spans.branch, spans.group)
+  in_stem = spans.group  # of a branch's tokens: the first that they see there
+  if window is not None:
+    oldest = places - window + 1
+    own = jnp.maximum(own, oldest)
+    in_stem = jnp.maximum(in_stem, oldest - (spans.branch - spans.stem_end))
+  seen = hits(own, places + 1) | hits(in_stem, spans.stem_end)
+  return jnp.any(seen.reshape(len(blocks), block, -1), axis=1)
+
+
 def _places(ids: Int[AnyArray, "B T"]) -> Int[Array, "B T"]:
   return jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
 

@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
 
 from rlpr_jax.models.attention import Cached, attend, rotate, softcap
+from rlpr_jax.models.blockwise import RESIDUALS
 from rlpr_jax.models.config import ModelConfig, Runtime
 from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.models.logprobs import drop_unknown, token_logprobs
@@ -35,7 +36,10 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 KeyPath = tuple[jax.tree_util.DictKey, ...]
 _REMAT = {
   "none": jax.checkpoint_policies.everything_saveable,
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    jax.checkpoint_policies.save_only_these_names(RESIDUALS),
+  ),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -399,9 +403,9 @@ def default_attention(platform: str) -> str:
   """Which attention "auto" is on a platform, as its devices name it; of a GPU plain XLA where tokamax cannot serve.
 
   >>> default_attention("tpu"), default_attention("cpu")
-  ('splash', 'xla')
+  ('splash', 'blockwise')
   """
-  return {"tpu": "splash", "gpu": "tokamax_or_xla"}.get(platform, "xla")
+  return {"tpu": "splash", "gpu": "tokamax_or_xla", "cpu": "blockwise"}.get(platform, "xla")
 
 
 def _platform(sharding: Sharding) -> str:

@@ -106,6 +106,8 @@ def compare_on_mesh() -> dict:
       result[f"{name} {windowed}"] = distances(inputs, jnp.array(windowed), settings)
     y = attend(inputs, jnp.array(True), settings)["output"]
     result[f"{name} part"] = y.sharding.shard_shape(y.shape)
+    blockwise = dataclasses.replace(settings, backend="blockwise")
+    result[f"{name} blockwise"] = distances(branched_inputs(4, 150, 8, kv_heads, 64), jnp.array(True), blockwise)
     with_tokamax = dataclasses.replace(settings, backend="tokamax")
     with contextlib.suppress(ImportError):
       import tokamax  # noqa: F401

@@ -17,7 +17,7 @@ from flax import nnx
 
 from rlpr_jax import models
 from rlpr_jax.errors import InputError
-from rlpr_jax.models import attention, kernels, transformer
+from rlpr_jax.models import attention, blockwise, kernels, masks, transformer
 from rlpr_jax.models.attention import AttentionSettings
 from rlpr_jax.models.masks import Places, Spans
 from tests.models import attention_cases
@@ -73,6 +73,71 @@ def test_splash_with_branches(interpreted, length, heads, kv_heads, head_dim, so
     assert_close(distances(inputs, jnp.array(True), settings))
 
 
+@pytest.mark.parametrize(
+  ("length", "heads", "kv_heads", "head_dim", "softcap", "window"),
+  [
+    (200, 4, 2, 64, None, None),  # padded to 256
+    (384, 7, 1, 32, 20.0, 24),  # windows shorter than a block, and than most branches
+    (330, 2, 2, 64, 5.0, 150),  # reaches from a branch into its stem, over others
+  ],
+)
+@pytest.mark.parametrize("make", [random_inputs, branched_inputs])
+def test_blockwise(make, length, heads, kv_heads, head_dim, softcap, window):
+  inputs, settings = make(2, length, heads, kv_heads, head_dim), AttentionSettings("blockwise", 0.2, softcap, window)
+  for windowed in (None, jnp.array(False), *([jnp.array(True)] if window else [])):
+    assert_close(distances(inputs, windowed, settings))
+
+
+def test_blockwise_bfloat16():
+  inputs = branched_inputs(1, 200, 2, 1, 64)
+  inputs = inputs._replace(**{name: getattr(inputs, name).astype(jnp.bfloat16) for name in inputs._fields[:4]})
+  settings = AttentionSettings("blockwise", 0.125)  # a scale without rounding
+  found = attention_cases.attend(inputs, None, settings)
+  assert {x.dtype for x in found.values()} == {jnp.dtype(jnp.bfloat16)}
+  assert_close(distances(inputs, None, settings), tolerance=2**-7)
+
+
+@pytest.mark.parametrize("make", [random_inputs, branched_inputs])
+def test_blockwise_takes_the_blocks_in_which_something_is_seen(make):
+  inputs = make(2, 6 * blockwise.BLOCK, 1, 1, 8)
+  places = Places(inputs.segment_ids, jnp.array(True), group_ids=inputs.group_ids)
+  sees = np.asarray(places.sees(30)).reshape(2, 6, blockwise.BLOCK, 6, blockwise.BLOCK).any(axis=(2, 4))
+  found = blockwise._find_blocks(places, 30)
+  np.testing.assert_array_equal(found.counts, sees.sum(axis=2).reshape(-1))
+  taken = [np.sort(row[:count]) % 6 for row, count in zip(found.keys, found.counts, strict=True)]
+  np.testing.assert_array_equal(np.concatenate(taken), np.concatenate([np.flatnonzero(x) for x in sees.reshape(12, 6)]))
+  assert sees.mean() < 0.5
+
+
+@pytest.mark.parametrize(("remat", "loops"), [("none", 2), ("dots", 2), ("full", 3)])
+def test_blockwise_is_computed_again_where_remat_is_full_alone(remat, loops):
+  """Loops over blocks of keys: one forwards and one backwards, and one more where nothing was kept."""
+  config = models.ModelConfig(32, 32, 32, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16)
+  model, params = (
+    models.definition(config, models.Runtime(attention="blockwise", remat=remat)),
+    models.init_params(config, 0),
+  )
+  tokens = jnp.ones((1, 256), int)
+
+  def loss(params):
+    return jnp.sum(nnx.merge(model, params)(tokens, jnp.arange(256)[None], tokens))
+
+  assert str(jax.make_jaxpr(jax.grad(loss))(params)).count("while[") == loops
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_blockwise_holds_no_scores(windowed):
+  """Temporary memory grows with the tokens, and not with their square."""
+  settings = AttentionSettings("blockwise", 0.125, window=100)
+
+  def temporary(length):
+    inputs = branched_inputs(1, length, 2, 1, 64)
+    compiled = attention_cases.attend.lower(inputs, jnp.array(windowed), settings).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  assert temporary(2048) < 2.5 * temporary(1024) < 2048 * 2048 * 4
+
+
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("make", [random_inputs, branched_inputs])
 def test_splash_runs_the_blocks_in_which_something_is_seen(make, window):
@@ -83,7 +148,7 @@ def test_splash_runs_the_blocks_in_which_something_is_seen(make, window):
   expected = sees.reshape(2, 5, block, 5, block).any(axis=(2, 4))
   spans = Spans.of(ids, groups)
   for row in range(2):
-    found = kernels.visible_blocks(jax.tree.map(lambda x, row=row: x[row], spans), window, block)
+    found = masks.visible_blocks(jax.tree.map(lambda x, row=row: x[row], spans), window, block)
     np.testing.assert_array_equal(found, expected[row])
   assert expected.mean() < 0.6
 
@@ -112,8 +177,10 @@ def test_block_length(length, block):
   assert kernels.block_length(length) == block
 
 
-def test_decoder(interpreted):
+@pytest.mark.parametrize("backend", ["splash", "blockwise"])
+def test_decoder(interpreted, monkeypatch, backend):
   """The scan over layers with and without a window, rematerialised, forwards and backwards, and a prefill."""
+  monkeypatch.setattr(attention, "ALL_AT_ONCE", 0)
   config = models.ModelConfig(
     vocab_size=32,
     embed_dim=32,
@@ -144,7 +211,7 @@ def test_decoder(interpreted):
   def assert_near(found, expected):
     assert np.max(np.abs(found - expected)) <= 2 * TOLERANCE * np.max(np.abs(expected))
 
-  jax.tree.map(assert_near, run("splash"), run("xla"))
+  jax.tree.map(assert_near, run(backend), run("xla"))
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -316,6 +383,12 @@ def on_mesh():
 @pytest.mark.parametrize("name", ["split True", "split False", "replicated True", "replicated False"])
 def test_splash_on_mesh(on_mesh, name):
   assert_close(on_mesh[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["split", "replicated"])
+def test_blockwise_on_mesh(on_mesh, name):
+  assert_close(on_mesh[f"{name} blockwise"])
 
 
 @pytest.mark.slow

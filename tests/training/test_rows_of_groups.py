@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rlpr_jax import grpo, models
-from rlpr_jax.models import attention, logprobs, transformer
+from rlpr_jax.models import attention, blockwise, logprobs, transformer
 from rlpr_jax.training import packing
 from rlpr_jax.training.update import UpdateSettings, loss
 from rlpr_jax.types import Answers, Groups, PackedRows
@@ -44,7 +44,7 @@ def wide():
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.enable_x64(True))
     stack.enter_context(mock.patch.object(logprobs, "CHUNK", 6))
-    for module in (transformer, attention, logprobs):
+    for module in (transformer, attention, blockwise, logprobs):
       stack.enter_context(mock.patch.object(module, "jnp", Wide()))
     yield
 
