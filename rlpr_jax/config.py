@@ -200,6 +200,7 @@ FIELDS = {
     0.0, "most that is taken off for an answer longer than the reference", at_least=0
   ),
   "reward.repetition_window": Field(10, "words", at_least=1),
+  "reward.repetition_characters": Field(True, "count characters as words where a script puts no spaces between these"),
   "reward.repetition_limit": Field(10, "occurrences of one window from which on the response gets -1", at_least=1),
   "reward.score_temperature": Field(1.0, "of the distribution in which the reference is scored", at_least=0.001),
   "reward.shadow": Field((), 'rewards that are logged and not trained on: ("product: aggregate=product", ...)'),

@@ -37,7 +37,10 @@ def group_advantages(
   if size == 1:
     centred, stds = rewards, jnp.where(jnp.isfinite(rewards[..., 0]), 1.0, jnp.nan)
   else:
-    centred = rewards - jnp.mean(rewards, axis=-1, keepdims=True)
+    centred = rewards
+    # Twice, for equal rewards: the first mean may be an ulp off, which would be taken for a spread.
+    for _ in range(2):
+      centred -= jnp.mean(centred, axis=-1, keepdims=True)
     stds = jnp.sqrt(jnp.sum(centred**2, axis=-1) / (size - 1))
   if normalize == "std":
     scaled = centred / (stds[..., None] + STD_FLOOR)

@@ -29,6 +29,11 @@ TEMPLATE_TAGS = {
 LOWEST_LOGPROB = math.log(1e-9)
 STD_FLOOR = 1e-6  # what spreads less does not spread
 _RARE = 1e-3  # added to p before 1 / p
+_UNSPACED = (
+  "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = re.compile(r"[^\s_]+")
+_WORD_OR_CHARACTER = re.compile(rf"[{_UNSPACED}]|[^\s_{_UNSPACED}]+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,15 +324,19 @@ def format_score(text: str, template: str = "think") -> float:
   return float(starts_well and places == sorted(places))
 
 
-def repetition_penalty(text: str, window: int = 10, limit: int = 10) -> float:
+def repetition_penalty(text: str, window: int = 10, limit: int = 10, characters: bool = True) -> float:
   """-1.0 when any `window` consecutive words occur `limit` times or more, else 0.0.
 
   Words are split at whitespace and `_`. A text of `window` words or fewer is never penalised.
 
-  >>> repetition_penalty("so it is " * 5, window=3, limit=4)
-  -1.0
+  Args:
+    characters: in scripts that put no spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) each
+      character is a word. False as in the paper's code, to which a paragraph of them is one word.
+
+  >>> repetition_penalty("so it is " * 5, window=3, limit=4), repetition_penalty("三加四得七。" * 20)
+  (-1.0, -1.0)
   """
-  words = [word for word in re.split(r"[\s_]+", text) if word]
+  words = (_WORD_OR_CHARACTER if characters else _WORD).findall(text)
   if len(words) <= window:
     return 0.0
   windows = Counter(tuple(words[i : i + window]) for i in range(len(words) - window + 1))

@@ -64,6 +64,18 @@ def test_a_constant_group_teaches_nothing(size):
     np.testing.assert_allclose(grpo.group_advantages(rewards, normalize)[0], 0, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 3, 7, 8, 16, 33, 64])
+def test_equal_rewards_of_any_size_have_no_advantage(size):
+  """Their mean may be an ulp off, which at 17.3 is more than the floor of the deviation."""
+  values = np.random.default_rng(size).uniform(-1, 1, 200) * 10.0 ** np.arange(-3, 7).repeat(20)
+  rewards = np.repeat(np.append(values, 17.3).astype(np.float32)[:, None], size, axis=1)
+  for transform in (lambda f, **_: f, jax.jit):
+    for normalize in ("std", "none", "leave_one_out"):
+      advantages, stds = transform(grpo.group_advantages, static_argnums=1)(rewards, normalize)
+      np.testing.assert_array_equal(advantages, np.zeros_like(rewards))
+      np.testing.assert_array_equal(stds, np.zeros(len(rewards)))
+
+
 def test_spread_just_under_and_just_over_the_floor():
   rewards = np.array([[0.0, 1.2e-6], [0.0, 1.6e-6]], np.float32)  # stds are these by the square root of two
   advantages, stds = grpo.group_advantages(rewards)

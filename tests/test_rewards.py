@@ -509,6 +509,21 @@ def test_texts_of_a_window_or_less_are_never_penalised():
   assert rewards.repetition_penalty("_" * 500 + " " * 500) == 0  # not a word in it
 
 
+@pytest.mark.parametrize(
+  "sentence", ["三加四得七。", "さんたすよんはなな。", "สามบวกสี่เท่ากับเจ็ด", "三 plus 四 得 seven。"]
+)
+def test_scripts_without_spaces_repeat_by_characters(sentence):
+  assert rewards.repetition_penalty(sentence * 60) == -1
+  assert rewards.repetition_penalty(sentence) == 0
+  if " " not in sentence:
+    assert rewards.repetition_penalty(sentence * 60, characters=False) == 0  # one word
+
+
+def test_characters_between_words_change_nothing_for_other_scripts():
+  for text in (spread_out(9), spread_out(10), "naïve Übung здравствуй " * 9, "x²+y² = 한국어 문장 " * 30):
+    assert rewards.repetition_penalty(text) == rewards.repetition_penalty(text, characters=False)
+
+
 def test_repetition_against_counting_every_window_in_every_place():
   rng = random.Random(0)
   seen = set()

@@ -70,7 +70,9 @@ def gather_evidence(
     baseline_logps=baseline_logps,
     formats=each(lambda text, prompt: rewards.format_score(prompt.opening + text, config.data.template)),
     repetition=each(
-      lambda text, _: rewards.repetition_penalty(text, settings.repetition_window, settings.repetition_limit)
+      lambda text, _: rewards.repetition_penalty(
+        text, settings.repetition_window, settings.repetition_limit, settings.repetition_characters
+      )
     ),
     excess=each(excess),
     verified=np.zeros(shape, np.float32) if settings.verifier == "none" else each(verified),
