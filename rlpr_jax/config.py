@@ -199,6 +199,11 @@ FIELDS = {
   "reward.answer_length_coefficient": Field(
     0.0, "most that is taken off for an answer longer than the reference", at_least=0
   ),
+  "reward.empty_answer": Field(
+    "malformed",
+    "an answer of nothing but white space: malformed, as one without its tags | allowed, as published",
+    choices=("malformed", "allowed"),
+  ),
   "reward.repetition_window": Field(10, "words", at_least=1),
   "reward.repetition_characters": Field(True, "count characters as words where a script puts no spaces between these"),
   "reward.repetition_limit": Field(10, "occurrences of one window from which on the response gets -1", at_least=1),
@@ -338,6 +343,18 @@ FIELDS = {
     at_least=0,
     may_change=True,
   ),
+  "guards.max_empty_answers": Field(0.2, "share of answers that are empty", at_least=0, may_change=True),
+  "guards.min_answer_length": Field(
+    0.2, "characters of answers over those of their references, in the mean", at_least=0, may_change=True
+  ),
+  "guards.max_answer_length": Field(5.0, "the same", at_least=0, may_change=True),
+  "guards.min_exact_share": Field(
+    0.25,
+    "of the first steps' share of answers with the reference's very text, as of answers whose form drifts away",
+    at_least=0,
+    may_change=True,
+  ),
+  "guards.max_not_finite": Field(0.1, "share of rewards that are not finite", at_least=0, may_change=True),
   "guards.min_entropy": Field(0.01, "nats a token", at_least=0, may_change=True),
   "guards.min_format": Field(0.2, "share of well-formed responses", at_least=0, may_change=True),
   "guards.min_gain": Field(
@@ -375,13 +392,15 @@ def default() -> ConfigDict:
 
 
 class SliceSettings(NamedTuple):
-  """A recipe's settings for a slice of devices: their number along `config.mesh.tensor`, and rows of all of them."""
+  """A recipe's settings for a slice of devices: their numbers along axes of `config.mesh`, and rows of all of them."""
 
   tensor: int
   micro_batch_rows: int
   slots: int
   prefill_prompts: int
   score_rows: int
+  data: int = 1  # copies of the parameters
+  row_length: int = 0  # as for `config.training.row_length`
 
 
 def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -> None:
@@ -393,8 +412,11 @@ def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -
   if name and name not in slices:
     raise InputError(f"--config: {name!r} after the recipe, expected nothing or one of {', '.join(slices)}")
   if name:
-    config.mesh.tensor, config.training.micro_batch_rows, *rows = slices[name]
-    config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows = rows
+    chosen = slices[name]
+    config.mesh.data, config.mesh.tensor = chosen.data, chosen.tensor
+    config.training.micro_batch_rows, config.training.row_length = chosen.micro_batch_rows, chosen.row_length
+    config.rollout.slots, config.rollout.score_rows = chosen.slots, chosen.score_rows
+    config.rollout.prefill_prompts = chosen.prefill_prompts
 
 
 def longest_sequence(config: ConfigDict) -> int:

@@ -34,6 +34,7 @@ from rlpr_jax.training.collect import collect
 from rlpr_jax.training.held_out import evaluate_run
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
 from rlpr_jax.training.old_logprobs import resolve_old_logprobs
+from rlpr_jax.training.optimizer import rate_of_step
 from rlpr_jax.training.run import Run, digest_inputs, set_up
 from rlpr_jax.training.state import abstract_state, adopt_rows, compile_sampling, finish_step, first_state, join, split
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
@@ -157,7 +158,7 @@ def train_steps(
     state = updated.state
 
     # 3. Measure it and write it down.
-    values = batch.metrics | updated.metrics
+    values = batch.metrics | updated.metrics | {"update/learning_rate": rate_of_step(config, state.step)}
     before = writer.rows[-1].get(UNTRAINED, 0) if writer.rows else 0
     values[UNTRAINED] = before + (not batch.groups.num_groups)
     if is_measured(config, state.step):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from rlpr_jax.filtering import FilterState
 
@@ -92,6 +92,21 @@ class Evidence(NamedTuple):
   excess: Float[AnyArray, "P G"]  # how much longer than the longest reference the answer is: 0 to -1
   verified: Float[AnyArray, "P G"]  # 1 where the verifier finds the answer right, by any reference; 0 without one
   noise: Float[AnyArray, "P G"]  # uniform in [0, 1)
+  own: "OwnAnswers | None" = None  # for the metrics; no reward looks at it
+
+
+class OwnAnswers(NamedTuple):
+  """What the responses have between `<answer>` and `</answer>`, beside the reference. numpy or jax.
+
+  For "Paris" and a response that says " Paris" and one that says nothing: found [[1, 1]], empty [[0, 1]], exact
+  [[1, 0]], lengths [[5, 0]], reference_lengths [[5, 5]].
+  """
+
+  found: Bool[AnyArray, "P G"]  # whether there is an answer, be it empty
+  empty: Bool[AnyArray, "P G"]  # one that is empty once stripped
+  exact: Bool[AnyArray, "P G"]  # one that is a reference's text, stripped
+  lengths: Int[AnyArray, "P G"]  # characters, stripped
+  reference_lengths: Int[AnyArray, "P G"]  # characters of the first reference, stripped
 
 
 class Rewards(NamedTuple):

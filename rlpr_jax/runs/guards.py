@@ -14,7 +14,7 @@ from rlpr_jax import processes
 from rlpr_jax.runs.storage import persist, write_atomically
 
 
-def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[str]:
+def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> dict[tuple[str, str], str]:
   """Finds what was wrong in each of the last `patience` steps: the signs of a policy that collapses.
 
   Args:
@@ -22,28 +22,50 @@ def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> list[st
     settings: `config.guards`.
 
   Returns:
-    a line for each sign.
+    a line for each sign, by the metric that shows it and the side on which it is.
   """
   steps = [row for row in rows if "reward/total" in row]
   recent = steps[-settings.patience :]
   if len(recent) < settings.patience:
-    return []
-  usual = float(np.mean([row["rollout/response_length"] for row in steps[: settings.patience]]))
+    return {}
+
+  def usual(name: str) -> float:
+    return float(np.mean([row.get(name, 0.0) for row in steps[: settings.patience]]))
+
   signs = (
-    ("rollout/response_length", settings.min_length_share * usual, math.inf, "responses of {:.1f} tokens"),
+    (
+      "rollout/response_length",
+      settings.min_length_share * usual("rollout/response_length"),
+      math.inf,
+      "responses of {:.1f} tokens",
+    ),
     ("rollout/truncated", 0, settings.max_truncated, "a share of {:.2f} of the responses cut at their limit"),
     ("update/entropy", settings.min_entropy, math.inf, "an entropy of {:.4f} nats a token"),
     ("filter/trained", 1, math.inf, "{:.0f} groups that could be trained on"),
+    ("reward/not_finite_share", 0, settings.max_not_finite, "a share of {:.2f} of the rewards not finite"),
+    ("answer/empty", 0, settings.max_empty_answers, "a share of {:.2f} of the answers empty"),
+    (
+      "answer/length",
+      settings.min_answer_length,
+      settings.max_answer_length,
+      "answers {:.2f} times as long as their references",
+    ),
+    (
+      "answer/exact",
+      settings.min_exact_share * usual("answer/exact"),
+      math.inf,
+      "a share of {:.3f} of answers with the reference's text",
+    ),
     ("reward/format", settings.min_format, math.inf, "a format rate of {:.2f}"),
     ("reward/gain", settings.min_gain, math.inf, "a gain of {:.3f} of reasoning over none"),
   )
-  raised = []
+  raised = {}
   for name, least, most, text in signs:
     values = [row[name] for row in recent if name in row]
     if len(values) == len(recent) and all(value < least for value in values):
-      raised.append(f"{text.format(values[-1])}, under {least:.4g} for {settings.patience} steps")
+      raised[name, "under"] = f"{text.format(values[-1])}, under {least:.4g} for {settings.patience} steps"
     if len(values) == len(recent) and all(value > most for value in values):
-      raised.append(f"{text.format(values[-1])}, over {most:.4g} for {settings.patience} steps")
+      raised[name, "over"] = f"{text.format(values[-1])}, over {most:.4g} for {settings.patience} steps"
   return raised
 
 
@@ -54,7 +76,8 @@ class Watch:
     """`directory`: where minibatches that were not finite are written."""
     self.settings = settings
     self._directory, self._retry_seconds = directory, retry_seconds
-    self._skipped, self._raised = 0, 0  # updates in a row; alarms of the step before
+    self._skipped = 0  # updates in a row
+    self._raised: set[tuple[str, str]] = set()  # signs that were there at the step before
 
   def look(
     self,
@@ -84,12 +107,14 @@ class Watch:
         if processes.is_first():
           persist(functools.partial(dump, path, minibatches[i % len(minibatches)]), path, self._retry_seconds)
     raised = alarms(rows, self.settings)
-    for alarm in raised if len(raised) > self._raised else ():
-      print(f"alarm at step {step}: {alarm}", flush=True)
-    trouble, self._raised = bool(paths) or len(raised) > self._raised, len(raised)
+    new = raised.keys() - self._raised
+    for sign, alarm in raised.items():
+      if sign in new:
+        print(f"alarm at step {step}: {alarm}", flush=True)
+    trouble, self._raised = bool(paths) or bool(new), set(raised)
     if most >= self.settings.max_skipped:
       return trouble, f"{most} updates in a row were not finite, the last one's rows are in {paths[-1]}"
-    return trouble, f"alarm: {raised[0]}" if raised and self.settings.stop else None
+    return trouble, f"alarm: {next(iter(raised.values()))}" if raised and self.settings.stop else None
 
 
 def dump(path: pathlib.Path, rows: Any) -> None:

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax.grading.agreement import auc, group_auc, within_group_correlation
 from rlpr_jax.sampling.engine import Engine
-from rlpr_jax.types import AnyArray, Rewards, RolloutBatch
+from rlpr_jax.types import AnyArray, OwnAnswers, Rewards, RolloutBatch
 
 
 def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict[str, float]:
@@ -29,6 +29,8 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
     - finite_mean([batch.rewards.baseline for batch in batches]),
     "reward/group_std": finite_mean([batch.advantages.stds for batch in batches]),
     "reward/not_finite": int(sum((~np.isfinite(batch.rewards.total)).sum() for batch in batches)),
+    "reward/not_finite_share": float(np.mean(np.concatenate([~np.isfinite(batch.rewards.total) for batch in batches]))),
+    **answer_metrics(batches),
     **compare_rewards(batches, verifies=config.reward.verifier != "none"),
     "rollout/response_length": float(np.mean(everywhere("lengths"))),
     "rollout/truncated": float(np.mean(~everywhere("finished"))),
@@ -40,6 +42,26 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
     "seconds/score": seconds["score"],
     "tokens_per_second/rollout": int(everywhere("lengths").sum()) / max(sampling, 1e-9),
   }
+
+
+def answer_metrics(batches: Sequence[RolloutBatch]) -> dict[str, float]:
+  """What the policy answers itself, which a likelihood of the reference does not see.
+
+  Shares of all responses: `answer/found`, `/empty` and `/exact` (the reference's very text). `answer/length`:
+  characters of the answers over those of their references. `answer/agreement`: AUC, within groups, of the reference's
+  score for exact answers; absent where no group has both kinds.
+  """
+  own = [batch.evidence.own for batch in batches]
+  found, empty, exact, lengths, of_references = (
+    np.concatenate([getattr(part, field) for part in own]) for field in OwnAnswers._fields
+  )
+  values = {"answer/found": found.mean(), "answer/empty": empty.mean(), "answer/exact": exact.mean()}
+  if found.any():
+    values["answer/length"] = lengths[found].sum() / max(of_references[found].sum(), 1)
+  agreement = group_auc(np.concatenate([batch.rewards.reference for batch in batches]), exact)
+  if agreement is not None:
+    values["answer/agreement"] = agreement
+  return {name: float(value) for name, value in values.items()}
 
 
 def finite_mean(parts: Sequence[AnyArray]) -> float:

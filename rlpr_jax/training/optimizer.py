@@ -33,10 +33,30 @@ def learning_rate(peak: float, schedule: str, warmup: int, total: int) -> optax.
 def create_optimizer(config: ConfigDict) -> optax.GradientTransformation:
   """Creates the optimiser of a run's updates."""
   training = config.training
-  updates = training.minibatches * training.epochs_per_step  # of a training step
+  return clipped_optimizer(training.optimizer, _run_rate(config), training.weight_decay, training.max_grad_norm)
+
+
+def rate_of_step(config: ConfigDict, step: int) -> float:
+  """The learning rate of a training step's first update, if none before it was left out; steps count from 1.
+
+  >>> from rlpr_jax import config as configs
+  >>> config = configs.default()
+  >>> config.steps, config.training.learning_rate, config.training.schedule = 10, 1e-6, "linear"
+  >>> rate_of_step(config, step=6)
+  5e-07
+  """
+  rate = _run_rate(config)
+  return float(rate((step - 1) * _updates_per_step(config))) if callable(rate) else float(rate)
+
+
+def _run_rate(config: ConfigDict) -> optax.ScalarOrSchedule:
+  training, updates = config.training, _updates_per_step(config)
   steps = max(config.steps, training.warmup_steps + 1)  # of 0 steps, which a warm start alone has, no rate is taken
-  rate = learning_rate(training.learning_rate, training.schedule, training.warmup_steps * updates, steps * updates)
-  return clipped_optimizer(training.optimizer, rate, training.weight_decay, training.max_grad_norm)
+  return learning_rate(training.learning_rate, training.schedule, training.warmup_steps * updates, steps * updates)
+
+
+def _updates_per_step(config: ConfigDict) -> int:
+  return int(config.training.minibatches * config.training.epochs_per_step)
 
 
 def clipped_optimizer(

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlpr_jax import rewards, splicing
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
-from rlpr_jax.types import Evidence, Prompt, Rewards, Rollouts
+from rlpr_jax.types import Evidence, OwnAnswers, Prompt, Rewards, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,13 @@ def gather_evidence(
     values = [function(text, numbered[i // shape[1]][1]) for i, text in enumerate(rollouts.texts)]
     return np.array(values, np.float32).reshape(shape)
 
+  answers = [splicing.extract_answer(text) for text in rollouts.texts]
+
+  def well_formed(text: str, prompt: Prompt) -> float:
+    if settings.empty_answer == "malformed" and splicing.extract_answer(text) == "":
+      return 0.0
+    return rewards.format_score(prompt.opening + text, config.data.template)
+
   def excess(text: str, prompt: Prompt) -> float:
     answer = splicing.extract_answer(text)
     return max(rewards.answer_length_penalty(answer, reference, 1.0) for reference in prompt.references)
@@ -68,7 +75,7 @@ def gather_evidence(
     mask=mask.reshape(*shape, *mask.shape[1:]),
     scorable=rollouts.scorable.reshape(shape),
     baseline_logps=baseline_logps,
-    formats=each(lambda text, prompt: rewards.format_score(prompt.opening + text, config.data.template)),
+    formats=each(well_formed),
     repetition=each(
       lambda text, _: rewards.repetition_penalty(
         text, settings.repetition_window, settings.repetition_limit, settings.repetition_characters
@@ -79,6 +86,25 @@ def gather_evidence(
     noise=np.array([np.random.default_rng([config.seed, n]).random(shape[1]) for n, _ in numbered], np.float32).reshape(
       shape
     ),  # a share may be empty
+    own=watch_answers(answers, [prompt for _, prompt in numbered], config.samples_per_prompt),
+  )
+
+
+def watch_answers(answers: Sequence[str | None], prompts: Sequence[Prompt], samples: int) -> OwnAnswers:
+  """What the responses' own answers are beside the references, which no likelihood of a reference says.
+
+  Args:
+    answers: stripped, of each response, a prompt's together; None where there is none.
+  """
+  shape = (len(prompts), samples)
+  of = [prompt for prompt in prompts for _ in range(samples)]
+  known = [{reference.strip() for reference in prompt.references} for prompt in of]
+  return OwnAnswers(
+    found=np.array([answer is not None for answer in answers], bool).reshape(shape),
+    empty=np.array([answer == "" for answer in answers], bool).reshape(shape),
+    exact=np.array([answer in texts for answer, texts in zip(answers, known, strict=True)], bool).reshape(shape),
+    lengths=np.array([len(answer or "") for answer in answers], np.int32).reshape(shape),
+    reference_lengths=np.array([len(prompt.reference.strip()) for prompt in of], np.int32).reshape(shape),
   )
 
 

@@ -10,7 +10,8 @@ from rlpr_jax.runs import guards
 SETTINGS = configs.default().guards
 WELL = {
   "reward/total": 0.5, "rollout/response_length": 40.0, "update/entropy": 0.3, "reward/format": 0.9, "reward/gain": 0.2,
-  "rollout/truncated": 0.1,
+  "rollout/truncated": 0.1, "reward/not_finite_share": 0.0, "answer/empty": 0.0, "answer/length": 1.1,
+  "answer/exact": 0.4,
 }  # fmt: skip
 
 
@@ -19,8 +20,8 @@ def rows(count, **changes):
 
 
 def test_no_alarm_while_all_is_well():
-  assert guards.alarms([], SETTINGS) == []
-  assert guards.alarms(rows(50), SETTINGS) == []
+  assert not guards.alarms([], SETTINGS)
+  assert not guards.alarms(rows(50), SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -29,19 +30,25 @@ def test_no_alarm_while_all_is_well():
     ("rollout/response_length", 9.9, 10.1, "responses of 9.9 tokens, under 10 for 5 steps"),
     ("rollout/truncated", 0.51, 0.49, "share of 0.51 of the responses cut at their limit, over 0.5 for 5 steps"),
     ("update/entropy", 0.009, 0.011, "entropy of 0.0090 nats a token, under 0.01"),
+    ("reward/not_finite_share", 0.2, 0.05, "share of 0.20 of the rewards not finite, over 0.1"),
+    ("answer/empty", 0.3, 0.1, "share of 0.30 of the answers empty, over 0.2"),
+    ("answer/length", 0.19, 0.21, "answers 0.19 times as long as their references, under 0.2"),
+    ("answer/length", 5.1, 4.9, "answers 5.10 times as long as their references, over 5"),
+    ("answer/exact", 0.09, 0.11, "share of 0.090 of answers with the reference's text, under 0.1"),
     ("reward/format", 0.19, 0.21, "format rate of 0.19, under 0.2"),
     ("reward/gain", -0.01, 0.01, "gain of -0.010 of reasoning over none, under 0"),
   ],
 )
 def test_each_sign_of_collapse_after_five_steps_of_it(name, bad, fine, said):
   well = rows(10)
-  assert guards.alarms([*well, *rows(4, **{name: bad})[1:]], SETTINGS) == []
-  (alarm,) = guards.alarms([*well, *rows(5, **{name: bad})[1:]], SETTINGS)
+  assert not guards.alarms([*well, *rows(4, **{name: bad})[1:]], SETTINGS)
+  ((sign, alarm),) = guards.alarms([*well, *rows(5, **{name: bad})[1:]], SETTINGS).items()
+  assert sign[0] == name
   assert said in alarm
-  assert guards.alarms([*well, *rows(5, **{name: fine})[1:]], SETTINGS) == []
-  assert guards.alarms([*well, *rows(5, **{name: bad})[1:], {"step": 16, **WELL}], SETTINGS) == []
+  assert not guards.alarms([*well, *rows(5, **{name: fine})[1:]], SETTINGS)
+  assert not guards.alarms([*well, *rows(5, **{name: bad})[1:], {"step": 16, **WELL}], SETTINGS)
   unknown = {key: value for key, value in WELL.items() if key != name} | {"rollout/response_length": 40.0}
-  assert guards.alarms([*well, *[unknown] * 5], SETTINGS) == []  # a step that did not measure it
+  assert not guards.alarms([*well, *[unknown] * 5], SETTINGS)  # a step that did not measure it
 
 
 def minibatch(tokens):
@@ -70,6 +77,17 @@ def test_updates_in_a_row_stop_the_run_and_leave_their_rows(tmp_path, capsys):
   trouble, why = watch.look(5, rows(5), parts, losses(True, False))
   assert "5 updates in a row were not finite" in why
   assert "step_000005_update_0.npz" in why
+
+
+def test_an_alarm_that_takes_the_place_of_another_is_said_too(tmp_path, capsys):
+  watch = guards.Watch(tmp_path, SETTINGS, retry_seconds=0.0)
+  history = rows(10) + rows(5, **{"reward/format": 0.0})[1:]
+  assert watch.look(15, history, [], []) == (True, None)
+  history += rows(5, **{"answer/empty": 0.9})[1:]  # and the format is well again
+  assert watch.look(20, history, [], []) == (True, None)
+  said = capsys.readouterr().out.splitlines()
+  assert [line.split(": ")[0] for line in said] == ["alarm at step 15", "alarm at step 20"]
+  assert "answers empty" in said[1]
 
 
 @pytest.mark.parametrize("stop", [False, True])

@@ -10,7 +10,14 @@ from rlpr_jax import config as configs
 from rlpr_jax import custom_reward, rewards, validation
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading.agreement import auc, group_auc, within_group_correlation
-from rlpr_jax.training.reward import RewardSettings, align, compute_rewards, gather_evidence, parse_shadow
+from rlpr_jax.training.reward import (
+  RewardSettings,
+  align,
+  compute_rewards,
+  gather_evidence,
+  parse_shadow,
+  watch_answers,
+)
 from rlpr_jax.types import Evidence, Prompt, Rollouts
 
 P, G, E = 3, 4, 7
@@ -55,6 +62,29 @@ def evidence():
     return gather_evidence(c, numbered, rollouts, baselines)
 
   return gather, logps * mask, mask, baselines
+
+
+def test_own_answers_beside_the_references():
+  prompts = [Prompt(ids=np.arange(3, dtype=np.int32), reference=" 4 ", alternatives=("IV",), row=0)]
+  own = watch_answers(["4", "", None, "four", "IV", "4.0"], prompts, samples=6)
+  assert own.found.tolist() == [[True, True, False, True, True, True]]
+  assert own.empty.tolist() == [[False, True, False, False, False, False]]
+  assert own.exact.tolist() == [[True, False, False, False, True, False]]
+  assert own.lengths.tolist() == [[1, 0, 0, 4, 2, 3]]
+  assert own.reference_lengths.tolist() == [[1] * 6]
+
+
+@pytest.mark.parametrize(("empty", "expected"), [("malformed", [1, 0, 0, 1]), ("allowed", [1, 1, 1, 1])])
+def test_an_empty_answer_is_malformed(empty, expected):
+  c = config(reward__empty_answer=empty)
+  texts = [f"<think>a</think><answer>{answer}</answer>" for answer in ("4", "", " \n ", " . ")]
+  prompt = Prompt(ids=np.arange(3, dtype=np.int32), reference="4", row=0)
+  blank = np.zeros((G, E), np.float32)
+  fields = dict.fromkeys(Rollouts._fields) | {
+    "texts": texts, "scorable": np.ones(G, bool), "reference_logps": blank, "reference_mask": blank > 0,
+  }  # fmt: skip
+  found = gather_evidence(c, [(0, prompt)], Rollouts(**fields), np.zeros((1, E), np.float32))
+  assert found.formats.tolist() == [expected]
 
 
 def test_the_reward_is_the_pure_functions_of_the_parts(evidence):
