@@ -74,7 +74,7 @@ THEMES: dict[str, tuple[Panel, ...]] = {
   "Responses": (
     Panel("Length", "tokens a response", {"rollout/response_length": "mean"}),
     Panel("Own answers", "share of responses", {"answer/exact": "the reference's text", "answer/empty": "empty"}),
-    Panel("Own answers' length", "times the reference's", {"answer/length": "characters"}),
+    Panel("Length of own answers", "times the reference's", {"answer/length": "characters"}),
     Panel("Ends", "share of responses", {"rollout/scorable": "scorable", "rollout/truncated": "cut at the limit"}),
   ),
   "Update": (
