@@ -25,6 +25,7 @@ from flax import nnx
 
 from benchmarks.common import MODEL, REPEATS, spread
 from rlpr_jax import config as configs
+from rlpr_jax import models
 from rlpr_jax.models import ModelGraph, Params
 from rlpr_jax.policy import Policy, initial_params, load_policy
 from rlpr_jax.training import packing, update
@@ -37,7 +38,10 @@ _SAMPLES = flags.DEFINE_integer("samples", 8, "responses of each", lower_bound=1
 _PROMPT = flags.DEFINE_integer("prompt", 110, "tokens of a prompt", lower_bound=1)
 _RESPONSE = flags.DEFINE_integer("response", 33, "tokens of a response", lower_bound=1)
 _SPREAD = flags.DEFINE_bool("spread", False, "responses of half that length and more")
-_ROW_LENGTH = flags.DEFINE_integer("row_length", 0, "tokens of a row of groups; 0 for one group")
+_ROW_LENGTH = flags.DEFINE_integer(
+  "row_length", 0, "tokens of a row of groups; 0 for as many as are not over 1,024, or one"
+)
+_ATTENTION = flags.DEFINE_enum("plain_attention", "auto", ["auto", "xla"], "attention of the plain rows")
 _PLAIN_ROWS = flags.DEFINE_integer("plain_rows", 4, "rows of one response each whose gradients are taken at once")
 _RANK = flags.DEFINE_integer("lora_rank", 0, "trains adapters of this rank; 0 for all parameters")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "compute dtype")
@@ -86,10 +90,13 @@ def logprobs_everywhere(
   return logps, entropy
 
 
-def compile_step(policy: Policy, trainable: Trainable, rows: PackedRows, size: int, optimizer: Any) -> Step:
+def compile_step(
+  policy: Policy, trainable: Trainable, rows: PackedRows, size: int, optimizer: Any, attention: str = "auto"
+) -> Step:
   """The optimiser step on such rows, `size` of them at a time."""
   settings = UpdateSettings(1.0, 0.2, 0.27, 0.0, size, sharding=policy.sharding)
-  program = UpdateProgram(policy.model, optimizer, settings)
+  model = models.definition(policy.config, models.Runtime(_DTYPE.value, attention, sharding=policy.sharding))
+  program = UpdateProgram(model, optimizer, settings)
   optimizer_step.clear_cache()
   return Step(optimizer_step.lower(program, policy.frozen, trainable, rows).compile(), rows)
 
@@ -102,7 +109,9 @@ def main(argv: list[str]) -> None:
   policy = load_policy(config)
   params = initial_params(config, policy)
   groups = make_groups(policy.config.known_tokens or policy.config.vocab_size)
-  length = _ROW_LENGTH.value or packing.shortest_row(_PROMPT.value + _SAMPLES.value * _RESPONSE.value)
+  group = _PROMPT.value + _SAMPLES.value * _RESPONSE.value
+  several = max(1, min(_GROUPS.value, 1024 // group))
+  length = _ROW_LENGTH.value or packing.shortest_row(several * group)
   together = packing.pack(groups, "token_mean", groups.lengths.size, length)
   used = int(np.any(together.segment_ids > 0, axis=1).sum())
   together = jax.tree.map(lambda x: x[:used], together)
@@ -118,7 +127,7 @@ def main(argv: list[str]) -> None:
   def steps(optimizer: Any) -> dict[str, Step]:
     state = Trainable(params, jax.jit(optimizer.init)(params))
     with mock.patch.object(update, "row_logprobs", logprobs_everywhere):
-      found = {"plain": compile_step(policy, state, plain, _PLAIN_ROWS.value, optimizer)}
+      found = {"plain": compile_step(policy, state, plain, _PLAIN_ROWS.value, optimizer, _ATTENTION.value)}
     return found | {"groups": compile_step(policy, state, together, 1, optimizer)}
 
   gradients = {}
