@@ -12,11 +12,11 @@ from rlpr_jax.config import SliceSettings, default, set_slice
 
 # What rlpr_jax.plan chose (docs/planning.md): none of them was run.
 SLICES = {
-  "v5e:16x16": SliceSettings(tensor=4, micro_batch_rows=64, slots=2560, prefill_prompts=256, score_rows=256),
+  "v5e:16x16": SliceSettings(tensor=4, micro_batch_rows=64, slots=2560, prefill_prompts=256, score_rows=256, data=4),
   "v5p:2x4x4": SliceSettings(tensor=4, micro_batch_rows=8, slots=960, prefill_prompts=32, score_rows=32),
   "v5p:4x4x4": SliceSettings(tensor=4, micro_batch_rows=16, slots=1408, prefill_prompts=64, score_rows=64),
   "v6e:8x8": SliceSettings(tensor=4, micro_batch_rows=16, slots=1280, prefill_prompts=64, score_rows=64),
-  "v6e:16x16": SliceSettings(tensor=4, micro_batch_rows=64, slots=2560, prefill_prompts=256, score_rows=256),
+  "v6e:16x16": SliceSettings(tensor=4, micro_batch_rows=64, slots=2560, prefill_prompts=256, score_rows=256, data=4),
   "h100:8": SliceSettings(tensor=4, micro_batch_rows=2, slots=528, prefill_prompts=8, score_rows=16),
   "h100:4x8": SliceSettings(tensor=1, micro_batch_rows=128, slots=1792, prefill_prompts=32, score_rows=32),
   "h200:8": SliceSettings(tensor=4, micro_batch_rows=2, slots=560, prefill_prompts=8, score_rows=16),
