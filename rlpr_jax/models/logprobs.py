@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
-from rlpr_jax.models.attention import softcap
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.types import AnyArray
 
@@ -65,28 +64,31 @@ def chunk_length(length: int, rows: int, num_shards: int, partly: bool) -> int:
 
 
 class _Distribution(NamedTuple):
-  """What makes a distribution over the vocabulary of logits; arguments of `token_logprobs`."""
+  """What makes a distribution over the vocabulary of hidden states; arguments of `token_logprobs`."""
 
   cap: float | None
   known_tokens: int | None
   sharding: Sharding
 
-  def logprobs(
-    self,
-    head: Float[Array, "V D"],
-    hidden: Float[Array, "B C D"],
-    targets: Int[Array, "B C"],
-    temperature: Float[ArrayLike, ""],
-  ) -> tuple[Float[Array, "B C"], Float[Array, "B C"]]:
-    """Log-probability and entropy at the places of one chunk, with all of their logits."""
-    logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
-    logits = drop_unknown(softcap(logits, self.cap) / temperature, self.known_tokens)
-    logits = self.sharding.constrain(logits, "batch", None, "vocab")
-    logps = jax.nn.log_softmax(logits)
-    entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
-    # Not a gather: each device has its part of the vocabulary.
-    chosen = jnp.arange(logits.shape[-1]) == targets[..., None]
-    return jnp.sum(jnp.where(chosen, logps, 0.0), axis=-1), entropy
+  def logits(
+    self, head: Float[Array, "V D"], hidden: Float[Array, "B C D"], temperature: Float[ArrayLike, ""]
+  ) -> tuple[Float[Array, "B C V"], Float[Array, "B C V"] | Float[ArrayLike, ""]]:
+    """The logits of one chunk, by the temperature, and their slope over the products of both."""
+    logits = jnp.einsum("bcd,vd->bcv", hidden, head, preferred_element_type=jnp.float32)
+    slope = 1 / temperature
+    if self.cap is not None:
+      bent = jnp.tanh(logits / self.cap)
+      logits, slope = self.cap * bent, (1 - bent**2) / temperature
+    logits = drop_unknown(logits / temperature, self.known_tokens)
+    return self.sharding.constrain(logits, "batch", None, "vocab"), slope
+
+
+class _Found(NamedTuple):
+  """Of each place."""
+
+  logps: Float[Array, "*N B C"]  # of the target
+  entropy: Float[Array, "*N B C"]
+  logsums: Float[Array, "*N B C"]  # log of the sum of exp(logits)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,33 +105,50 @@ def _first_chunks(
   `count`: None for all. Its own gradient is a loop of as many turns: one over all of them would hold several arrays of
   the head's size.
   """
+  return _forward(distribution, head, hidden, targets, temperature, count)[0]
+
+
+def _forward(distribution: _Distribution, *args: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+  head, hidden, targets, temperature, count = args
   cast = head.astype(hidden.dtype)
 
-  def step(i: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    logps, entropy = distribution.logprobs(cast, hidden[i], targets[i], temperature)
-    return found[0].at[i].set(logps), found[1].at[i].set(entropy)
+  def step(i: jax.Array, found: _Found) -> _Found:
+    logits, _ = distribution.logits(cast, hidden[i], temperature)
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    below = logits - largest
+    weights = jnp.exp(below)
+    total = jnp.sum(weights, axis=-1)
+    of_target = jnp.sum(jnp.where(_is_target(logits, targets[i]), below, 0.0), axis=-1)
+    new = _Found(
+      logps=of_target - jnp.log(total),
+      entropy=jnp.log(total) - jnp.sum(jnp.where(weights > 0, weights * below, 0.0), axis=-1) / total,
+      logsums=largest[..., 0] + jnp.log(total),
+    )
+    return jax.tree.map(lambda all_chunks, chunk: all_chunks.at[i].set(chunk), found, new)
 
-  zeros = jnp.zeros(targets.shape)
-  most = len(targets) if count is None else count
-  found: tuple[jax.Array, jax.Array] = jax.lax.fori_loop(0, most, step, (zeros, zeros))
-  return found
+  start = _Found(*(jnp.zeros(targets.shape, jnp.float32),) * len(_Found._fields))
+  found: _Found = jax.lax.fori_loop(0, len(targets) if count is None else count, step, start)
+  return (found.logps, found.entropy), (args, found)
 
 
-def _first_chunks_forward(distribution: _Distribution, *args: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
-  return _first_chunks(distribution, *args), args
-
-
-def _first_chunks_backward(
-  distribution: _Distribution, args: Any, gradients: tuple[jax.Array, jax.Array]
+def _backward(
+  distribution: _Distribution, residuals: Any, gradients: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array | None, ...]:
-  head, hidden, targets, temperature, count = args
+  """With p = softmax(z): d log p[target] / dz = (1 at the target) - p, and d entropy / dz = -p (log p + entropy)."""
+  (head, hidden, targets, temperature, count), found = residuals
   cast = head.astype(hidden.dtype)
 
   def step(i: jax.Array, total: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     of_head, of_hidden = total
-    _, backwards = jax.vjp(lambda h, x: distribution.logprobs(h, x, targets[i], temperature), cast, hidden[i])
-    head_part, hidden_part = backwards((gradients[0][i], gradients[1][i]))
-    return of_head + head_part.astype(of_head.dtype), of_hidden.at[i].set(hidden_part)
+    logits, slope = distribution.logits(cast, hidden[i], temperature)
+    of_logps, of_entropy, entropy, logsums = (x[i][..., None] for x in (*gradients, found.entropy, found.logsums))
+    logps = logits - logsums
+    probs = jnp.exp(logps)
+    through_all = of_logps + of_entropy * (jnp.where(probs > 0, logps, 0.0) + entropy)
+    of_logits = (jnp.where(_is_target(logits, targets[i]), of_logps, 0.0) - probs * through_all) * slope
+    of_logits = of_logits.astype(hidden.dtype)
+    of_head += jnp.einsum("bcv,bcd->vd", of_logits, hidden[i], preferred_element_type=jnp.float32)
+    return of_head, of_hidden.at[i].set(jnp.einsum("bcv,vd->bcd", of_logits, cast))
 
   start = jnp.zeros(head.shape, jnp.float32), jnp.zeros_like(hidden)
   most = len(targets) if count is None else count
@@ -137,7 +156,12 @@ def _first_chunks_backward(
   return of_head.astype(head.dtype), of_hidden, None, jnp.zeros_like(temperature), None
 
 
-_first_chunks.defvjp(_first_chunks_forward, _first_chunks_backward)
+_first_chunks.defvjp(_forward, _backward)
+
+
+def _is_target(logits: Float[Array, "B C V"], targets: Int[Array, "B C"]) -> Bool[Array, "B C V"]:
+  """Not a gather: each device has its part of the vocabulary."""
+  return jnp.arange(logits.shape[-1]) == targets[..., None]
 
 
 def drop_unknown(logits: Float[Array, "*B V"], known_tokens: int | None) -> Float[Array, "*B V"]:

@@ -154,13 +154,36 @@ class Linear(nnx.Module):
       self.lora_b = nnx.Param(jnp.zeros((config.lora.rank, *shape[self.ins :])))
 
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    y = jnp.tensordot(x, self.weight[...].astype(x.dtype), axes=self.ins)
+    y = _multiply(self.ins, x, self.weight[...].astype(x.dtype))
     if hasattr(self, "bias"):
       y += self.bias[...].astype(x.dtype)
     if hasattr(self, "lora_a"):
       low = jnp.tensordot(x, self.lora_a[...].astype(x.dtype), axes=self.ins)
       y += self.lora_scale * jnp.tensordot(low, self.lora_b[...].astype(x.dtype), axes=1)
     return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(ins: int, x: Float[Array, "..."], weight: Float[Array, "..."]) -> Float[Array, "..."]:
+  """x W over the last axes of x; `ins`: how many.
+
+  Of its own for the gradient of W, in which the CPU's compiler transposes what is named first: that is the narrower of
+  x and y here, where the other may be the gradient of a whole MLP, computed again element by element for it.
+  """
+  return jnp.tensordot(x, weight, axes=ins)
+
+
+def _multiply_backwards(ins: int, operands: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, ...]:
+  x, weight = operands
+  outs, tokens = weight.ndim - ins, tuple(range(x.ndim - ins))
+  of_x = jnp.tensordot(gradient, weight, axes=(tuple(range(-outs, 0)), tuple(range(-outs, 0))))
+  if x.size <= gradient.size:
+    return of_x, jnp.tensordot(x, gradient, axes=(tokens, tokens))
+  of_weight = jnp.tensordot(gradient, x, axes=(tokens, tokens))
+  return of_x, jnp.moveaxis(of_weight, tuple(range(outs)), tuple(range(-outs, 0)))
+
+
+_multiply.defvjp(lambda ins, x, weight: (jnp.tensordot(x, weight, axes=ins), (x, weight)), _multiply_backwards)
 
 
 class Layer(nnx.Module):
