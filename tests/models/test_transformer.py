@@ -14,7 +14,7 @@ from flax import nnx
 
 from benchmarks.gpu import shapes
 from rlpr_jax import huggingface, models
-from rlpr_jax.models import UNSEEN, CacheView, KVCache, logprobs
+from rlpr_jax.models import UNSEEN, CacheView, KVCache, logprobs, transformer
 from rlpr_jax.training.optimizer import clipped_optimizer
 from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, loss, optimizer_step
 from rlpr_jax.types import PackedRows
@@ -338,6 +338,50 @@ def test_token_logprobs(monkeypatch, heads, temperature, chunk):
   expected, expected_entropy = logprobs_by_hand(*heads, temperature)
   np.testing.assert_allclose(logps, expected, atol=1e-5)
   np.testing.assert_allclose(entropy, expected_entropy, atol=3e-6)  # no digits lost to the size of the logits
+
+
+@pytest.mark.parametrize(("cap", "known"), [(None, None), (3.0, None), (None, VOCAB - 5), (3.0, VOCAB - 5)])
+def test_gradients_of_token_logprobs_are_those_of_the_formula(monkeypatch, heads, cap, known):
+  """Of log-probabilities and entropies, differentiated by JAX where all logits are held."""
+  monkeypatch.setattr(logprobs, "CHUNK", 4)
+  head, hidden, targets = heads
+  targets, used = jnp.minimum(targets, VOCAB - 6), jnp.arange(7) < 5
+
+  def plain(head, hidden):
+    logits = jnp.einsum("bcd,vd->bcv", hidden, head)
+    logits = (logits if cap is None else cap * jnp.tanh(logits / cap)) / 0.6
+    logps = jax.nn.log_softmax(logits[..., :known])
+    return jnp.take_along_axis(logps, targets[..., None], -1)[..., 0], -jnp.sum(jnp.exp(logps) * logps, -1)
+
+  def ours(head, hidden):
+    return models.token_logprobs(head, hidden, targets, 0.6, cap, known_tokens=known, used=jnp.tile(used, (3, 1)))
+
+  def gradients(function):
+    def loss(head, hidden):
+      logps, entropy = function(head, hidden)
+      return jnp.sum(jnp.where(used, jnp.sin(logps) + jnp.cos(entropy), 0.0))
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(head, hidden)
+
+  for found, expected in zip(gradients(ours), gradients(plain), strict=True):
+    assert np.max(np.abs(expected)) > 0.1
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.max(np.abs(expected)))
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_gradients_of_a_linear_layer(wide):
+  """Whichever side is the narrower, and with several axes on either."""
+  rng = np.random.default_rng(0)
+  sizes = (2, 3) if wide else (5, 7)
+  x, weight = rng.normal(size=(4, 6, *sizes)), rng.normal(size=(*sizes, 3, 4))
+  x, weight = jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)
+
+  def gradients(function):
+    return jax.grad(lambda x, weight: jnp.sum(jnp.sin(function(x, weight))), argnums=(0, 1))(x, weight)
+
+  expected = gradients(lambda x, weight: jnp.tensordot(x, weight, axes=2))
+  for found, exact in zip(gradients(functools.partial(transformer._multiply, 2)), expected, strict=True):
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
