@@ -253,6 +253,12 @@ FIELDS = {
     0.0, "of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off", at_least=0
   ),
   "training.ratio_cap": Field(2.0, "of truncated: largest importance weight", above=0),
+  "training.credit": Field(
+    "response",
+    "what an advantage reaches: response (all of its tokens, as published) | parts (the reference's probability those"
+    " of the reasoning alone, on which it depends)",
+    choices=("response", "parts"),
+  ),
   "training.answer_gradient": Field(
     "none",
     "through the reference: none (RLPR) | verifree (reward-weighted) | jepo (bound)",

@@ -16,11 +16,13 @@ STD_FLOOR = 1e-6  # a group that spreads less has advantage 0
 
 
 def group_advantages(
-  rewards: Real[ArrayLike, "*P G"], normalize: str = "std"
+  rewards: Real[ArrayLike, "*P G"], normalize: str = "std", part: Real[ArrayLike, "*P G"] | None = None
 ) -> tuple[Float[Array, "*P G"], Float[Array, "*P"]]:
   """Measure how much better each response is than its group.
 
   Args:
+    part: a part of the rewards, of which alone the advantages are then: centred by itself, over the spread of the
+      whole. Advantages of parts that add up to the rewards add up to theirs. None for all of them.
     normalize: `std`: (r - mean) / (std + 1e-6), GRPO; `none`: r - mean, Dr. GRPO; `leave_one_out`: r - mean of the
       others, RLOO. A group of one has mean 0 and std 1.
 
@@ -31,17 +33,19 @@ def group_advantages(
   >>> advantages, stds = group_advantages(jnp.array([[0.64, 0.19], [0.5, 0.5]]))
   >>> advantages.tolist(), stds.tolist()
   ([[0.71, -0.71], [0.0, 0.0]], [0.32, 0.0])
+  >>> group_advantages(jnp.array([[0.64, 0.19]]), part=jnp.array([[0.1, 0.1]]))[0].tolist()  # that of the format
+  [[0.0, 0.0]]
   """
   rewards = jnp.asarray(rewards, jnp.float32)
   size = rewards.shape[-1]
   if size == 1:
     centred, stds = rewards, jnp.where(jnp.isfinite(rewards[..., 0]), 1.0, jnp.nan)
   else:
-    centred = rewards
-    # Twice, for equal rewards: the first mean may be an ulp off, which would be taken for a spread.
-    for _ in range(2):
-      centred -= jnp.mean(centred, axis=-1, keepdims=True)
+    centred = _centre(rewards)
     stds = jnp.sqrt(jnp.sum(centred**2, axis=-1) / (size - 1))
+  if part is not None:
+    part = jnp.asarray(part, jnp.float32)
+    centred = part if size == 1 else _centre(part)
   if normalize == "std":
     scaled = centred / (stds[..., None] + STD_FLOOR)
     return jnp.where(stds[..., None] < STD_FLOOR, 0.0, scaled), stds
@@ -50,6 +54,13 @@ def group_advantages(
   if normalize == "leave_one_out":
     return centred * (size / max(size - 1, 1)), stds
   raise ValueError(f"normalize {normalize!r}: expected one of {', '.join(NORMALIZATIONS)}")
+
+
+def _centre(values: Float[Array, "*P G"]) -> Float[Array, "*P G"]:
+  """Twice, for equal values: the first mean may be an ulp off, which would be taken for a spread."""
+  for _ in range(2):
+    values -= jnp.mean(values, axis=-1, keepdims=True)
+  return values
 
 
 def separate_advantages(

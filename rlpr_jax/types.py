@@ -135,6 +135,7 @@ class Advantages(NamedTuple):
   advantages: np.ndarray  # float32[P, G] of each sampled token
   stds: np.ndarray  # float32[P] spread of the rewards, by which the filter decides; NaN for a prompt that was refused
   answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
+  of_answer: np.ndarray | None = None  # float32[P, G] of the own answer's tokens; None where they have no other
 
 
 class RolloutBatch(NamedTuple):
@@ -159,6 +160,16 @@ class Answers(NamedTuple):
   mask: np.ndarray  # bool[K, G, E] True on the answer's own tokens; nowhere if the response has no place for it
 
 
+class AnswerCredit(NamedTuple):
+  """What the tokens of the own answers are credited with, where that is not what the reasoning is. numpy.
+
+  A response of 9 tokens whose answer begins with the 7th: starts [[6]], and those three tokens have its advantage here.
+  """
+
+  starts: np.ndarray  # int32[K, G] tokens before the answer; the response's length where it has none
+  advantages: np.ndarray  # float32[K, G]
+
+
 class Groups(NamedTuple):
   """Kept prompts and their G responses each, with all that an update needs to know of them. numpy.
 
@@ -173,10 +184,18 @@ class Groups(NamedTuple):
   logprobs: np.ndarray  # float32[K, G, T] under the policy that sampled
   advantages: np.ndarray  # float32[K, G]
   answers: Answers | None = None  # None where no gradient goes through them
+  credit: AnswerCredit | None = None  # None where all tokens of a response have its advantage
 
   @classmethod
-  def empty(cls, prompt_limit: int, samples: int, response_limit: int, answer_limit: int | None = None) -> "Groups":
-    """No groups; with the shapes of answers if `answer_limit` says how long they may be."""
+  def empty(
+    cls,
+    prompt_limit: int,
+    samples: int,
+    response_limit: int,
+    answer_limit: int | None = None,
+    credits_parts: bool = False,
+  ) -> "Groups":
+    """No groups; with the shapes of answers if `answer_limit` says how long they may be, and of credit."""
     answers = None
     if answer_limit is not None:
       answers = Answers(
@@ -193,6 +212,9 @@ class Groups(NamedTuple):
       logprobs=np.zeros((0, samples, response_limit), np.float32),
       advantages=np.zeros((0, samples), np.float32),
       answers=answers,
+      credit=AnswerCredit(np.zeros((0, samples), np.int32), np.zeros((0, samples), np.float32))
+      if credits_parts
+      else None,
     )
 
   @property

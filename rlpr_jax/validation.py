@@ -49,6 +49,16 @@ def validate(config: ConfigDict) -> None:
       f"config.training.answer_gradient: {config.training.answer_gradient} goes through one reference answer, expected"
       f" config.reward.references first, found {config.reward.references}"
     )
+  if config.training.credit == "parts":
+    if config.training.answer_gradient != "none":
+      raise InputError(
+        "config.training.credit: parts is about own answers, which config.training.answer_gradient"
+        f" {config.training.answer_gradient} does not train on: expected one of the two"
+      )
+    if config.reward.custom:
+      raise InputError("config.training.credit: parts, expected no config.reward.custom, whose parts are not known")
+    if config.reward.kind == "mixture" and config.reward.normalization == "separate":
+      raise InputError("config.training.credit: parts, expected config.reward.normalization joint, found separate")
   if config.training.answer_gradient == "jepo" and (config.reward.kind != "reference" or config.reward.custom):
     raise InputError(
       "config.training.answer_gradient: jepo takes its advantages from the bound, expected config.reward.kind reference"

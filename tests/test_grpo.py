@@ -76,6 +76,58 @@ def test_equal_rewards_of_any_size_have_no_advantage(size):
       np.testing.assert_array_equal(stds, np.zeros(len(rewards)))
 
 
+@pytest.mark.parametrize("normalize", grpo.NORMALIZATIONS)
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_advantages_of_parts_add_up_to_those_of_the_whole(normalize, size):
+  parts = np.random.default_rng(0).normal(size=(3, 50, size)).astype(np.float32)
+  whole = parts.sum(axis=0)
+  advantages, stds = grpo.group_advantages(whole, normalize)
+  found = [grpo.group_advantages(whole, normalize, part) for part in parts]
+  np.testing.assert_allclose(sum(part for part, _ in found), advantages, atol=2e-5)
+  for _, of_part in found:
+    np.testing.assert_array_equal(of_part, stds)
+
+
+def test_credit_by_parts_has_the_same_gradient_in_the_mean_and_less_variance():
+  """Every group of two responses of a tiny policy, enumerated: a reasoning of two, then an answer of three.
+
+  The reward is one of the reasoning (the reference's probability) and one of both (the format's), in the paper's
+  shares. Parts that pull against each other, as large as each other, could have more variance apart.
+  """
+  rng = np.random.default_rng(0)
+  logits = {"reasoning": rng.normal(size=2), "answer": rng.normal(size=(2, 3))}
+  softmax = {name: np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True) for name, x in logits.items()}
+  of_reasoning, of_both = 0.9 * np.array([0.2, 0.9]), 0.1 * np.array([[1, 0, 1], [0, 1, 1]])
+  responses = [(z, a) for z in range(2) for a in range(3)]
+  probability = np.array([softmax["reasoning"][z] * softmax["answer"][z, a] for z, a in responses])
+
+  def scores(z, a):
+    """Gradients of log p(reasoning) and of log p(answer), over all eight logits."""
+    first, second = np.zeros(8), np.zeros((2, 3))
+    first[:2] = np.eye(2)[z] - softmax["reasoning"]
+    second[z] = np.eye(3)[a] - softmax["answer"][z]
+    return first, np.concatenate([np.zeros(2), second.ravel()])
+
+  def moments(by_parts):
+    mean, square = np.zeros(8), 0.0
+    for i, j in itertools.product(range(6), repeat=2):
+      rest = np.array([[of_both[responses[k]] for k in (i, j)]])
+      total = rest + of_reasoning[[responses[k][0] for k in (i, j)]]
+      advantages = np.asarray(grpo.group_advantages(total, "leave_one_out")[0])[0]
+      of_answer = np.asarray(grpo.group_advantages(total, "leave_one_out", rest)[0])[0] if by_parts else advantages
+      gradient = sum(
+        advantages[k] * scores(*responses[n])[0] + of_answer[k] * scores(*responses[n])[1] for k, n in enumerate((i, j))
+      )
+      weight = probability[i] * probability[j]
+      mean, square = mean + weight * gradient, square + weight * (gradient**2).sum()
+    return mean, square - (mean**2).sum()
+
+  (whole, variance), (parts, less) = moments(by_parts=False), moments(by_parts=True)
+  np.testing.assert_allclose(parts, whole, atol=1e-6)
+  assert np.abs(whole).max() > 0.01
+  assert less < 0.9 * variance
+
+
 def test_spread_just_under_and_just_over_the_floor():
   rewards = np.array([[0.0, 1.2e-6], [0.0, 1.6e-6]], np.float32)  # stds are these by the square root of two
   advantages, stds = grpo.group_advantages(rewards)

@@ -17,12 +17,13 @@ from rlpr_jax.sampling.shapes import pad_prompts
 from rlpr_jax.training import packing
 from rlpr_jax.training.baselines import renew_baselines
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
-from rlpr_jax.training.reward import compute_rewards, gather_evidence
+from rlpr_jax.training.reward import compute_rewards, credit_of_answer, gather_evidence
 from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
 from rlpr_jax.training.settings import row_length
 from rlpr_jax.types import (
   Advantages,
+  AnswerCredit,
   Answers,
   AnyArray,
   Evidence,
@@ -181,7 +182,10 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
       advantages = size * gain + _group_advantages(others, "none")[0]
       answer_weights = size * shares
   answer_weights = np.where(evidence.scorable, answer_weights, 0.0) * run.config.training.answer_coefficient
-  return jax.device_get(Advantages(advantages, stds, np.asarray(answer_weights, np.float32)))
+  of_answer = None
+  if run.config.training.credit == "parts":
+    of_answer, _ = _group_advantages(parts.total, normalize, part=credit_of_answer(evidence, parts, run.reward))
+  return jax.device_get(Advantages(advantages, stds, np.asarray(answer_weights, np.float32), of_answer))
 
 
 def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
@@ -201,6 +205,10 @@ def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
       tokens=grouped(rollouts.reference_tokens),
       mask=grouped(rollouts.reference_mask),
     )
+  credit = None
+  if batch.advantages.of_answer is not None:
+    starts = np.where(rollouts.scorable, rollouts.reference_starts, rollouts.lengths)
+    credit = AnswerCredit(grouped(starts.astype(np.int32)), batch.advantages.of_answer[kept])
   return Groups(
     prompt_tokens=tokens,
     prompt_lengths=lengths,
@@ -209,4 +217,5 @@ def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
     logprobs=grouped(rollouts.logprobs),
     advantages=batch.advantages.advantages[kept],
     answers=answers,
+    credit=credit,
   )

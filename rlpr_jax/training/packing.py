@@ -61,7 +61,7 @@ class Branch(NamedTuple):
   tokens: np.ndarray  # int32[N]
   mask: np.ndarray  # bool[N]
   old_logprobs: np.ndarray  # float32[N]
-  advantage: float  # of each sampled token, as is
+  advantages: np.ndarray | float  # float32[N] of sampled tokens, or of all of them, as they are
   weight: float
   answer_weights: np.ndarray | None = None  # float32[N]
 
@@ -81,7 +81,7 @@ class Branch(NamedTuple):
       tokens=tokens.astype(np.int32),
       mask=np.zeros(tokens.size, bool) if mask is None else mask,
       old_logprobs=np.zeros(tokens.size, np.float32),
-      advantage=0.0,
+      advantages=0.0,
       weight=0.0,
       answer_weights=answer_weights,
     )
@@ -131,9 +131,11 @@ def _to_branch(groups: Groups, which: tuple[int, int], weight: float) -> Branch:
   tokens = np.concatenate([groups.tokens[which][:end], suffix])
   mask, old_logprobs = np.zeros(tokens.size, bool), np.zeros(tokens.size, np.float32)
   mask[:end], old_logprobs[:end] = True, groups.logprobs[which][:end]
-  branch = Branch(
-    tokens=tokens, mask=mask, old_logprobs=old_logprobs, advantage=float(groups.advantages[which]), weight=weight
-  )
+  advantages: np.ndarray | float = float(groups.advantages[which])
+  if groups.credit is not None:
+    of_answer = np.arange(tokens.size) >= groups.credit.starts[which]
+    advantages = np.where(of_answer, groups.credit.advantages[which], advantages).astype(np.float32)
+  branch = Branch(tokens=tokens, mask=mask, old_logprobs=old_logprobs, advantages=advantages, weight=weight)
   if answers is None:
     return branch
   answer_weights = np.zeros(tokens.size, np.float32)
@@ -283,7 +285,7 @@ def lay(trees: Sequence[Tree], pieces: Sequence[Piece], rows: int, row_length: i
       here = lay_segment(row, start, branch.tokens, stem.size)
       out.mask[row, here] = branch.mask
       out.old_logprobs[row, here] = branch.old_logprobs
-      out.advantages[row, here] = branch.mask * branch.advantage
+      out.advantages[row, here] = branch.mask * branch.advantages
       out.weights[row, here] = branch.mask * branch.weight
       if out.answer_weights is not None and branch.answer_weights is not None:
         out.answer_weights[row, here] = branch.answer_weights

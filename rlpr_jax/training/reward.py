@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from rlpr_jax import rewards, splicing
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
-from rlpr_jax.types import Evidence, OwnAnswers, Prompt, Rewards, Rollouts
+from rlpr_jax.types import AnyArray, Evidence, OwnAnswers, Prompt, Rewards, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +149,17 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
     case "random":  # spread as a reward is, and knows nothing
       return parts._replace(total=evidence.noise)
   return parts
+
+
+def credit_of_answer(evidence: Evidence, parts: Rewards, settings: RewardSettings) -> Float[AnyArray, "P G"]:
+  """The part of the reward that depends on a response's own answer: all but the reference's probability.
+
+  That one is a function of the reasoning alone. With a format coefficient of -1 the two are not apart.
+  """
+  if settings.kind in ("rule", "random") or settings.format_coefficient == -1:
+    return parts.total
+  rest = rewards.combine(0.0, evidence.formats, settings.format_coefficient, parts.repetition + parts.length)
+  return rewards.mixture(rest, evidence.verified, settings.rule_weight) if settings.kind == "mixture" else rest
 
 
 def first_reference(evidence: Evidence) -> Evidence:

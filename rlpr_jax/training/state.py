@@ -44,6 +44,7 @@ def abstract_state(run: Run, rows: int | None = None) -> TrainState:
       samples=config.samples_per_prompt,
       response_limit=config.rollout.max_response_length,
       answer_limit=None if config.training.answer_gradient == "none" else config.data.max_reference_length,
+      credits_parts=config.training.credit == "parts",
     ),
     stream=PromptStream(run.prompts, config.seed).state(),
   )

@@ -14,6 +14,7 @@ from rlpr_jax.training.reward import (
   RewardSettings,
   align,
   compute_rewards,
+  credit_of_answer,
   gather_evidence,
   parse_shadow,
   watch_answers,
@@ -85,6 +86,45 @@ def test_an_empty_answer_is_malformed(empty, expected):
   }  # fmt: skip
   found = gather_evidence(c, [(0, prompt)], Rollouts(**fields), np.zeros((1, E), np.float32))
   assert found.formats.tolist() == [expected]
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({}, lambda e, parts: 0.1 * e.formats + e.repetition),
+    ({"reward__answer_length_coefficient": 0.3}, lambda e, parts: 0.1 * e.formats + e.repetition + 0.3 * e.excess),
+    ({"reward__kind": "rule"}, lambda e, parts: e.verified),
+    ({"reward__kind": "random"}, lambda e, parts: e.noise),
+    ({"reward__format_coefficient": -1.0}, lambda e, parts: parts.total),
+    (
+      {"reward__kind": "mixture", "reward__rule_weight": 0.25},
+      lambda e, parts: 0.75 * (0.1 * e.formats + e.repetition) + 0.25 * e.verified,
+    ),
+  ],
+)
+def test_what_own_answers_are_credited_with(evidence, changes, expected):
+  """All of the reward but what follows from the reasoning alone."""
+  gather, *_ = evidence
+  c = config(**changes)
+  found, settings = gather(c), RewardSettings.of(c.reward)
+  parts = compute_rewards(found, settings)
+  credit = credit_of_answer(found, parts, settings)
+  np.testing.assert_allclose(credit, expected(found, parts), atol=1e-6)
+  if not changes:
+    np.testing.assert_allclose(parts.total - credit, 0.9 * parts.debiased, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"training__answer_gradient": "verifree"}, "own answers, which config.training.answer_gradient verifree does not"),
+    ({"reward__custom": "mine.py:reward"}, "expected no config.reward.custom"),
+    ({"reward__kind": "mixture", "reward__normalization": "separate"}, "expected config.reward.normalization joint"),
+  ],
+)
+def test_credit_by_parts_of_what_has_none_is_refused(changes, said):
+  with pytest.raises(InputError, match=said):
+    validation.validate(config(training__credit="parts", **changes))
 
 
 def test_the_reward_is_the_pure_functions_of_the_parts(evidence):

@@ -28,7 +28,7 @@ from rlpr_jax.training.update import (
   loss,
   optimizer_step,
 )
-from rlpr_jax.types import Groups, PackedRows
+from rlpr_jax.types import AnswerCredit, Groups, PackedRows
 from tests.training.groups import PROMPT, RESPONSE, SAMPLES, TEMPERATURE, make_groups, padded, trainer_logprobs
 
 SETTINGS = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
@@ -379,10 +379,30 @@ def test_rows_of_the_papers_lengths_are_full():
   assert alone / read > 1.2
 
 
+def test_own_answers_have_the_advantage_they_are_credited_with():
+  groups = make_groups()
+  groups = groups._replace(tokens=np.arange(groups.tokens.size, dtype=np.int32).reshape(groups.tokens.shape))
+  starts = np.minimum(groups.lengths, 3).astype(np.int32)
+  credit = AnswerCredit(starts, -groups.advantages - 1)
+  rows = packing.pack(groups._replace(credit=credit), "token_mean", 8, 20)
+  found = {}
+  for row in range(len(rows.tokens)):
+    for segment in np.unique(rows.segment_ids[row][rows.mask[row]]):
+      here = rows.mask[row] & (rows.segment_ids[row] == segment)
+      found[tuple(rows.tokens[row][here])] = rows.advantages[row][here]
+  for k, g in np.ndindex(groups.lengths.shape):
+    length, start = groups.lengths[k, g], starts[k, g]
+    expected = np.repeat([groups.advantages[k, g], -groups.advantages[k, g] - 1], [start, length - start])
+    np.testing.assert_array_equal(found[tuple(groups.tokens[k, g, :length])], expected.astype(np.float32))
+  plain, outside = packing.pack(groups, "token_mean", 8, 20), ~rows.mask
+  assert not rows.advantages[outside].any()
+  jax.tree.map(np.testing.assert_array_equal, rows._replace(advantages=plain.advantages), plain)
+
+
 def test_rows_by_hand():
   """Two trees, the first cut between rows; what the fields hold where, and nothing elsewhere."""
   old, ones = np.array([-1.0, -2.0], np.float32), np.ones(2, bool)
-  branch = Branch(np.array([7, 2]), ones, old, advantage=0.5, weight=0.25)
+  branch = Branch(np.array([7, 2]), ones, old, advantages=0.5, weight=0.25)
   trees = [Tree(np.array([5, 6]), [branch, branch._replace(tokens=np.array([9, 2]))])]
   trees.append(Tree(np.array([8]), [Branch.of_tokens(np.array([4, 2]), np.array([False, True]))]))
   pieces = [Piece(0, 0, 0, [(1, 2)]), Piece(1, 0, 5, [(0, 6)]), Piece(0, 1, 0, [(0, 2)])]
