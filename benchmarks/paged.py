@@ -15,9 +15,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks.common import REPEATS, spread
+from benchmarks.common import REPEATS, run, spread
 from rlpr_jax.models.attention import AttentionSettings, Cached, attend
 from rlpr_jax.models.masks import UNSEEN, Places
 
@@ -134,4 +134,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

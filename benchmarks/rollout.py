@@ -40,7 +40,7 @@ from unittest import mock
 import numpy as np
 from absl import app, flags
 
-from benchmarks.common import MODEL, REPEATS, spread
+from benchmarks.common import MODEL, REPEATS, run, spread
 from rlpr_jax import huggingface
 
 PROMPT_LIMIT, REFERENCE_LIMIT = 256, 48  # tokens; the engine is compiled for them
@@ -432,4 +432,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

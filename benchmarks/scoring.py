@@ -17,10 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
-from benchmarks.common import MODEL, REPEATS, spread
+from benchmarks.common import MODEL, REPEATS, run, spread
 from benchmarks.suffixes import last_tokens
 from rlpr_jax import huggingface, models
 from rlpr_jax.models import Params
@@ -121,4 +121,4 @@ read for each sample {each:.4g}, ratio {each / once:.1f}.""")
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

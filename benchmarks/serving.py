@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import openai
 import uvicorn
-from absl import app, flags
+from absl import flags
 
-from benchmarks.common import MODEL, REPEATS, spread
+from benchmarks.common import MODEL, REPEATS, run, spread
 from rlpr_jax.data.templates import render
 from rlpr_jax.errors import setting_names
 from rlpr_jax.runs import trained
@@ -111,4 +111,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

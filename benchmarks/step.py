@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import app, flags
 
-from benchmarks.common import MODEL, REPEATS, spread
+from benchmarks.common import MODEL, REPEATS, run, spread
 from rlpr_jax import config as configs
 from rlpr_jax.data import builtin
 
@@ -161,4 +161,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

@@ -23,7 +23,7 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from benchmarks.common import MODEL, REPEATS, spread
+from benchmarks.common import MODEL, REPEATS, run, spread
 from rlpr_jax import config as configs
 from rlpr_jax import models
 from rlpr_jax.models import ModelGraph, Params
@@ -155,4 +155,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  run(main)

@@ -5,20 +5,22 @@ So until a program has begun, Ctrl-C ends it at once. In a process that merely i
 """
 
 import os
+import pathlib
 import signal
 import sys
 import threading
 from types import FrameType
 
+_LAUNCH = pathlib.Path(__file__).parents[1] / "launch"
 STATUS = 130  # 128 + SIGINT, as of a program that a shell saw interrupted
 
 
 def is_program(command: list[str], argv: list[str]) -> bool:
-  """Whether Python is about to run a module of this package, and imports the package for that.
+  """Whether Python is about to run a module of this package or a script of launch/, and imports the package for that.
 
   Args:
     command: `sys.orig_argv`.
-    argv: `sys.argv`, which begins with -m as long as the module is looked for.
+    argv: `sys.argv`, which begins with -m as long as the module is looked for, or with the script.
 
   >>> is_program(["python", "-m", "rlpr_jax.train", "--workdir=a"], ["-m", "--workdir=a"])
   True
@@ -27,6 +29,8 @@ def is_program(command: list[str], argv: list[str]) -> bool:
   """
   package = __name__.partition(".")[0]
   modules = [word.removeprefix("-m") for word in command]
+  if argv and pathlib.Path(argv[0]).absolute().parent == _LAUNCH:
+    return True
   return argv[:1] == ["-m"] and any(word.partition(".")[0] == package for word in modules)
 
 

@@ -19,6 +19,7 @@ from absl import app, flags
 
 from benchmarks.gpu import shapes
 from rlpr_jax import huggingface, models
+from rlpr_jax.errors import exit_with_one_line
 from rlpr_jax.training.optimizer import clipped_optimizer
 from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, optimizer_step
 from rlpr_jax.types import PackedRows
@@ -113,4 +114,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  with exit_with_one_line():
+    app.run(main)
