@@ -11,6 +11,6 @@ def keep_programs(directory: str) -> None:
   Not of several processes on CPUs, which run a program's collectives in the order in which it was compiled: one
   that is read from the directory has another than one that is compiled now, and processes wait for each other for ever.
   """
-  if directory and not (jax.process_count() > 1 and jax.default_backend() == "cpu"):
+  if directory and not (jax.distributed.is_initialized() and jax.default_backend() == "cpu"):
     jax.config.update("jax_compilation_cache_dir", os.path.expanduser(directory))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
