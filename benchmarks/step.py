@@ -140,8 +140,8 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as name:
       questions = pathlib.Path(name, "questions.jsonl")
       write_questions(questions)
-      run = {"rlpr_jax": with_rlpr_jax, "trl": with_trl}[_RUN.value]
-      print("\n" + json.dumps(run(pathlib.Path(name, "run"), recipe(questions))))
+      contender = {"rlpr_jax": with_rlpr_jax, "trl": with_trl}[_RUN.value]
+      print("\n" + json.dumps(contender(pathlib.Path(name, "run"), recipe(questions))))
     return
   found: dict[str, list[Step]] = {name: [] for name in CONTENDERS}
   for _ in range(REPEATS.value):

@@ -406,7 +406,6 @@ class SliceSettings(NamedTuple):
   prefill_prompts: int
   score_rows: int
   data: int = 1  # copies of the parameters
-  row_length: int = 0  # as for `config.training.row_length`
 
 
 def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -> None:
@@ -420,7 +419,7 @@ def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -
   if name:
     chosen = slices[name]
     config.mesh.data, config.mesh.tensor = chosen.data, chosen.tensor
-    config.training.micro_batch_rows, config.training.row_length = chosen.micro_batch_rows, chosen.row_length
+    config.training.micro_batch_rows = chosen.micro_batch_rows
     config.rollout.slots, config.rollout.score_rows = chosen.slots, chosen.score_rows
     config.rollout.prefill_prompts = chosen.prefill_prompts
 

@@ -56,16 +56,15 @@ def gather_evidence(
     values = [function(text, numbered[i // shape[1]][1]) for i, text in enumerate(rollouts.texts)]
     return np.array(values, np.float32).reshape(shape)
 
-  answers = [splicing.extract_answer(text) for text in rollouts.texts]
+  answers = {text: splicing.extract_answer(text) for text in rollouts.texts}
 
   def well_formed(text: str, prompt: Prompt) -> float:
-    if settings.empty_answer == "malformed" and splicing.extract_answer(text) == "":
+    if settings.empty_answer == "malformed" and answers[text] == "":
       return 0.0
     return rewards.format_score(prompt.opening + text, config.data.template)
 
   def excess(text: str, prompt: Prompt) -> float:
-    answer = splicing.extract_answer(text)
-    return max(rewards.answer_length_penalty(answer, reference, 1.0) for reference in prompt.references)
+    return max(rewards.answer_length_penalty(answers[text], reference, 1.0) for reference in prompt.references)
 
   def verified(text: str, prompt: Prompt) -> float:
     return float(graders.verify_any(settings.verifier, text, prompt.references, prompt.question))
@@ -86,7 +85,9 @@ def gather_evidence(
     noise=np.array([np.random.default_rng([config.seed, n]).random(shape[1]) for n, _ in numbered], np.float32).reshape(
       shape
     ),  # a share may be empty
-    own=watch_answers(answers, [prompt for _, prompt in numbered], config.samples_per_prompt),
+    own=watch_answers(
+      [answers[text] for text in rollouts.texts], [prompt for _, prompt in numbered], config.samples_per_prompt
+    ),
   )
 
 
