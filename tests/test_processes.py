@@ -290,6 +290,40 @@ def test_the_coordinator_listens_where_it_was_named():
   assert set(listening) <= loopbacks
 
 
+KEEP = """
+import sys
+from rlpr_jax import processes
+from rlpr_jax.compilation import keep_programs
+if {count} > 1:
+  processes.start(coordinator="localhost:{port}", count={count}, index={index})
+keep_programs(sys.argv[1])
+import jax
+program = lambda x: [x := jax.numpy.sin(x) @ x for _ in range(200)][-1]  # takes a while to compile
+jax.jit(program)(jax.numpy.ones((8, 8))).block_until_ready()
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_processes_on_cpus_share_no_compiled_programs(tmp_path, count):
+  """Read ones run collectives in another order than those compiled now: the two would wait for each other for ever."""
+  with socket.socket() as probe:
+    probe.bind(("localhost", 0))
+    port = probe.getsockname()[1]
+  named, of_environment = tmp_path / "named", tmp_path / "environment"
+  all_of_them = [
+    subprocess.Popen(
+      [sys.executable, "-c", KEEP.format(port=port, count=count, index=index), str(named)],
+      env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(of_environment)},
+      stderr=subprocess.PIPE, text=True,
+    )
+    for index in range(count)
+  ]  # fmt: skip
+  errors = [process.communicate(timeout=120)[1] for process in all_of_them]
+  assert [process.returncode for process in all_of_them] == [0] * count, errors
+  kept = [file for directory in (named, of_environment) for file in directory.glob("*")]
+  assert bool(kept) == (count == 1)
+
+
 @pytest.mark.parametrize(
   ("host", "found", "bound"),
   [

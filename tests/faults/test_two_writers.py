@@ -204,24 +204,26 @@ def test_programs_hold_the_lock(tmp_path, quick, program):
 def test_the_same_command_twice_and_again_after_a_kill(tmp_path):
   recipe, workdir = tmp_path / "tiny.py", tmp_path / "run"
   recipe.write_text(RECIPE)
-  arguments = ("--config.steps=30", "--config.evaluation.prompts=0", "--config.warm_start.steps=5")
+  arguments = ("--config.evaluation.prompts=0", "--config.warm_start.steps=5")
+  endless = "--config.steps=100000"  # so that the first one still runs when the second one has been refused
 
   def begin():
-    process = start(recipe, workdir, *arguments)
+    process = start(recipe, workdir, *arguments, endless)
     assert any(line.startswith("step 2") for line in process.stdout), process.stderr.read()
     return process
 
   first = begin()
-  second = start(recipe, workdir, *arguments)
+  second = start(recipe, workdir, *arguments, endless)
   _, err = second.communicate(timeout=300)
   assert second.returncode == 2
   assert re.fullmatch(rf"error: --workdir: {workdir} is in use by process {first.pid} on .*\n", err)
   assert first.poll() is None
   first.kill()
   first.communicate()
-  out, err = start(recipe, workdir, *arguments).communicate(timeout=600)
-  assert "step 30/30" in out, err
-  assert [row["step"] for row in rows(workdir)] == list(range(1, 31))
+  steps = len(rows(workdir)) + 5
+  out, err = start(recipe, workdir, *arguments, f"--config.steps={steps}").communicate(timeout=600)
+  assert f"step {steps}/{steps}" in out, err
+  assert [row["step"] for row in rows(workdir)] == list(range(1, steps + 1))
   assert not (workdir / lock.NAME).exists()
 
 
