@@ -157,6 +157,16 @@ FIELDS = {
     "of mixture: joint (advantages of the sum) | separate (sum of each one's own)",
     choices=("joint", "separate"),
   ),
+  "reward.conditional_weight": Field(
+    0.0,
+    "share of how probable the reference is given the response's own answer (CER), beside 1 - w of its debiased"
+    " probability; above 0 each answer of a group is scored after each reasoning of it",
+    at_least=0,
+    at_most=1,
+  ),
+  "reward.conditional_pairs": Field(
+    0, "of that: after how many of a group's reasonings each answer is scored, its own first; 0 for all", at_least=0
+  ),
   "reward.references": Field(
     "first",
     "of a row with several reference answers: first (it alone counts) | best (the most probable one) | mean of all",
@@ -170,26 +180,40 @@ FIELDS = {
   "reward.scorer_every": Field(10, "training steps between two copies of the policy for a lagged scorer", at_least=1),
   "reward.aggregate": Field(
     "mean_prob",
-    "mean_prob | geometric_mean | product | mean_logprob",
-    choices=("mean_prob", "geometric_mean", "product", "mean_logprob"),
+    "mean_prob | geometric_mean | product | mean_logprob | weighted_sum (by weights that are not normalised)",
+    choices=("mean_prob", "geometric_mean", "product", "mean_logprob", "weighted_sum"),
   ),
   "reward.token_weights": Field(
     "uniform",
-    "uniform | inverse (rare tokens) | base (unknown without reasoning) | spread",
-    choices=("uniform", "inverse", "base", "spread"),
+    "uniform | inverse (rare tokens) | base, inverse_base, surprise (1 - p', 1 / p', -log p': not known before)"
+    " | spread, logprob_spread, logprob_variance (decided by the reasoning)",
+    choices=(
+      "uniform",
+      "inverse",
+      "base",
+      "inverse_base",
+      "surprise",
+      "spread",
+      "logprob_spread",
+      "logprob_variance",
+    ),
   ),
   "reward.shaping": Field(
-    "clip", "clip | identity | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N | rank | zscore"
+    "clip", "clip | identity | positive | threshold_T | one_minus | sigmoid_K | leaky_T | bins_N | rank | zscore"
   ),
   "reward.baseline_policy": Field(
-    "initial", "initial | current | moving_average | none", choices=("initial", "current", "moving_average", "none")
+    "initial",
+    "initial | current | moving_average (of probabilities) | averaged_weights (a moving average of the policy) | none",
+    choices=("initial", "current", "moving_average", "averaged_weights", "none"),
   ),
   "reward.baseline_when": Field(
     "before",
     "of initial: before (step 1, all prompts) | first_draw (as they come; the initial policy stays in memory for it)",
     choices=("before", "first_draw"),
   ),
-  "reward.baseline_rate": Field(0.1, "of moving_average: weight of the newest probabilities", above=0, at_most=1),
+  "reward.baseline_rate": Field(
+    0.1, "of the two averages: weight of the newest probabilities, or parameters", above=0, at_most=1
+  ),
   "reward.baseline_prefix": Field(
     "bare", "bare | tagged (with <answer> before the reference)", choices=("bare", "tagged")
   ),
@@ -198,6 +222,24 @@ FIELDS = {
   ),
   "reward.answer_length_coefficient": Field(
     0.0, "most that is taken off for an answer longer than the reference", at_least=0
+  ),
+  "reward.length_difference_coefficient": Field(
+    0.0, "most that is taken off for an answer longer or shorter than the (first) reference", at_least=0
+  ),
+  "reward.overlong_coefficient": Field(
+    0.0, "most that is taken off for a response near its limit (DAPO's soft overlong penalty)", at_least=0
+  ),
+  "reward.overlong_buffer": Field(
+    512, "of that: tokens before the limit from which on it rises, in a line", at_least=1
+  ),
+  "reward.concentration_coefficient": Field(
+    0.0, "most that is taken off for length in groups of long responses whose scores coincide (RLCPR)", at_least=0
+  ),
+  "reward.concentration_length": Field(
+    0.5, "of that: long is a group whose shortest is above this quantile of a draw's lengths", at_least=0, at_most=1
+  ),
+  "reward.concentration_gap": Field(
+    0.5, "and equal one whose range of scores is below this quantile of a draw's ranges", at_least=0, at_most=1
   ),
   "reward.empty_answer": Field(
     "malformed",
@@ -211,7 +253,9 @@ FIELDS = {
   "reward.shadow": Field((), 'rewards that are logged and not trained on: ("product: aggregate=product", ...)'),
   # Which prompts are kept.
   "filter.kind": Field(
-    "ema", "ema | fixed | accuracy (drops all right and all wrong) | off", choices=("ema", "fixed", "accuracy", "off")
+    "ema",
+    "ema | fixed | accuracy (drops all right and all wrong) | share (keeps what spreads most) | off",
+    choices=("ema", "fixed", "accuracy", "share", "off"),
   ),
   "filter.scale": Field(0.5, "of the moving average; Qwen 0.5, Llama 0.9, Gemma 1.0", at_least=0),
   "filter.source_scales": Field((), 'of some sources\' own: (("stem", 0.9), ...)'),
@@ -219,6 +263,7 @@ FIELDS = {
   "filter.collect_from": Field(6, "first step (from 1) whose spread enters the average", at_least=1),
   "filter.start": Field(11, "first step that filters", at_least=1),
   "filter.threshold": Field(0.0, 'of kind "fixed": smallest standard deviation kept', at_least=0),
+  "filter.share": Field(0.9, 'of kind "share": of the sum of a draw\'s standard deviations', above=0, at_most=1),
   # The update.
   "training.minibatches": Field(4, "optimiser steps a pass over the step's rollouts", at_least=1, at_most=_SIZE),
   "training.epochs_per_step": Field(1, "passes", at_least=1, at_most=1000),
@@ -252,6 +297,14 @@ FIELDS = {
   "training.dual_clip": Field(
     0.0, "of clip: most times |advantage| that a bad token costs, 3 in its paper; 0 for off", at_least=0
   ),
+  "training.ratio": Field(
+    "token", "whose probabilities are compared: token | sequence (GSPO)", choices=("token", "sequence")
+  ),
+  "training.truncated": Field(
+    "trained",
+    "responses cut at their limit: trained | left_out (of the loss; their groups compare with them as ever)",
+    choices=("trained", "left_out"),
+  ),
   "training.ratio_cap": Field(2.0, "of truncated: largest importance weight", above=0),
   "training.credit": Field(
     "response",
@@ -261,8 +314,9 @@ FIELDS = {
   ),
   "training.answer_gradient": Field(
     "none",
-    "through the reference: none (RLPR) | verifree (reward-weighted) | jepo (bound)",
-    choices=("none", "verifree", "jepo"),
+    "through the reference: none (RLPR) | reward (its own gradient, of reward.aggregate) | likelihood (supervised)"
+    " | verifree (reward-weighted) | jepo (bound)",
+    choices=("none", "reward", "likelihood", "verifree", "jepo"),
   ),
   "training.answer_coefficient": Field(1.0, "of that term", at_least=0),
   "training.kl_coefficient": Field(

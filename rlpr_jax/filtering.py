@@ -11,19 +11,20 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
-KINDS = ("ema", "fixed", "accuracy", "off")
+KINDS = ("ema", "fixed", "accuracy", "share", "off")
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
   """Settings of the filter; the defaults are the paper's for Qwen2.5."""
 
-  kind: str = "ema"  # ema | fixed | accuracy | off; non-finite spreads are dropped by all four
+  kind: str = "ema"  # ema | fixed | accuracy | share | off; non-finite spreads are dropped by all of them
   scale: Real[ArrayLike, ""] = 0.5  # ema: a prompt is kept from scale * average on (Qwen 0.5, Llama 0.9, Gemma 1.0)
   alpha: Real[ArrayLike, ""] = 0.01  # ema: weight of the newest step in the average
   collect_from: Int[ArrayLike, ""] = 6  # ema: steps (counted from 1) before this one ignore the spread
   start: Int[ArrayLike, ""] = 11  # ema: first step that filters; its average starts as the mean of those collected
   threshold: Real[ArrayLike, ""] = 0.0  # fixed: smallest spread that is kept
+  share: Real[ArrayLike, ""] = 0.9  # share: of the sum of a draw's spreads, that the prompts kept have
 
 
 class FilterState(NamedTuple):
@@ -110,6 +111,30 @@ def keep_mixed(correct: Shaped[ArrayLike, "*P G"]) -> Bool[Array, "*P"]:
   return jnp.any(right, axis=-1) & ~jnp.all(right, axis=-1)
 
 
+def keep_by_share(
+  spreads: Float[ArrayLike, "P"], share: Real[ArrayLike, ""] = 0.9, eps: float = 0.01
+) -> Bool[Array, "P"]:
+  """Prompts that spread most, as many as together have a share of all spread (RAGEN-2, arXiv 2604.06268).
+
+  Args:
+    spreads: of the prompts of one draw; those that are not finite, or at most 1e-10, are dropped.
+    share: the largest are taken until their sum reaches share * (sum of all) - eps.
+
+  Returns:
+    True where a prompt is kept; nowhere if the sum of all is that small.
+
+  >>> keep_by_share(jnp.array([0.1, 0.5, 0.0, 0.4])).tolist()
+  [False, True, False, True]
+  """
+  spreads = jnp.asarray(spreads, jnp.float32)
+  some = jnp.isfinite(spreads) & (spreads > 1e-10)
+  spreads = jnp.where(some, spreads, 0.0)
+  order = jnp.argsort(-spreads, stable=True)
+  before = jnp.cumsum(spreads[order]) - spreads[order]
+  needed = before < share * jnp.sum(spreads) - eps
+  return some & jnp.zeros(spreads.shape, bool).at[order].set(needed)
+
+
 def keep(
   state: FilterState,
   stds: Float[ArrayLike, "P"],
@@ -134,6 +159,8 @@ def keep(
   [True, False, False]
   """
   finite = jnp.isfinite(stds)
+  if config.kind == "share":
+    return keep_by_share(stds, config.share)
   if config.kind == "accuracy":
     if correct is None:
       raise ValueError('filter kind "accuracy": expected correct [P, G], what a verifier says of each response')

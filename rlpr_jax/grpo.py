@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Real, Shaped
+from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
+RATIOS = ("token", "sequence")
 NORMALIZATIONS = ("std", "none", "leave_one_out")
 AGGREGATES = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean")
 STD_FLOOR = 1e-6  # a group that spreads less has advantage 0
@@ -253,6 +254,37 @@ def truncated_loss(
   return -jnp.minimum(ratio, cap) * advantages * logps, ratio, ratio > cap
 
 
+def with_sequence_ratios(
+  logps: Float[ArrayLike, "B T"],
+  old_logps: Float[ArrayLike, "B T"],
+  mask: Shaped[ArrayLike, "B T"],
+  sequence_ids: Int[ArrayLike, "B T"] | None = None,
+) -> Float[Array, "B T"]:
+  """Log-probabilities whose ratio to the old ones is that of the whole sequence, exp(mean(logps - old_logps)).
+
+  GSPO's ratio, in its form for tokens (arXiv 2507.18071): every loss that compares with the old log-probabilities
+  clips whole sequences then, and its gradient reaches each token as ever. With `seq_mean_token_mean` this is GSPO's
+  loss; there clips are 3e-4 and 4e-4.
+
+  Args:
+    mask: True on the tokens of which the mean is, and which are changed.
+    sequence_ids: those of one id in a row are a sequence, from 0 to T; None: a row is one.
+
+  >>> new, old = jnp.log(jnp.array([[0.8, 0.5]])), jnp.log(jnp.array([[0.2, 0.5]]))
+  >>> jnp.exp(with_sequence_ratios(new, old, jnp.ones((1, 2))) - old).tolist()  # the geometric mean of 4 and 1
+  [[2.0, 2.0]]
+  """
+  logps, old_logps, mask = jnp.asarray(logps), jnp.asarray(old_logps), jnp.asarray(mask, bool)
+  ids = jnp.zeros(mask.shape, jnp.int32) if sequence_ids is None else jnp.asarray(sequence_ids)
+
+  def means(values: jax.Array, mask: jax.Array, ids: jax.Array) -> jax.Array:  # of a row
+    sums, counts = (jax.ops.segment_sum(x, ids, mask.size + 1) for x in (values, mask.astype(values.dtype)))
+    return (sums / jnp.maximum(counts, 1))[ids]
+
+  difference = jax.lax.stop_gradient(jnp.where(mask, logps - old_logps, 0.0))
+  return logps + jnp.where(mask, jax.vmap(means)(difference, mask, ids) - difference, 0.0)
+
+
 def kl_k3(logps: Float[ArrayLike, "*B"], reference_logps: Float[ArrayLike, "*B"]) -> Float[Array, "*B"]:
   """Schulman's k3 estimate of KL(policy || reference) for each token: exp(d) - d - 1 with d = reference - policy.
 
@@ -275,6 +307,7 @@ def policy_loss(
   *,
   ratio_cap: float | None = None,
   weights: ArrayLike | None = None,
+  sequence_ids: ArrayLike | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """The policy loss of a minibatch, or of a part of one: sum(weights * token loss).
 
@@ -286,6 +319,7 @@ def policy_loss(
     aggregate: as for `loss_weights`.
     ratio_cap: takes `truncated_loss` with this cap in the place of `clipped_loss`; None does not.
     weights: [B, T] in the place of what `aggregate` makes of the mask: of a whole minibatch, for its parts to add up.
+    sequence_ids: [B, T] makes the ratio that of whole sequences, as in `with_sequence_ratios`; None: of each token.
 
   Returns:
     (loss, metrics), scalars: `ratio_mean`, `ratio_worst` (the largest |ratio - 1|) and `clip_fraction`; or, with
@@ -303,6 +337,8 @@ def policy_loss(
   mask = jnp.asarray(mask, bool)
   # Both are replaced before the exponential: a gradient through an unused inf would be NaN.
   logps, old_logps = jnp.where(mask, logps, 0.0), jnp.where(mask, old_logps, 0.0)
+  if sequence_ids is not None:
+    logps = with_sequence_ratios(logps, old_logps, mask, sequence_ids)
   advantages = jnp.asarray(advantages)
   advantages = advantages[:, None] if advantages.ndim == 1 else advantages
   if ratio_cap is None:

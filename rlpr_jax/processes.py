@@ -72,6 +72,11 @@ def start(
   except (RuntimeError, ValueError) as error:
     kind = MachineError if isinstance(error, jax.errors.JaxRuntimeError) else InputError
     raise kind(f"--distributed: {' '.join(str(error).split())[:300]}") from None
+  if jax.default_backend() == "cpu":
+    # There a program's collectives run in the order in which it was compiled, and one that a process reads, for only
+    # the first one writes, has another than one that the others compile: they would wait for each other for ever. To be
+    # said before anything is compiled, since jax asks once.
+    jax.config.update("jax_enable_compilation_cache", False)
   print(f"process {jax.process_index()} of {jax.process_count()}, {jax.local_device_count()} devices", flush=True)
   if jax.process_index():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,6 +37,26 @@ class Splice(NamedTuple):
   answer_mask: list[bool]  # same length as suffix_ids; True on the tokens of the reference
 
 
+class Place(NamedTuple):
+  """Where answers go in a response."""
+
+  prefix_length: int  # how many of its ids stand before them as they are
+  before: str  # text from the first id that is not kept to where an answer begins
+
+  def splice(
+    self, tokenizer: PreTrainedTokenizerBase, answer: str, closing: str = f" {CLOSE}", eos_id: int | None = None
+  ) -> Splice:
+    """Puts an answer there, and `closing` and EOS behind it."""
+    return Splice(self.prefix_length, *_encode_around(tokenizer, self.before, answer, closing, eos_id))
+
+
+class OwnAnswer(NamedTuple):
+  """What a response has between its answer's tags."""
+
+  text: str  # stripped
+  closing: str  # what stands behind it, down to and including `</answer>`
+
+
 def splice(
   tokenizer: PreTrainedTokenizerBase,
   prompt_ids: Sequence[int] | np.ndarray,
@@ -89,19 +109,32 @@ def splice_each(
   >>> [tokenizer.decode(spliced.suffix_ids) for spliced in splice_each(tokenizer, [], ids, ["42", "XLII"])]
   ['<answer> 42 </answer><end>', '<answer> ???? </answer><end>']
   """
+  place = find_place(tokenizer, prompt_ids, response_ids, template)
+  return [place.splice(tokenizer, reference, eos_id=eos_id) for reference in references] if place else []
+
+
+def find_place(
+  tokenizer: PreTrainedTokenizerBase,
+  prompt_ids: Sequence[int] | np.ndarray,
+  response_ids: Sequence[int] | np.ndarray,
+  template: str = "think",
+) -> Place | None:
+  """Find where `splice` puts an answer; None when the response is not scorable.
+
+  >>> from rlpr_jax.data import builtin
+  >>> tokenizer = builtin.tokenizer()
+  >>> find_place(tokenizer, [], tokenizer.encode("<think>6*7</think> <answer>41</answer>"))
+  Place(prefix_length=6, before='<answer> ')
+  """
   ids = [int(i) for i in response_ids]
   text = _decode(tokenizer, ids)
   if not _is_scorable(prompt_opening(tokenizer, prompt_ids) + text, template):
-    return []
+    return None
   end = text.index(OPEN) + len(OPEN)
   prefix_length, head = _keep(tokenizer, ids, text, end)
   written = re.match(r"\s*", text[end:])
   space = (written and written[0]) or " "
-  before = text[len(head) : end] + space
-  return [
-    Splice(prefix_length, *_encode_around(tokenizer, before, reference, f" {CLOSE}", eos_id))
-    for reference in references
-  ]
+  return Place(prefix_length, text[len(head) : end] + space)
 
 
 def prompt_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] | np.ndarray) -> str:
@@ -168,14 +201,65 @@ def count_baseline_tokens(tokenizer: PreTrainedTokenizerBase, references: Sequen
   return _count_around(tokenizer, f"{OPEN} ", references, " ")
 
 
+def own_answer(text: str) -> OwnAnswer | None:
+  """Content of the first `<answer>...</answer>` and what ends it, or None where there is none.
+
+  >>> own_answer("<think>6 * 7</think> <answer> 42</answer>")
+  OwnAnswer(text='42', closing='</answer>')
+  """
+  answer = re.search(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
+  if not answer:
+    return None
+  inside = answer[1]
+  return OwnAnswer(inside.strip(), inside[len(inside.rstrip()) :] + CLOSE)
+
+
 def extract_answer(text: str) -> str | None:
   """Stripped content of the first `<answer>...</answer>`, or None where there is none.
 
   >>> extract_answer("<think>6 * 7</think> <answer> 42 </answer>")
   '42'
   """
-  answer = re.search(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
-  return answer.group(1).strip() if answer else None
+  answer = own_answer(text)
+  return answer.text if answer else None
+
+
+def as_sampled(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int] | np.ndarray, spliced: Splice) -> Splice:
+  """The response's own answer in its own ids, where these are others than those of its text spliced in.
+
+  Args:
+    spliced: the answer's text in its own response, with its own closing.
+
+  Returns:
+    a splice whose `answer_mask` is True from the answer's first token to the last of `</answer>`.
+
+  >>> from rlpr_jax.data import builtin
+  >>> tokenizer = builtin.tokenizer()
+  >>> ids = tokenizer.encode("<think>6*7</think> <answer>41</answer>")
+  >>> spliced = find_place(tokenizer, [], ids).splice(tokenizer, "41", "</answer>")
+  >>> sum(as_sampled(tokenizer, ids, spliced).answer_mask)
+  3
+  """
+  sampled = [int(i) for i in response_ids[spliced.prefix_length :]]
+  count = len(spliced.suffix_ids) - 1
+  if sampled[:count] == spliced.suffix_ids[:-1]:
+    return with_ending(spliced)
+  texts = [_decode(tokenizer, sampled[:n]) for n in range(len(sampled) + 1)]
+  end = next(n for n, text in enumerate(texts) if CLOSE in text)
+  start = max(n for n, text in enumerate(texts[:end]) if not text.partition(">")[2].strip())
+  mask = [start <= i < end for i in range(end)]
+  return Splice(spliced.prefix_length, [*sampled[:end], spliced.suffix_ids[-1]], [*mask, False])
+
+
+def with_ending(spliced: Splice) -> Splice:
+  """A splice whose `answer_mask` goes on to the end of `</answer>`: how probable the answer is and that it ends there.
+
+  >>> with_ending(Splice(5, [7, 3, 8, 1], [False, True, False, False])).answer_mask
+  [False, True, True, False]
+  """
+  end = len(spliced.suffix_ids) - 1
+  start = spliced.answer_mask.index(True) if any(spliced.answer_mask) else end
+  return spliced._replace(answer_mask=[start <= i < end for i in range(end + 1)])
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -92,7 +92,35 @@ class Evidence(NamedTuple):
   excess: Float[AnyArray, "P G"]  # how much longer than the longest reference the answer is: 0 to -1
   verified: Float[AnyArray, "P G"]  # 1 where the verifier finds the answer right, by any reference; 0 without one
   noise: Float[AnyArray, "P G"]  # uniform in [0, 1)
-  own: "OwnAnswers | None" = None  # for the metrics; no reward looks at it
+  own: "OwnAnswers | None" = None  # of all rewards the two-sided length term alone looks at it
+  responses: "ResponseLengths | None" = None
+  exchanged: "ExchangedAnswers | None" = None  # where a reward asks for it
+
+
+class ResponseLengths(NamedTuple):
+  """How long whole responses are. numpy or jax. 50 and 95 of at most 100 tokens, the last 20 with a price: below.
+
+  lengths [[50, 95]], overlong [[0, -0.75]]
+  """
+
+  lengths: Int[AnyArray, "P G"]  # tokens
+  overlong: Float[AnyArray, "P G"]  # as of `rewards.overlong_penalty`
+
+
+class ExchangedAnswers(NamedTuple):
+  """The group's own answers after each other's reasoning: arguments of `rewards.conditional_expectation`. numpy or jax.
+
+  Two responses that say 8 and 9, of which each finds its own answer the more probable one:
+
+      answer_logps  [[[-0.1, -2.5], [-2.0, -0.2]]]    row k: after the reasoning of response k
+  """
+
+  reference_logps: Float[AnyArray, "P G"]  # log p(reference and what ends it)
+  answer_logps: Float[
+    AnyArray, "P G G"
+  ]  # row k, column j: log p(answer of j and what ends it) after the reasoning of k
+  answered: Bool[AnyArray, "P G"]  # whether there is an answer that can be scored
+  pairs: Bool[AnyArray, "P G G"]  # True where answer_logps was measured
 
 
 class OwnAnswers(NamedTuple):
@@ -121,9 +149,10 @@ class Rewards(NamedTuple):
   debiased: Float[AnyArray, "P G"]  # shaping(r - r')
   format: Float[AnyArray, "P G"]  # 1 where the tags of the template are all there, in order
   repetition: Float[AnyArray, "P G"]  # -1 where the response repeats itself, else 0
-  length: Float[AnyArray, "P G"]  # at most 0: penalty of an answer longer than the reference
+  length: Float[AnyArray, "P G"]  # at most 0: all penalties of lengths, of the answer and of the response
   total: Float[AnyArray, "P G"]  # what the policy is trained on
   each_reference: Float[AnyArray, "P G M"] | None = None  # r of each of several; NaN: not scored; None: the first alone
+  conditional: Float[AnyArray, "P G"] | None = None  # of exchanged answers; None where these are no part of the reward
 
 
 class Advantages(NamedTuple):
@@ -134,7 +163,7 @@ class Advantages(NamedTuple):
 
   advantages: np.ndarray  # float32[P, G] of each sampled token
   stds: np.ndarray  # float32[P] spread of the rewards, by which the filter decides; NaN for a prompt that was refused
-  answer_weights: np.ndarray  # float32[P, G] of -log p(reference) in the loss; 0 where it takes no part
+  answer_weights: np.ndarray | None  # float32[P, G, A] of -log p of the reference's tokens in the loss; None: no term
   of_answer: np.ndarray | None = None  # float32[P, G] of the own answer's tokens; None where they have no other
 
 
@@ -154,7 +183,7 @@ class RolloutBatch(NamedTuple):
 class Answers(NamedTuple):
   """Reference answers in the place of the responses' own, for a gradient through them. numpy."""
 
-  weights: np.ndarray  # float32[K, G] of -log p(answer)
+  weights: np.ndarray  # float32[K, G, E] of -log p of the suffix' tokens; 0 off the mask
   starts: np.ndarray  # int32[K, G] tokens of the response that stand before the suffix
   tokens: np.ndarray  # int32[K, G, E] the suffix
   mask: np.ndarray  # bool[K, G, E] True on the answer's own tokens; nowhere if the response has no place for it
@@ -199,7 +228,7 @@ class Groups(NamedTuple):
     answers = None
     if answer_limit is not None:
       answers = Answers(
-        weights=np.zeros((0, samples), np.float32),
+        weights=np.zeros((0, samples, answer_limit), np.float32),
         starts=np.zeros((0, samples), np.int32),
         tokens=np.zeros((0, samples, answer_limit), np.int32),
         mask=np.zeros((0, samples, answer_limit), bool),
@@ -308,5 +337,6 @@ class TrainState(NamedTuple):
   baselines: np.ndarray  # float32[N, *M, A] log-probs of each reference without reasoning; NaN: no token, unknown
   initial: Params  # the initial policy, for a KL term or as frozen scorer; else nothing
   lagged: Params  # the policy some steps ago, as scorer; else nothing
+  averaged: Params  # a moving average of the policy's parameters, for r'; else nothing
   carried: Groups  # kept groups that the step before had no room for
   stream: dict[str, Any]  # position of the data stream

@@ -28,7 +28,7 @@ def validate(config: ConfigDict) -> None:
   _expect(values, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
   _expect(values, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")
   check_reward("config.reward", reward.RewardSettings.of(config.reward), config.reward.verifier)
-  names = set()
+  names, all_rewards = set(), [reward.RewardSettings.of(config.reward)]
   for text in config.reward.shadow:
     if not isinstance(text, str):
       raise InputError(f"config.reward.shadow: {text!r}, expected texts, 'name: field=value, ...'")
@@ -37,6 +37,7 @@ def validate(config: ConfigDict) -> None:
     if name in names:
       raise InputError(f"config.reward.shadow: {name!r} twice, expected names of their own")
     names.add(name)
+    all_rewards.append(settings)
     if settings.baseline_policy not in ("none", config.reward.baseline_policy):
       raise InputError(f"config.reward.shadow {name}: baselines of the run itself or none, there are no others")
     if config.reward.references == "first" != settings.references:
@@ -59,10 +60,23 @@ def validate(config: ConfigDict) -> None:
       raise InputError("config.training.credit: parts, expected no config.reward.custom, whose parts are not known")
     if config.reward.kind == "mixture" and config.reward.normalization == "separate":
       raise InputError("config.training.credit: parts, expected config.reward.normalization joint, found separate")
-  if config.training.answer_gradient == "jepo" and (config.reward.kind != "reference" or config.reward.custom):
+  of_baseline = [settings.token_weights for settings in all_rewards if settings.token_weights in rewards.OF_BASELINE]
+  if of_baseline and config.reward.baseline_policy == "none":
     raise InputError(
-      "config.training.answer_gradient: jepo takes its advantages from the bound, expected config.reward.kind reference"
-      " and no config.reward.custom"
+      f"config.reward.baseline_policy: none, but token weights {of_baseline[0]} are made of the probability without"
+      " reasoning, expected another"
+    )
+  if config.reward.references != "first" and any(settings.conditional_weight for settings in all_rewards):
+    raise InputError(
+      "config.reward.conditional_weight: of one reference answer, expected config.reward.references first, found"
+      f" {config.reward.references}"
+    )
+  if config.training.answer_gradient == "jepo" and (
+    config.reward.kind != "reference" or config.reward.custom or config.reward.conditional_weight
+  ):
+    raise InputError(
+      "config.training.answer_gradient: jepo takes its advantages from the bound, expected config.reward.kind"
+      " reference, no config.reward.custom and config.reward.conditional_weight 0"
     )
   if config.filter.kind == "accuracy" and config.reward.verifier == "none":
     raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")

@@ -144,7 +144,7 @@ def test_defaults_are_within_their_bounds():
   [
     ("--config.reward.agregate=product", ("agregate", "aggregate")),
     pytest.param(
-      "--config.filter.kind=3x", ("filter.kind", "'3x'", "ema, fixed, accuracy, off"), marks=pytest.mark.slow
+      "--config.filter.kind=3x", ("filter.kind", "'3x'", "ema, fixed, accuracy, share, off"), marks=pytest.mark.slow
     ),
     pytest.param("--config.prompts_per_step=many", ("prompts_per_step",), marks=pytest.mark.slow),
     pytest.param("--config.trainning.loss=clip", ("trainning", "training"), marks=pytest.mark.slow),

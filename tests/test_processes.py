@@ -296,8 +296,9 @@ from rlpr_jax import processes
 from rlpr_jax.compilation import keep_programs
 if {count} > 1:
   processes.start(coordinator="localhost:{port}", count={count}, index={index})
-keep_programs(sys.argv[1])
 import jax
+jax.numpy.ones(3).block_until_ready()  # a program that is compiled before the directory is named
+keep_programs(sys.argv[1])
 program = lambda x: [x := jax.numpy.sin(x) @ x for _ in range(200)][-1]  # takes a while to compile
 jax.jit(program)(jax.numpy.ones((8, 8))).block_until_ready()
 """

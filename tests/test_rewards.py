@@ -18,16 +18,19 @@ AGGREGATE = {
   "geometric_mean": lambda logps: np.prod(np.exp(logps)) ** (1 / len(logps)),
   "product": lambda logps: np.prod(np.exp(logps)),
   "mean_logprob": np.mean,
+  "weighted_sum": lambda logps: np.mean(np.exp(logps)),
 }
 WEIGHTED = {
   "mean_prob": lambda logps, w: np.sum(w * np.exp(logps)) / np.sum(w),
   "geometric_mean": lambda logps, w: np.prod(np.exp(logps) ** (w / np.sum(w))),
   "product": lambda logps, w: np.prod(np.exp(logps) ** (w * len(logps) / np.sum(w))),
   "mean_logprob": lambda logps, w: np.average(logps, weights=w),
+  "weighted_sum": lambda logps, w: np.sum(w * np.exp(logps)) / len(logps),
 }
 SHAPE = {
   "clip": lambda d: min(max(d, 0), 1),
   "identity": lambda d: d,
+  "positive": lambda d: max(d, 0),
   "one_minus": lambda d: 1 - d,
   "threshold_0.25": lambda d: d if d >= 0.25 else 0,
   "leaky_0.25": lambda d: d if d >= 0.25 else d / 100,
@@ -143,7 +146,7 @@ def by_hand_with_weights(logps, mask, weights, aggregate):
   for row in np.ndindex(out.shape):
     own, w = logps[row][mask[row]].astype(np.float64), weights[row][mask[row]].astype(np.float64)
     if len(own):
-      out[row] = WEIGHTED[aggregate](own, w if w.any() else np.ones(len(own)))
+      out[row] = WEIGHTED[aggregate](own, w if w.any() or aggregate == "weighted_sum" else np.ones(len(own)))
   return out
 
 
@@ -169,13 +172,14 @@ def test_weighted_reference_probability(answers, aggregate, transform):
 def test_weights_worked_example():
   """(0.01, 0.7, 0.9) with the last token twice as heavy, and then with the first one left out."""
   logps, mask = np.log(np.array([0.01, 0.7, 0.9], np.float32)), np.ones(3, bool)
-  for weights, mean, logs in (
-    ([1, 1, 2], (0.01 + 0.7 + 0.9 * 2) / 4, (0.01 * 0.7 * 0.81) ** (1 / 4)),
-    ([0, 5, 5], 0.8, 0.63**0.5),
+  for weights, mean, logs, total in (
+    ([1, 1, 2], (0.01 + 0.7 + 0.9 * 2) / 4, (0.01 * 0.7 * 0.81) ** (1 / 4), 2.51 / 3),
+    ([0, 5, 5], 0.8, 0.63**0.5, 8 / 3),
   ):
     scores = {name: rewards.reference_probability(logps, mask, name, np.array(weights)) for name in rewards.AGGREGATES}
     expected = {
-      "mean_prob": mean, "geometric_mean": logs, "product": logs**3, "mean_logprob": math.log(logs)
+      "mean_prob": mean, "geometric_mean": logs, "product": logs**3, "mean_logprob": math.log(logs),
+      "weighted_sum": total,
     }  # fmt: skip
     assert {name: float(score) for name, score in scores.items()} == pytest.approx(expected, rel=1e-6)
 
@@ -192,6 +196,7 @@ def test_weight_of_nan_is_seen_and_an_impossible_token_of_weight_zero_is_not(agg
   weights = np.array([[2.0, 0.0], [2.0, np.nan]], np.float32)
   score = rewards.reference_probability(logps, mask, aggregate, weights)
   expected = {"mean_prob": math.exp(-1), "geometric_mean": math.exp(-1), "product": math.exp(-2), "mean_logprob": -1}
+  expected["weighted_sum"] = math.exp(-1)  # 2 p / 2
   np.testing.assert_allclose(score, [expected[aggregate], np.nan], rtol=1e-6)
 
 
@@ -220,12 +225,17 @@ def weights_by_hand(logps, mask, kind, baseline_logps, baseline_mask):
     group = np.array([row for row in rows if len(row) == usual])
     for g, row in enumerate(rows):
       weights = np.ones(len(row))
-      if kind == "base" and len(row) == len(known):
-        weights = 1 - known
+      of_baseline = {"base": 1 - known, "inverse_base": 1 / known, "surprise": -np.log(known)}
+      if kind in of_baseline and len(row) == len(known):
+        weights = of_baseline[kind]
       elif kind == "inverse" and len(row) == usual:
         weights = 1 / (group.mean(0) + 0.001)
       elif kind == "spread" and len(row) == usual and len(group) > 1:
         weights = group.std(0, ddof=1)
+      elif kind == "logprob_spread" and len(row) == usual and len(group) > 1:
+        weights = np.log(group).std(0, ddof=1)
+      elif kind == "logprob_variance" and len(row) == usual and len(group) > 1:
+        weights = np.log(group).var(0, ddof=1)
       out[p, g][mask[p, g]] = weights
   return out
 
@@ -263,7 +273,7 @@ def test_token_weights(groups, kind, transform):
   weights = transform(lambda *arrays: rewards.token_weights(*arrays[:2], kind, *arrays[2:]))(logps, mask, *baseline)
   assert weights.dtype == jnp.float32
   np.testing.assert_allclose(weights, weights_by_hand(logps, mask, kind, *baseline), rtol=1e-5, atol=1e-7)
-  if kind != "base":  # the others know no baseline
+  if kind not in rewards.OF_BASELINE:  # the others know no baseline
     np.testing.assert_array_equal(transform(lambda *arrays: rewards.token_weights(*arrays, kind))(logps, mask), weights)
 
 
@@ -322,7 +332,7 @@ def test_no_gradient_passes_through_token_weights(groups, kind):
 
 def test_bad_token_weights_are_refused():
   logps, mask = np.zeros((1, 2, 3), np.float32), np.ones((1, 2, 3), bool)
-  with pytest.raises(ValueError, match="token weights 'rare': expected one of uniform, inverse, base, spread"):
+  with pytest.raises(ValueError, match="token weights 'rare': expected one of uniform, inverse, base, inverse_base"):
     rewards.token_weights(logps, mask, "rare")
   for baseline in ((), (logps[0, :1],), (None, mask[0, :1])):
     with pytest.raises(ValueError, match="'base': expected baseline_logps and baseline_mask"):
@@ -427,7 +437,7 @@ def test_nan_score_stays_nan(shaping):
   ],
 )
 def test_bad_shapings_are_refused(shaping):
-  with pytest.raises(ValueError, match="expected one of clip, identity, threshold_T"):
+  with pytest.raises(ValueError, match="expected one of clip, identity, positive, threshold_T"):
     rewards.debias(np.zeros(2, np.float32), np.zeros(2, np.float32), shaping)
 
 

@@ -12,8 +12,20 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.splicing import baseline_suffix, check_tokenizer, extract_answer, prompt_opening, splice
+from rlpr_jax.splicing import (
+  Splice,
+  as_sampled,
+  baseline_suffix,
+  check_tokenizer,
+  extract_answer,
+  find_place,
+  own_answer,
+  prompt_opening,
+  splice,
+  with_ending,
+)
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # ByteLevel's spelling of bytes
 THOUGHT = "<think> 6 times 7: 中文 😀 </think> "
@@ -350,3 +362,43 @@ def test_tags_that_the_prompt_ends_with_count(tokenizer, prompt, opening):
   assert tokenizer.decode(ids[: spliced.prefix_length] + spliced.suffix_ids[:-1]).endswith("<answer> 42 </answer>")
   twice = tokenizer.encode("".join(written), add_special_tokens=False)
   assert (splice(tokenizer, prompt_ids, twice, "42") is None) == bool(opening)  # the tag is there twice
+
+
+@pytest.mark.parametrize(
+  ("text", "expected"),
+  [
+    ("<answer>42</answer>", ("42", "</answer>")),
+    ("x<answer>\n 4 2 \n</answer> y <answer>z</answer>", ("4 2", " \n</answer>")),
+    ("<answer>  </answer>", ("", "  </answer>")),
+    ("<answer>42", None),
+    ("42</answer>", None),
+  ],
+)
+def test_own_answer_and_what_ends_it(text, expected):
+  assert own_answer(text) == expected
+  assert extract_answer(text) == (expected and expected[0])
+
+
+def test_an_own_answer_stays_in_the_ids_that_were_sampled():
+  """A name that was spelled letter by letter, where the tokenizer has a word for it."""
+  tokenizer = builtin.tokenizer("sentences")
+  letters = [tokenizer.convert_tokens_to_ids(x) for x in "bob"]
+  before, after = (tokenizer.encode(text) for text in ("<think>x</think><answer> ", "</answer>"))
+  ids = [*before, *letters, *after, tokenizer.eos_token_id]
+  place = find_place(tokenizer, [], ids)
+  spliced = place.splice(tokenizer, "bob", "</answer>")
+  found = as_sampled(tokenizer, ids, spliced)
+  assert found.suffix_ids != spliced.suffix_ids
+  assert ids[: found.prefix_length] + found.suffix_ids == ids
+  assert [i for i, inside in zip(found.suffix_ids, found.answer_mask, strict=True) if inside] == [*letters, *after]
+  # In the tokenizer's own ids there is nothing to put back.
+  ids = [*tokenizer.encode("<think>x</think><answer> bob </answer>"), tokenizer.eos_token_id]
+  spliced = find_place(tokenizer, [], ids).splice(tokenizer, "bob", " </answer>")
+  assert as_sampled(tokenizer, ids, spliced) == with_ending(spliced)
+  assert (
+    tokenizer.decode([i for i, inside in zip(*with_ending(spliced)[1:], strict=True) if inside]) == " bob </answer>"
+  )
+
+
+def test_an_answer_without_tokens_of_its_own_has_no_ending():
+  assert with_ending(Splice(0, [5, 6, 1], [False, False, False])).answer_mask == [False, False, False]

@@ -286,6 +286,21 @@ def test_baselines_are_of_the_policy_and_the_prefix_that_are_named(train, fields
   np.testing.assert_allclose(np.nanmean(np.exp(saved), axis=1), one * first + other * second, atol=1e-5)
 
 
+def test_a_baseline_by_an_average_of_the_policys_weights(train):
+  fields = {"steps": 3, "reward.baseline_policy": "averaged_weights", "reward.baseline_rate": 0.25}
+  variant = train(EACH_STEP | fields)
+  policies = [variant.policy(step) for step in range(4)]
+  averaged = policies[0][1]
+  for step in (1, 2, 3):
+    found = np.exp(logprobs((policies[0][0], averaged), unreasoned(" "))).mean(axis=1)
+    np.testing.assert_allclose(variant.column(step, "reward_baseline"), found[variant.column(step, "row")], atol=1e-5)
+    averaged = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, averaged, policies[step][1])
+  saved = final_state(variant.workdir, variant.config).averaged
+  for ours, theirs in zip(jax.tree.leaves(saved), jax.tree.leaves(averaged), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+  assert np.abs(np.exp(logprobs(policies[2], unreasoned(" "))).mean(axis=1) - found).max() > 1e-4
+
+
 def test_rule_rewards_right_answers_alone(train):
   variant = train({"reward.kind": "rule"})
   for step in (1, 2):
@@ -366,6 +381,45 @@ def test_shadow_rewards_are_measured_and_not_trained_on(plain, shadowed):
   assert min(apart.values()) > 1e-3, f"a shadow is the reward itself: {apart}"
 
 
+def likelihoods(of: tuple[Policy, models.Params], places: Sequence[str], ends: Sequence[str]) -> np.ndarray:
+  """[P, G] log-probability of a text for each response, behind its reasoning."""
+  return np.array([x.sum() for x in logprobs(of, list(zip(places, ends, strict=True)))]).reshape(PROMPTS, SAMPLES)
+
+
+def test_own_answers_are_judged_by_the_reasoning_that_leads_to_them(train):
+  """CER, alone, mixed with the method's reward and as a shadow, against whole passes over each pair's text."""
+  shadow = ("all: conditional_weight=1", "half: conditional_weight=0.5", "rule: conditional_weight=1, kind=mixture")
+  variant = train(EACH_STEP | {"reward.conditional_weight": 1.0, "reward.shadow": shadow})
+  for step in (1, 2):
+    policy, drawn = variant.policy(step - 1), variant.rollouts[step]
+    places = [spliced(row)[0] for row in drawn]
+    answers = [re.findall("<answer>(.*?</answer>)", row["response"]) for row in drawn]
+    answers = [
+      found[0].lstrip() if row["scorable"] and found else "" for row, found in zip(drawn, answers, strict=True)
+    ]
+    answers = [answer if len(answer) < len("2121 </answer>") else "" for answer in answers]  # more than references may
+    references = [f"{row['reference']} </answer>" for row in drawn]
+
+    p, scorable = likelihoods(policy, places, references), variant.column(step, "scorable")
+    own = np.array(answers).reshape(PROMPTS, SAMPLES)
+    expected = np.zeros((PROMPTS, SAMPLES))
+    for j in range(SAMPLES):  # the answer of the j-th response of each group, behind all of its reasonings
+      q = likelihoods(policy, places, np.repeat(own[:, j], SAMPLES).tolist())
+      weights = scorable * np.exp(q)
+      expected[:, j] = np.where(own[:, j] != "", (weights * np.exp(p)).sum(1) / np.maximum(weights.sum(1), 1e-30), 0)
+    formats, repetition = variant.column(step, "reward_format"), variant.column(step, "reward_repetition")
+    np.testing.assert_allclose(variant.column(step, "reward_conditional"), expected, atol=1e-5)
+    total = 0.9 * expected + 0.1 * formats + repetition
+    half = 0.45 * (expected + variant.column(step, "reward_debiased")) + 0.1 * formats + repetition
+    np.testing.assert_allclose(variant.column(step, "reward_total"), total, atol=1e-5)
+    np.testing.assert_allclose(variant.column(step, "shadow_all"), total, atol=1e-5)
+    np.testing.assert_allclose(variant.column(step, "shadow_half"), half, atol=1e-5)
+    np.testing.assert_allclose(variant.column(step, "shadow_rule"), (total + variant.right(step)) / 2, atol=1e-5)
+    assert np.unique(expected.round(6)).size > 4
+    assert variant.metrics[step]["seconds/exchange"] > 0
+    assert_normalized(variant, step, by_std)
+
+
 def test_a_reward_of_ones_own_is_trained_on(train, tmp_path):
   file = tmp_path / "mine.py"
   file.write_text(
@@ -391,19 +445,24 @@ def test_advantages_are_on_the_scale_that_is_named(train, advantages, scale):
     assert variant.metrics[step]["update/loss"] == pytest.approx(policy_loss(variant, step), abs=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["accuracy", "ema", "fixed"])
+@pytest.mark.parametrize("kind", ["accuracy", "ema", "fixed", "share"])
 def test_groups_that_the_filter_drops_are_not_trained_on(train, kind):
   of_ema = {"filter.collect_from": 1, "filter.start": 2, "filter.scale": 0.5}
-  variant = train({"filter.kind": kind, "filter.threshold": 0.2} | of_ema)
+  variant = train({"filter.kind": kind, "filter.threshold": 0.2, "filter.share": 0.5} | of_ema)
   spreads = {step: variant.column(step, "reward_total").std(axis=1, ddof=1) for step in (1, 2)}
   threshold = {
-    "accuracy": {1: 0.0, 2: 0.0}, "fixed": {1: 0.2, 2: 0.2}, "ema": {1: 0.0, 2: spreads[1].mean() / 2}
+    "accuracy": {1: 0.0, 2: 0.0}, "share": {1: 0.0, 2: 0.0},
+    "fixed": {1: 0.2, 2: 0.2}, "ema": {1: 0.0, 2: spreads[1].mean() / 2},
   }[kind]  # fmt: skip
   decisions = set()
   for step, row in variant.metrics.items():
     if kind == "accuracy":
       share = variant.right(step).mean(axis=1)
       keep = (share > 0) & (share < 1)
+    elif kind == "share":  # the largest, until they have half of all
+      largest = np.sort(spreads[step])[::-1]
+      needed = 1 + int(np.argmax(np.cumsum(largest) >= largest.sum() / 2 - 0.01))
+      keep = spreads[step] >= largest[needed - 1]
     else:
       keep = spreads[step] >= threshold[step]
     decisions |= set(keep)
@@ -427,6 +486,50 @@ def test_verifree_raises_references_by_their_rewards(train):
     assert variant.metrics[step]["update/answer_loss"] == pytest.approx(expected, rel=1e-3)
     assert variant.metrics[step]["update/loss"] == pytest.approx(policy_loss(variant, step), abs=1e-5)
     assert_normalized(variant, step, by_std)
+
+
+@pytest.mark.parametrize(
+  ("fields", "weigh"),  # of the reference's probabilities p, -log p weighs in the loss
+  [
+    ({"training.answer_gradient": "reward"}, lambda p: p / len(p)),
+    (
+      {"training.answer_gradient": "reward", "reward.aggregate": "geometric_mean"},
+      lambda p: np.full(len(p), np.prod(p) ** (1 / len(p)) / len(p)),
+    ),
+    ({"training.answer_gradient": "likelihood", "training.answer_coefficient": 0.3}, lambda p: np.full(len(p), 0.3)),
+  ],
+  ids=["mean", "geometric", "likelihood"],
+)
+def test_the_reward_is_climbed_through_the_reference(train, fields, weigh):
+  variant = train(DUAL_CLIP | fields)
+  for step in (1, 2):
+    probs = [np.array(row["reference_probs"]) for row in variant.rollouts[step] if row["scorable"]]
+    expected = -sum((weigh(p) * np.log(p)).sum() for p in probs) / (PROMPTS * SAMPLES * LONGEST)
+    assert variant.metrics[step]["update/answer_loss"] == pytest.approx(expected, rel=1e-3)
+    assert variant.metrics[step]["update/loss"] == pytest.approx(policy_loss(variant, step), abs=1e-5)
+
+
+def test_responses_that_were_cut_are_left_out_of_the_loss(train):
+  """The others and their groups stay as they were: what is left out has an advantage, and no token in the loss."""
+  limit = {"rollout.max_response_length": LONGEST - 3}
+  variant = train(limit | {"training.truncated": "left_out"})
+  trained = train(limit)
+  assert variant.rollouts[1] == trained.rollouts[1]
+  cut = variant.column(1, "finish") == "length"
+  assert 0 < cut.sum() < cut.size
+  advantages, lengths = variant.column(1, "advantage"), variant.column(1, "length")
+  sequences = {"left out": cut.size - cut.sum(), "trained": cut.size}
+  for name, of, inside in (("left out", variant, ~cut), ("trained", trained, np.ones_like(cut))):
+    expected = -(inside * lengths * advantages).sum() / (sequences[name] * (LONGEST - 3))
+    assert of.metrics[1]["update/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_ratios_of_whole_sequences_are_those_of_their_tokens_in_the_mean(train):
+  fields = {"training.epochs_per_step": 2, "training.clip_low": 1.0, "training.clip_high": 1e6}
+  tokens, sequences = train(fields), train(fields | {"training.ratio": "sequence"})
+  assert sequences.rollouts[1] == tokens.rollouts[1]
+  worst = [variant.metrics[1]["update/ratio_worst"] for variant in (sequences, tokens)]
+  assert 1e-4 < worst[0] < worst[1]
 
 
 def test_jepo_climbs_the_bound_of_the_group(train):
@@ -560,6 +663,14 @@ VARIANTS = {
     "training.loss": "truncated", "training.advantages": "leave_one_out", "evaluation.temperature": 0.0,
   },
   "credit": {"training.credit": "parts", "reward.verifier": "exact", "reward.kind": "mixture"},
+  "published": {
+    "reward.conditional_weight": 0.5, "reward.conditional_pairs": 2, "reward.baseline_policy": "averaged_weights",
+    "reward.aggregate": "weighted_sum", "reward.token_weights": "surprise", "reward.shaping": "positive",
+    "reward.length_difference_coefficient": 0.1, "reward.overlong_coefficient": 0.5, "reward.overlong_buffer": 8,
+    "reward.concentration_coefficient": 0.1, "training.answer_gradient": "reward", "training.answer_coefficient": 0.1,
+    "training.ratio": "sequence", "training.truncated": "left_out", "filter.kind": "share",
+    "reward.shadow": ("logs: aggregate=mean_logprob, token_weights=logprob_spread, shaping=identity",),
+  },
 }  # fmt: skip
 
 
@@ -572,7 +683,8 @@ def config(name):
 
 
 @pytest.fixture(
-  scope="module", params=["many", *(pytest.param(name, marks=pytest.mark.slow) for name in ("others", "credit"))]
+  scope="module",
+  params=["many", *(pytest.param(name, marks=pytest.mark.slow) for name in ("others", "credit", "published"))],
 )
 def run(request, tmp_path_factory):
   workdir = tmp_path_factory.mktemp(request.param)
@@ -599,7 +711,7 @@ def test_everything_measured_is_finite(run):
 
 @pytest.mark.slow
 def test_a_run_in_two_halves_is_the_whole_one(run, tmp_path):
-  """Frozen and lagged copies, moving baselines and carried answers are in the checkpoint."""
+  """Frozen, lagged and averaged copies, moving baselines and carried answers are in the checkpoint."""
   name, workdir = run
   half = config(name)
   half.steps = 1
@@ -611,12 +723,12 @@ def test_a_run_in_two_halves_is_the_whole_one(run, tmp_path):
 
   assert without_evaluations(timeless(tmp_path)) == without_evaluations(timeless(workdir))
   found, expected = final_state(tmp_path, config(name)), final_state(workdir, config(name))
-  for field in ("params", "initial", "lagged", "baselines", "carried"):
+  for field in ("params", "initial", "lagged", "averaged", "baselines", "carried"):
     for ours, theirs in zip(
       jax.tree.leaves(getattr(found, field)), jax.tree.leaves(getattr(expected, field)), strict=True
     ):
       np.testing.assert_array_equal(ours, theirs)
-  assert bool(jax.tree.leaves(expected.initial)) == (name != "credit")  # for the KL term, or as scorer
+  assert bool(jax.tree.leaves(expected.initial)) == (name in ("many", "others"))  # for the KL term, or as scorer
   if name == "many":  # two steps in four copy the policy
     assert all(
       np.array_equal(a, b)

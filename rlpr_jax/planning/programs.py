@@ -95,6 +95,7 @@ def place_on_mesh(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, own
   opt_state = _on_device(abstract_opt_state(optimizer, policy.trained, policy.sharding), mesh)
   policy = policy._replace(trained=_on_device(policy.trained, mesh), frozen=_on_device(policy.frozen, mesh))
   copies = keeps_initial(config) + (config.reward.scorer == "lagged")
+  copies += config.reward.baseline_policy == "averaged_weights"
   state = {
     "parameters": device_bytes(policy.trained) * (1 + copies),
     "frozen": device_bytes(policy.frozen),

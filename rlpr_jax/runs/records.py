@@ -40,6 +40,7 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
     "seconds/rollout": sampling,
     "seconds/prefill": seconds["prefill"],
     "seconds/score": seconds["score"],
+    **({"seconds/exchange": seconds["exchange"]} if "exchange" in seconds else {}),
     "tokens_per_second/rollout": int(everywhere("lengths").sum()) / max(sampling, 1e-9),
   }
 
@@ -113,7 +114,7 @@ def rollout_rows(batch: RolloutBatch, step: int, count: int, engine: Engine) -> 
     prompt = batch.prompts[p]
     rewards = batch.rewards._asdict()
     each = rewards.pop("each_reference")
-    parts = {f"reward_{name}": value for name, value in rewards.items()}
+    parts = {f"reward_{name}": value for name, value in rewards.items() if value is not None}
     parts |= {f"shadow_{name}": shadow.total for name, shadow in batch.shadows.items()}
     tokens, logps, answer = (getattr(batch.rollouts, f"reference_{name}")[i] for name in ("tokens", "logps", "mask"))
     shown, several = 0, {}

@@ -71,6 +71,8 @@ def renew_baselines(run: Run, state: TrainState, params: Params, prompts: Sequen
     if not prompts:
       return state.baselines
     params = run.policy.sampling_params(state.initial)
+  elif settings.baseline_policy == "averaged_weights":
+    params = run.policy.sampling_params(state.averaged)
   rows = [prompt.row for prompt in prompts]
   new = processes.gather(run.engine.baseline(params, processes.share(prompts)), len(prompts))
   if settings.baseline_policy == "moving_average":

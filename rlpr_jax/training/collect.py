@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 
 import jax
 import numpy as np
@@ -16,8 +17,9 @@ from rlpr_jax.sampling.engine import SampleOptions, StoppedError
 from rlpr_jax.sampling.shapes import pad_prompts
 from rlpr_jax.training import packing
 from rlpr_jax.training.baselines import renew_baselines
+from rlpr_jax.training.exchange import exchange_answers
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
-from rlpr_jax.training.reward import compute_rewards, credit_of_answer, gather_evidence
+from rlpr_jax.training.reward import compute_rewards, credit_of_answer, gather_evidence, unalign, weigh_tokens
 from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
 from rlpr_jax.training.settings import row_length
@@ -38,6 +40,7 @@ from rlpr_jax.types import (
 _group_advantages = jax.jit(grpo.group_advantages, static_argnames=("normalize",))
 _separate_advantages = jax.jit(grpo.separate_advantages, static_argnames=("normalize",))
 _group_bound = jax.jit(grpo.group_bound)
+_answer_gradient = jax.jit(rewards.answer_gradient, static_argnames=("kind",))
 
 
 def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest) -> StepBatch:
@@ -107,8 +110,17 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
     rollouts = score_again(reference_scorer(run, scorer_params), my_prompts, rollouts)
   baselines = renew_baselines(run, state, scorer_params, prompts)
 
+  exchanged = None
+  if any(settings.conditional_weight for settings in (run.reward, *run.shadows.values())):
+    started = time.perf_counter()
+    scorer = reference_scorer(run, scorer_params)
+    most, seed = config.reward.conditional_pairs, config.seed
+    exchanged = exchange_answers(scorer, run.engine, my_numbered, rollouts, most, seed)
+    rollouts = rollouts._replace(seconds=rollouts.seconds | {"exchange": time.perf_counter() - started})
+
   # 3. Gather the evidence: from here on every process knows of all responses, and decides alike.
-  evidence = gather_evidence(config, my_numbered, rollouts, baselines[[prompt.row for prompt in my_prompts]])
+  known = baselines[[prompt.row for prompt in my_prompts]]
+  evidence = gather_evidence(config, my_numbered, rollouts, known, exchanged)
   custom = None
   if run.custom_reward is not None:
     custom = custom_reward.compute(run.custom_reward, evidence, rollouts.texts, my_prompts)
@@ -169,10 +181,14 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
     advantages, stds = _separate_advantages([reference, evidence.verified], weights, normalize=normalize)
   else:
     advantages, stds = _group_advantages(parts.total, normalize)
-  answer_weights: AnyArray = np.zeros_like(parts.total)
-  match run.config.training.answer_gradient:
+  answer_weights: AnyArray | None = None
+  match kind := run.config.training.answer_gradient:
     case "verifree":
-      answer_weights = grpo.verifree_weights(np.maximum(parts.debiased, 0))  # never away from the reference
+      answer_weights = grpo.verifree_weights(np.maximum(parts.debiased, 0))[..., None]  # never away from the reference
+    case "reward" | "likelihood":
+      aggregate = settings.aggregate if kind == "reward" else "log_probability"
+      of_tokens = weigh_tokens(evidence, settings.token_weights)
+      answer_weights = _answer_gradient(evidence.logps, evidence.mask, aggregate, of_tokens)
     case "jepo":
       likelihoods = np.where(evidence.mask, evidence.logps, 0.0).sum(axis=-1)
       _, gain, shares = _group_bound(likelihoods, evidence.scorable)
@@ -180,12 +196,14 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
       size = evidence.scorable.shape[1]
       others = rewards.combine(0.0, evidence.formats, settings.format_coefficient, parts.repetition + parts.length)
       advantages = size * gain + _group_advantages(others, "none")[0]
-      answer_weights = size * shares
-  answer_weights = np.where(evidence.scorable, answer_weights, 0.0) * run.config.training.answer_coefficient
+      answer_weights = (size * shares)[..., None]
+  if answer_weights is not None:
+    answer_weights = np.where(evidence.mask, answer_weights, 0.0) * run.config.training.answer_coefficient
+    answer_weights = np.asarray(answer_weights, np.float32)
   of_answer = None
   if run.config.training.credit == "parts":
     of_answer, _ = _group_advantages(parts.total, normalize, part=credit_of_answer(evidence, parts, run.reward))
-  return jax.device_get(Advantages(advantages, stds, np.asarray(answer_weights, np.float32), of_answer))
+  return jax.device_get(Advantages(advantages, stds, answer_weights, of_answer))
 
 
 def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
@@ -198,22 +216,26 @@ def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
     return x.reshape(*shape, *x.shape[1:])[kept]
 
   answers = None
-  if run.config.training.answer_gradient != "none":
+  if batch.advantages.answer_weights is not None:
+    mask = grouped(rollouts.reference_mask)
     answers = Answers(
-      weights=batch.advantages.answer_weights[kept],
+      weights=unalign(batch.advantages.answer_weights[kept], mask),
       starts=grouped(rollouts.reference_starts),
       tokens=grouped(rollouts.reference_tokens),
-      mask=grouped(rollouts.reference_mask),
+      mask=mask,
     )
   credit = None
   if batch.advantages.of_answer is not None:
     starts = np.where(rollouts.scorable, rollouts.reference_starts, rollouts.lengths)
     credit = AnswerCredit(grouped(starts.astype(np.int32)), batch.advantages.of_answer[kept])
+  trained = rollouts.lengths
+  if run.config.training.truncated == "left_out":
+    trained = np.where(rollouts.finished, trained, 0)
   return Groups(
     prompt_tokens=tokens,
     prompt_lengths=lengths,
     tokens=grouped(rollouts.tokens),
-    lengths=grouped(rollouts.lengths),
+    lengths=grouped(trained.astype(np.int32)),
     logprobs=grouped(rollouts.logprobs),
     advantages=batch.advantages.advantages[kept],
     answers=answers,

@@ -139,7 +139,7 @@ def _to_branch(groups: Groups, which: tuple[int, int], weight: float) -> Branch:
   if answers is None:
     return branch
   answer_weights = np.zeros(tokens.size, np.float32)
-  answer_weights[end + places] = answers.weights[which] * weight
+  answer_weights[end + places] = answers.weights[which][places] * weight
   return branch._replace(answer_weights=answer_weights)
 
 

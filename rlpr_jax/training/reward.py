@@ -18,7 +18,16 @@ from ml_collections import ConfigDict
 from rlpr_jax import rewards, splicing
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
-from rlpr_jax.types import AnyArray, Evidence, OwnAnswers, Prompt, Rewards, Rollouts
+from rlpr_jax.types import (
+  AnyArray,
+  Evidence,
+  ExchangedAnswers,
+  OwnAnswers,
+  Prompt,
+  ResponseLengths,
+  Rewards,
+  Rollouts,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +42,13 @@ class RewardSettings:
   baseline_policy: str  # "none": r' is 0; all others: as the evidence has it
   format_coefficient: float
   answer_length_coefficient: float
+  length_difference_coefficient: float
+  overlong_coefficient: float
+  concentration_coefficient: float
+  concentration_length: float
+  concentration_gap: float
   rule_weight: float
+  conditional_weight: float
 
   @classmethod
   def of(cls, config: ConfigDict) -> "RewardSettings":
@@ -41,7 +56,11 @@ class RewardSettings:
 
 
 def gather_evidence(
-  config: ConfigDict, numbered: Sequence[tuple[int, Prompt]], rollouts: Rollouts, baseline_logps: np.ndarray
+  config: ConfigDict,
+  numbered: Sequence[tuple[int, Prompt]],
+  rollouts: Rollouts,
+  baseline_logps: np.ndarray,
+  exchanged: ExchangedAnswers | None = None,
 ) -> Evidence:
   """Gathers what a reward can be made of, of a draw.
 
@@ -57,6 +76,8 @@ def gather_evidence(
     return np.array(values, np.float32).reshape(shape)
 
   answers = {text: splicing.extract_answer(text) for text in rollouts.texts}
+  lengths = rollouts.lengths.reshape(shape)
+  overlong = rewards.overlong_penalty(lengths, config.rollout.max_response_length, settings.overlong_buffer)
 
   def well_formed(text: str, prompt: Prompt) -> float:
     if settings.empty_answer == "malformed" and answers[text] == "":
@@ -88,6 +109,8 @@ def gather_evidence(
     own=watch_answers(
       [answers[text] for text in rollouts.texts], [prompt for _, prompt in numbered], config.samples_per_prompt
     ),
+    responses=ResponseLengths(lengths, np.asarray(overlong, np.float32)),
+    exchanged=exchanged,
   )
 
 
@@ -139,6 +162,11 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
     shaping=settings.shaping,
     format_coefficient=settings.format_coefficient,
     length_coefficient=settings.answer_length_coefficient,
+    length_difference_coefficient=settings.length_difference_coefficient,
+    overlong_coefficient=settings.overlong_coefficient,
+    concentration_coefficient=settings.concentration_coefficient,
+    concentration_quantiles=(settings.concentration_length, settings.concentration_gap),
+    conditional_weight=settings.conditional_weight,
     references=settings.references,
   )
   parts = rewards.score_groups(evidence, baselines, scoring, weights)
@@ -159,8 +187,19 @@ def credit_of_answer(evidence: Evidence, parts: Rewards, settings: RewardSetting
   """
   if settings.kind in ("rule", "random") or settings.format_coefficient == -1:
     return parts.total
-  rest = rewards.combine(0.0, evidence.formats, settings.format_coefficient, parts.repetition + parts.length)
+  judged = 0.0 if parts.conditional is None else settings.conditional_weight * parts.conditional
+  rest = rewards.combine(judged, evidence.formats, settings.format_coefficient, parts.repetition + parts.length)
   return rewards.mixture(rest, evidence.verified, settings.rule_weight) if settings.kind == "mixture" else rest
+
+
+def unalign(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+  """Puts the answer's k-th value back where `mask` has its k-th token; 0 elsewhere: the reverse of `align`.
+
+  >>> unalign(np.array([[-0.5, -0.1, 0.0]]), np.array([[False, True, True]])).tolist()
+  [[0.0, -0.5, -0.1]]
+  """
+  kth = np.maximum(np.cumsum(mask, axis=-1) - 1, 0)
+  return np.where(mask, np.take_along_axis(values, kth, axis=-1), 0.0)
 
 
 def first_reference(evidence: Evidence) -> Evidence:

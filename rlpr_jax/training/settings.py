@@ -61,6 +61,7 @@ def update_settings(config: ConfigDict, sharding: Sharding) -> UpdateSettings:
     clip_high=training.clip_high,
     dual_clip=training.dual_clip,
     ratio_cap=training.ratio_cap,
+    ratio=training.ratio,
     entropy_coefficient=training.entropy_coefficient,
     kl_coefficient=training.kl_coefficient,
     micro_batch_rows=micro_batch_rows(config, sharding),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from rlpr_jax import filtering, processes
@@ -39,6 +40,7 @@ def abstract_state(run: Run, rows: int | None = None) -> TrainState:
     baselines=unknown_baselines(run, rows),
     initial=policy.trained if keeps_initial(config) else {},
     lagged=policy.trained if config.reward.scorer == "lagged" else {},
+    averaged=policy.trained if config.reward.baseline_policy == "averaged_weights" else {},
     carried=Groups.empty(
       prompt_limit=config.data.prompt_limit,
       samples=config.samples_per_prompt,
@@ -84,6 +86,7 @@ def first_state(run: Run, workdir: pathlib.Path, writer: metrics.MetricsWriter, 
     baselines=baselines,
     initial=copy_params(params) if keeps_initial(run.config) else {},
     lagged=copy_params(params) if run.config.reward.scorer == "lagged" else {},
+    averaged=copy_params(params) if run.config.reward.baseline_policy == "averaged_weights" else {},
   )
 
 
@@ -122,6 +125,7 @@ def finish_step(run: Run, state: TrainState, batch: StepBatch, stream: PromptStr
     filter=jax.device_get(filtering.update(state.filter, batch.stds, run.filter)),
     baselines=batch.baselines,
     lagged=copy_params(state.params) if due else state.lagged,
+    averaged=average_params(state.averaged, state.params, settings.baseline_rate) if state.averaged else {},
     carried=batch.carried,
     stream=stream.state(),
   )
@@ -138,6 +142,16 @@ def copy_params(params: Params) -> Params:
   return jax.tree.map(jnp.copy, params)
 
 
+@jax.jit
+def average_params(average: Params, params: Params, rate: ArrayLike) -> Params:
+  """(1 - rate) * average + rate * params.
+
+  >>> average_params({"w": jnp.array([1.0])}, {"w": jnp.array([2.0])}, 0.25)["w"].tolist()
+  [1.25]
+  """
+  return jax.tree.map(lambda old, new: old + rate * (new - old), average, params)
+
+
 def split(state: TrainState, carried_limit: int) -> OnDisk:
   """Takes a state apart as its checkpoint holds it; carried groups are padded to `carried_limit`, to have one shape."""
   arrays = state._asdict()
@@ -151,4 +165,6 @@ def split(state: TrainState, carried_limit: int) -> OnDisk:
 def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> TrainState:
   """Puts together the state that `split` took apart."""
   carried = arrays["carried"].take(slice(host["carried"]))
-  return TrainState(params=params, **{"initial": {}, "lagged": {}} | arrays | host | {"carried": carried})
+  return TrainState(
+    params=params, **{"initial": {}, "lagged": {}, "averaged": {}} | arrays | host | {"carried": carried}
+  )

@@ -30,6 +30,7 @@ class UpdateSettings:
   loss: str = "clip"  # clip | truncated
   dual_clip: float = 0.0  # 0 for none
   ratio_cap: float = 2.0  # of truncated
+  ratio: str = "token"  # token | sequence
   kl_coefficient: float = 0.0
   sharding: Sharding = Sharding()
 
@@ -49,6 +50,7 @@ def loss(
     dual_clip=settings.dual_clip or None,
     ratio_cap=settings.ratio_cap if settings.loss == "truncated" else None,
     weights=rows.weights,
+    sequence_ids=rows.segment_ids if settings.ratio == "sequence" else None,
   )
   entropy = jnp.where(rows.mask, entropy, 0.0)
   sums |= {"loss": policy_loss, "entropy": jnp.sum(entropy)}

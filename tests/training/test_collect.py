@@ -68,6 +68,7 @@ def batch(policy):
     baselines=np.full((4, 8), np.nan, np.float32),
     initial={},
     lagged={},
+    averaged={},
     carried=nothing,
     stream={},
   )

@@ -54,7 +54,14 @@ def evidence():
   ]
   fields = dict.fromkeys(Rollouts._fields)
   rollouts = Rollouts(
-    **fields | {"texts": list(TEXTS) * P, "scorable": scorable, "reference_logps": logps * mask, "reference_mask": mask}
+    **fields
+    | {
+      "texts": list(TEXTS) * P,
+      "lengths": np.arange(P * G, dtype=np.int32) * 300,
+      "scorable": scorable,
+      "reference_logps": logps * mask,
+      "reference_mask": mask,
+    }
   )
   baselines = np.full((P, E), np.nan, np.float32)
   baselines[0, :2], baselines[1, :3] = np.log([0.2, 0.1]), np.log([0.3, 0.2, 0.1])  # the third one is not known
@@ -83,6 +90,7 @@ def test_an_empty_answer_is_malformed(empty, expected):
   blank = np.zeros((G, E), np.float32)
   fields = dict.fromkeys(Rollouts._fields) | {
     "texts": texts, "scorable": np.ones(G, bool), "reference_logps": blank, "reference_mask": blank > 0,
+    "lengths": np.full(G, 9, np.int32),
   }  # fmt: skip
   found = gather_evidence(c, [(0, prompt)], Rollouts(**fields), np.zeros((1, E), np.float32))
   assert found.formats.tolist() == [expected]

@@ -67,7 +67,7 @@ def random_groups(with_answers=False) -> Groups:
   mask = np.zeros((*shape, ANSWER), bool)
   mask[..., 1:] = rng.random(shape)[..., None] < 0.8  # of some responses no answer is scored
   answers = Answers(
-    weights=rng.random(shape).astype(np.float32),
+    weights=np.where(mask, rng.random(mask.shape), 0).astype(np.float32),
     starts=rng.integers(0, lengths + 1).astype(np.int32),
     tokens=rng.integers(0, cases.VOCAB, (*shape, ANSWER)).astype(np.int32),
     mask=mask,
@@ -158,6 +158,6 @@ def test_weights_are_those_of_the_sequences(aggregate):
   weights = packing.sequence_weights(groups, aggregate, 20).reshape(groups.lengths.shape)
   sampled = packing.sampled_lengths(groups)
   assert rows.weights.sum() == pytest.approx(np.sum(weights * sampled), rel=1e-6)
-  answers = groups.answers.weights * weights * groups.answers.mask.sum(axis=2)
+  answers = groups.answers.weights.sum(axis=2) * weights
   assert rows.answer_weights.sum() == pytest.approx(answers.sum(), rel=1e-6)
   assert rows.mask.sum() == sampled.sum()

@@ -561,7 +561,7 @@ def with_answers(groups, seed=3):
     first = rng.integers(1, 3)
     mask[k, g, first : first + rng.integers(1, 4)] = (k, g) not in ((0, 1), (1, 0))
   answers = types.Answers(
-    weights=np.where(mask.any(axis=2), rng.random(shape), 0).astype(np.float32),
+    weights=np.where(mask, rng.random(mask.shape), 0).astype(np.float32),
     starts=rng.integers(0, groups.lengths + 1).astype(np.int32),
     tokens=rng.integers(0, 64, (*shape, width)).astype(np.int32),
     mask=mask,
@@ -597,7 +597,7 @@ def test_the_gradient_through_answers_is_that_of_their_weighted_log_probability(
       old = spliced.logprobs[k, g, :kept]
       ratio = jnp.exp(logps[start : start + kept] - old)
       value += jnp.sum(ratio * spliced.advantages[k, g])
-      value += answers.weights[k, g] * jnp.sum(logps[start + kept + places])
+      value += jnp.sum(answers.weights[k, g, places] * logps[start + kept + places])
     return -value / total
 
   expected = jax.grad(objective)(policy.params)
