@@ -92,8 +92,9 @@ FIELDS = {
   "data.count": Field(2048, "of the built-in questions", at_least=1),
   "data.domains": Field(
     "short",
-    "of those, the held-out ones and the warm start's demonstrations: short | sentences | all",
-    choices=("short", "sentences", "all"),
+    "of those, the held-out ones and the warm start's demonstrations: short | sentences | all (of these two) | facts"
+    " (several in an answer)",
+    choices=("short", "sentences", "all", "facts"),
   ),
   "data.chat_template": Field(
     "",
