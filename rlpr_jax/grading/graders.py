@@ -39,7 +39,7 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
 
   Args:
     kind: `exact`: the reference, but for case and runs of whitespace; `multiple_choice`: the same option; `math`: an
-      equal expression or number; `builtin`: the same content for a built-in sentence question, `exact` for all else.
+      equal expression or number; `builtin`: the same content for a built-in question with many wordings, else `exact`.
     question: text of the question, which lists the options, or is a built-in one.
 
   >>> verify("exact", "<think>6 * 7</think> <answer>42</answer>", "42"), verify("exact", "42", "42")
