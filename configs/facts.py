@@ -32,7 +32,7 @@ def get_config():
   c.training.row_length = 256
   c.training.micro_batch_rows = 4
   c.training.learning_rate = 3e-4
-  c.warm_start.steps = 1000
+  c.warm_start.steps = 400
   c.evaluation.prompts = 200
   c.evaluation.every = 10
   c.log.checkpoint_every = 20

@@ -15,6 +15,7 @@ from configs.facts import get_config
 from rlpr_jax.data import builtin, facts
 from rlpr_jax.data.facts import Count, Report
 from rlpr_jax.data.pipeline import reference_length
+from rlpr_jax.data.sources import Example
 from rlpr_jax.data.templates import build_messages, render
 from rlpr_jax.grading import graders
 from rlpr_jax.rewards import format_score
@@ -174,9 +175,8 @@ def test_wordings_are_drawn_evenly():
   for _, text, reference in questions(count=1800):
     meant = solve(text)
     places = sorted(range(3), key=lambda i: reference.index(f"{meant.counts[i].number} "))
-    seen[
-      tuple(places), f" {meant.counts[places[0]].name}" in f" {reference.split(',')[0].split(' while ')[0][:22]}"
-    ] += 1
+    number_first = re.match(r"(in the end |so by now )?[0-9]", reference) is not None
+    seen[tuple(places), number_first] += 1
   assert len(seen) == 12
   assert all(count == pytest.approx(150, abs=60) for count in seen.values())
 
@@ -278,7 +278,7 @@ def test_the_set_fits_its_recipe_and_holds_known_tokens(tokenizer, demonstration
   config, longest, size = get_config(), Counter(), lambda text: len(tokenizer.encode(text, add_special_tokens=False))
   for text, reference, thought, answer in demonstrations[:1000]:
     response = f"<think>{thought}</think><answer> {answer} </answer>"
-    (example,) = (x for x, _ in [(builtin.Example(({"role": "user", "content": text},), reference, "stock", 0), "")])
+    example = Example(({"role": "user", "content": text},), reference, "stock", 0)
     lengths = {
       "prompt": len(render(tokenizer, build_messages(example, "think", instruction=""))),
       "response": size(response) + 1,  # EOS is the last
