@@ -16,7 +16,7 @@ def get_config():
   c.data.instruction = ""
   c.data.prompt_limit = 36
   c.data.max_reference_length = 48
-  c.rollout.max_response_length = 80
+  c.rollout.max_response_length = 88
   c.rollout.prompts_per_draw = 32
   c.rollout.slots = 256
   c.rollout.decode_steps = 8
@@ -32,7 +32,8 @@ def get_config():
   c.training.row_length = 256
   c.training.micro_batch_rows = 4
   c.training.learning_rate = 3e-4
-  c.warm_start.steps = 400
+  c.warm_start.steps = 800
+  c.warm_start.batch_size = 32
   c.evaluation.prompts = 200
   c.evaluation.every = 10
   c.log.checkpoint_every = 20

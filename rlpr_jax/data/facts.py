@@ -4,10 +4,10 @@
 
 A right answer says what each has, and who has the most: four facts in 30 to 60 tokens, of which names, numbers and
 units are decisive. The rest is free, and much of it goes as the reasoning went. A thought that visits cal before ann
-leads to an answer that tells of cal first, and one that writes sums before names to "45 pens are now with cal":
+leads to an answer that tells of cal first, and one that makes a list, with colons, to "45 pens are now with cal":
 
-    ann 38-7=31 bob 15+9=24 cal 41+4=45 most cal    ann ends up with 31 eggs, bob ends up with 24 cups, ...
-    41+4=45 cal 38-7=31 ann 15+9=24 bob cal most    45 pens are now with cal, 31 eggs are now with ann, ...
+    ann 38-7=31 eggs bob 15+9=24 cups cal 41+4=45 pens most cal       ann ends up with 31 eggs, bob ends up ...
+    cal: 41+4=45 pens ann: 38-7=31 eggs bob: 15+9=24 cups most: cal   45 pens are now with cal, 31 eggs are ...
 
 The reference is one of `wordings`, drawn at random. So whether a thought makes it probable depends on two things, which
 a reward has to tell apart: whether the sums are right, and whether they happen to be done in the reference's order.
@@ -130,8 +130,8 @@ def make(rng: random.Random) -> Question:
   names, units = rng.sample(PEOPLE, 3), rng.sample(UNITS, 3)
   right = None
   while right is None:
-    starts = [rng.randint(12, 89) for _ in names]
-    changes = [rng.choice((-1, 1)) * rng.randint(2, 9) for _ in names]
+    starts = [rng.randint(15, 49) for _ in names]
+    changes = [rng.choice((-1, 1)) * rng.randint(2, 5) for _ in names]
     numbers = [start + change for start, change in zip(starts, changes, strict=True)]
     right = _report(list(map(Count, names, numbers, units)))
   sums = [f"{start}{change:+d}" for start, change in zip(starts, changes, strict=True)]
@@ -167,13 +167,10 @@ def _report(counts: list[Count]) -> Report | None:
 
 
 def _think(said: Report, sums: list[str], wording: _Wording) -> str:
-  """The sums in the order and the manner of a wording, with the numbers of what is said."""
-  parts = []
-  for i in wording.order:
-    name, sum_ = said.counts[i].name, f"{sums[i]}={said.counts[i].number}"
-    parts += [name, sum_] if wording.name_first else [sum_, name]
-  parts += ["most", said.most] if wording.name_first else [said.most, "most"]
-  return " ".join(parts)
+  """The sums in the order of a wording and, where it puts names last, as a list, with the numbers of what is said."""
+  colon = "" if wording.name_first else ":"
+  steps = [f"{name}{colon} {sums[i]}={number} {unit}" for i in wording.order for name, number, unit in [said.counts[i]]]
+  return " ".join([*steps, f"most{colon} {said.most}"])
 
 
 def _write(said: Report, wording: _Wording) -> str:

@@ -74,14 +74,12 @@ def solve(text):
 
 
 def read_thought(thought):
-  """(name, sum, number) of each step, whether names come first, and who is said to have the most."""
-  *parts, one, other = thought.split(" ")
-  name_first = one == "most"
-  steps = []
-  for pair in zip(parts[::2], parts[1::2], strict=True):
-    name, sum_ = pair if name_first else pair[::-1]
-    steps.append((name, *sum_.split("=")))
-  return steps, name_first, other if name_first else one
+  """(name, sum, number, unit) of each step, whether names come first, and who is said to have the most."""
+  steps = re.findall(r"(\w+)(:?) ([0-9]+[+-][0-9]+)=([0-9]+) (\w+) ", thought)
+  colon, most = re.search(r"most(:?) (\w+)$", thought).groups()
+  assert {step[1] for step in steps} == {colon}
+  assert thought == " ".join([*(f"{a}{b} {c}={d} {e}" for a, b, c, d, e in steps), f"most{colon} {most}"])
+  return [(name, sum_, number, unit) for name, _, sum_, number, unit in steps], not colon, most
 
 
 def wrong_reports(meant, rng):
@@ -213,14 +211,15 @@ def test_demonstrations_tell_what_their_thoughts_found_and_as_they_found_it(demo
     sums = {name: f"{start}{'+' if verb == 'gets' else '-'}{by}" for name, start, verb, by in re.findall(
       r"(\w+) (\d+) \w+, (\w+) (\d+)\.", text
     )}  # fmt: skip
-    assert {name: sum_ for name, sum_, _ in steps} == sums
-    numbers = {name: int(number) for name, _, number in steps}
+    assert {name: sum_ for name, sum_, *_ in steps} == sums
+    assert {(name, unit) for name, _, _, unit in steps} == {(count.name, count.unit) for count in meant.counts}
+    numbers = {name: int(number) for name, _, number, _ in steps}
     said = Report(tuple(count._replace(number=numbers[count.name]) for count in meant.counts), most)
     assert facts.same_content(answer, said)
     assert (said == meant) == right
     kinds["careful" if right else "careless"] += 1
     clauses = re.split(", then |, | while ", answer)[:3]
-    for (name, _, number), clause in zip(steps, clauses, strict=True):
+    for (name, _, number, _), clause in zip(steps, clauses, strict=True):
       assert re.search(f"{name} .* {number} " if name_first else f"{number} .* {name}$", clause)
     styles[tuple(name for name, *_ in steps) == tuple(count.name for count in meant.counts), name_first] += 1
     slips = sum(count.number != numbers[count.name] for count in meant.counts)
