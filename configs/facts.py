@@ -32,7 +32,7 @@ def get_config():
   c.training.row_length = 256
   c.training.micro_batch_rows = 4
   c.training.learning_rate = 3e-4
-  c.warm_start.steps = 800
+  c.warm_start.steps = 2400
   c.warm_start.batch_size = 32
   c.evaluation.prompts = 200
   c.evaluation.every = 10
