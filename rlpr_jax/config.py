@@ -92,8 +92,9 @@ FIELDS = {
   "data.count": Field(2048, "of the built-in questions", at_least=1),
   "data.domains": Field(
     "short",
-    "of those, the held-out ones and the warm start's demonstrations: short | sentences | all",
-    choices=("short", "sentences", "all"),
+    "of those, the held-out ones and the warm start's demonstrations: short | sentences | all (of these two) | facts"
+    " (several in an answer)",
+    choices=("short", "sentences", "all", "facts"),
   ),
   "data.chat_template": Field(
     "",
@@ -361,6 +362,13 @@ FIELDS = {
   "evaluation.path": Field("", 'held-out questions, as data.path; "" for the built-in ones', may_change=True),
   "evaluation.split": Field("", 'as data.split; "" for all', may_change=True),
   "evaluation.prompts": Field(0, "first so many of them; 0 for no evaluation", at_least=0, may_change=True),
+  "evaluation.verifier": Field(
+    "builtin",
+    "what held-out accuracy counts as right: builtin (as reward.verifier) | exact | multiple_choice | math | number |"
+    " inferred (each row by what its reference is), these four as rlpr_jax.evaluate grades",
+    choices=("exact", "multiple_choice", "math", "number", "inferred", "builtin"),
+    may_change=True,
+  ),
   "evaluation.samples": Field(4, "k of Avg@k", at_least=1, at_most=_SIZE, may_change=True),
   "evaluation.temperature": Field(1.0, "of sampling; 0 takes the most probable token", at_least=0, may_change=True),
   "evaluation.top_p": Field(

@@ -102,6 +102,7 @@ def test_choices_are_those_of_the_code_that_reads_them():
     "reward.aggregate": rewards.AGGREGATES,
     "reward.token_weights": rewards.TOKEN_WEIGHTS,
     "reward.verifier": ("none", *graders.VERIFIERS),
+    "evaluation.verifier": graders.HELD_OUT_VERIFIERS,
     "filter.kind": filtering.KINDS,
     "training.advantages": grpo.NORMALIZATIONS,
     "training.aggregate": grpo.AGGREGATES,

@@ -73,7 +73,9 @@ def held_out_row(step: int, steps: int) -> dict:
   """An evaluation: 38.9% before, 65.9% after."""
   done = step / steps
   by_domain = {f"held_out/accuracy/{name}": 0.2 + 0.1 * i + 0.27 * done for i, name in enumerate(DOMAINS)}
-  return {"step": step, "held_out/accuracy": 0.389 + 0.27 * done, "held_out/format": 0.8 + 0.19 * done} | by_domain
+  by_domain |= {f"held_out/exact/{name}": 0.1 + 0.2 * done for name in DOMAINS}
+  values = {"accuracy": 0.389 + 0.27 * done, "exact": 0.204 + 0.2 * done, "format": 0.8 + 0.19 * done}
+  return {"step": step} | {f"held_out/{name}": value for name, value in values.items()} | by_domain
 
 
 def rollout_row(step: int, row: int, rng: np.random.Generator) -> dict:
@@ -145,6 +147,8 @@ def test_headline_numbers(workdir):
   page = page_of(workdir)
   assert "<span>Held-out accuracy, before RL → step 60</span><b>38.9% → 65.9%</b>" in page
   assert ">+27.0 points<" in page
+  assert "<span>Held-out answers with a reference&#x27;s text</span><b>20.4% → 40.4% " in page
+  assert page.count("<small> exact 30.0%</small>") == len(DOMAINS)
   assert "<span>Steps</span><b>60 " in page
   seconds = sum(row.get("seconds/step", 0) for row in read_lines(workdir))
   assert f"<span>Wall time of the steps</span><b>{style.duration(seconds)} " in page

@@ -42,6 +42,7 @@ def test_whole_run_writes_finite_metrics_rollouts_and_report(whole_run):
   assert all(np.isfinite(value) for row in steps for value in row.values())
   assert "held_out/accuracy" in steps[0]
   assert "held_out/accuracy" in steps[-1]
+  assert steps[-1]["held_out/exact"] == steps[-1]["held_out/accuracy"]  # of these questions one answer alone is right
   assert len({row["reward/total"] for row in steps[1:]}) > 1
   assert all(row["sampler_gap/worst"] < 1e-3 for row in steps[1:])
   assert not any(row["sampler_gap/recomputed"] for row in steps[1:])
@@ -55,6 +56,18 @@ def test_whole_run_writes_finite_metrics_rollouts_and_report(whole_run):
     if rollout["scorable"]:
       assert rollout["reward_reference"] == pytest.approx(np.mean(rollout["reference_probs"]), abs=1e-6)
       assert "".join(rollout["reference_tokens"]).strip() == rollout["reference"]
+
+
+def test_held_out_accuracy_by_another_verifier(tmp_path):
+  """Beside it stand the answers with a reference's text, which the other verifier judges wrong where they are words."""
+  config = tiny()
+  config.steps, config.evaluation.verifier = 0, "number"
+  training_program.train(config, tmp_path)
+  (row,) = rows(tmp_path)
+  assert row["held_out/accuracy/weekday"] == row["held_out/accuracy/letters"] == 0
+  assert row["held_out/accuracy/addition"] >= row["held_out/exact/addition"]
+  sources = [name.removeprefix("held_out/exact/") for name in row if name.startswith("held_out/exact/")]
+  assert row["held_out/exact"] == pytest.approx(np.mean([row[f"held_out/exact/{source}"] for source in sources]))
 
 
 def test_nothing_compiles_after_the_second_step(whole_run):

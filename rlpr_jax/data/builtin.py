@@ -1,11 +1,12 @@
-"""The built-in question set: eight small domains with free-form answers, and demonstrations for a warm start.
+"""The built-in question set: nine small domains with free-form answers, and demonstrations for a warm start.
 
 Everything is made from a seed, so it needs no download. Questions are split into training and held-out ones by a hash
 of their text: no held-out question is ever demonstrated or trained on.
 
 The answers of the short domains have one wording. Those of the sentence domains have dozens, of which the reference is
 one drawn at random: a few tokens of it (a name, a number, a unit) carry what it says, the others how it is said. Which
-answers are right is then no longer a matter of comparing texts; `grade` reads what they say.
+answers are right is then no longer a matter of comparing texts; `grade` reads what they say. The answers to questions
+about facts are longer, say several things, and much of their wording goes as the reasoning went (`data.facts`).
 
 The demonstrations mix three ways of thinking, as text from the world does:
   careful    every step written out, right answer
@@ -25,6 +26,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from rlpr_jax.data import facts
+from rlpr_jax.data.builtin_words import PEOPLE, UNITS, Question
 from rlpr_jax.data.sources import Example
 from rlpr_jax.errors import InputError
 from rlpr_jax.rewards import TEMPLATE_TAGS
@@ -34,14 +37,12 @@ if TYPE_CHECKING:
 
 CAREFUL, TERSE = 0.45, 0.25  # shares of the mixture; the rest is careless
 HELD_OUT_IN = 5  # one question in five is held out
-DOMAINS = ("short", "sentences", "all")
+DOMAINS = ("short", "sentences", "all", "facts")  # "all" is the first two
 _MOST = 10**6  # questions or demonstrations, which takes minutes
 _PATIENCE = 20_000  # questions made in a row none of which is new: there are no others
 
 _DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
-_PEOPLE = ("ann", "bob", "cal", "dan", "eve", "gus", "kim", "lee", "pam", "ray", "sue", "tom")
-_UNITS = ("cats", "cups", "eggs", "hats", "keys", "pens")
 _VEHICLES = ("bus", "cab", "tram", "train", "ferry", "plane")
 _EVENTS = ("art", "bus", "cab", "dig", "gym", "jog", "lab", "mop", "nap", "run", "tea", "zoo")
 _TAGS = TEMPLATE_TAGS["think"]
@@ -52,17 +53,6 @@ _CHAT_TEMPLATE = (
   "{% elif m['role'] == 'assistant' %}<a>{{ m['content'] }}<end>{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}<a>{% endif %}"
 )
-
-
-class Question(NamedTuple):
-  """A question, its reference answer, and a careful and a careless way to think about it."""
-
-  domain: str
-  text: str
-  answer: str
-  careful: str
-  careless: str
-  careless_answer: str
 
 
 class Meaning(NamedTuple):
@@ -77,13 +67,15 @@ class Meaning(NamedTuple):
 def tokenizer(domains: str = "short") -> "PreTrainedTokenizerFast":
   """A chat tokenizer, `<q>question<a>response<end>`: one token a tag and one a character, 64 in all.
 
-  With sentences there is also one a word, with the space before it and without, as in a pretrained model's vocabulary:
-  what a sentence says would else be a small part of its tokens.
+  With sentences and facts there is also one a word, with the space before it and without, as in a pretrained model's
+  vocabulary: what a sentence says would else be a small part of its tokens.
   """
   from transformers import PreTrainedTokenizerFast  # with it comes torch, where that is installed
 
   _check(domains)
-  words = () if domains == "short" else _sentence_words()
+  words: tuple[str, ...] = ()
+  if domains != "short":
+    words = facts.WORDS if domains == "facts" else _sentence_words()
   pieces = (*_SPECIAL, *_TAGS, *_CHARACTERS, *words, *(f" {word}" for word in words))
   inner = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="?"))
   whole_word = f"(?: |(?<![a-z0-9]))(?:{'|'.join(words)})(?![a-z0-9])|" if words else ""
@@ -129,8 +121,8 @@ def demonstrations(count: int, seed: int = 0, domains: str = "short") -> list[tu
   return pairs
 
 
-def meaning(question: str) -> Meaning | None:
-  """Works out what the answer to a sentence question has to say; None for any other text.
+def meaning(question: str) -> Meaning | facts.Report | None:
+  """Works out what the answer to a question about facts or with a sentence for an answer has to say; else None.
 
   >>> meaning("lee 36 eggs, cal 27. who has more?")
   Meaning(domain='gap', names=('lee', 'cal'), number='9', unit='eggs')
@@ -138,30 +130,34 @@ def meaning(question: str) -> Meaning | None:
   for grammar in _GRAMMARS.values():
     if found := grammar.question.fullmatch(question.strip()):
       return grammar.solve(*found.groups())
-  return None
+  return facts.meaning(question)
 
 
-def wordings(meant: Meaning) -> list[str]:
+def wordings(meant: Meaning | facts.Report) -> list[str]:
   """Every way in which the reference answers and demonstrations word a meaning.
 
   >>> "cal has 9 fewer eggs than lee" in wordings(meaning("lee 36 eggs, cal 27. who has more?"))
   True
   """
+  if isinstance(meant, facts.Report):
+    return facts.wordings(meant)
   content = {"n": meant.number, "u": meant.unit, "spoken": _spoken(meant.number)}
   return [form.format(*meant.names, **content) for form in _forms(meant.domain)]
 
 
-def same_content(text: str, meant: Meaning) -> bool:
+def same_content(text: str, meant: Meaning | facts.Report) -> bool:
   """Whether a text says what is meant, no more and no less, in any words of the domain's wordings.
 
-  Each name and the number must be said once. The names stand in the order of the meaning or in the opposite one, as
-  words such as "more" and "fewer" tell. Any other word than those of the wordings makes the text wrong, since it may
-  say anything: a wrong name, a wrong number, "not".
+  A sentence must say each name and the number once. The names stand in the order of the meaning or in the opposite
+  one, as words such as "more" and "fewer" tell. Any other word than those of the wordings makes the text wrong, since
+  it may say anything: a wrong name, a wrong number, "not". Of a report of facts `facts.same_content` says more.
 
   >>> meant = meaning("lee 36 eggs, cal 27. who has more?")
   >>> same_content("cal has 9 fewer eggs than lee", meant), same_content("cal has 9 more eggs than lee", meant)
   (True, False)
   """
+  if isinstance(meant, facts.Report):
+    return facts.same_content(text, meant)
   grammar = _GRAMMARS[meant.domain]
   text = _SPOKEN.sub(lambda time: f"{time[2]}:{time[1]:0>2}", " ".join(text.lower().split()))
   words = re.sub("[,.;!]", " ", text).split()
@@ -175,7 +171,7 @@ def same_content(text: str, meant: Meaning) -> bool:
 
 
 def grade(question: str, answer: str) -> bool | None:
-  """Whether an answer to a sentence question is right, by what it says; None for any other question.
+  """Whether an answer to a question with many wordings is right, by what it says; None for any other question.
 
   >>> grade("lee 36 eggs, cal 27. who has more?", "lee has 9 more eggs than cal")
   True
@@ -317,7 +313,7 @@ def _chain(rng: random.Random) -> Question:
 def _own_meaning(text: str) -> Meaning:
   """Works out the meaning of the answer to a question that was made here."""
   known = meaning(text)
-  assert known is not None
+  assert isinstance(known, Meaning)
   return known
 
 
@@ -333,7 +329,7 @@ def _gap(rng: random.Random) -> Question:
 
   The careless way miscounts, or takes the one who has fewer for the other.
   """
-  people, unit = rng.sample(_PEOPLE, 2), rng.choice(_UNITS)
+  people, unit = rng.sample(PEOPLE, 2), rng.choice(UNITS)
   tens = rng.sample(range(10, 50, 10), 2)
   counts = [ten + rng.randint(1, 9) for ten in tens]
   low, high = sorted(counts)
@@ -432,9 +428,7 @@ def _any_of(words: tuple[str, ...]) -> str:
 
 _GRAMMARS = {
   "gap": _Grammar(
-    re.compile(
-      f"{_any_of(_PEOPLE)} ([0-9][0-9]) {_any_of(_UNITS)}, {_any_of(_PEOPLE)} ([0-9][0-9])\\. who has more\\?"
-    ),
+    re.compile(f"{_any_of(PEOPLE)} ([0-9][0-9]) {_any_of(UNITS)}, {_any_of(PEOPLE)} ([0-9][0-9])\\. who has more\\?"),
     _solve_gap,
     (
       "{0} (has|owns|holds) {n} (more {u}|{u} more) than {1}",
@@ -492,7 +486,7 @@ def _sentence_words() -> tuple[str, ...]:
   """Every word of the sentence domains' questions and answers."""
   asked = {"after", "before", "due", "has", "late", "min", "more", "order", "quick", "when", "who"}
   said = set().union(*map(_style, _GRAMMARS))
-  return tuple(sorted(asked | said | {*_PEOPLE, *_UNITS, *_VEHICLES, *_EVENTS}))
+  return tuple(sorted(asked | said | {*PEOPLE, *UNITS, *_VEHICLES, *_EVENTS}))
 
 
 def _spoken(time: str) -> str:
@@ -503,4 +497,4 @@ def _spoken(time: str) -> str:
 
 _SHORT = (_addition, _weekday, _letters, _price, _chain)
 _SENTENCES = (_gap, _late, _order)
-_MAKERS = {"short": _SHORT, "sentences": _SENTENCES, "all": _SHORT + _SENTENCES}
+_MAKERS = {"short": _SHORT, "sentences": _SENTENCES, "all": _SHORT + _SENTENCES, "facts": (facts.make,)}

@@ -6,17 +6,17 @@ the Hugging Face hub, or from a local file in the same columns.
 
 import math
 import random
-import re
 import reprlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlpr_jax.data import sources, tables
 from rlpr_jax.errors import InputError, MachineError, is_of_network
 from rlpr_jax.grading import extraction, multiple_choice, numbers
+from rlpr_jax.grading.inference import as_question, infer, is_number
 from rlpr_jax.grading.question import Question
 
 
@@ -248,7 +248,7 @@ def _minerva(row: Row) -> Question:
     column, reference = "solution", extraction.boxed(row.text("solution"))
   if not reference:
     raise InputError(f"{row.where(column)}: expected a \\boxed{{}} answer, found none")
-  grader = "number" if _is_number(reference, letters=False) else "math"  # units stand outside the box
+  grader = "number" if is_number(reference, letters=False) else "math"  # units stand outside the box
   question = row.text("problem", "question")
   return Question(
     row.key("idx"), question, reference, row.optional("type"), grader=grader, row=row.number,
@@ -258,7 +258,7 @@ def _minerva(row: Row) -> Question:
 
 def _webinstruct(row: Row) -> Question:
   question, reference = row.text("question", "prompt"), row.text("answer", "reference")
-  grader, reference, options = _infer(question, reference)
+  grader, reference, options = infer(question, reference)
   if row.optional("answer_type") == "String" and grader != "multiple_choice":
     grader = "text"
   category = row.optional("category")
@@ -280,7 +280,7 @@ def _olympiadbench(row: Row) -> Question:
   tolerance = numbers.parse(error)
   if error and tolerance is None:
     raise InputError(f"{row.where('error')}: expected a number or nothing, found {reprlib.repr(error)}")
-  grader = "number" if _is_number(reference, letters=False) else "math"
+  grader = "number" if is_number(reference, letters=False) else "math"
   return Question(
     row.key("id"), row.text("question"), reference, row.optional("subfield"), grader=grader, row=row.number,
     atol=tolerance.value if tolerance and grader == "number" else 0.0,
@@ -289,59 +289,17 @@ def _olympiadbench(row: Row) -> Question:
 
 def _bbh(row: Row) -> Question:
   question = row.text("input")
-  grader, reference, options = _infer(question, row.text("target"))
+  grader, reference, options = infer(question, row.text("target"))
   return Question(row.key("id"), question, reference, "", grader=grader, options=options, row=row.number)
 
 
 def _own(example: sources.Example, path: str) -> Question:
   question = [message["content"] for message in example.messages if message["role"] == "user"][-1]
-  key = f"{Path(path).stem}/{example.row}"
-
-  def form(gold: str) -> Question:
-    grader, reference, options = _infer(question, gold)
-    return Question(key, question, reference, example.source, grader=grader, options=options, row=example.row)
-
-  return replace(form(example.reference), alternatives=tuple(map(form, example.other_references)))
+  references = (example.reference, *example.other_references)
+  return as_question(f"{Path(path).stem}/{example.row}", question, references, category=example.source, row=example.row)
 
 
-# ---- what a reference is, where no column says it ----
-
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORD = re.compile(r"[^\W\d_]{3,}")
-_MATHEMATICAL = re.compile(r"[\d=+*/^<>≤≥()\[\]]")
-_FUNCTION = re.compile(r"\b(?:sin|cos|tan|log|ln|exp|sqrt|min|max|pi)\b")
-
-
-def _infer(question: str, reference: str) -> tuple[str, str, tuple[str, ...]]:
-  """Grader, reference and options of a question that says no more than its text."""
-  options = multiple_choice.options_of(question)
-  labelled = multiple_choice.split_label(reference)
-  label = multiple_choice.label_of(reference, options)
-  # Where the text that a reference gives is another option's or none's, the options were not read as they were meant.
-  meant = labelled is None or multiple_choice.bare(labelled[1]) == multiple_choice.bare(options.get(label, ""))
-  if label in options and meant:
-    return "multiple_choice", label, tuple(options.values())
-  if len(reference) == 1 and "A" <= reference.upper() <= "J":
-    return "multiple_choice", reference.upper(), ()
-  prose = _FUNCTION.sub("", _COMMAND.sub("", reference))
-  if labelled is None and any(c.isalnum() for c in reference) and len(reference) <= numbers.LIMIT:
-    if "=" not in reference and _is_number(reference, letters=True):
-      return "number", reference, ()
-    if (_COMMAND.search(reference) or _MATHEMATICAL.search(reference)) and not _WORD.search(prose):
-      return "math", reference, ()
-  return "text", reference, ()
-
-
-def _is_number(reference: str, *, letters: bool) -> bool:
-  """Whether a reference is a number that answers can be compared to.
-
-  Args:
-    letters: whether m after a number is metres rather than a variable.
-  """
-  number = numbers.parse(reference)
-  if number is None or number.equation or not math.isfinite(number.value):
-    return False
-  return letters or number.unit is None or number.unit.certain
+# ---- numbers ----
 
 
 def _is_finite(reference: str) -> bool:

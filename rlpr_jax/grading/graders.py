@@ -2,7 +2,8 @@ r"""Graders: whether an answer is right, told from texts alone.
 
 `verify` judges the content of `<answer>`, for rewards by rule and the measuring of other rewards; RLPR itself needs
 none. `grade` judges a response to a benchmark's question by that benchmark's rules, and says why. Whether an answer
-names an option, or is an equal expression, is asked of the same functions by both.
+names an option, or is an equal expression, is asked of the same functions by both. `is_right` judges a response to a
+held-out question of a policy in training, by the one or the other.
 
 No text makes them raise or hang: what cannot be understood is wrong.
 """
@@ -14,7 +15,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -22,11 +23,13 @@ from rlpr_jax import splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import extraction, numbers
+from rlpr_jax.grading.inference import as_question
 from rlpr_jax.grading.multiple_choice import label_of, letter, options_of, split_label, unwrap
 from rlpr_jax.grading.question import Question
 from rlpr_jax.grading.texts import DASHES, compatible, hidden, plain, shown
 
 VERIFIERS = ("exact", "multiple_choice", "math", "builtin")
+HELD_OUT_VERIFIERS = ("exact", "multiple_choice", "math", "number", "inferred", "builtin")
 MATH_LIMIT = 1000  # characters of an expression; a longer one is wrong
 ANSWER_LIMIT = 10_000  # characters of an answer that is more than compared; a longer one is wrong
 
@@ -36,7 +39,7 @@ def verify(kind: str, response_text: str, reference: str, question: str = "") ->
 
   Args:
     kind: `exact`: the reference, but for case and runs of whitespace; `multiple_choice`: the same option; `math`: an
-      equal expression or number; `builtin`: the same content for a built-in sentence question, `exact` for all else.
+      equal expression or number; `builtin`: the same content for a built-in question with many wordings, else `exact`.
     question: text of the question, which lists the options, or is a built-in one.
 
   >>> verify("exact", "<think>6 * 7</think> <answer>42</answer>", "42"), verify("exact", "42", "42")
@@ -139,6 +142,26 @@ def grade(question: Question, text: str) -> Grade:
   grades = (_grade_form(form, text) for form in question.forms)
   first = next(grades)
   return first if first.right else next((grade for grade in grades if grade.right), first)
+
+
+def is_right(kind: str, text: str, references: Sequence[str], question: str = "") -> bool:
+  """Whether a response to a held-out question is right, by any of its references.
+
+  Args:
+    kind: `exact` and `builtin` judge the content of `<answer>` as `verify` does; `multiple_choice`, `math`, `number`
+      and `inferred` (by what each reference is) judge as `grade` does, so as an evaluation of the same rows would.
+    question: text of the question, which lists the options, or is a built-in one.
+
+  Raises:
+    InputError: it is mathematics and math-verify is not installed.
+
+  >>> text = "<think></think><answer> 814 </answer>"
+  >>> is_right("number", text, ["814 students"]), is_right("exact", text, ["814 students"])
+  (True, False)
+  """
+  if kind in ("exact", "builtin"):
+    return verify_any(kind, text, references, question)
+  return grade(as_question("", question, references, kind), text).right
 
 
 def _grade_form(question: Question, text: str) -> Grade:

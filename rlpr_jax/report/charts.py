@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from rlpr_jax.report import style
 from rlpr_jax.report.markup import Markup, tag
-from rlpr_jax.report.records import ACCURACY, Run, Series
+from rlpr_jax.report.records import ACCURACY, EXACT, Run, Series
 
 POINTS = 400  # a curve is thinned to this many: more cannot be seen and makes the file large
 SMOOTH_FROM = 12  # shorter curves are shown as they are
@@ -48,7 +48,7 @@ class Panel:
 HELD_OUT = "Held-out questions"
 THEMES: dict[str, tuple[Panel, ...]] = {
   HELD_OUT: (
-    Panel("Accuracy", "share correct", {ACCURACY: "all domains"}),
+    Panel("Accuracy", "share correct", {ACCURACY: "all domains", EXACT: "the reference's text"}),
     Panel("Format", "share of responses", {"held_out/format": "every tag once, in order"}),
   ),
   "Reward": (
@@ -106,15 +106,15 @@ THEMES: dict[str, tuple[Panel, ...]] = {
 }
 
 
-def domain_panel(run: Run) -> Panel:
-  """Accuracy over steps, one line a domain.
+def domain_panels(run: Run) -> tuple[Panel, Panel]:
+  """Accuracy, and share of the answers with a reference's text, over steps, one line a domain.
 
   >>> run = Run("first", rows={0: {"held_out/accuracy/law": 0.5}}, config={}, rollouts=[], unreadable=0)
-  >>> domain_panel(run).lines
-  {'held_out/accuracy/law': 'law'}
+  >>> [panel.lines for panel in domain_panels(run)]
+  [{'held_out/accuracy/law': 'law'}, {'held_out/exact/law': 'law'}]
   """
-  lines = {f"{ACCURACY}/{domain}": domain for domain in run.domains()}
-  return Panel("Accuracy by domain", "share correct", lines)
+  accuracy, exact = ({f"{key}/{domain}": domain for domain in run.domains()} for key in (ACCURACY, EXACT))
+  return Panel("Accuracy by domain", "share correct", accuracy), Panel("Exact by domain", "share of answers", exact)
 
 
 def other_panels(run: Run, known: set[str]) -> tuple[Panel, ...]:
@@ -134,7 +134,7 @@ def all_themes(run: Run) -> dict[str, tuple[Panel, ...]]:
   ['Held-out questions', 'Reward', 'Responses', 'Update', 'Speed', 'Everything else']
   """
   themes = dict(THEMES)
-  themes[HELD_OUT] += (domain_panel(run),)
+  themes[HELD_OUT] += domain_panels(run)
   known = {key for panels in themes.values() for panel in panels for key in panel.lines}
   return themes | {"Everything else": other_panels(run, known)}
 

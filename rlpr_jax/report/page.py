@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.markup import Markup, join, tag
-from rlpr_jax.report.records import ACCURACY, Json, Run, Series, read_run
+from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, Series, read_run
 from rlpr_jax.runs.storage import write_result
 
 # The policy forbids scripts and requests even if something hostile were to get past the escaping.
@@ -46,6 +46,8 @@ def change(label: str, series: Series) -> Markup:
 def tiles(run: Run) -> Iterator[Markup]:
   """The headline."""
   yield hero(run)
+  if exact := run.exact():
+    yield tile("Held-out answers with a reference's text", exact)
   yield tile("Steps", f"{max(run.rows):,}")
   if (seconds := run.seconds()) is not None:
     yield tile("Wall time of the steps", style.duration(seconds))
@@ -56,14 +58,16 @@ def tiles(run: Run) -> Iterator[Markup]:
 
 
 def domain_table(run: Run) -> Markup:
-  """Held-out accuracy of each domain, first and latest evaluation."""
+  """Held-out accuracy of each domain, first and latest evaluation, and the latest share with a reference's text."""
   rows = []
   for domain in run.domains():
     series = run.series(f"{ACCURACY}/{domain}")
     if len(series):
       first, last = series.values[0], series.values[-1]
       name = tag("span", domain, class_="name")
-      numbers = tag("span", f"{style.percent(first)} → ", tag("b", style.percent(last)), class_="numbers")
+      exact = run.series(f"{EXACT}/{domain}").values
+      note = tag("small", f" exact {style.percent(exact[-1])}") if len(exact) else ""
+      numbers = tag("span", f"{style.percent(first)} → ", tag("b", style.percent(last)), note, class_="numbers")
       rows.append(tag("div", name, gallery.track(first, last), numbers, class_="domain"))
   return tag("div", *rows, class_="card domains") if rows else join()
 

@@ -15,7 +15,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.charts import Panel
-from rlpr_jax.report.records import ACCURACY, Json, Run, number, read_run
+from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, number, read_run
 from rlpr_jax.runs.storage import write_result
 
 # All lengths are points, 1/72 inch; at 100 dots an inch the picture is 1,200 wide. Written at twice that.
@@ -30,7 +30,7 @@ LINES = 6  # of a response; of a longer one, its beginning and its end
 CHIP_ROWS = 3  # of a reference; of a longer one, its beginning
 
 PANELS_SHOWN = (
-  Panel("Held-out accuracy", "share correct", {ACCURACY: ""}),
+  Panel("Held-out accuracy", "share correct", {ACCURACY: "right", EXACT: "exact"}),
   Panel("Reward", "mean of responses", {"reward/total": ""}),
   Panel("Response length", "tokens", {"rollout/response_length": ""}),
 )
@@ -268,6 +268,9 @@ def draw_panels(figure: Figure, run: Run, total: float, top: float) -> None:
     box = (left, total - top - PANELS + bottom_labels, inner - left_labels - 12, PANELS - bottom_labels - 24)
     axes = figure.add_axes((box[0] / WIDTH, box[1] / total, box[2] / WIDTH, box[3] / total))
     charts.draw_panel(axes, run, panel)
+    for (key, label), color in zip(panel.lines.items(), style.cycle(len(panel.lines)), strict=True):
+      if len(series := run.series(key)):
+        axes.annotate(label, (series.steps[-1], series.values[-1]), ha="right", va="bottom", color=color)
     axes.set_title(panel.title, loc="left", size=11, weight="bold", color=style.INK)
 
 

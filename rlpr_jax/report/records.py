@@ -13,6 +13,7 @@ from rlpr_jax import errors
 from rlpr_jax.report import style
 
 ACCURACY = "held_out/accuracy"
+EXACT = "held_out/exact"  # share of the answers with a reference's very text
 RECENT_FILES = 10  # rollout files read, newest first: a long run has more than a report can show
 
 Json = dict[str, Any]
@@ -58,6 +59,15 @@ class Run:
     """Wall time of all steps, evaluations between them included. None if no step said."""
     values = self.series("seconds/step").values
     return float(values.sum()) if len(values) else None
+
+  def exact(self) -> str:
+    """Share of the answers with a reference's text at the first and the last evaluation; "" if it was not measured.
+
+    >>> Run("first", rows={0: {EXACT: 0.25}, 9: {EXACT: 0.5}}, config={}, rollouts=[], unreadable=0).exact()
+    '25.0% → 50.0%'
+    """
+    values = self.series(EXACT).values
+    return " → ".join(style.percent(value) for value in values[:: max(len(values) - 1, 1)])
 
   def headline(self) -> tuple[str, str]:
     """(what was measured, its numbers): held-out accuracy at the first and the last evaluation."""

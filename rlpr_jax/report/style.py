@@ -155,7 +155,7 @@ figcaption strong {{ display: block; font-size: .9rem; overflow-wrap: anywhere; 
 .sum b {{ font-weight: 650; color: var(--ink); }}
 .domains {{ margin-top: 12px; font-size: .88rem; }}
 .domain {{ display: grid; gap: 0 14px; align-items: center;
-  grid: "name track numbers" auto / minmax(6em, 11em) 1fr 9.5em; }}
+  grid: "name track numbers" auto / minmax(6em, 11em) 1fr 15em; }}
 .domain .track {{ grid-area: track; }}
 .domain .name {{ grid-area: name; overflow-wrap: anywhere; }}
 .domain .numbers {{ grid-area: numbers; text-align: right; }}

@@ -1,4 +1,8 @@
-"""Accuracy on held-out questions: Avg@k, the mean over k samples of each. It measures, and trains nothing."""
+"""Accuracy on held-out questions: Avg@k, the mean over k samples of each. It measures, and trains nothing.
+
+Beside it stands the share of answers with a reference's very text. Where that falls and the accuracy does not, answers
+have drifted away from the references' form; where both fall, the policy has lost what it could.
+"""
 
 import contextlib
 import dataclasses
@@ -25,6 +29,8 @@ from rlpr_jax.types import Prompt
 # Folded into the run's key before the step, the draw and the sample; training folds the draw and the sample alone, so
 # no key is used twice.
 _EVALUATION_STREAM = 1
+# What is measured of each sample. Rows of other columns that an evaluation left behind are not read.
+_COLUMNS = ("accuracy", "exact", "format", "response_length")
 
 
 def evaluate_run(run: Run, params: Params, step: int, workdir: pathlib.Path, stop: StopRequest) -> dict[str, float]:
@@ -48,7 +54,8 @@ def evaluate_run(run: Run, params: Params, step: int, workdir: pathlib.Path, sto
     options=SampleOptions(
       stop=settings.stop, progress=metrics.Progress("held-out, response"), interrupted=stop.__bool__
     ),
-    kept=KeptRows(workdir, f"held_out-{step}", of=f"{settings} {digest_rows(run.held_out)}"),
+    kept=KeptRows(workdir, f"held_out-{step}", of=f"{_COLUMNS} {settings} {digest_rows(run.held_out)}"),
+    verifier=settings.verifier,
   )
   return {f"held_out/{name}": value for name, value in accuracies.items()}
 
@@ -61,16 +68,17 @@ def evaluate(
   key: jax.Array,
   options: SampleOptions,
   kept: KeptRows | None = None,
+  verifier: str = "builtin",
 ) -> dict[str, float]:
-  """Measures Avg@samples: exact match, but for built-in sentence questions, where what an answer says counts.
-
-  Each process samples and grades its share.
+  """Measures Avg@samples. Each process samples and grades its share.
 
   Args:
     kept: what was measured of some prompts before; that of the others is added. None: of none, and nothing is kept.
+    verifier: what counts as right, one of `graders.HELD_OUT_VERIFIERS`.
 
   Returns:
-    `accuracy`; `accuracy/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
+    `accuracy`; `exact`: share of answers that are a reference, but for case and runs of whitespace; `accuracy/SOURCE`
+    and `exact/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
 
   Raises:
     StoppedError: on every process, if `options.interrupted` was true on one.
@@ -78,15 +86,16 @@ def evaluate(
   known = kept.rows if kept else {}
   todo = [(place, prompt) for place, prompt in enumerate(prompts) if place not in known]
   mine, finished = processes.share(todo), False
-  found = {place: np.zeros((samples, 3), np.float32) for place, _ in mine}  # of each sample: right, well-formed, length
+  found = {place: np.zeros((samples, len(_COLUMNS)), np.float32) for place, _ in mine}
   left = dict.fromkeys(found, samples)
 
   def grade(requests: list[Request]) -> None:
     for request in requests:
       prompt, place = request.group.prompt, request.group.draw
-      right = graders.verify_any("builtin", request.text, prompt.references, prompt.question)
+      right = graders.is_right(verifier, request.text, prompt.references, prompt.question)
+      exact = graders.is_right("exact", request.text, prompt.references)
       well_formed = rewards.format_score(prompt.opening + request.text, engine.template)
-      found[place][request.sample] = right, well_formed, len(request.tokens)
+      found[place][request.sample] = right, exact, well_formed, len(request.tokens)
       left[place] -= 1
       if kept and not left[place]:
         kept.add({place: found[place].ravel()}, seconds=1)
@@ -98,18 +107,16 @@ def evaluate(
     kept.write()
   if processes.any_of(not finished):
     raise StoppedError
-  graded = np.zeros((len(prompts), samples, 3), np.float32)
+  graded = np.zeros((len(prompts), samples, len(_COLUMNS)), np.float32)
   for place, row in known.items():
-    graded[place] = row.reshape(samples, 3)
-  mine_graded = np.array(list(found.values()), np.float32).reshape(len(mine), samples, 3)
+    graded[place] = row.reshape(graded[place].shape)
+  mine_graded = np.array(list(found.values()), np.float32).reshape(len(mine), *graded.shape[1:])
   graded[[place for place, _ in todo]] = processes.gather(mine_graded, len(todo))
   by_source = defaultdict(list)
   for prompt, of_prompt in zip(prompts, graded, strict=True):
-    by_source[prompt.source].append(of_prompt[:, 0])
-  accuracy, well_formed, length = graded.mean(axis=(0, 1), dtype=np.float64)
-  return {
-    "accuracy": float(accuracy),
-    **{f"accuracy/{source}": float(np.mean(matches)) for source, matches in sorted(by_source.items())},
-    "format": float(well_formed),
-    "response_length": float(length),
-  }
+    by_source[prompt.source].append(of_prompt)
+  values = dict(zip(_COLUMNS, graded.mean(axis=(0, 1), dtype=np.float64).tolist(), strict=True))
+  for source, of_source in sorted(by_source.items()):
+    accuracy, exact = np.stack(of_source).mean(axis=(0, 1), dtype=np.float64)[:2].tolist()
+    values |= {f"accuracy/{source}": accuracy, f"exact/{source}": exact}
+  return values

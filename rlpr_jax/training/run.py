@@ -17,6 +17,7 @@ from rlpr_jax.data.sources import DroppedRow, read_examples
 from rlpr_jax.data.templates import own_system_message
 from rlpr_jax.errors import InputError
 from rlpr_jax.grading import graders
+from rlpr_jax.grading.inference import infer
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.runs import inputs
 from rlpr_jax.runs.dropped_rows import describe_dropped_rows
@@ -57,7 +58,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   Raises:
     InputError: naming the field, file or row that is wrong.
   """
-  if config.reward.verifier == "math":
+  if config.reward.verifier == "math" or (config.evaluation.verifier == "math" and config.evaluation.prompts):
     graders.check_installed()
   policy = load_policy(config)
   settings.check_rows(config, policy.sharding)
@@ -84,6 +85,8 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
       config, config.evaluation, tokenizer, builtin_split="held_out", count=count
     )
     held_out = held_out[:count]
+  if config.evaluation.verifier == "inferred" and any(map(_is_mathematical, held_out)):
+    graders.check_installed()
   for field, of_field in (("config.data", prompts), ("config.evaluation", held_out)):
     check_vocabulary(field, of_field, policy.config.vocab_size)
   device = Device(
@@ -127,6 +130,11 @@ def digest_inputs(run: Run) -> inputs.Inputs:
   if file.is_file():
     parts["custom reward"] = inputs.digest_text(file.read_text())
   return inputs.Inputs("train", parts, inputs.digest_rows(run.prompts))
+
+
+def _is_mathematical(prompt: Prompt) -> bool:
+  """Whether a reference of a prompt is taken for mathematics where nothing says what it is."""
+  return any(infer(prompt.question, reference)[0] == "math" for reference in prompt.references)
 
 
 def check_vocabulary(field: str, prompts: Sequence[Prompt], vocab_size: int) -> None:

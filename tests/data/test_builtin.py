@@ -476,7 +476,7 @@ def test_short_questions_stay_as_they_were(seed, digest):
 
 
 def test_domains_take_turns():
-  sets = {"short": DOMAINS, "sentences": SENTENCES, "all": DOMAINS + SENTENCES}
+  sets = {"short": DOMAINS, "sentences": SENTENCES, "all": DOMAINS + SENTENCES, "facts": ("stock",)}
   assert tuple(sets) == builtin.DOMAINS
   for name, domains in sets.items():
     expected = [domains[i % len(domains)] for i in range(100)]
@@ -486,7 +486,7 @@ def test_domains_take_turns():
   assert builtin.examples("train", 50, 0, "short") == builtin.examples("train", 50)
   assert builtin.demonstrations(50, 0, "short") == builtin.demonstrations(50)
   for make in (lambda: builtin.examples("train", 1, 0, "long"), lambda: builtin.demonstrations(1, 0, "long")):
-    with pytest.raises(InputError, match="'long', expected one of short, sentences, all"):
+    with pytest.raises(InputError, match="'long', expected one of short, sentences, all, facts"):
       make()
 
 

@@ -1,6 +1,8 @@
 """What Avg@k counts."""
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,14 +10,20 @@ import pytest
 
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
+from rlpr_jax.errors import InputError
+from rlpr_jax.grading import graders
+from rlpr_jax.runs.inputs import digest_rows
+from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.unfinished import KeptRows
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine, SampleOptions, StoppedError
 from rlpr_jax.sampling.scheduler import Group, Request
 from rlpr_jax.sampling.shapes import Shapes
-from rlpr_jax.training.held_out import evaluate
+from rlpr_jax.training.held_out import evaluate, evaluate_run
+from rlpr_jax.training.run import Run, set_up
 from rlpr_jax.types import Prompt, Rollouts
+from tests.tiny_run import tiny
 
 
 class Told(Engine):
@@ -64,6 +72,9 @@ def test_what_counts():
     "accuracy": pytest.approx(6 / 10),
     "accuracy/a": pytest.approx(2 / 4),
     "accuracy/b": pytest.approx(4 / 6),
+    "exact": pytest.approx(6 / 10),
+    "exact/a": pytest.approx(2 / 4),
+    "exact/b": pytest.approx(4 / 6),
     "format": pytest.approx(3 / 10),
     "response_length": pytest.approx((3 * len(RIGHT) + 3 * len(LOOSE) + 4 * len(WRONG)) / 10),
   }
@@ -111,7 +122,48 @@ def test_sentences_count_by_what_they_say():
   prompts = [dataclasses.replace(prompt(reference, source), question=q) for source, q in (("gap", question), ("b", ""))]
   values = evaluate(Told(texts), {}, prompts, 4, jax.random.key(0), SampleOptions(progress=lambda *_: None))
   assert values["accuracy/gap"] == 2 / 4
-  assert values["accuracy/b"] == 1 / 4
+  assert values["accuracy/b"] == values["exact/gap"] == values["exact/b"] == 1 / 4
+
+
+def test_form_and_ability_are_told_apart():
+  """An answer that lost its unit is right by the number grader alone; a wrong number is right by none."""
+  answers = ["814 students", "814", "813 students", "so many"]
+  texts = [[f"<think></think><answer> {answer} </answer>" for answer in answers]]
+  for verifier, accuracy in (("number", 2 / 4), ("inferred", 2 / 4), ("exact", 1 / 4), ("builtin", 1 / 4)):
+    values = evaluate(
+      Told(texts), {}, [prompt("814 students", "a")], 4, jax.random.key(0), SampleOptions(), verifier=verifier
+    )
+    assert values["accuracy"] == values["accuracy/a"] == accuracy, verifier
+    assert values["exact"] == values["exact/a"] == 1 / 4
+
+
+def run_of(config, texts, prompts):
+  """What `evaluate_run` takes of a run, with an engine that answers as it is told."""
+  policy = SimpleNamespace(sampling_params=lambda params: params)
+  fields = {"config": config, "held_out": prompts, "engine": Told(texts), "policy": policy, "key": jax.random.key(0)}
+  return Run(**dict.fromkeys(Run._fields) | fields)
+
+
+def test_rows_of_another_verifier_or_of_other_columns_are_not_taken(tmp_path, monkeypatch):
+  """Neither those of a version that measured three things, whose file was named by settings and rows alone."""
+  replace = dataclasses.replace  # which knows nothing of an engine that is told
+  monkeypatch.setattr(dataclasses, "replace", lambda x, **new: x if isinstance(x, Told) else replace(x, **new))
+  config, prompts = tiny(), [prompt("814 students", "a")]
+  texts = [[f"<think></think><answer> {answer} </answer>" for answer in ("814", "814 students")]]
+  settings = config.evaluation
+  old = KeptRows(tmp_path, "held_out-0", of=f"{settings} {digest_rows(prompts)}")
+  old.add({0: np.zeros(6, np.float32)})
+
+  def measure():
+    run = run_of(config, texts, prompts)
+    values = evaluate_run(run, {}, 0, tmp_path, StopRequest())
+    return len(run.engine.calls[0]), values["held_out/accuracy"], values["held_out/exact"]
+
+  assert measure() == (1, 0.5, 0.5)
+  assert measure() == (0, 0.5, 0.5)  # what was kept
+  settings.verifier = "number"
+  assert measure() == (1, 1.0, 0.5)
+  assert measure() == (0, 1.0, 0.5)
 
 
 def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
@@ -140,4 +192,17 @@ def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
   assert values[0] == values[1]
   assert values[0]["response_length"] == pytest.approx(np.mean(lengths))
   assert np.ptp(lengths) > 0
-  assert {name for name in values[0] if "/" in name} == {f"accuracy/{prompt.source}" for prompt in prompts}
+  measured = {f"{name}/{prompt.source}" for prompt in prompts for name in ("accuracy", "exact")}
+  assert {name for name in values[0] if "/" in name} == measured
+
+
+@pytest.mark.parametrize(
+  ("verifier", "prompts", "needed"), [("math", 1, True), ("math", 0, False), ("inferred", 1, True)]
+)
+def test_mathematics_needs_its_package_before_anything_is_compiled(tmp_path, monkeypatch, verifier, prompts, needed):
+  monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
+  config, path = tiny(), tmp_path / "questions.jsonl"
+  path.write_text('{"question": "3*y=9", "answer": "y=3"}\n')
+  config.evaluation.path, config.evaluation.verifier, config.evaluation.prompts = str(path), verifier, prompts
+  with pytest.raises(InputError, match="math-verify is not installed") if needed else contextlib.nullcontext():
+    set_up(config)
