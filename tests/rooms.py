@@ -18,7 +18,7 @@ ORDER = (
   ("judging",),
   ("training",),
   ("validation",),
-  ("curation", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
+  ("curation", "diagnosis", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
   ("entry",),
   ("train", "sft", "evaluate", "plan", "serve", "curate", "export"),
   ("__main__",),
