@@ -20,6 +20,6 @@ ORDER = (
   ("validation",),
   ("curation", "diagnosis", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
   ("entry",),
-  ("train", "sft", "evaluate", "plan", "serve", "curate", "export"),
+  ("train", "sft", "evaluate", "plan", "serve", "curate", "diagnose", "export"),
   ("__main__",),
 )

@@ -17,14 +17,14 @@ class Interval(NamedTuple):
   value: float
   low: float
   high: float
-  count: int  # groups that say something about it
+  groups: int  # that say something about it
 
 
 class Pairs(NamedTuple):
   """How often right responses score above wrong ones, by the groups of both."""
 
   above: np.ndarray  # float64[P, P] pairs of a right response of group p and a wrong one of q; a tie counts half
-  count: np.ndarray  # float64[P, P] all such pairs
+  total: np.ndarray  # float64[P, P] all such pairs
 
 
 def resample(count: int, resamples: int = 1000, seed: int = 0) -> np.ndarray:
@@ -54,7 +54,7 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, draws: np.n
   if not denominators.sum():
     return None
   resampled = _quotients(draws @ numerators, draws @ denominators)
-  return _interval(numerators.sum() / denominators.sum(), resampled, np.sum(denominators > 0))
+  return _interval(numerators.sum() / denominators.sum(), resampled, denominators > 0)
 
 
 def mean_interval(values: np.ndarray, groups: np.ndarray, draws: np.ndarray) -> Interval | None:
@@ -88,14 +88,14 @@ def count_pairs(scores: np.ndarray, right: np.ndarray, groups: np.ndarray, num_g
   """
   finite = np.isfinite(scores)
   good, bad = finite & right.astype(bool), finite & ~right.astype(bool)
-  above, count = np.zeros((2, num_groups, num_groups))
+  above, total = np.zeros((2, num_groups, num_groups))
   num_good = np.bincount(groups[good], minlength=num_groups)
   for q in np.unique(groups[bad]):
     wrong = np.sort(scores[bad & (groups == q)])
     below, up_to = (np.searchsorted(wrong, scores[good], side) for side in ("left", "right"))
     above[:, q] = np.bincount(groups[good], (below + up_to) / 2, num_groups)
-    count[:, q] = num_good * wrong.size
-  return Pairs(above, count)
+    total[:, q] = num_good * wrong.size
+  return Pairs(above, total)
 
 
 def auc_intervals(
@@ -116,25 +116,25 @@ def auc_intervals(
   (0.5, 0.0, 1.0)
   """
   pairs = count_pairs(scores, right, groups, draws.shape[1])
-  squares = draws.astype(np.float64) ** 2
-  whole, inside, own = [], [], []
-  for x in pairs:
-    whole.append(np.sum((draws @ x) * draws, axis=1))
-    inside.append(draws @ np.diagonal(x))
-    own.append(squares @ np.diagonal(x))  # of a group and its copies in a resample
-  sums, diagonals = [x.sum() for x in pairs], [np.trace(x) for x in pairs]
-  some = np.any(pairs.count + pairs.count.T > 0, axis=1)
+  twice = draws.astype(np.float64) ** 2
+  # Of each resample the pairs (above, total): all, of each group by itself, and of each group with all of its copies.
+  everything = [np.sum((draws @ x) * draws, axis=1) for x in pairs]
+  inside = [draws @ np.diagonal(x) for x in pairs]
+  copies = [twice @ np.diagonal(x) for x in pairs]
+  sums, traces = [x.sum() for x in pairs], [np.trace(x) for x in pairs]
+  some = np.any(pairs.total + pairs.total.T > 0, axis=1)
 
-  def figure(above: float, count: float, resampled: list[np.ndarray], groups: int) -> Interval | None:
-    return _interval(above / count, _quotients(*resampled), groups) if count else None
+  def figure(values: list[float], resampled: list[np.ndarray], groups: np.ndarray) -> Interval | None:
+    above, total = values
+    return _interval(above / total, _quotients(*resampled), groups) if total else None
 
   return {
-    "all": figure(*sums, whole, int(some.sum())),
-    "within": figure(*diagonals, inside, int(np.sum(np.diagonal(pairs.count) > 0))),
+    "all": figure(sums, everything, some),
+    "within": figure(traces, inside, np.diagonal(pairs.total) > 0),
     "between": figure(
-      *(total - diagonal for total, diagonal in zip(sums, diagonals, strict=True)),
-      [total - diagonal for total, diagonal in zip(whole, own, strict=True)],
-      int(some.sum()),
+      [x - y for x, y in zip(sums, traces, strict=True)],
+      [x - y for x, y in zip(everything, copies, strict=True)],
+      some,
     ),
   }
 
@@ -161,7 +161,7 @@ def correlation_within(x: np.ndarray, y: np.ndarray, groups: np.ndarray, draws: 
     return None
   norms = np.sqrt((draws @ of_x) * (draws @ of_y))
   value = products.sum() / np.sqrt(of_x.sum() * of_y.sum())
-  return _interval(value, _quotients(draws @ products, norms), np.sum((of_x > 0) & (of_y > 0)))
+  return _interval(value, _quotients(draws @ products, norms), (of_x > 0) & (of_y > 0))
 
 
 def center(values: np.ndarray, groups: np.ndarray, num_groups: int) -> np.ndarray:
@@ -233,7 +233,8 @@ def _quotients(numerators: np.ndarray, denominators: np.ndarray) -> np.ndarray:
   return np.divide(numerators, denominators, out=np.full(len(numerators), np.nan), where=denominators > 0)
 
 
-def _interval(value: float, resampled: np.ndarray, count: int) -> Interval:
+def _interval(value: float, resampled: np.ndarray, known_of: np.ndarray) -> Interval:
+  """`known_of`: bool[P] the groups that say something about it."""
   known = resampled[np.isfinite(resampled)]
   low, high = np.quantile(known, _ENDS) if known.size else (np.nan, np.nan)
-  return Interval(float(value), float(low), float(high), int(count))
+  return Interval(float(value), float(low), float(high), int(np.sum(known_of)))

@@ -58,7 +58,7 @@ def test_an_auc_needs_both_kinds():
   found = statistics.auc_intervals(scores, np.array([True, True, False]), groups, draws)
   assert found["within"] is None
   assert found["between"].value == found["all"].value == 0
-  assert found["all"].count == 2
+  assert found["all"].groups == 2
 
 
 def test_the_interval_of_a_mean_is_that_of_a_cluster_bootstrap():
@@ -69,13 +69,13 @@ def test_the_interval_of_a_mean_is_that_of_a_cluster_bootstrap():
   assert found.value == pytest.approx(values.mean())
   spread = values.reshape(200, 3).mean(axis=1).std() / np.sqrt(200)  # normal, as the bootstrap is in the limit
   np.testing.assert_allclose([found.low, found.high], found.value + 1.96 * np.array([-spread, spread]), atol=0.02)
-  assert found.count == 200
+  assert found.groups == 200
 
 
 def test_means_leave_out_what_is_not_finite():
   values, groups = np.array([1.0, np.nan, 3.0, np.inf]), np.array([0, 0, 1, 2])
   found = statistics.mean_interval(values, groups, statistics.resample(3, 100))
-  assert (found.value, found.count) == (2.0, 2)
+  assert (found.value, found.groups) == (2.0, 2)
   assert statistics.mean_interval(np.array([np.nan]), np.array([0]), statistics.resample(1, 10)) is None
 
 
