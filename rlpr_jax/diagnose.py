@@ -271,9 +271,9 @@ def show_examples(
   numbers = np.flatnonzero(np.isfinite(right))
   chosen = [int(numbers[i]) for i in findings.choose(findings.graded(sampled.rows, right, run.config.seed))]
   maps = reasoning.token_maps(scorer, run.engine, [response(sampled, i) for i in chosen], limit)
-  fields = ("source", "question", "reference", "response")
+  fields = {"source": "source", "question": "question", "reference_text": "reference", "response": "response"}
   return [
-    {name: sampled.rows[i][name] for name in fields}
+    {name: sampled.rows[i][field] for name, field in fields.items()}
     | {"right": bool(right[i]), "reward": sampled.rows[i]["reward_total"], **of_tokens}
     for i, of_tokens in zip(chosen, maps, strict=True)
   ]

@@ -15,6 +15,10 @@ EXPLAINED = {  # reasoning before a reference, by the names of `diagnosis.reason
   "none": "none, between the same tags",
   "straight": "none, straight behind the prompt (as r')",
 }
+_FIELDS = {
+  "policy", "when", "prompts", "samples", "verdicts", "accuracy", "likelihood", "sampled", "trained", "reasoning",
+  "information", "likes", "examples",
+}  # fmt: skip
 _PAIRS = (("all", "all pairs"), ("within", "within a prompt"), ("between", "between prompts"))
 
 
@@ -211,7 +215,10 @@ def example(found: Json) -> Markup:
 
 
 def section(found: Json) -> Markup:
-  """All of it, under the headings of one section."""
+  """All of it, under the headings of one section; of a file that has not all of its parts only that."""
+  if missing := sorted(_FIELDS - found.keys()):
+    what = f"diagnosis.json has no {missing[0]}: it is another version's, and rlpr diagnose writes it anew."
+    return tag("p", what, class_="muted")
   by_source = found["accuracy"]["sampled"], found["accuracy"]["greedy"]
   sources = [name for name in by_source[0] if name != "all"]
   rows = [[name, *(number(of.get(name)) for of in by_source)] for name in ("all", *sources)]
