@@ -9,14 +9,12 @@ report of a run has the same as a section.
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -24,10 +22,9 @@ from rlpr_jax import command_line, custom_reward, entry, validation
 from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.config import FIELDS
-from rlpr_jax.diagnosis import findings, reasoning, rows
-from rlpr_jax.diagnosis.reasoning import Reasoned
-from rlpr_jax.diagnosis.rows import Grader, Sampled
-from rlpr_jax.diagnosis.statistics import Interval
+from rlpr_jax.diagnosis import rows
+from rlpr_jax.diagnosis.rows import Grader
+from rlpr_jax.diagnosis.study import choose_prompts, study
 from rlpr_jax.errors import InputError, exit_with_one_line, setting_names
 from rlpr_jax.grading import graders
 from rlpr_jax.judging.client import Cache, Client, Endpoint
@@ -37,15 +34,10 @@ from rlpr_jax.report import diagnosis, page, write_report
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.checkpoints import restore_params
 from rlpr_jax.runs.storage import write_result
-from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.training import settings
-from rlpr_jax.training.collect import reference_scorer
-from rlpr_jax.training.logprobs import TextScorer
 from rlpr_jax.training.run import Run, set_up
-from rlpr_jax.types import Prompt
 
 _TRAINED = 2000  # responses of a run's rollouts that are looked at, newest first
-_REASONED = 2  # responses of each prompt that are scored again with other reasoning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +114,7 @@ def find_subject(workdir: pathlib.Path, recipe: str | None, overrides: Sequence[
   if step is not None:
     raise InputError("--step: a checkpoint of a run, expected no --config with it")
   config = command_line.override(command_line.load_recipe(recipe), overrides)
+  configs.check_fields(config)  # of an evaluation's recipe nothing here is there
   if not config.model.path:
     raise InputError("--config.model.path: missing, expected the model: one that is new has nothing to be looked at")
   return Subject(config, None, None)
@@ -143,48 +136,19 @@ def diagnose(subject: Subject, workdir: pathlib.Path, options: Options) -> None:
   entry.open_workdir(workdir)
   keep_programs(config.compilation_cache)
   run = set_up(config, custom_reward.load(config.reward.custom) if config.reward.custom else None)
-  run = run._replace(engine=dataclasses.replace(run.engine, sampling=SamplingParams(1.0)))
   prompts = choose_prompts(run.held_out or run.prompts, options.prompts, config.seed)
   step, params = load_params(subject, run)
 
-  # 1. Sample, greedily too, and grade.
-  sampled = rows.sample(run, params, prompts)
-  greedy_engine = dataclasses.replace(run.engine, sampling=SamplingParams(0.0))
-  greedy = rows.sample_greedily(greedy_engine, params, prompts, run.key)
-  trained = rows.read_rollouts(workdir / "rollouts", _TRAINED) if subject.run else []
-  grade = grader(options.judge, verifier, workdir)
-  right = grade(sampled.rows)
-
-  # 2. Score references and own answers again, with the reasoning and without.
-  scorer, limit = reference_scorer(run, params), configs.longest_text(config)
-  fresh = findings.graded(sampled.rows, right, config.seed)
-  by_reasoning, information = score_again(run, scorer, sampled, limit, options.pairs)
-  examples = show_examples(run, scorer, sampled, right, limit)
-
-  # 3. Put it together.
-  found = to_json(
-    {
-      "policy": config.model.path or workdir.resolve().name,
-      "when": f"step {step}" if subject.run else "as it was found",
-      "prompts": len(prompts),
-      "samples": options.samples,
-      "verdicts": f"the judge {options.judge.model}" if options.judge else f"the rule {verifier}",
-      "accuracy": {
-        "sampled": findings.accuracy(sampled.rows, right, config.seed),
-        "greedy": findings.accuracy(greedy, grade(greedy), config.seed),
-      },
-      "likelihood": findings.likelihood(sampled.evidence, config.seed),
-      "sampled": findings.compare_with_verdicts(fresh),
-      "trained": findings.compare_with_verdicts(findings.graded(trained, grade(trained), config.seed))
-      if trained
-      else {},
-      "reasoning": by_reasoning,
-      "information": information,
-      "likes": findings.preferences(fresh),
-      "examples": examples,
-    }
-  )
-  write(found, workdir)
+  earlier = rows.read_rollouts(workdir / "rollouts", _TRAINED) if subject.run else []
+  found = study(run, params, prompts, earlier, grader(options.judge, verifier, workdir), options.pairs)
+  about = {
+    "policy": config.model.path or workdir.resolve().name,
+    "when": f"step {step}" if subject.run else "as it was found",
+    "prompts": len(prompts),
+    "samples": options.samples,
+    "verdicts": f"the judge {options.judge.model}" if options.judge else f"the rule {verifier}",
+  }
+  write(about | found, workdir)
 
 
 def with_options(config: ConfigDict, options: Options) -> ConfigDict:
@@ -197,18 +161,6 @@ def with_options(config: ConfigDict, options: Options) -> ConfigDict:
   elif not config.data.path:
     config.evaluation.prompts, config.data.count = options.prompts, 1
   return config
-
-
-def choose_prompts(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-  """Draws prompts from all over a data set, in its order; all where there are no more than `count`.
-
-  >>> len(choose_prompts([Prompt(ids=np.array([i])) for i in range(9)], count=4, seed=0))
-  4
-  """
-  if len(prompts) <= count:
-    return list(prompts)
-  drawn = np.random.default_rng(seed).choice(len(prompts), count, replace=False)
-  return [prompts[i] for i in sorted(drawn.tolist())]
 
 
 def load_params(subject: Subject, run: Run) -> tuple[int, Params]:
@@ -226,72 +178,6 @@ def grader(judge: Endpoint | None, verifier: str, workdir: pathlib.Path) -> Grad
   if judge is None:
     return lambda some: rows.grade_by_rule(some, verifier)
   return lambda some: rows.grade_by_judge(some, Client(judge), Cache(workdir / "verdicts"))
-
-
-def responses_of(sampled: Sampled, most: int) -> tuple[list[Reasoned], list[int]]:
-  """The first scorable responses to each prompt, `most` at most, and the numbers of their prompts."""
-  rollouts, out, of = sampled.batch.rollouts, [], []
-  samples = sampled.evidence.scorable.shape[1]
-  taken = [0] * len(sampled.batch.prompts)
-  for i in np.flatnonzero(rollouts.scorable).tolist():
-    if taken[i // samples] < most:
-      taken[i // samples] += 1
-      out.append(response(sampled, i))
-      of.append(i // samples)
-  return out, of
-
-
-def response(sampled: Sampled, i: int) -> Reasoned:
-  """Response i of all."""
-  rollouts, samples = sampled.batch.rollouts, sampled.evidence.scorable.shape[1]
-  return Reasoned(sampled.batch.prompts[i // samples], rollouts.tokens[i, : rollouts.lengths[i]])
-
-
-def score_again(
-  run: Run, scorer: TextScorer, sampled: Sampled, limit: int, pairs: int
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """The reference by the reasoning before it, and the mutual information of prompts and reasoning."""
-  seed = run.config.seed
-  some, of = responses_of(sampled, _REASONED)
-  scored = reasoning.score_variants(scorer, run.engine, some, run.reward.aggregate, limit, seed)
-  groups = np.unique(np.array(of, int), return_inverse=True)[1]
-  # What was sampled at temperature 1 is as probable as it is there, whatever references are scored at.
-  at_one = scorer._replace(program=scorer.program._replace(temperature=1.0))
-  one_a_prompt = responses_of(sampled, 1)[0][:pairs]
-  return (
-    reasoning.compare_variants(scored, groups, seed) if some else {},
-    reasoning.measure_information(at_one, run.engine, one_a_prompt, limit, seed),
-  )
-
-
-def show_examples(
-  run: Run, scorer: TextScorer, sampled: Sampled, right: np.ndarray, limit: int
-) -> list[dict[str, Any]]:
-  """Responses to look at, with what their reasoning adds to each token of the reference and of their own answer."""
-  numbers = np.flatnonzero(np.isfinite(right))
-  chosen = [int(numbers[i]) for i in findings.choose(findings.graded(sampled.rows, right, run.config.seed))]
-  maps = reasoning.token_maps(scorer, run.engine, [response(sampled, i) for i in chosen], limit)
-  fields = {"source": "source", "question": "question", "reference_text": "reference", "response": "response"}
-  return [
-    {name: sampled.rows[i][field] for name, field in fields.items()}
-    | {"right": bool(right[i]), "reward": sampled.rows[i]["reward_total"], **of_tokens}
-    for i, of_tokens in zip(chosen, maps, strict=True)
-  ]
-
-
-def to_json(value: Any) -> Any:
-  """A value as JSON has it: figures with their intervals as objects, and None for what is no number.
-
-  >>> to_json({"auc": Interval(0.5, low=float("nan"), high=1.0, groups=3)})
-  {'auc': {'value': 0.5, 'low': None, 'high': 1.0, 'groups': 3}}
-  """
-  if isinstance(value, Interval):
-    value = value._asdict()
-  if isinstance(value, dict):
-    return {name: to_json(inner) for name, inner in value.items()}
-  if isinstance(value, list):
-    return [to_json(inner) for inner in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write(found: dict[str, Any], workdir: pathlib.Path) -> None:

@@ -88,7 +88,7 @@ def test_a_run(run, capsys):
   assert found["information"]["information"]["value"] <= np.log(3)
   assert found["examples"]
   for example in found["examples"]:
-    assert "".join(token["token"] for token in example["reference"]) == example["reference_text"]
+    assert "".join(token["token"] for token in example["tokens"]["reference"]) == example["reference"]
   printed = capsys.readouterr().out
   assert "AUC of shadow product, within" in printed
   page, whole = (run / "diagnosis.html").read_text(), (run / "report.html").read_text()

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from rlpr_jax import custom_reward, splicing
+from rlpr_jax.errors import MachineError
 from rlpr_jax.grading import graders
 from rlpr_jax.judging import judge
 from rlpr_jax.judging.client import Cache, Client
@@ -16,7 +17,7 @@ from rlpr_jax.judging.judge import JudgeItem
 from rlpr_jax.models import Params
 from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.runs.records import rollout_rows
-from rlpr_jax.sampling.engine import Engine, SampleOptions
+from rlpr_jax.sampling.engine import SampleOptions
 from rlpr_jax.training.collect import compute_advantages
 from rlpr_jax.training.reward import compute_rewards, gather_evidence
 from rlpr_jax.training.run import Run
@@ -69,14 +70,15 @@ def sample(run: Run, params: Params, prompts: Sequence[Prompt]) -> Sampled:
   return Sampled(batch, rollout_rows(batch, step=0, count=len(rollouts.lengths), engine=run.engine))
 
 
-def sample_greedily(engine: Engine, params: Params, prompts: Sequence[Prompt], key: jax.Array) -> list[Row]:
+def sample_greedily(run: Run, params: Params, prompts: Sequence[Prompt]) -> list[Row]:
   """Takes the most probable token each time, one response a prompt; of a row only what a grade asks for.
 
   Args:
-    engine: whose sampling parameters are those of temperature 0.
+    run: with an engine of temperature 0.
+    params, prompts: as for `sample`.
   """
   options = SampleOptions(progress=Progress("greedy, response"))
-  rollouts = engine.sample(params, list(enumerate(prompts)), key, 1, options)
+  rollouts = run.engine.sample(params, list(enumerate(prompts)), run.key, 1, options)
   return [
     {
       "question": prompt.question,
@@ -136,9 +138,15 @@ def grade_by_judge(rows: Sequence[Row], client: Client, cache: Cache) -> np.ndar
 
   Args:
     cache: of verdicts, so that the same command asks only for what is missing.
+
+  Raises:
+    MachineError: it gave a verdict of none that it was asked about.
   """
   items = [
     JudgeItem(row.get("question", ""), row["reference"], splicing.extract_answer(row["response"])) for row in rows
   ]
   verdicts = judge.judge_all(items, client, cache, Progress("judged, response"))
+  asked = [verdict for item, verdict in zip(items, verdicts, strict=True) if item.answer]
+  if asked and all(verdict.right is None for verdict in asked):
+    raise MachineError(f"the judge: no verdict of {len(asked)} responses ({asked[0].why}); the same command asks again")
   return np.array([np.nan if verdict.right is None else float(verdict.right) for verdict in verdicts])

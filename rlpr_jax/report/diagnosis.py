@@ -208,7 +208,7 @@ def example(found: Json) -> Markup:
   ]
   for name, label in (("reference", "Reference answer"), ("own", "Own answer")):
     parts.append(tag("div", f"{label}: what the reasoning adds to each token's probability", class_="label"))
-    chips = [token_chip(token) for token in found[name]]
+    chips = [token_chip(token) for token in found["tokens"][name]]
     parts.append(tag("div", *chips, class_="tokens") if chips else tag("div", "not scored", class_="muted"))
   parts += [tag("div", "Response", class_="label"), tag("div", highlight(found["response"]), class_="text box")]
   return tag("article", *parts, class_="card")

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from rlpr_jax.diagnosis import findings, rows
+from rlpr_jax.errors import MachineError
+from rlpr_jax.judging.client import Cache, Client, Endpoint
 from rlpr_jax.types import Evidence
+from tests.chat_server import serving
 
 
 def made_up(groups: int = 12, samples: int = 6, seed: int = 0):
@@ -129,3 +132,21 @@ def test_rollouts_are_read_newest_first(tmp_path):
 def test_any_reference_is_right():
   some = [{"response": "<answer> Peking </answer>", "reference": "Beijing", "references": ["Beijing", "Peking"]}]
   assert rows.grade_by_rule(some, "exact").tolist() == [1.0]
+
+
+def test_a_judge_says_which_are_right(tmp_path):
+  answers = ("4", "four", None, "5")
+  some = [{"question": "2+2", "reference": "4", "response": f"<answer>{answer}</answer>"} for answer in answers]
+  some[2]["response"] = "<answer>"
+
+  def reply(body, _):
+    text = body["messages"][0]["content"]
+    if "\nfour\n" in text:
+      return "I cannot say."
+    return "Judgement: incorrect" if "\n5\n" in text else "Judgement: correct"
+
+  with serving(reply) as server:
+    found = rows.grade_by_judge(some, Client(Endpoint(server.url, "m", pause=0.01)), Cache(tmp_path))
+    np.testing.assert_array_equal(found, [1, np.nan, 0, 0])
+  with serving(lambda body, number: "I cannot say.") as server, pytest.raises(MachineError, match="no verdict of 3"):
+    rows.grade_by_judge(some, Client(Endpoint(server.url, "m", pause=0.01)), Cache(tmp_path / "other"))
