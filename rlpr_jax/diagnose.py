@@ -133,16 +133,16 @@ def diagnose(subject: Subject, workdir: pathlib.Path, options: Options) -> None:
   verifier = options.verifier or (config.reward.verifier if config.reward.verifier != "none" else "builtin")
   if verifier == "math":
     graders.check_installed()
+  client = Client(options.judge) if options.judge else None
   entry.open_workdir(workdir)
   keep_programs(config.compilation_cache)
   run = set_up(config, custom_reward.load(config.reward.custom) if config.reward.custom else None)
   prompts = choose_prompts(run.held_out or run.prompts, options.prompts, config.seed)
   step, params = load_params(subject, run)
-
   earlier = rows.read_rollouts(workdir / "rollouts", _TRAINED) if subject.run else []
-  found = study(run, params, prompts, earlier, grader(options.judge, verifier, workdir), options.pairs)
+  found = study(run, params, prompts, earlier, grader(client, verifier, workdir), options.pairs)
   about = {
-    "policy": config.model.path or workdir.resolve().name,
+    "policy": workdir.resolve().name if subject.run else config.model.path,
     "when": f"step {step}" if subject.run else "as it was found",
     "prompts": len(prompts),
     "samples": options.samples,
@@ -173,11 +173,11 @@ def load_params(subject: Subject, run: Run) -> tuple[int, Params]:
     return step, run.policy.sampling_params(params)
 
 
-def grader(judge: Endpoint | None, verifier: str, workdir: pathlib.Path) -> Grader:
+def grader(judge: Client | None, verifier: str, workdir: pathlib.Path) -> Grader:
   """What says which responses are right: a judge, or else a rule."""
   if judge is None:
     return lambda some: rows.grade_by_rule(some, verifier)
-  return lambda some: rows.grade_by_judge(some, Client(judge), Cache(workdir / "verdicts"))
+  return lambda some: rows.grade_by_judge(some, judge, Cache(workdir / "verdicts"))
 
 
 def write(found: dict[str, Any], workdir: pathlib.Path) -> None:

@@ -135,6 +135,8 @@ def test_a_model_and_a_file_of_questions(tmp_path):
     (("--workdir={run}", "--samples=1"), "samples"),
     (("--workdir={run}", "--verifier=none"), "verifier"),
     (("--workdir={run}", "--judge_url=http://127.0.0.1:1/v1"), "--judge_url: given without --judge_model"),
+    (("--workdir={tmp}/none", "--config=evaluate"), "missing, expected the config of a run"),
+    (("--workdir={run}", "--judge_url=x", "--judge_model=m"), "endpoint: expected a URL"),
     (("--workdir={run}", "--config.rollout.slot=3"), "there is no field config.rollout.slot"),
   ],
 )
