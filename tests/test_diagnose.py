@@ -8,7 +8,7 @@ import pytest
 
 from rlpr_jax import __main__ as rlpr
 from rlpr_jax import config as configs
-from rlpr_jax import diagnose, huggingface, models, report
+from rlpr_jax import diagnose, huggingface, models
 from rlpr_jax.data import builtin
 from rlpr_jax.policy import initial_params
 from rlpr_jax.runs.checkpoints import Checkpoints
@@ -154,11 +154,3 @@ def test_the_command(capsys):
     rlpr.main(["rlpr", "diagnose", "--workdir=/nowhere"])
   assert ended.value.code == 2
   assert "holds no run" in capsys.readouterr().err
-
-
-def test_a_report_of_a_diagnosis_that_is_not_whole(run):
-  """Of an older version, say: the rest of the report is there, and one line says what is wrong."""
-  (run / "diagnosis.json").write_text('{"policy": "x"}')
-  page = report.write_report(run).read_text()
-  assert "Rollouts" in page
-  assert "Does the reasoning matter?" not in page

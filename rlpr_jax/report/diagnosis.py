@@ -116,12 +116,14 @@ def verdict_cards(title: str, found: Json) -> Iterator[Markup]:
   for name, label in (("by_source", "AUC of the total by source"), ("by_length", "AUC of the total by length")):
     if len(found[name]) > 1:
       groups.append((label, found[name]))
-  for label, pairs in _PAIRS:
-    for heading, scores in groups:
+  cards = []
+  for heading, scores in groups:
+    for label, pairs in _PAIRS:
       known = {name: of_score[label] for name, of_score in scores.items() if of_score[label]}
-      if known and (heading.startswith("AUC of each") or label != "between"):
+      if known:
         bars = (bar(name, interval, neutral=0.5) for name, interval in known.items())
-        yield card(f"{heading}, {pairs}", *bars)
+        cards.append(card(f"{heading}, {pairs}", *bars))
+  yield tag("div", *cards, class_="cards")
 
 
 def reasoning_card(found: Json) -> Markup:
