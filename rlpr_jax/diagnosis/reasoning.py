@@ -183,7 +183,7 @@ def compare_variants(scored: dict[str, np.ndarray], groups: np.ndarray, seed: in
 
   Returns:
     by name {r, loss, helped}: `loss` is the mean of r with its own reasoning less this one, over the responses that
-    have both, `helped` the share of them in which its own gives more.
+    have both, `helped` the share of them in which its own gives more, where a tie counts half.
 
   >>> scored = {"own": np.array([0.9, 0.5]), "none": np.array([0.2, 0.6])}
   >>> found = compare_variants(scored, np.array([0, 1]), seed=0)["none"]
