@@ -19,6 +19,7 @@ PROGRAMS = {
   "serve": "an OpenAI-compatible server",
   "curate": "questions worth training on",
   "export": "a checkpoint as a Hugging Face directory",
+  "diagnose": "what a reward sees, and whether the reasoning matters",
   "report": "curves and rollouts of a run as one page",
 }
 

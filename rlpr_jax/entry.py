@@ -34,6 +34,8 @@ WRITTEN = (
   "failed",
   traces.NAME,
   "report.html",
+  "diagnosis.json",
+  "diagnosis.html",
 )
 
 

@@ -18,8 +18,8 @@ ORDER = (
   ("judging",),
   ("training",),
   ("validation",),
-  ("curation", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
+  ("curation", "diagnosis", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
   ("entry",),
-  ("train", "sft", "evaluate", "plan", "serve", "curate", "export"),
+  ("train", "sft", "evaluate", "plan", "serve", "curate", "diagnose", "export"),
   ("__main__",),
 )

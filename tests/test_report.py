@@ -224,6 +224,47 @@ def test_what_a_model_writes_stays_text(tmp_path):
   report.save_picture(tmp_path, tmp_path / "picture.png")
 
 
+def made_up_diagnosis() -> dict:
+  """What diagnosis.json holds, with hostile text wherever a model or a data set may have put it."""
+  figure = {"value": 0.7, "low": 0.6, "high": None, "groups": 3}
+  aucs = {"all": figure, "within": None, "between": figure}
+  verdicts = {"responses": 4, "groups": 2, "right": figure, "scores": {"total": aucs, HOSTILE: aucs}}
+  verdicts |= {"by_source": {HOSTILE: aucs, "b": aucs}, "by_length": {"1 to 2 tokens": aucs}}
+  tokens = [{"token": HOSTILE, "with": 0.75, "without": 0.25}]
+  example = dict.fromkeys(("source", "question", "reference", "response"), HOSTILE)
+  return {
+    "policy": HOSTILE, "when": "step 1", "prompts": 2, "samples": 2, "verdicts": HOSTILE,
+    "accuracy": {"sampled": {"all": figure, HOSTILE: figure}, "greedy": {"all": None}},
+    "likelihood": {"token": figure, "token_without": figure, "marginal": None},
+    "sampled": verdicts,
+    "trained": {},
+    "reasoning": {"own": {"r": figure}, "other": {"r": figure, "loss": figure, "helped": figure}},
+    "information": {},
+    "likes": {
+      "lengths": {"tokens": {"total": figure, "right": None}},
+      "words": [{"word": HOSTILE, "reward": figure, "right": None, "responses": 2}],
+    },
+    "examples": [example | {"right": False, "reward": 0.5, "tokens": {"reference": tokens, "own": []}}],
+  }  # fmt: skip
+
+
+def test_a_diagnosis_is_a_section_of_the_report_and_a_page(workdir):
+  assert "Does the reasoning matter?" not in page_of(workdir)
+  (workdir / "diagnosis.json").write_text(json.dumps(made_up_diagnosis()))
+  alone = report.page.render_diagnosis("toy", made_up_diagnosis())
+  for text in (page_of(workdir), alone):
+    assert "Does the reasoning matter?" in text
+    assert "another prompt&#x27;s" in text
+    assert "+0.50" in text  # what the reasoning adds to a token
+    assert "<script" not in text
+    assert "&lt;script&gt;alert" in text
+
+
+def test_a_diagnosis_of_another_version_is_said_to_be_one(workdir):
+  (workdir / "diagnosis.json").write_text('{"policy": "x"}')
+  assert "diagnosis.json has no accuracy" in page_of(workdir)
+
+
 def test_the_page_fetches_nothing(workdir):
   page = page_of(workdir)
   namespaces = page.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xlink", "")

@@ -1,7 +1,7 @@
 """The report of a run: one HTML file, and one picture of it.
 
-metrics.jsonl, config.json, rollouts/ -> records -> charts, gallery -> page -> report.html
-                                                \\-> picture -> PNG
+metrics.jsonl, config.json, rollouts/, diagnosis.json -> records -> charts, gallery, diagnosis -> page -> report.html
+                                                                 \\-> picture -> PNG
 """
 
 from rlpr_jax.report.page import write_report as write_report

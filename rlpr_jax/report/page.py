@@ -4,7 +4,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from rlpr_jax.report import charts, gallery, style
+from rlpr_jax.report import charts, diagnosis, gallery, style
 from rlpr_jax.report.markup import Markup, join, tag
 from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, Series, read_run
 from rlpr_jax.runs.storage import write_result
@@ -88,6 +88,8 @@ def sections(run: Run) -> Iterator[tuple[str, Markup]]:
     cards = tag("div", *(gallery.card(row) for row in pair), class_="cards featured")
     yield "The reward at work", join(gallery.explanation(len(pair)), cards)
   yield from curves(run)
+  if run.diagnosis:
+    yield "Diagnosis", diagnosis.section(run.diagnosis)
   yield "Rollouts", gallery.gallery(run)
   yield "Config", config_table(run.config)
 
@@ -140,6 +142,17 @@ def render_page(run: Run) -> str:
     *(join(tag("h2", name, id=f"s{i}"), content) for i, (name, content) in enumerate(parts)),
     footer(run),
   )
+  return "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
+
+
+def render_diagnosis(name: str, found: Json) -> str:
+  """A diagnosis as a document of its own.
+
+  Args:
+    found: what diagnosis.json holds.
+  """
+  head = tag("head", Markup(HEAD), tag("title", f"{name} · diagnosis"), tag("style", Markup(style.CSS)))
+  body = tag("main", tag("h1", name), diagnosis.section(found))
   return "<!doctype html>\n" + tag("html", head, tag("body", body), lang="en") + "\n"
 
 

@@ -44,6 +44,7 @@ class Run:
   config: Json
   rollouts: list[Json]  # of the newest files, newest file first
   unreadable: int  # lines that were not whole: 1 while a line is being written
+  diagnosis: Json = dataclasses.field(default_factory=dict)  # of diagnosis.json, where rlpr diagnose has written one
 
   def series(self, key: str) -> Series:
     """All finite values of `key`; empty if it was never written."""
@@ -129,15 +130,15 @@ def read_metrics(path: pathlib.Path) -> tuple[dict[int, Json], int]:
   return dict(sorted(rows.items())), unreadable
 
 
-def read_config(path: pathlib.Path) -> Json:
-  """The config of the run, empty if there is none."""
+def read_object(path: pathlib.Path) -> Json:
+  """An object of JSON, such as the config of the run; empty if there is no such file."""
   if not path.is_file():
     return {}
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:
     raise errors.InputError(f"{path}: not JSON ({error})") from error
-  return content if isinstance(content, dict) else {"config": content}
+  return content if isinstance(content, dict) else {path.stem: content}
 
 
 def read_run(workdir: pathlib.Path) -> Run:
@@ -150,7 +151,8 @@ def read_run(workdir: pathlib.Path) -> Run:
   return Run(
     name=workdir.resolve().name,
     rows=rows,
-    config=read_config(workdir / "config.json"),
+    config=read_object(workdir / "config.json"),
     rollouts=[row for row in rollouts if row is not None],
     unreadable=unreadable + rollouts.count(None),
+    diagnosis=read_object(workdir / "diagnosis.json"),
   )
