@@ -18,7 +18,7 @@ from rlpr_jax.models import Params
 from rlpr_jax.runs.metrics import Progress
 from rlpr_jax.runs.records import rollout_rows
 from rlpr_jax.sampling.engine import SampleOptions
-from rlpr_jax.training.collect import compute_advantages
+from rlpr_jax.training.collect import compute_advantages, exchange
 from rlpr_jax.training.reward import compute_rewards, gather_evidence
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Evidence, Prompt, RolloutBatch
@@ -53,7 +53,8 @@ def sample(run: Run, params: Params, prompts: Sequence[Prompt]) -> Sampled:
   options = SampleOptions(progress=Progress("sampled and scored, response"))
   rollouts = run.engine.rollout(params, numbered, jax.random.fold_in(run.key, _STREAM), samples, options)
   baselines = run.engine.baseline(params, prompts)
-  evidence = gather_evidence(run.config, numbered, rollouts, baselines)
+  exchanged = exchange(run, params, numbered, rollouts)
+  evidence = gather_evidence(run.config, numbered, rollouts, baselines, exchanged)
   parts = jax.device_get(compute_rewards(evidence, run.reward))
   if run.custom_reward is not None:
     parts = parts._replace(total=custom_reward.compute(run.custom_reward, evidence, rollouts.texts, prompts))

@@ -13,7 +13,7 @@ from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import rollout_metrics, rollout_rows
-from rlpr_jax.sampling.engine import SampleOptions, StoppedError
+from rlpr_jax.sampling.engine import Draws, SampleOptions, StoppedError
 from rlpr_jax.sampling.shapes import pad_prompts
 from rlpr_jax.training import packing
 from rlpr_jax.training.baselines import renew_baselines
@@ -29,6 +29,7 @@ from rlpr_jax.types import (
   Answers,
   AnyArray,
   Evidence,
+  ExchangedAnswers,
   Groups,
   Rewards,
   RolloutBatch,
@@ -110,12 +111,9 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
     rollouts = score_again(reference_scorer(run, scorer_params), my_prompts, rollouts)
   baselines = renew_baselines(run, state, scorer_params, prompts)
 
-  exchanged = None
-  if any(settings.conditional_weight for settings in (run.reward, *run.shadows.values())):
-    started = time.perf_counter()
-    scorer = reference_scorer(run, scorer_params)
-    most, seed = config.reward.conditional_pairs, config.seed
-    exchanged = exchange_answers(scorer, run.engine, my_numbered, rollouts, most, seed)
+  started = time.perf_counter()
+  exchanged = exchange(run, scorer_params, my_numbered, rollouts)
+  if exchanged is not None:
     rollouts = rollouts._replace(seconds=rollouts.seconds | {"exchange": time.perf_counter() - started})
 
   # 3. Gather the evidence: from here on every process knows of all responses, and decides alike.
@@ -162,6 +160,14 @@ def reference_scorer(run: Run, params: Params) -> TextScorer:
   # Long rows hold many of a prompt's responses behind it.
   length = max(packing.shortest_row(configs.longest_text(config)), row_length(config))
   return TextScorer(program, params, length)
+
+
+def exchange(run: Run, params: Params, numbered: Draws, rollouts: Rollouts) -> ExchangedAnswers | None:
+  """Measures the group's own answers behind each other's reasoning; None if no reward of the run asks for it."""
+  if not any(settings.conditional_weight for settings in (run.reward, *run.shadows.values())):
+    return None
+  scorer, most = reference_scorer(run, params), run.config.reward.conditional_pairs
+  return exchange_answers(scorer, run.engine, numbered, rollouts, most, run.config.seed)
 
 
 def gather_rollouts(rollouts: Rollouts, prompts: int, samples: int) -> Rollouts:
