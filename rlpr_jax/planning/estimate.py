@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from rlpr_jax.models import kernels
 from rlpr_jax.planning import flops
@@ -17,7 +18,8 @@ from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Branch, Tree
-from rlpr_jax.training.settings import rollout_shapes, row_length
+from rlpr_jax.training.reward import looks_at_answers
+from rlpr_jax.training.settings import rollout_shapes, row_length, text_row_length
 
 SPREAD = 0.6  # standard deviation of the logarithm of the lengths of prompts and responses
 
@@ -96,19 +98,10 @@ class Packed(NamedTuple):
 
 def packed(layout: Layout, lengths: Lengths) -> Packed:
   """Packs a minibatch of prompts and responses, log-normal as those of a run are, as an update would."""
-  config, rng = layout.config, np.random.default_rng(0)
-
-  def draw(mean: int, most: int, count: int) -> np.ndarray:
-    return np.clip(np.round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, count)), 1, most).astype(int)
-
-  limits, groups = config.rollout.max_response_length, config.prompts_per_step // config.training.minibatches
+  config = layout.config
   trees = [
     Tree(np.zeros(prompt, np.int32), [Branch.of_tokens(np.zeros(n, np.int32)) for n in of_prompt])
-    for prompt, of_prompt in zip(
-      draw(lengths.prompt, config.data.prompt_limit, groups),
-      draw(lengths.response, limits, groups * config.samples_per_prompt).reshape(groups, -1),
-      strict=True,
-    )
+    for prompt, of_prompt in draw_lengths(config, lengths, config.prompts_per_step // config.training.minibatches)
   ]
   length = row_length(config)
   pieces = packing.arrange(trees, length)
@@ -118,6 +111,40 @@ def packed(layout: Layout, lengths: Lengths) -> Packed:
     counted=sum(branch.tokens.size for tree in trees for branch in tree.branches) / rows.tokens.size,
     visible=kernels.visible_share(rows.segment_ids, rows.group_ids),
   )
+
+
+def draw_lengths(config: ConfigDict, lengths: Lengths, groups: int) -> list[tuple[int, list[int]]]:
+  """Tokens of prompts and of each one's responses, log-normal as those of a run are."""
+  rng = np.random.default_rng(0)
+
+  def draw(mean: int, most: int, count: int) -> np.ndarray:
+    return np.clip(np.round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, count)), 1, most).astype(int)
+
+  prompts = draw(lengths.prompt, config.data.prompt_limit, groups)
+  responses = draw(lengths.response, config.rollout.max_response_length, groups * config.samples_per_prompt)
+  return list(zip(prompts.tolist(), responses.reshape(groups, -1).tolist(), strict=True))
+
+
+class Exchanged(NamedTuple):
+  """What scoring a group's own answers behind each other's reasoning takes, all of them being different."""
+
+  rows: float  # of a prompt
+  counted: float  # share of the rows' places whose token's log-probability is asked for
+
+
+def exchanged(layout: Layout, lengths: Lengths) -> Exchanged:
+  """Packs prompts and responses with all answers behind each, as `training.exchange` does; of some prompts."""
+  config = layout.config
+  groups, length = min(config.rollout.prompts_per_draw, 32), text_row_length(config)
+  each = min(config.reward.conditional_pairs or config.samples_per_prompt, config.samples_per_prompt) + 1
+  answers = [Branch.of_tokens(np.zeros(lengths.reference, np.int32))] * each
+  trees = [
+    Tree(np.zeros(prompt + response, np.int32), answers)
+    for prompt, of_prompt in draw_lengths(config, lengths, groups)
+    for response in of_prompt
+  ]
+  rows = max(piece.row for piece in packing.arrange(trees, length)) + 1
+  return Exchanged(rows / groups, len(trees) * each * lengths.reference / (rows * length))
 
 
 def skipped_attention(layout: Layout, rows: int, visible: float) -> float:
@@ -188,6 +215,8 @@ def rooflines(
       overlap=True,
     ),
   }
+  if looks_at_answers(config):
+    parts["exchange"] = part("exchange", exchanged(layout, lengths).rows * prompts / config.rollout.score_rows, weights)
   if copies_to_sample(layout):
     parts = {"gather": part("gather", 1, 2 * weights)} | parts
   return parts

@@ -15,6 +15,7 @@ from rlpr_jax.planning.compiler import Compiled, compile_program
 from rlpr_jax.planning.estimate import Lengths, Sizes
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.planning.programs import Layout, Program
+from rlpr_jax.training.reward import looks_at_answers
 from rlpr_jax.training.settings import update_settings
 
 _STEP = 8  # slots of a part of the mesh are proposed in such steps
@@ -238,7 +239,8 @@ def fastest(
 
 def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int) -> tuple[dict[str, int], int]:
   """Operations of each program for texts of these lengths, and bytes a device of its slots."""
-  extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference)
+  share = estimate.exchanged(planner.layout, lengths).counted if looks_at_answers(planner.config) else 1.0
+  extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference, share)
   counted = programs.rollout_programs(planner.flat, slots, extent)
   packed = estimate.packed(planner.layout, lengths)
   update = programs.update_programs(planner.flat, micro_batch_rows, packed.counted)

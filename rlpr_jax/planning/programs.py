@@ -1,6 +1,7 @@
 """The programs of a training step at a config's true shapes, traced on devices that may be only described.
 
 gather:   trained parameters -> the copy that samples        prefill, insert, decode, score:   a process's rollouts
+exchange: own answers behind each other's reasoning, a micro-batch, where a reward asks for it
 update:   one minibatch, micro-batch by micro-batch
 """
 
@@ -27,8 +28,17 @@ from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.sharding import Sharding
+from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs
 from rlpr_jax.training.optimizer import abstract_opt_state, create_optimizer
-from rlpr_jax.training.settings import check_lengths, check_rows, rollout_shapes, row_length, update_settings
+from rlpr_jax.training.reward import looks_at_answers
+from rlpr_jax.training.settings import (
+  check_lengths,
+  check_rows,
+  rollout_shapes,
+  row_length,
+  text_row_length,
+  update_settings,
+)
 from rlpr_jax.training.state import keeps_initial
 from rlpr_jax.training.update import Trainable, UpdateProgram, optimizer_step
 from rlpr_jax.types import PackedRows
@@ -116,14 +126,16 @@ class Extent(NamedTuple):
 
   prompt: int  # tokens of the prompts that are read
   suffix: int  # tokens that are scored
+  exchanged: float = 1.0  # share of the places of rows with exchanged answers whose log-probability is asked for
 
 
-def extent_of(layout: Layout, prompt: int, reference: int) -> Extent:
+def extent_of(layout: Layout, prompt: int, reference: int, exchanged: float = 1.0) -> Extent:
   """For prompts and references of so many tokens: what they are rounded up to."""
   shapes = rollout_shapes(layout.config, layout.processes, layout.sampler.sampling.sharding.num_shards("batch"))
   return Extent(
     bucket(shapes.prompt_buckets, min(prompt, shapes.prompt_limit)),
     bucket(shapes.suffix_buckets, min(reference, shapes.suffix_length)),
+    exchanged,
   )
 
 
@@ -177,6 +189,14 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
       beside=waiting + cache - device_bytes(rows.cache),
     ),
   }  # fmt: skip
+  if looks_at_answers(config):
+    length, at_once = text_row_length(config), config.rollout.score_rows
+    texts = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, PackedRows.empty(at_once, length)))
+    scorer = LogprobProgram(model, temperature, at_once, where)
+    chunks = math.ceil(extent.exchanged * length / chunk_length(length, at_once, num_shards, partly=True))
+    # When the last response has ended no slots are held any more.
+    held = layout.state | {"sampling copy": parts["sampling copy"], "rows": device_bytes(texts)}
+    programs["exchange"] = Program(lambda: compute_logprobs.trace(scorer, params, texts), (1, chunks), held, state)
   if copies_to_sample(layout):
     source, gathered = policy.sharding, policy.gathered.by_process()
     merged, dtype = policy.merged_params(policy.trained), policy.sampling.compute_dtype

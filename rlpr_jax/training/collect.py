@@ -7,7 +7,6 @@ import time
 import jax
 import numpy as np
 
-from rlpr_jax import config as configs
 from rlpr_jax import custom_reward, filtering, grpo, processes, rewards
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
@@ -19,10 +18,17 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.baselines import renew_baselines
 from rlpr_jax.training.exchange import exchange_answers
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
-from rlpr_jax.training.reward import compute_rewards, credit_of_answer, gather_evidence, unalign, weigh_tokens
+from rlpr_jax.training.reward import (
+  compute_rewards,
+  credit_of_answer,
+  gather_evidence,
+  looks_at_answers,
+  unalign,
+  weigh_tokens,
+)
 from rlpr_jax.training.run import Run
 from rlpr_jax.training.scorer import score_again
-from rlpr_jax.training.settings import row_length
+from rlpr_jax.training.settings import text_row_length
 from rlpr_jax.types import (
   Advantages,
   AnswerCredit,
@@ -157,14 +163,12 @@ def reference_scorer(run: Run, params: Params) -> TextScorer:
     micro_batch_rows=config.rollout.score_rows,
     sharding=policy.sampling.sharding,
   )
-  # Long rows hold many of a prompt's responses behind it.
-  length = max(packing.shortest_row(configs.longest_text(config)), row_length(config))
-  return TextScorer(program, params, length)
+  return TextScorer(program, params, text_row_length(config))
 
 
 def exchange(run: Run, params: Params, numbered: Draws, rollouts: Rollouts) -> ExchangedAnswers | None:
   """Measures the group's own answers behind each other's reasoning; None if no reward of the run asks for it."""
-  if not any(settings.conditional_weight for settings in (run.reward, *run.shadows.values())):
+  if not looks_at_answers(run.config):
     return None
   scorer, most = reference_scorer(run, params), run.config.reward.conditional_pairs
   return exchange_answers(scorer, run.engine, numbered, rollouts, most, run.config.seed)

@@ -223,6 +223,12 @@ def weigh_tokens(evidence: Evidence, kind: str) -> Float[Array, "P G *M A"]:
   return jnp.moveaxis(rewards.token_weights(logps, mask, kind, baseline_logps, known), 1, 2)
 
 
+def looks_at_answers(config: ConfigDict) -> bool:
+  """Whether the reward or a shadow asks how probable own answers are behind each other's reasoning."""
+  shadows = (parse_shadow(config, text)[1] for text in config.reward.shadow)
+  return any(settings.conditional_weight > 0 for settings in (RewardSettings.of(config.reward), *shadows))
+
+
 def parse_shadow(config: ConfigDict, text: str) -> tuple[str, RewardSettings]:
   """Parses a shadow reward's name and settings, "name: field=value, field=value".
 

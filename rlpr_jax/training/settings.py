@@ -51,6 +51,11 @@ def row_length(config: ConfigDict) -> int:
   return int(config.training.row_length or shortest_row(configs.longest_sequence(config)))
 
 
+def text_row_length(config: ConfigDict) -> int:
+  """Tokens of a row in which texts are scored anew: long rows hold many of a prompt's responses behind it."""
+  return max(shortest_row(configs.longest_text(config)), row_length(config))
+
+
 def update_settings(config: ConfigDict, sharding: Sharding) -> UpdateSettings:
   """Settings of the update."""
   training = config.training
