@@ -81,8 +81,10 @@ def main() -> None:
       name = signal.Signals(children.told).name
       print(f"stopped by {name}: the same command goes on from there", file=sys.stderr)
       sys.exit(128 + children.told)
-    results = {name: [last_accuracies(job) for job in jobs if job.name == name and is_finished(job)] for name in sweep}
+    finished = [job for job in jobs if is_finished(job)]
+    results = {name: [last_accuracies(job) for job in finished if job.name == name] for name in sweep}
     write_results(workdir, results)
+    write_course(workdir, {name: [course(job) for job in finished if job.name == name] for name in sweep})
     if failed:
       print(f"error: {len(failed)} runs failed: {', '.join(failed)}", file=sys.stderr)
       sys.exit(1)
@@ -237,6 +239,68 @@ def write_results(workdir: pathlib.Path, results: dict[str, list[tuple[float, fl
   write_result(workdir / "table.md", table)
   write_result(workdir / "table.json", json.dumps(results, indent=2))
   plot(workdir / "table.png", results)
+
+
+class Course(NamedTuple):
+  """What the evaluations of a run found, one after the other."""
+
+  steps: list[int]
+  accuracies: list[float]
+  answers: dict[str, float]  # `answer/empty` and `answer/exact` of its last step
+
+
+def course(job: Job) -> Course:
+  rows = metrics.read(job.workdir / "metrics.jsonl")
+  found = [(row["step"], row["held_out/accuracy"]) for row in rows if "held_out/accuracy" in row]
+  last = next((row for row in reversed(rows) if "answer/empty" in row), {})
+  answers = {name: last.get(f"answer/{name}", float("nan")) for name in ("empty", "exact")}
+  return Course([step for step, _ in found], [accuracy for _, accuracy in found], answers)
+
+
+def write_course(workdir: pathlib.Path, courses: dict[str, list[Course]]) -> None:
+  """`course.md` and `course.png`: held-out accuracy at every evaluation, and what the own answers had become.
+
+  Nothing where there is no evaluation between the first and the last.
+  """
+  steps = sorted({step for runs in courses.values() for run in runs for step in run.steps})
+  if len(steps) < 3:
+    return
+  lines = [
+    f"| variant | {' | '.join(f'step {step}' for step in steps)} | most lost from the best | empty | exact |",
+    "|" + "---|" * (len(steps) + 4),
+  ]
+  for name, runs in courses.items():
+    if not runs:
+      continue
+    means = [
+      statistics.fmean(run.accuracies[run.steps.index(step)] for run in runs) if all(step in run.steps for run in runs)
+      else float("nan")
+      for step in steps
+    ]  # fmt: skip
+    lost = max(max(run.accuracies) - run.accuracies[-1] for run in runs)
+    empty, exact = (statistics.fmean(run.answers[part] for run in runs) for part in ("empty", "exact"))
+    shares = " | ".join(f"{100 * mean:.1f}%" for mean in means)
+    lines.append(f"| {name} | {shares} | {100 * lost:.1f} | {100 * empty:.1f}% | {100 * exact:.1f}% |")
+  table = "\n".join(lines) + "\n"
+  print(table, end="", flush=True)
+  write_result(workdir / "course.md", table)
+  plot_course(workdir / "course.png", courses)
+
+
+def plot_course(path: pathlib.Path, courses: dict[str, list[Course]]) -> None:
+  """Held-out accuracy over the steps, one line a seed, a colour a variant."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(8, 4.5), layout="constrained")
+  axes = figure.subplots()
+  for number, (name, runs) in enumerate(courses.items()):
+    for i, run in enumerate(runs):
+      accuracies = [100 * accuracy for accuracy in run.accuracies]
+      axes.plot(run.steps, accuracies, color=f"C{number % 10}", marker=".", label=None if i else name)
+  axes.set_xlabel("training step")
+  axes.set_ylabel("held-out accuracy, %")
+  axes.legend()
+  figure.savefig(path, dpi=120)
 
 
 def plot(path: pathlib.Path, results: dict[str, list[tuple[float, float]]]) -> None:

@@ -87,6 +87,41 @@ def test_a_sweep_ends_in_a_table_and_goes_on_where_it_stopped(files):
   assert log.stat().st_mtime_ns == before
 
 
+def test_the_course_of_runs_is_told_where_there_is_one(tmp_path, capsys):
+  """Two seeds of one variant, one of another; evaluations after steps 0, 10 and 20."""
+  module = runpy.run_path(str(ROOT / "launch/sweep.py"))
+
+  def job(name, seed, accuracies, empty):
+    workdir = tmp_path / f"{name}-{seed}"
+    workdir.mkdir()
+    rows = [{"step": 0, "held_out/accuracy": accuracies[0]}]
+    rows += [
+      {"step": step, "answer/empty": empty * step / 20, "answer/exact": 0.5}
+      | ({"held_out/accuracy": accuracies[step // 10]} if step % 10 == 0 else {})
+      for step in range(1, 21)
+    ]
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return module["Job"](name, seed, workdir, [], 20)
+
+  courses = {
+    "a": [module["course"](job("a", 0, [0.25, 0.75, 0.5], 0.5)), module["course"](job("a", 1, [0.25, 0.5, 0.75], 0))],
+    "b": [module["course"](job("b", 0, [0.0, 0.0, 1.0], 1.0))],
+    "c": [],
+  }
+  module["write_course"](tmp_path, courses)
+  lines = (tmp_path / "course.md").read_text().splitlines()
+  assert lines[0] == "| variant | step 0 | step 10 | step 20 | most lost from the best | empty | exact |"
+  assert lines[2:] == [
+    "| a | 25.0% | 62.5% | 62.5% | 25.0 | 25.0% | 50.0% |",
+    "| b | 0.0% | 0.0% | 100.0% | 0.0 | 100.0% | 50.0% |",
+  ]
+  assert capsys.readouterr().out.splitlines() == lines
+  assert (tmp_path / "course.png").read_bytes().startswith(b"\x89PNG")
+  (tmp_path / "other").mkdir()
+  module["write_course"](tmp_path / "other", {"a": [module["Course"]([0, 20], [0.1, 0.2], {})]})
+  assert not list((tmp_path / "other").iterdir())
+
+
 @pytest.mark.parametrize(
   ("text", "line"),
   [
