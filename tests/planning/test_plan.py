@@ -17,6 +17,7 @@ from rlpr_jax import huggingface, models
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import compiler, estimate, hardware, planner, programs, table
 from rlpr_jax.planning.estimate import Lengths
+from rlpr_jax.training import settings
 from tests.planning.qwen import QWEN
 from tests.tiny_run import RECIPE
 
@@ -89,6 +90,29 @@ def test_operations_are_those_of_the_formulas(paper, qwen, remat):
   assert counted["prefill"] == pytest.approx(prefill, rel=0.02)
   assert counted["decode"] == pytest.approx(decode, rel=0.02)
   assert counted["update"] == pytest.approx(update, rel=0.02)
+
+
+def test_exchanged_answers_are_counted_where_a_reward_asks_for_them(paper, qwen):
+  """One pass forwards over each prompt and response, answers of the whole group behind, at the lengths of a run."""
+  lengths = Lengths(prompt=300, response=700, reference=10, draws=1.0)
+  assert "exchange" not in programs.rollout_programs(planner.flat_layout(paper, qwen, processes=1), 64)
+  paper.reward.shadow = ("judged: conditional_weight=1",)
+  flat = planner.flat_layout(paper, qwen, processes=1)
+  exchanged = estimate.exchanged(flat, lengths)
+  texts = paper.samples_per_prompt * (300 + 700 + (paper.samples_per_prompt + 1) * 10)
+  length = settings.text_row_length(paper)
+  assert texts < exchanged.rows * length < 1.2 * texts  # lengths are drawn, and rows not quite full
+  extent = programs.extent_of(flat, 300, 10, exchanged.counted)
+  counted = estimate.count_flops({"exchange": programs.rollout_programs(flat, 64, extent)["exchange"]})["exchange"]
+  rows, width = paper.rollout.score_rows, qwen.num_heads * qwen.head_dim
+  layers = qwen.num_layers * (2 * weights_of_a_layer(qwen) + 4 * width * length)
+  assert counted >= rows * length * layers
+  assert counted == pytest.approx(
+    rows * length * (layers + exchanged.counted * 2 * qwen.vocab_size * qwen.embed_dim), rel=0.03
+  )
+  paper.reward.baseline_policy = "averaged_weights"
+  state = planner.flat_layout(paper, qwen, processes=1).state
+  assert state["parameters"] == 8 * (state["optimiser"] - 4) // 8
 
 
 def test_bytes_of_parameters_and_optimiser_are_exact(paper, qwen):

@@ -1,6 +1,7 @@
 """From rollouts to rewards: evidence against the pure functions, shadows, and what is measured between rewards."""
 
 import itertools
+import re
 
 import jax
 import numpy as np
@@ -16,10 +17,11 @@ from rlpr_jax.training.reward import (
   compute_rewards,
   credit_of_answer,
   gather_evidence,
+  looks_at_answers,
   parse_shadow,
   watch_answers,
 )
-from rlpr_jax.types import Evidence, Prompt, Rollouts
+from rlpr_jax.types import Evidence, ExchangedAnswers, Prompt, Rollouts
 
 P, G, E = 3, 4, 7
 TEXTS = (
@@ -120,6 +122,75 @@ def test_what_own_answers_are_credited_with(evidence, changes, expected):
   np.testing.assert_allclose(credit, expected(found, parts), atol=1e-6)
   if not changes:
     np.testing.assert_allclose(parts.total - credit, 0.9 * parts.debiased, atol=1e-6)
+
+
+def test_penalties_of_lengths(evidence):
+  """All of them at once, of answers of 1, 4 and no characters beside "4", and responses of 0 to 3,300 tokens."""
+  gather, *_ = evidence
+  c = config(
+    reward__length_difference_coefficient=0.2, reward__overlong_coefficient=0.5, reward__overlong_buffer=1000,
+    reward__concentration_coefficient=0.1, reward__concentration_length=0.0, reward__concentration_gap=1.0,
+    reward__answer_length_coefficient=0.3,
+  )  # fmt: skip
+  found, settings = gather(c), RewardSettings.of(c.reward)
+  parts = compute_rewards(found, settings)
+  lengths = np.arange(P * G).reshape(P, G) * 300.0
+  own = np.array([0, -0.2, 0, 0]) + np.array([0, -0.3, 0, 0])  # "four" is three times too long, twice counted
+  overlong = -0.5 * np.clip((lengths - 2072) / 1000, 0, 1)
+  ranges = [np.ptp(np.asarray(parts.reference)[p, :3]) for p in range(P)]  # the fourth response has no score
+  equals = [0.1 * (ranges[p] < max(ranges) and lengths[p, 0] > 0) for p in range(P)]
+  concentration = -np.array(equals)[:, None] * np.array([0, 0.5, 1, 0])
+  np.testing.assert_allclose(parts.length, own + overlong + concentration, atol=1e-6)
+  assert np.count_nonzero(equals) > 0
+  np.testing.assert_allclose(parts.total, 0.9 * parts.debiased + 0.1 * parts.format + parts.length, atol=1e-6)
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_own_answers_judged_are_a_part_of_the_reward_and_of_their_credit(evidence, weight):
+  gather, *_ = evidence
+  rng = np.random.default_rng(0)
+  exchanged = ExchangedAnswers(
+    *(-rng.exponential(1, shape).astype(np.float32) for shape in ((P, G), (P, G, G))),
+    answered=np.tile([True, True, False, False], (P, 1)),
+    pairs=np.tile([[True], [True], [True], [False]], (P, 1, G)),
+  )
+  c = config(reward__conditional_weight=weight)
+  found, settings = gather(c)._replace(exchanged=exchanged), RewardSettings.of(c.reward)
+  parts = compute_rewards(found, settings)
+  judged = rewards.conditional_expectation(*exchanged)
+  assert (np.asarray(judged)[:, 2:] == 0).all()
+  total = 0.9 * ((1 - weight) * parts.debiased + weight * judged) + 0.1 * found.formats
+  np.testing.assert_allclose(parts.total, total, atol=1e-6)
+  np.testing.assert_allclose(
+    parts.total - credit_of_answer(found, parts, settings), 0.9 * (1 - weight) * parts.debiased, atol=1e-6
+  )
+  assert looks_at_answers(c)
+  assert not looks_at_answers(config())
+  with pytest.raises(ValueError, match="conditional_weight: expected evidence with exchanged answers"):
+    compute_rewards(found._replace(exchanged=None), settings)
+
+
+@pytest.mark.parametrize(
+  ("changes", "said"),
+  [
+    ({"reward__references": "best", "reward__conditional_weight": 0.5}, "of one reference answer"),
+    (
+      {"reward__references": "best", "reward__shadow": ("a: conditional_weight=1, references=best",)},
+      "of one reference",
+    ),
+    ({"reward__baseline_policy": "none", "reward__token_weights": "surprise"}, "token weights surprise are made of"),
+    (
+      {"reward__baseline_policy": "none", "reward__shadow": ("a: token_weights=inverse_base",)},
+      "token weights inverse_base are made of",
+    ),
+    ({"training__answer_gradient": "jepo", "reward__conditional_weight": 0.1}, "config.reward.conditional_weight 0"),
+    ({"reward__conditional_weight": 1.5}, "config.reward.conditional_weight: 1.5"),
+    ({"filter__share": 0.0}, "config.filter.share: 0.0"),
+  ],
+)
+def test_rewards_that_cannot_be_are_refused(changes, said):
+  with pytest.raises(InputError, match=re.escape(said)):
+    validation.validate(config(**changes))
 
 
 @pytest.mark.parametrize(
