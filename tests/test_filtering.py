@@ -170,7 +170,7 @@ def test_off_keeps_every_finite_prompt():
 
 
 def test_unknown_kind_is_refused():
-  with pytest.raises(ValueError, match="filter kind 'median': expected one of ema, fixed, accuracy, off"):
+  with pytest.raises(ValueError, match="filter kind 'median': expected one of ema, fixed, accuracy, share, off"):
     filtering.init(FilterConfig(kind="median"))
 
 

@@ -130,6 +130,7 @@ class Exchanged(NamedTuple):
 
   rows: float  # of a prompt
   counted: float  # share of the rows' places whose token's log-probability is asked for
+  visible: float  # share of splash's blocks that it does not skip
 
 
 def exchanged(layout: Layout, lengths: Lengths) -> Exchanged:
@@ -143,18 +144,23 @@ def exchanged(layout: Layout, lengths: Lengths) -> Exchanged:
     for prompt, of_prompt in draw_lengths(config, lengths, groups)
     for response in of_prompt
   ]
-  rows = max(piece.row for piece in packing.arrange(trees, length)) + 1
-  return Exchanged(rows / groups, len(trees) * each * lengths.reference / (rows * length))
+  pieces = packing.arrange(trees, length)
+  rows = packing.lay(trees, pieces, max(piece.row for piece in pieces) + 1, length)
+  return Exchanged(
+    rows=len(rows.tokens) / groups,
+    counted=len(trees) * each * lengths.reference / rows.tokens.size,
+    visible=kernels.visible_share(rows.segment_ids, rows.group_ids),
+  )
 
 
-def skipped_attention(layout: Layout, rows: int, visible: float) -> float:
-  """Operations of an update's attention, in so many rows at once, in blocks that splash skips in layers without window.
+def skipped_attention(layout: Layout, rows: int, length: int, visible: float, trained: bool = True) -> float:
+  """Operations of attention in so many rows at once, in blocks that splash skips in layers without window.
 
-  Two products forwards and four backwards, and forwards again what is not kept.
+  Two products forwards; where the rows are trained on, four backwards, and forwards again what is not kept.
   """
   config = layout.policy.config
-  passes = 3 if layout.config.model.remat == "none" else 4
-  every = rows * row_length(layout.config) ** 2 * 4 * config.num_heads * config.head_dim * config.num_layers * passes
+  passes = (3 if layout.config.model.remat == "none" else 4) if trained else 1
+  every = rows * length**2 * 4 * config.num_heads * config.head_dim * config.num_layers * passes
   return (1 - visible) * every
 
 

@@ -16,7 +16,7 @@ from rlpr_jax.planning.estimate import Lengths, Sizes
 from rlpr_jax.planning.hardware import Slice
 from rlpr_jax.planning.programs import Layout, Program
 from rlpr_jax.training.reward import looks_at_answers
-from rlpr_jax.training.settings import update_settings
+from rlpr_jax.training.settings import row_length, text_row_length, update_settings
 
 _STEP = 8  # slots of a part of the mesh are proposed in such steps
 Say = Callable[[str], None]
@@ -239,14 +239,22 @@ def fastest(
 
 def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int) -> tuple[dict[str, int], int]:
   """Operations of each program for texts of these lengths, and bytes a device of its slots."""
-  share = estimate.exchanged(planner.layout, lengths).counted if looks_at_answers(planner.config) else 1.0
+  config, exchanged = planner.config, None
+  if looks_at_answers(config):
+    exchanged = estimate.exchanged(planner.layout, lengths)
+  share = exchanged.counted if exchanged else 1.0
   extent = programs.extent_of(planner.layout, lengths.prompt, lengths.reference, share)
   counted = programs.rollout_programs(planner.flat, slots, extent)
   packed = estimate.packed(planner.layout, lengths)
   update = programs.update_programs(planner.flat, micro_batch_rows, packed.counted)
   operations = estimate.count_flops(counted | update)
   if planner.place.chip is not None and planner.place.chip.platform == "tpu":
-    operations["update"] -= round(estimate.skipped_attention(planner.flat, micro_batch_rows, packed.visible))
+    flat, length = planner.flat, row_length(config)
+    operations["update"] -= round(estimate.skipped_attention(flat, micro_batch_rows, length, packed.visible))
+    if exchanged:
+      rows, length = config.rollout.score_rows, text_row_length(config)
+      skipped = estimate.skipped_attention(flat, rows, length, exchanged.visible, trained=False)
+      operations["exchange"] -= round(skipped)
   return operations, programs.rollout_programs(planner.layout, slots)["decode"].parts["slots"]
 
 

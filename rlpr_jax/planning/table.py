@@ -29,7 +29,7 @@ def of_one(plan: dict[str, Any], steps: int) -> str:
   ]
   for name, program in plan["programs"].items():
     kinds = [
-      f"{kind} {traffic['received'] / GIB:.3f} ({traffic['count']:.0f})"
+      f"{kind} {traffic['received'] / GIB:.3f} ({traffic['runs']:.0f})"
       for kind, traffic in sorted(program["collectives"].items())
     ]
     operations = program["operations"] / program["devices"] / 1e12

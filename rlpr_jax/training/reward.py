@@ -150,10 +150,12 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
     evidence, several = first_reference(evidence), False
   known = jnp.isfinite(evidence.baseline_logps)
   weights = weigh_tokens(evidence, settings.token_weights)
-  # The baseline's tokens weigh as those of a response with as many.
+  # The baseline's tokens weigh as those of a response with as many, and alike where there is none.
   same = jnp.sum(evidence.mask, axis=-1) == jnp.sum(known, axis=-1)[:, None]
   scored = jnp.any(evidence.mask, axis=-1) if several else evidence.scorable
-  of_baseline = jnp.max(jnp.where((same & scored)[..., None], weights, 0.0), axis=1)
+  alike = (same & scored)[..., None]
+  of_baseline = jnp.max(jnp.where(alike, weights, 0.0), axis=1)
+  of_baseline = jnp.where(jnp.any(alike, axis=1), of_baseline, known)
   baselines = rewards.reference_probability(evidence.baseline_logps, known, settings.aggregate, of_baseline)
   if settings.baseline_policy == "none":
     baselines = jnp.zeros_like(baselines)

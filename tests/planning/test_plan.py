@@ -17,6 +17,7 @@ from rlpr_jax import huggingface, models
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import compiler, estimate, hardware, planner, programs, table
 from rlpr_jax.planning.estimate import Lengths
+from rlpr_jax.planning.hlo import Traffic
 from rlpr_jax.training import settings
 from tests.planning.qwen import QWEN
 from tests.tiny_run import RECIPE
@@ -181,6 +182,9 @@ def test_what_is_one_too_large_is_refused_and_what_is_proposed_fits(tmp_path, po
   assert not found["programs"]["update"]["fits"]
   assert found["best"]["micro_batch_rows"] == 2
   assert "--config.training.micro_batch_rows=2" in table.of_one(found, 10)
+  # Of many devices a plan has collectives, which one device's has not.
+  found["programs"]["update"]["collectives"] = {"all-gather": Traffic(runs=12, received=3 * 2**30)._asdict()}
+  assert "| all-gather 3.000 (12) |" in table.of_one(found, 10)
   config.training.micro_batch_rows, config.rollout.slots = 2, found["best"]["slots"]
   found = make_plan(config, model, place, False, tmp_path / "plans")
   assert found["fits"]

@@ -56,6 +56,7 @@ def aggregate_by_hand(kind, logps, weights):
     "mean_logprob": mean,
     "geometric_mean": np.exp(mean),
     "product": np.exp(mean * len(logps)),
+    "weighted_sum": np.sum(weights * np.exp(logps)) / len(logps),
   }[kind]
 
 
@@ -141,7 +142,7 @@ def test_any_reference_is_right_and_the_longest_measures_an_answer():
   c = configs.default()
   c.samples_per_prompt, c.reward.verifier = 2, "exact"
   texts = ["<answer>eight</answer>", "<answer>seven!!!</answer>"]
-  fields = dict.fromkeys(Rollouts._fields) | {"texts": texts, "scorable": np.ones(2, bool)}
+  fields = dict.fromkeys(Rollouts._fields) | {"texts": texts, "scorable": np.ones(2, bool), "lengths": np.full(2, 9)}
   rollouts = Rollouts(**fields)._replace(reference_logps=np.zeros((2, 2, 3)), reference_mask=np.ones((2, 2, 3), bool))
 
   def found(*references):
