@@ -208,7 +208,9 @@ class Checkpoints(Generic[State]):
       arrays=ocp.args.StandardRestore(jax.tree.map(_abstract, arrays)),
       host=ocp.args.JsonRestore(),
     )
-    params, arrays = restored["params"], restored["arrays"]
+    params, found = restored["params"], restored["arrays"]
+    _check_shapes(f"{self._directory}/{step}", found, arrays)
+    arrays = found
     host = _verify(f"{self._directory}/{step}", step, restored["host"], (params, arrays))
     return self._join(params, arrays, host)
 
@@ -315,6 +317,22 @@ def _verify(name: str, step: int, saved: dict[str, Any], tree: Any, first: int |
   if sums[:first] != checksums(tree, of_places=not older):
     raise InputError(f"{name}: cannot be read (the arrays are not those that were saved)")
   return host
+
+
+def _check_shapes(name: str, found: Any, like: Any) -> None:
+  """Checks that arrays have the shapes that this version gives them, but for how many rows there are.
+
+  Raises:
+    InputError: naming the first that has another.
+  """
+  expected = dict(jax.tree_util.tree_leaves_with_path(like))
+  for path, array in jax.tree_util.tree_leaves_with_path(found):
+    shape, wanted = np.shape(array), expected[path].shape
+    if len(shape) != len(wanted) or shape[1:] != wanted[1:]:
+      raise InputError(
+        f"{name}: {jax.tree_util.keystr(path)} of shape {shape}, expected {('rows', *wanted[1:])}:"
+        " was it written by another version of rlpr_jax?"
+      )
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items: Any) -> Any:

@@ -191,6 +191,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
   assert open_checkpoints(tmp_path).restore(State((0, params(0.0))))[0] == 3
 
 
+@pytest.mark.parametrize("shape", [(100, 50), (100,), (100, 100, 1)])
+def test_a_checkpoint_of_other_shapes_is_one_line(tmp_path, shape):
+  """As of a version whose arrays had them. How many rows there are is for the data to say."""
+  saved(tmp_path, 1)
+  checkpoints = open_checkpoints(tmp_path)
+  with pytest.raises(
+    InputError, match=r"checkpoints/1: .*\['w'\] of shape \(100, 100\), expected \('rows'.*another version"
+  ):
+    checkpoints.restore(State((0, {"w": np.zeros(shape, np.float32)})))
+  assert checkpoints.restore(State((0, {"w": np.zeros((7, 100), np.float32)})))[0] == 1
+  checkpoints.close()
+
+
 def test_checksums_are_of_every_bit():
   w = params(1.0)["w"]
   tree = {"w": w, "n": np.arange(3, dtype=np.int32), "flag": np.array([True, False]), "half": w[0].astype("bfloat16")}
