@@ -136,7 +136,13 @@ def main(argv: list[str]) -> None:
     after, metrics = compiled(policy.frozen, Trainable(copy, jax.jit(ascent.init)(copy)), rows)
     gradients[name] = jax.tree.map(jnp.subtract, params, after.params), float(metrics["loss"])
   (first, loss), (second, other) = gradients.values()
-  distance = jax.tree.map(lambda x, y: float(jnp.max(jnp.abs(x - y)) / jnp.max(jnp.abs(x))), first, second)
+
+  def apart(x: jax.Array, y: jax.Array) -> float:
+    """Over the largest; as it is where that is 0, as of an adapter's first half while its second one is."""
+    largest = float(jnp.max(jnp.abs(x)))
+    return float(jnp.max(jnp.abs(x - y))) / (largest or 1.0)
+
+  distance = jax.tree.map(apart, first, second)
   print(f"loss {loss:.7f} and {other:.7f}, gradients within {max(jax.tree.leaves(distance)):.1e} of their largest")
   del gradients, first, second
 
