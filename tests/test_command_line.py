@@ -57,7 +57,7 @@ def test_a_value_may_begin_with_a_dash():
     (["--config.reward=3"], "--config.reward: a group, expected one of its fields: aggregate, "),
     (["--config.steps=many"], "flag --config.steps=many: invalid literal for int()"),
     (["--config.steps", "3", "4"], "4: unexpected argument"),
-    (["--config=nowhere"], "--config: no recipe 'nowhere', expected a Python file or one of evaluate, quickstart, "),
+    (["--config=nowhere"], "--config: no recipe 'nowhere', expected a Python file or one of evaluate, facts, "),
     (["--config=nowhere.py"], "--config: nowhere.py: no such file"),
     (["--config=no/where:argument"], "--config: no/where: no such file"),
     (["--config=quickstart:argument"], "quickstart.py: TypeError: get_config() takes 0 positional arguments but 1"),

@@ -249,6 +249,7 @@ def test_a_template_that_opens_the_thought(published, tmp_path):
     **dict.fromkeys(Rollouts._fields)
     | {
       "texts": [response] * run.config.samples_per_prompt,
+      "lengths": np.full(run.config.samples_per_prompt, 9, np.int32),
       "scorable": np.ones(run.config.samples_per_prompt, bool),
       "reference_logps": np.zeros((run.config.samples_per_prompt, 3), np.float32),
       "reference_mask": np.ones((run.config.samples_per_prompt, 3), bool),

@@ -128,6 +128,9 @@ def test_uniform_weights_are_no_weights(aggregate, answers, value):
   logps, mask, *_ = answers
   uniform = np.full(mask.shape, value, np.float32)
   none = probability(logps, mask, aggregate)
+  if aggregate == "weighted_sum":  # which takes the weights as they are
+    np.testing.assert_allclose(probability(logps, mask, aggregate, uniform), value * none, rtol=2e-5)
+    return
   np.testing.assert_allclose(probability(logps, mask, aggregate, uniform), none, rtol=2e-5)
   np.testing.assert_allclose(probability(logps, mask, aggregate, 0 * uniform), none, rtol=2e-5)
 
@@ -140,6 +143,9 @@ def test_scale_of_weights_does_not_matter(aggregate, data, exponent):
   weights = draw_weights(data, mask)
   scaled = np.ldexp(weights, exponent)
   score = probability(logps, mask, aggregate, weights)
+  if aggregate == "weighted_sum":  # is on the scale of its weights
+    np.testing.assert_allclose(probability(logps, mask, aggregate, 3 * weights), 3 * score, rtol=2e-5, atol=1e-37)
+    return
   np.testing.assert_allclose(probability(logps, mask, aggregate, scaled), score, rtol=1e-5)
   np.testing.assert_allclose(probability(logps, mask, aggregate, 3 * weights), score, rtol=2e-5)
 
@@ -156,6 +162,9 @@ def test_a_token_of_weight_zero_is_as_good_as_none_but_in_the_product(aggregate,
   if aggregate == "product":
     exponent = mask.sum(-1)[left] / less.sum(-1)[left]
     np.testing.assert_allclose(score[left], without[left] ** exponent, rtol=1e-4, atol=1e-37)
+  elif aggregate == "weighted_sum":  # over the number of all tokens
+    share = less.sum(-1)[left] / mask.sum(-1)[left]
+    np.testing.assert_allclose(score[left], without[left] * share, rtol=1e-5, atol=1e-37)
   else:
     np.testing.assert_allclose(score[left], without[left], rtol=1e-6)
 
