@@ -326,8 +326,11 @@ def test_policy_of_fewer_key_value_heads_than_parts(eight):
 
 def test_whole_updates_are_those_of_one_device(eight):
   """Two steps of two micro-batches, then scores from the cache of the updated policy."""
-  for result in eight["update"].values():
-    assert result["metrics"] == pytest.approx(result["expected_metrics"], rel=1e-5, abs=1e-6)
+  for name, result in eight["update"].items():
+    # The second step's are of parameters that AdamW, as said below, has moved by rounding: on one kind of CPU the loss
+    # is 1.3e-5 apart, where parameters are 1.3e-4.
+    rel = 1e-4 if name == "adamw" else 1e-5
+    assert result["metrics"] == pytest.approx(result["expected_metrics"], rel=rel, abs=1e-6)
     assert 0.1 < result["metrics"]["clip_fraction"] < 0.9
     assert result["state"] < 1e-5  # moments, or momentum
     assert result["scores"] < 1e-3  # AdamW divides the smallest gradients, which are rounding, by their own size
