@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Real, Shaped
 
-RATIOS = ("token", "sequence")
 NORMALIZATIONS = ("std", "none", "leave_one_out")
 AGGREGATES = ("token_mean", "seq_mean_token_sum", "seq_mean_token_mean")
 STD_FLOOR = 1e-6  # a group that spreads less has advantage 0

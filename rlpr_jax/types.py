@@ -116,9 +116,7 @@ class ExchangedAnswers(NamedTuple):
   """
 
   reference_logps: Float[AnyArray, "P G"]  # log p(reference and what ends it)
-  answer_logps: Float[
-    AnyArray, "P G G"
-  ]  # row k, column j: log p(answer of j and what ends it) after the reasoning of k
+  answer_logps: Float[AnyArray, "P G G"]  # row k, column j: of the answer of j after the reasoning of k, likewise
   answered: Bool[AnyArray, "P G"]  # whether there is an answer that can be scored
   pairs: Bool[AnyArray, "P G G"]  # True where answer_logps was measured
 

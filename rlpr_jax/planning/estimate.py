@@ -18,7 +18,6 @@ from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
 from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Branch, Tree
-from rlpr_jax.training.reward import looks_at_answers
 from rlpr_jax.training.settings import rollout_shapes, row_length, text_row_length
 
 SPREAD = 0.6  # standard deviation of the logarithm of the lengths of prompts and responses
@@ -39,6 +38,7 @@ class Sizes(NamedTuple):
   slots: int  # of a process
   slot_bytes: float  # of a device's slots
   micro_batch_rows: int
+  exchanged_rows: float = 0.0  # of a prompt; 0 where no reward asks for them
 
 
 class Roofline(NamedTuple):
@@ -221,8 +221,8 @@ def rooflines(
       overlap=True,
     ),
   }
-  if looks_at_answers(config):
-    parts["exchange"] = part("exchange", exchanged(layout, lengths).rows * prompts / config.rollout.score_rows, weights)
+  if sizes.exchanged_rows:
+    parts["exchange"] = part("exchange", sizes.exchanged_rows * prompts / config.rollout.score_rows, weights)
   if copies_to_sample(layout):
     parts = {"gather": part("gather", 1, 2 * weights)} | parts
   return parts

@@ -218,14 +218,14 @@ def fastest(
   most_rows = max(config.prompts_per_step // config.training.minibatches * config.samples_per_prompt // num_shards, 1)
   if chip is None:
     return most_slots * own_shards, most_rows * num_shards
-  operations, slot_bytes = count(planner, lengths, slots, micro_batch_rows)
+  operations, sizes = count(planner, lengths, slots, micro_batch_rows)
 
   def seconds(slots_then: int, rows_then: int) -> float:
     more_slots, more_rows = slots_then / slots, rows_then / micro_batch_rows
     scaled = {"decode": operations["decode"] * more_slots, "update": operations["update"] * more_rows}
-    sizes = Sizes(slots=slots_then, slot_bytes=slot_bytes * more_slots, micro_batch_rows=rows_then)
+    then = sizes._replace(slots=slots_then, slot_bytes=sizes.slot_bytes * more_slots, micro_batch_rows=rows_then)
     parts = estimate.rooflines(
-      layout, chip=chip, lengths=lengths, sizes=sizes, operations=operations | scaled, compiled=compiled
+      layout, chip=chip, lengths=lengths, sizes=then, operations=operations | scaled, compiled=compiled
     )
     return sum(part.seconds for part in parts.values())
 
@@ -237,8 +237,8 @@ def fastest(
   )
 
 
-def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int) -> tuple[dict[str, int], int]:
-  """Operations of each program for texts of these lengths, and bytes a device of its slots."""
+def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int) -> tuple[dict[str, int], Sizes]:
+  """Operations of each program for texts of these lengths, and the sizes of the run."""
   config, exchanged = planner.config, None
   if looks_at_answers(config):
     exchanged = estimate.exchanged(planner.layout, lengths)
@@ -255,7 +255,8 @@ def count(planner: Planner, lengths: Lengths, slots: int, micro_batch_rows: int)
       rows, length = config.rollout.score_rows, text_row_length(config)
       skipped = estimate.skipped_attention(flat, rows, length, exchanged.visible, trained=False)
       operations["exchange"] -= round(skipped)
-  return operations, programs.rollout_programs(planner.layout, slots)["decode"].parts["slots"]
+  slot_bytes = programs.rollout_programs(planner.layout, slots)["decode"].parts["slots"]
+  return operations, Sizes(slots, slot_bytes, micro_batch_rows, exchanged.rows if exchanged else 0.0)
 
 
 def step_of(
@@ -265,8 +266,7 @@ def step_of(
   chip = planner.place.chip
   if chip is None:
     return None
-  operations, slot_bytes = count(planner, lengths, slots, micro_batch_rows)
-  sizes = Sizes(slots=slots, slot_bytes=slot_bytes, micro_batch_rows=micro_batch_rows)
+  operations, sizes = count(planner, lengths, slots, micro_batch_rows)
   parts = estimate.rooflines(
     planner.layout, chip=chip, lengths=lengths, sizes=sizes, operations=operations, compiled=compiled
   )
