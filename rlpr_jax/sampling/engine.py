@@ -9,7 +9,7 @@ Each file of this folder imports only those before it:
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -137,9 +137,8 @@ class Engine:
 
     Column k is the answer's k-th token; NaN beyond the last, and where a prompt or reference is too long.
     """
-    shapes = self.device.shapes
-    count = self.max_references or 1
-    logps = np.full((len(prompts), count, shapes.suffix_length), np.nan, np.float32)
+    shapes, suffixes = self.device.shapes, self.baseline_suffixes(prompts)
+    scores: dict[tuple[int, int], np.ndarray] = {}
     by_width = collections.defaultdict(list)
     for row, prompt in enumerate(prompts):
       if shapes.takes(prompt):
@@ -149,14 +148,27 @@ class Engine:
       for first in range(0, len(rows), size):
         part = rows[first : first + size]
         cache = self.device.prefill(params, [prompts[row] for row in part], width).cache
-        suffixes = {}  # by row of the result, and number of the reference
-        for place, row in enumerate(part):
-          for number, reference in enumerate(self._references(prompts[row])):
-            ids, mask = splicing.baseline_suffix(self.tokenizer, reference, self.baseline_prefix, self.eos_id)
-            suffix = Suffix.after(place, prompts[row].ids, ids, mask)
-            if len(suffix.ids) <= shapes.suffix_length:
-              suffixes[row, number] = suffix
-        scores = self.device.score(params, cache, list(suffixes.values()), size, width)
-        for (row, number), found in zip(suffixes, scores, strict=True):
-          logps[row, number, : found.size] = found
-    return logps.reshape(self._reference_shape(len(prompts), shapes.suffix_length))
+        places = {row: place for place, row in enumerate(part)}  # of the cache
+        behind = {at: suffix._replace(row=places[at[0]]) for at, suffix in suffixes.items() if at[0] in places}
+        found = self.device.score(params, cache, list(behind.values()), size, width)
+        scores |= zip(behind, found, strict=True)
+    return self.baselines(scores, len(prompts))
+
+  def baseline_suffixes(self, prompts: Sequence[Prompt]) -> dict[tuple[int, int], Suffix]:
+    """Each reference straight after its prompt, by numbers of prompt and reference, but for what is too long."""
+    shapes, suffixes = self.device.shapes, {}
+    for row, prompt in enumerate(prompts):
+      for number, reference in enumerate(self._references(prompt) if shapes.takes(prompt) else ()):
+        ids, mask = splicing.baseline_suffix(self.tokenizer, reference, self.baseline_prefix, self.eos_id)
+        suffix = Suffix.after(row, prompt.ids, ids, mask)
+        if len(suffix.ids) <= shapes.suffix_length:
+          suffixes[row, number] = suffix
+    return suffixes
+
+  def baselines(self, scores: Mapping[tuple[int, int], np.ndarray], count: int) -> Float[np.ndarray, "N *M A"]:
+    """Lays out the scores of `baseline_suffixes` of so many prompts, as `baseline` returns them."""
+    width = self.device.shapes.suffix_length
+    logps = np.full((count, self.max_references or 1, width), np.nan, np.float32)
+    for at, found in scores.items():
+      logps[at][: found.size] = found
+    return logps.reshape(self._reference_shape(count, width))

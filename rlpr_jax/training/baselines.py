@@ -57,24 +57,41 @@ def measure_baselines(
   return baselines
 
 
-def renew_baselines(run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt]) -> np.ndarray:
+def prompts_to_measure(run: Run, state: TrainState, prompts: Sequence[Prompt]) -> list[Prompt]:
+  """Those of a draw whose baselines are unknown, or that the config wants anew."""
+  policy = run.config.reward.baseline_policy
+  if policy == "none" or measures_all_before(run.config):
+    return []
+  return [prompt for prompt in prompts if policy != "initial" or np.isnan(state.baselines[prompt.row]).all()]
+
+
+def scorer_measures(config: ConfigDict) -> bool:
+  """Whether r' is the scorer's, and it reads whole texts: then r' is one more text behind the prompt."""
+  scorer, policy = config.reward.scorer, config.reward.baseline_policy
+  return bool(scorer != "policy" and (policy in ("current", "moving_average") or policy == scorer == "initial"))
+
+
+def renew_baselines(
+  run: Run, state: TrainState, params: Params, prompts: Sequence[Prompt], measured: np.ndarray | None = None
+) -> np.ndarray:
   """Returns the baselines [N, *M, A], with those of a draw's prompts that are unknown or that the config wants anew.
 
   Args:
     params: of the policy that scores, as the sampler reads them.
+    prompts: those of `prompts_to_measure`.
+    measured: their baselines where they are known by now, [N, *M, A]; on every process.
   """
   settings = run.config.reward
-  if settings.baseline_policy == "none" or measures_all_before(run.config):
+  if not prompts:
     return state.baselines
   if settings.baseline_policy == "initial":
-    prompts = [prompt for prompt in prompts if np.isnan(state.baselines[prompt.row]).all()]
-    if not prompts:
-      return state.baselines
     params = run.policy.sampling_params(state.initial)
   elif settings.baseline_policy == "averaged_weights":
     params = run.policy.sampling_params(state.averaged)
   rows = [prompt.row for prompt in prompts]
-  new = processes.gather(run.engine.baseline(params, processes.share(prompts)), len(prompts))
+  new = measured
+  if new is None:
+    new = processes.gather(run.engine.baseline(params, processes.share(prompts)), len(prompts))
   if settings.baseline_policy == "moving_average":
     new = np.asarray(rewards.moving_average(state.baselines[rows], new, settings.baseline_rate))
   baselines = state.baselines.copy()  # a checkpoint may still be reading the old ones

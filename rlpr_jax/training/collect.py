@@ -15,7 +15,7 @@ from rlpr_jax.runs.records import rollout_metrics, rollout_rows
 from rlpr_jax.sampling.engine import Draws, SampleOptions, StoppedError
 from rlpr_jax.sampling.shapes import pad_prompts
 from rlpr_jax.training import packing
-from rlpr_jax.training.baselines import renew_baselines
+from rlpr_jax.training.baselines import prompts_to_measure, renew_baselines, scorer_measures
 from rlpr_jax.training.exchange import exchange_answers
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
 from rlpr_jax.training.reward import (
@@ -111,11 +111,20 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
     raise StoppedError
 
   # 2. Score the references by another policy than the one that sampled, if the config says so; measure r'.
-  scorer_params = params
+  scorer_params, unknown, measured = params, prompts_to_measure(run, state, prompts), None
   if config.reward.scorer != "policy":
     scorer_params = run.policy.sampling_params(state.initial if config.reward.scorer == "initial" else state.lagged)
-    rollouts = score_again(reference_scorer(run, scorer_params), my_prompts, rollouts)
-  baselines = renew_baselines(run, state, scorer_params, prompts)
+    rows = {prompt.row for prompt in unknown} if scorer_measures(config) else set()
+    rollouts, alone = score_again(
+      reference_scorer(run, scorer_params),
+      my_prompts,
+      rollouts,
+      {at: x for at, x in run.engine.baseline_suffixes(my_prompts).items() if my_prompts[at[0]].row in rows},
+    )
+    if rows:
+      of_all = processes.gather(run.engine.baselines(alone, len(my_prompts)), len(prompts))
+      measured = of_all[[prompt.row in rows for prompt in prompts]]
+  baselines = renew_baselines(run, state, scorer_params, unknown, measured)
 
   started = time.perf_counter()
   exchanged = exchange(run, scorer_params, my_numbered, rollouts)

@@ -48,7 +48,7 @@ def case(policy):
 
 def test_the_same_policy_gives_the_same_scores(case, policy):
   run, prompts, rollouts = case
-  found = score_again(reference_scorer(run, policy.params), prompts, rollouts)
+  found, _ = score_again(reference_scorer(run, policy.params), prompts, rollouts)
   np.testing.assert_allclose(found.reference_logps, rollouts.reference_logps, atol=1e-5)
   assert np.abs(rollouts.reference_logps).max() > 1
 
@@ -58,7 +58,7 @@ def test_several_references_are_scored_one_by_one(case, policy):
   prompts = [dataclasses.replace(prompt, alternatives=("ab", "z")[: prompt.row]) for prompt in prompts]
   engine = dataclasses.replace(run.engine, max_references=3)
   rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
-  found = score_again(reference_scorer(run, policy.params), prompts, rollouts)
+  found, _ = score_again(reference_scorer(run, policy.params), prompts, rollouts)
   np.testing.assert_allclose(found.reference_logps, rollouts.reference_logps, atol=1e-5)
   assert (np.abs(rollouts.reference_logps).max(axis=(0, 2)) > 1).all()
 
@@ -67,7 +67,7 @@ def test_another_policy_scores_what_this_one_wrote(case, policy):
   """Its scores are those of an engine that had sampled the same tokens: greedy from weights that agree on them."""
   run, prompts, rollouts = case
   sharper = jax.tree.map(lambda x: x, policy.params) | {"head": policy.params["head"] * 1.3}
-  found = score_again(reference_scorer(run, sharper), prompts, rollouts)
+  found, _ = score_again(reference_scorer(run, sharper), prompts, rollouts)
   # Logits are 1.3 times as large, so this is the old policy at 1.3 times the inverse temperature.
   colder = dataclasses.replace(run.engine.device, score_temperature=0.8 / 1.3)
   colder = dataclasses.replace(run.engine, device=colder)
@@ -75,3 +75,22 @@ def test_another_policy_scores_what_this_one_wrote(case, policy):
   np.testing.assert_array_equal(again.tokens, rollouts.tokens)
   np.testing.assert_allclose(found.reference_logps, again.reference_logps, atol=1e-5)
   assert np.abs(found.reference_logps - rollouts.reference_logps).max() > 0.1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_baselines_are_more_branches_behind_their_prompts(case, policy, several):
+  """As the engine measures them from a prompt's cache, while the rewards stay what they are without."""
+  run, prompts, rollouts = case
+  engine = run.engine
+  if several:
+    prompts = [dataclasses.replace(prompt, alternatives=("ab", "z")[: prompt.row]) for prompt in prompts]
+    engine = dataclasses.replace(engine, max_references=3)
+    rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
+  scorer, suffixes = reference_scorer(run, policy.params), engine.baseline_suffixes(prompts)
+  del suffixes[2, 0]  # not asked for
+  found, alone = score_again(scorer, prompts, rollouts, suffixes)
+  measured, expected = engine.baselines(alone, len(prompts)), engine.baseline(policy.params, prompts)
+  assert np.isfinite(expected).any(axis=-1).sum() == sum(map(len, (engine._references(prompt) for prompt in prompts)))
+  expected[(2, 0) if several else 2] = np.nan
+  np.testing.assert_allclose(measured, expected, atol=1e-5)
+  np.testing.assert_allclose(found.reference_logps, rollouts.reference_logps, atol=1e-5)
