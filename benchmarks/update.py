@@ -118,7 +118,7 @@ def main(argv: list[str]) -> None:
   plain = pack_plainly(groups)
   print(f"{groups.lengths.size} responses, {int(groups.lengths.sum())} sampled tokens", flush=True)
   print(
-    f"plain: {plain.tokens.size} places; groups: {together.tokens.size}, padding {together.padding:.1%}", flush=True
+    f"plain: {plain.tokens.size} places; groups: {together.tokens.size}, padding {together.padding():.1%}", flush=True
   )
 
   ascent = optax.sgd(1.0)  # the change of the parameters is the gradient

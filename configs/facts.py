@@ -29,8 +29,7 @@ def get_config():
     "spread: token_weights=spread",
     "no_debiasing: baseline_policy=none",
   )
-  c.training.row_length = 256
-  c.training.micro_batch_rows = 4
+  c.training.row_length = 768
   c.training.learning_rate = 3e-4
   c.warm_start.steps = 2400
   c.warm_start.batch_size = 32

@@ -22,8 +22,7 @@ def get_config():
   c.rollout.prefill_prompts = 32
   c.rollout.score_rows = 64
   c.reward.verifier = "builtin"  # only looks on: the AUC of the reward in the metrics
-  c.training.row_length = 128
-  c.training.micro_batch_rows = 8
+  c.training.row_length = 640
   c.training.learning_rate = 3e-4
   c.warm_start.steps = 800
   c.evaluation.prompts = 400

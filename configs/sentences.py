@@ -27,8 +27,7 @@ def get_config():
     "product: aggregate=product",
     "no_debiasing: baseline_policy=none",
   )
-  c.training.row_length = 128
-  c.training.micro_batch_rows = 8
+  c.training.row_length = 896
   c.training.learning_rate = 3e-4
   c.warm_start.steps = 1000
   c.evaluation.prompts = 300

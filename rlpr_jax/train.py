@@ -206,7 +206,7 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
     minibatches = [
       rows._replace(reference_logprobs=compute_logprobs(initial.program, initial.params, rows)) for rows in minibatches
     ]
-  losses = []
+  losses, size = [], run.packing.micro_batch_rows
   for rows in minibatches * training.epochs_per_step:
     state, loss = run.update(state, rows)
     losses.append(loss)
@@ -216,7 +216,7 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
     minibatches=minibatches,
     losses=losses,
     metrics=gap
-    | {"update/padding": float(np.mean([rows.padding for rows in minibatches])) if minibatches else 0.0}
+    | {"update/padding": float(np.mean([rows.padding(size) for rows in minibatches])) if minibatches else 0.0}
     | update_metrics(batch, losses, time.perf_counter() - started),
   )
 

@@ -295,15 +295,19 @@ class PackedRows(NamedTuple):
     """bool[R, L] the tokens whose log-probability matters: sampled ones, and those with a weight of their own."""
     return self.mask if self.answer_weights is None else self.mask | (self.answer_weights != 0)
 
-  @property
-  def padding(self) -> float:
-    """Share of the places in rows that hold a token at all, which hold none.
+  def padding(self, micro_batch_rows: int = 1) -> float:
+    """Share of the places that are computed, so many rows at a time, and hold no token.
 
-    >>> PackedRows.empty(2, 8).padding
+    >>> rows = PackedRows.empty(4, 8)
+    >>> rows.padding()  # nothing is computed
     0.0
+    >>> rows.positions[0, :4] = range(4)
+    >>> rows.padding(), rows.padding(micro_batch_rows=2)
+    (0.5, 0.75)
     """
-    used = self.positions[np.any(self.positions >= 0, axis=1)] >= 0
-    return float(1 - used.mean()) if used.size else 0.0
+    used = np.sum(np.any(self.positions >= 0, axis=1))
+    computed = -(-used // micro_batch_rows) * micro_batch_rows * self.positions.shape[1]
+    return float(1 - np.sum(self.positions >= 0) / computed) if computed else 0.0
 
   @classmethod
   def empty(cls, rows: int, length: int) -> "PackedRows":

@@ -272,8 +272,8 @@ def few_heads() -> dict:
 CASES = ("llama", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3", "smollm3_windows", "olmo2", "phi3_partial")
 # Left to the slow tests.
 SLOW = (
-  "llama", "llama_biases", "qwen3", "gemma2", "gemma3", "smollm3_windows", "phi3_partial", "2 key/value heads on 8",
-  "parameters alone", "places", "activations",
+  "llama", "llama_biases", "qwen3", "gemma2", "gemma3", "smollm3_windows", "olmo2", "phi3_partial",
+  "2 key/value heads on 8", "parameters alone", "places", "activations", "adamw", "sgd", "sm3",
 )  # fmt: skip
 
 
@@ -296,19 +296,21 @@ def main(slow: bool) -> None:
     },
     "meshes": {name: run() for name, run in meshes.items() if (name in SLOW) == slow},
   }
+  wide = dataclasses.replace(llama, embed_dim=128, mlp_dim=256)  # adafactor factors what is at least 128 wide
+  result["optimizers"] = {
+    name: whole_update(wide, (2, 2, 2), optimizer) for name, optimizer in OPTIMIZERS.items() if (name in SLOW) == slow
+  }
   if not slow:
     result |= others(llama)
   print(json.dumps(result))
 
 
 def others(llama: models.ModelConfig) -> dict:
-  wide = dataclasses.replace(llama, embed_dim=128, mlp_dim=256)  # adafactor factors what is at least 128 wide
   return {
     "update": {
       "adamw": whole_update(cases.config("gemma2"), (2, 2, 2), ADAMW),
       "momentum": whole_update(llama, (2, 2, 2), MOMENTUM),
     },
-    "optimizers": {name: whole_update(wide, (2, 2, 2), optimizer) for name, optimizer in OPTIMIZERS.items()},
     "parts": parts(cases.config("qwen2"), (2, 2, 2)),
     "few_heads": few_heads(),
     "sizes": {

@@ -340,7 +340,7 @@ def test_whole_updates_are_those_of_one_device(eight):
   assert eight["update"]["momentum"]["scores"] < 1e-5
 
 
-@pytest.mark.parametrize("name", eight_devices.OPTIMIZERS)
+@pytest.mark.parametrize("name", named(*((name,) for name in eight_devices.OPTIMIZERS)))
 def test_every_optimizer_steps_on_a_mesh_as_on_one_device(eight, name):
   """Two steps; the large moments are split, of whatever rank they are."""
   result = eight["optimizers"][name]

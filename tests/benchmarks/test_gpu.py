@@ -338,7 +338,7 @@ def test_rows_of_the_update():
   assert rows.positions.max() < 256
   assert rows.mask.any(axis=1).sum() == (rows.positions >= 0).any(axis=1).sum()
   assert 18 <= rows.mask.any(axis=1).sum() <= 22
-  assert rows.padding < 0.1
+  assert rows.padding() < 0.1
 
 
 def test_published_rates_are_of_the_same_card():

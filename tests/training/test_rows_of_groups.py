@@ -5,6 +5,7 @@ In float64, where the two differ by rounding in the last of sixteen digits alone
 
 import contextlib
 import dataclasses
+import json
 from unittest import mock
 
 import jax
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlpr_jax import grpo, models
+from configs import quickstart
+from rlpr_jax import grpo, models, train
 from rlpr_jax.models import attention, blockwise, logprobs, transformer
 from rlpr_jax.training import packing
 from rlpr_jax.training.update import UpdateSettings, loss
@@ -161,3 +163,32 @@ def test_weights_are_those_of_the_sequences(aggregate):
   answers = groups.answers.weights.sum(axis=2) * weights
   assert rows.answer_weights.sum() == pytest.approx(answers.sum(), rel=1e-6)
   assert rows.mask.sum() == sampled.sum()
+
+
+@pytest.mark.slow
+def test_the_quickstart_is_the_same(tmp_path, monkeypatch):
+  """Ten steps after a short supervised start, by every metric but times, memory and what says how rows are filled."""
+  config = quickstart.get_config()
+  config.steps, config.evaluation.prompts, config.warm_start.steps = 10, 0, 200
+
+  def pack_alone(groups: Groups, aggregate: str, rows: int, row_length: int) -> PackedRows:
+    trees = packing.to_trees(groups, packing.sequence_weights(groups, aggregate, rows))
+    alone = [packing.Tree(tree.stem, [branch]) for tree in trees for branch in tree.branches]
+    return packing.pack_trees(alone, rows, row_length)
+
+  train.train(config, tmp_path / "groups")
+  monkeypatch.setattr(packing, "pack", pack_alone)
+  train.train(config, tmp_path / "alone")
+  found, expected = (
+    [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+    for name in ("groups", "alone")
+  )
+  assert len(found) == 11
+  beside = ("seconds/", "tokens_per_second/", "memory/", "update/padding", "compilations")
+  for row, of_alone in zip(found, expected, strict=True):
+    compared = {name for name in row if not name.startswith(beside)}
+    assert len(compared) > 20 or not row["step"]
+    assert {name: row[name] for name in compared} == pytest.approx(
+      {name: of_alone[name] for name in compared}, abs=1e-4, nan_ok=True
+    )
+    assert not row["step"] or row["update/padding"] != of_alone["update/padding"]

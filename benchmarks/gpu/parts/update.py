@@ -85,7 +85,7 @@ def run(report: Report) -> None:
           "attention": prepared.attention,
           "rows": f"{prepared.used} of {size.row_length}, {size.micro_batch_rows} at once",
           "sampled tokens": tokens,
-          "padding": prepared.rows.padding,
+          "padding": prepared.rows.padding(size.micro_batch_rows),
           "compile s": prepared.seconds,
           "s": took,
           "tokens/s": tokens / took,
