@@ -56,7 +56,7 @@ def recipe(questions: pathlib.Path) -> configs.ConfigDict:
   )
   c.model.path, c.data.path = MODEL.value, str(questions)
   c.data.prompt_limit, c.data.max_reference_length, c.rollout.max_response_length = 256, 48, _LIMIT.value
-  c.rollout.prompts_per_draw, c.rollout.slots, c.rollout.decode_steps = _GROUPS.value, 32, 8
+  c.rollout.prompts_per_draw, c.rollout.slots, c.rollout.decode_steps = _GROUPS.value, _GROUPS.value * _SAMPLES.value, 8
   c.rollout.prefill_prompts, c.rollout.score_rows = 4, 8
   c.filter.kind, c.training.minibatches, c.training.row_length = "off", 1, 1024
   c.reward.baseline_when = "first_draw"  # so that steps pay for it
