@@ -206,17 +206,18 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
     minibatches = [
       rows._replace(reference_logprobs=compute_logprobs(initial.program, initial.params, rows)) for rows in minibatches
     ]
-  losses, size = [], run.packing.micro_batch_rows
+  losses = []
   for rows in minibatches * training.epochs_per_step:
     state, loss = run.update(state, rows)
     losses.append(loss)
   losses = jax.device_get(losses)
+  padding = [rows.padding(run.packing.micro_batch_rows) for rows in minibatches]
   return Updated(
     state=finish_step(run, state, batch, stream),
     minibatches=minibatches,
     losses=losses,
     metrics=gap
-    | {"update/padding": float(np.mean([rows.padding(size) for rows in minibatches])) if minibatches else 0.0}
+    | {"update/padding": float(np.mean(padding)) if padding else 0.0}
     | update_metrics(batch, losses, time.perf_counter() - started),
   )
 

@@ -9,7 +9,7 @@ Each file of this folder imports only those before it:
 
 import collections
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -137,7 +137,7 @@ class Engine:
 
     Column k is the answer's k-th token; NaN beyond the last, and where a prompt or reference is too long.
     """
-    shapes, suffixes = self.device.shapes, self.baseline_suffixes(prompts)
+    shapes = self.device.shapes
     scores: dict[tuple[int, int], np.ndarray] = {}
     by_width = collections.defaultdict(list)
     for row, prompt in enumerate(prompts):
@@ -148,16 +148,15 @@ class Engine:
       for first in range(0, len(rows), size):
         part = rows[first : first + size]
         cache = self.device.prefill(params, [prompts[row] for row in part], width).cache
-        places = {row: place for place, row in enumerate(part)}  # of the cache
-        behind = {at: suffix._replace(row=places[at[0]]) for at, suffix in suffixes.items() if at[0] in places}
-        found = self.device.score(params, cache, list(behind.values()), size, width)
-        scores |= zip(behind, found, strict=True)
+        suffixes = self.baseline_suffixes(enumerate(prompts[row] for row in part))
+        found = self.device.score(params, cache, list(suffixes.values()), size, width)
+        scores |= {(part[place], number): x for (place, number), x in zip(suffixes, found, strict=True)}
     return self.baselines(scores, len(prompts))
 
-  def baseline_suffixes(self, prompts: Sequence[Prompt]) -> dict[tuple[int, int], Suffix]:
+  def baseline_suffixes(self, prompts: Iterable[tuple[int, Prompt]]) -> dict[tuple[int, int], Suffix]:
     """Each reference straight after its prompt, by numbers of prompt and reference, but for what is too long."""
     shapes, suffixes = self.device.shapes, {}
-    for row, prompt in enumerate(prompts):
+    for row, prompt in prompts:
       for number, reference in enumerate(self._references(prompt) if shapes.takes(prompt) else ()):
         ids, mask = splicing.baseline_suffix(self.tokenizer, reference, self.baseline_prefix, self.eos_id)
         suffix = Suffix.after(row, prompt.ids, ids, mask)

@@ -115,12 +115,8 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
   if config.reward.scorer != "policy":
     scorer_params = run.policy.sampling_params(state.initial if config.reward.scorer == "initial" else state.lagged)
     rows = {prompt.row for prompt in unknown} if scorer_measures(config) else set()
-    rollouts, alone = score_again(
-      reference_scorer(run, scorer_params),
-      my_prompts,
-      rollouts,
-      {at: x for at, x in run.engine.baseline_suffixes(my_prompts).items() if my_prompts[at[0]].row in rows},
-    )
+    suffixes = run.engine.baseline_suffixes((i, prompt) for i, prompt in enumerate(my_prompts) if prompt.row in rows)
+    rollouts, alone = score_again(reference_scorer(run, scorer_params), my_prompts, rollouts, suffixes)
     if rows:
       of_all = processes.gather(run.engine.baselines(alone, len(my_prompts)), len(prompts))
       measured = of_all[[prompt.row in rows for prompt in prompts]]

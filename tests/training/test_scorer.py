@@ -86,7 +86,7 @@ def test_baselines_are_more_branches_behind_their_prompts(case, policy, several)
     prompts = [dataclasses.replace(prompt, alternatives=("ab", "z")[: prompt.row]) for prompt in prompts]
     engine = dataclasses.replace(engine, max_references=3)
     rollouts = engine.rollout(policy.params, list(enumerate(prompts)), jax.random.key(3), SAMPLES)
-  scorer, suffixes = reference_scorer(run, policy.params), engine.baseline_suffixes(prompts)
+  scorer, suffixes = reference_scorer(run, policy.params), engine.baseline_suffixes(enumerate(prompts))
   del suffixes[2, 0]  # not asked for
   found, alone = score_again(scorer, prompts, rollouts, suffixes)
   measured, expected = engine.baselines(alone, len(prompts)), engine.baseline(policy.params, prompts)
