@@ -270,7 +270,7 @@ FIELDS = {
   "training.epochs_per_step": Field(1, "passes", at_least=1, at_most=1000),
   "training.row_length": Field(
     0,
-    "tokens of a row, into which prompts and their responses are packed; 0 for the longest of a pair there can be",
+    "tokens of a row, into which prompts and their responses are packed; 0 for the largest group, to 2,048 or one pair",
     at_least=0,
     at_most=_SIZE,
     may_change=True,

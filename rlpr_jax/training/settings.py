@@ -40,15 +40,29 @@ def micro_batch_rows(config: ConfigDict, sharding: Sharding) -> int:
   return config.training.micro_batch_rows or sharding.num_shards("batch")
 
 
+# Rows grow so far by themselves, for a prompt's responses to share it; what they take grows with them.
+SHARED_ROW = 2048
+
+
 def row_length(config: ConfigDict) -> int:
   """Tokens of a row in the update, into which prompts and their responses are packed.
 
+  Those of the config, or room for the largest group there can be, but no more than `SHARED_ROW` unless a single
+  response behind its prompt is longer.
+
   >>> config = configs.default()
+  >>> config.samples_per_prompt, config.data.prompt_limit, config.rollout.max_response_length = 4, 100, 200
+  >>> row_length(config)
+  900
   >>> config.training.row_length = 8192
   >>> row_length(config)
   8192
   """
-  return int(config.training.row_length or shortest_row(configs.longest_sequence(config)))
+  if config.training.row_length:
+    return int(config.training.row_length)
+  longest, stem = configs.longest_sequence(config), int(config.data.prompt_limit)
+  group = stem + config.samples_per_prompt * (longest - stem)
+  return max(shortest_row(longest), min(group, SHARED_ROW))
 
 
 def text_row_length(config: ConfigDict) -> int:

@@ -31,7 +31,7 @@ from rlpr_jax.splicing import prompt_opening
 from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state, warm_start_optimizer
 from rlpr_jax.training.packing import Branch, Tree
-from rlpr_jax.training.settings import micro_batch_rows
+from rlpr_jax.training.settings import micro_batch_rows, row_length
 from rlpr_jax.training.update import Update, UpdateProgram, UpdateSettings
 from rlpr_jax.types import PackedRows
 
@@ -164,8 +164,6 @@ def steps(
   """
   settings = config.warm_start
   size = micro_batch_rows(config, policy.sharding)
-  longest = config.data.prompt_limit + config.rollout.max_response_length
-  row_length = config.training.row_length or packing.shortest_row(longest)
   rows = -(-settings.batch_size // size) * size
   compiled = UpdateSettings(
     temperature=1.0,
@@ -182,7 +180,7 @@ def steps(
     batch = next(stream)
     if step <= state.step:
       continue
-    state, metrics = update(state, pack(batch, rows, row_length))
+    state, metrics = update(state, pack(batch, rows, row_length(config)))
     state, metrics = state._replace(step=step), jax.device_get(metrics)
     skipped = skipped + 1 if metrics["skipped"] else 0
     if skipped == config.guards.max_skipped:
