@@ -200,26 +200,8 @@ def to_markdown(summary: Json, notes: Sequence[str]) -> str:
   >>> to_markdown({"models": {}, "averages": {}, "differences": []}, notes=["No models."]).splitlines()[:3]
   ['# Evaluation', '', 'No models.']
   """
-  parts = ["# Evaluation", *notes, "![Accuracy of each model on each benchmark](summary.png)"]
-  for model, benchmarks in summary["models"].items():
-    rows = [
-      _row(benchmark, mode, figures) for benchmark, by_mode in benchmarks.items() for mode, figures in by_mode.items()
-    ]
-    for mode, average in summary["averages"][model].items():
-      if average["benchmarks"] > 1:
-        rows.append(["mean of the benchmarks", mode, "", "", _percent(average["rule"]), _percent(average["judge"])])
-    parts += [f"## {model}", _table(_COLUMNS, rows)]
-  parts.append(
-    "Intervals are 95% bootstrap intervals over questions. pass@k and majority@k are by the judge where there is one."
-    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out; where"
-    f" that is more than {MOST_UNJUDGED:.0%}, there is no figure."
-  )
-  if summary["differences"]:
-    rows = [
-      [row["benchmark"], row["mode"], f"{row['model']} - {row['base']}", _points(row), _or_dash(row["p"], ".4f")]
-      for row in summary["differences"]
-    ]
-    parts += ["## Differences on the same questions", _table(["benchmark", "mode", "models", "points", "p"], rows)]
+  picture = "![Accuracy of each model on each benchmark](summary.png)"
+  parts = ["# Evaluation", *notes, picture, *accuracy_tables(summary, "##")]
   for model, benchmarks in summary["models"].items():
     for benchmark, by_mode in benchmarks.items():
       figures = next(iter(by_mode.values()))
@@ -232,6 +214,41 @@ def to_markdown(summary: Json, notes: Sequence[str]) -> str:
       if len(rows) > 1:
         parts.append(_table(["category", "questions", "by rule", "by judge"], rows))
   return "\n\n".join(parts) + "\n"
+
+
+def accuracy_tables(summary: Json, heading: str) -> list[str]:
+  """Both graders side by side for each model, what the figures are, and the differences between models, in Markdown.
+
+  Args:
+    heading: begins headings, such as "##".
+
+  >>> accuracy_tables({"models": {}, "averages": {}, "differences": []}, "##")[0][:43]
+  'Intervals are 95% bootstrap intervals over '
+  """
+  parts = []
+  for model, benchmarks in summary["models"].items():
+    rows = [
+      _row(benchmark, mode, figures) for benchmark, by_mode in benchmarks.items() for mode, figures in by_mode.items()
+    ]
+    for mode, average in summary["averages"][model].items():
+      if average["benchmarks"] > 1:
+        rows.append(["mean of the benchmarks", mode, "", "", _percent(average["rule"]), _percent(average["judge"])])
+    parts += [f"{heading} {model}", _table(_COLUMNS, rows)]
+  parts.append(
+    "Intervals are 95% bootstrap intervals over questions. pass@k and majority@k are by the judge where there is one."
+    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out; where"
+    f" that is more than {MOST_UNJUDGED:.0%}, there is no figure."
+  )
+  if summary["differences"]:
+    rows = [
+      [row["benchmark"], row["mode"], f"{row['model']} - {row['base']}", _points(row), _or_dash(row["p"], ".4f")]
+      for row in summary["differences"]
+    ]
+    parts += [
+      f"{heading} Differences on the same questions",
+      _table(["benchmark", "mode", "models", "points", "p"], rows),
+    ]
+  return parts
 
 
 def _row(benchmark: str, mode: str, figures: Json) -> list[Any]:

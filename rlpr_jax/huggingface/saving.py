@@ -7,7 +7,8 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ def save_pretrained(
   dtype: Any = None,
   max_shard_bytes: int = 5 * 10**9,
   generation: dict[str, Any] | None = None,
+  others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
   """Writes config.json, safetensors and the tokenizer's files. Adapters are merged into the weights, in float32.
 
@@ -51,6 +53,7 @@ def save_pretrained(
     dtype: of the tensors; None for that of each parameter.
     max_shard_bytes: of one file, unless a single tensor is larger.
     generation: what is to stand in generation_config.json, such as the tokens that end a response; None for no file.
+    others: further files by name, such as a README.md.
 
   Raises:
     InputError: the directory is not empty or cannot be written, or no family has the settings of the config.
@@ -70,6 +73,8 @@ def save_pretrained(
     _write_json(files / "config.json", config)
     if generation is not None:
       _write_json(files / GENERATION, generation)
+    for name, content in others.items():
+      (files / name).write_bytes(content)
     if tokenizer is not None:
       tokenizer.save_pretrained(files)
     for file, names in shards.filename_to_tensors.items():
@@ -84,6 +89,7 @@ def save_adapter(
   params: Params,
   base: str,
   tokenizer: PreTrainedTokenizerBase | None = None,
+  others: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
   """Writes the adapters alone, in the format of PEFT.
 
@@ -92,6 +98,7 @@ def save_adapter(
     params: as in `abstract_params`.
     base: directory or hub id of the model that the adapters were trained on.
     tokenizer: its files are written too.
+    others: as in `save_pretrained`.
 
   Raises:
     InputError: the directory is not empty or cannot be written, or the config has no adapters, or some of layers that
@@ -127,6 +134,8 @@ def save_adapter(
         tensors[name.format(i)] = _fetch_layer(leaf, i, layout(keys, leaf.shape[1:]), leaf.dtype, None)
   with _new_directory(directory) as files:
     _write_json(files / "adapter_config.json", config)
+    for name, content in others.items():
+      (files / name).write_bytes(content)
     if tokenizer is not None:
       tokenizer.save_pretrained(files)
     save_file(tensors, files / "adapter_model.safetensors", _METADATA)

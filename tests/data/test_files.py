@@ -12,7 +12,7 @@ import pytest
 from rlpr_jax.data import files
 from rlpr_jax.data.sources import load_examples, read_demonstrations, read_examples
 from rlpr_jax.errors import InputError
-from tests.hub_server import HubServer
+from tests.hub_server import HubServer, reach
 
 
 def jsonl(*answers):
@@ -72,13 +72,7 @@ REPOSITORIES = {
 def hub(tmp_path, monkeypatch):
   """A hub here, with a cache of its own; the working directory is empty."""
   with HubServer(REPOSITORIES) as server:
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(
-      constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    reach(server, monkeypatch, tmp_path / "cache")
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     yield server
