@@ -1,7 +1,7 @@
 """Runs a sweep: variants of one recipe, several seeds each, then a table and a plot.
 
     python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/sentences.py --workdir=runs/rewards \
-      [--seeds=0,1,2] [--processes=1] [--dry_run] [--config.field=value ...]
+      [--seeds=0,1,2] [--variants=mean,product] [--processes=1] [--dry_run] [--config.field=value ...]
 
 A recipe with a warm start is warm-started once a seed; every variant begins from that policy, unless it changes what
 the policy starts from (`warm_start`, `model`, `lora` or `data`).
@@ -10,6 +10,7 @@ Given again, the same command goes on where it stopped: runs that are finished a
 SIGTERM and SIGHUP have the runs save and stop, and no others begin.
 `--dry_run` prints one command a run, for a cluster's own queue, the warm starts first, which the others wait for;
 afterwards the same command without it makes the table.
+`--wandb_sweep` prints the same runs as a sweep of Weights & Biases, whose agents then run them (docs/launching.md).
 """
 
 import concurrent.futures
@@ -63,10 +64,13 @@ def main() -> None:
         raise InputError(f"--{name}: missing, expected {expected}")
     if not given.seeds or len(set(given.seeds)) < len(given.seeds) or not all(map(str.isdigit, given.seeds)):
       raise InputError(f"--seeds: {','.join(given.seeds)}, expected different numbers such as 0,1,2")
-    workdir, sweep = pathlib.Path(given.workdir), load_sweep(given.sweep)
+    workdir, sweep = pathlib.Path(given.workdir), choose(load_sweep(given.sweep), given.variants)
     _, overrides = command_line.split_overrides(sys.argv[1:])
     arguments = [f"--config={given.config}", *overrides]
     starts, jobs = make_jobs(sweep, config, arguments, given.seeds, workdir)
+    if given.wandb_sweep:
+      print(json.dumps(wandb_sweep(given, list(sweep), overrides), indent=2))
+      return
     if given.dry_run:
       for job in starts + jobs:
         print(job)
@@ -96,12 +100,14 @@ def define_flags() -> flags.FlagValues:
   flags.DEFINE_string("sweep", None, "File whose get_sweep() gives {name: {field: value}}.", flag_values=given)
   flags.DEFINE_string("workdir", None, "Directory of the runs, the table and the plot.", flag_values=given)
   flags.DEFINE_list("seeds", ["0", "1", "2"], "config.seed of the runs of each variant.", flag_values=given)
+  flags.DEFINE_list("variants", [], "Names of those to run; all if not given.", flag_values=given)
   flags.DEFINE_integer("processes", 1, "Runs at a time.", lower_bound=1, flag_values=given)
   flags.DEFINE_float(
     "grace", 300, "Seconds that runs may take to save in when told to stop.", lower_bound=0, flag_values=given
   )
   flags.DEFINE_bool("dry_run", False, "Print the commands alone.", flag_values=given)
   flags.DEFINE_alias("dry-run", "dry_run", flag_values=given)
+  flags.DEFINE_bool("wandb_sweep", False, "Print a sweep of Weights & Biases alone.", flag_values=given)
   return given
 
 
@@ -123,6 +129,37 @@ def load_sweep(path: str) -> dict[str, dict[str, object]]:
   if not sweep or not all(re.fullmatch(r"[\w.-]+", name) for name in sweep):
     raise InputError(f"--sweep: {path}, expected names of letters, digits, '_', '-' and '.'")
   return sweep
+
+
+def choose(sweep: dict[str, dict[str, object]], names: list[str]) -> dict[str, dict[str, object]]:
+  """The variants of these names, in the sweep's order; all for none.
+
+  Raises:
+    InputError: there is no such one.
+  """
+  for name in names:
+    if name not in sweep:
+      raise InputError(f"--variants: {name}, expected some of {', '.join(sweep)}")
+  return {name: overrides for name, overrides in sweep.items() if name in names or not names}
+
+
+def wandb_sweep(given: flags.FlagValues, variants: list[str], overrides: list[str]) -> dict[str, object]:
+  """A sweep of Weights & Biases that gives its agents one variant and seed after the other, as `wandb sweep` reads it.
+
+  Args:
+    overrides: fields of the config that the command line sets.
+  """
+  own = [f"--{name}={given[name].value}" for name in ("sweep", "config", "workdir")]
+  named = any(split.startswith("--config.log.trackers") for split in overrides)
+  trackers = [] if named else ["--config.log.trackers=('tensorboard', 'wandb')"]
+  return {
+    "name": pathlib.Path(given.sweep).stem,
+    "method": "grid",
+    "metric": {"name": "held_out/accuracy", "goal": "maximize"},
+    "parameters": {"variants": {"values": variants}, "seeds": {"values": [int(seed) for seed in given.seeds]}},
+    "program": "launch/sweep.py",
+    "command": ["${env}", "${interpreter}", "${program}", *own, *overrides, *trackers, "${args}"],
+  }
 
 
 def make_jobs(
@@ -168,6 +205,7 @@ def warm_start_of(seed: str, program: list[str], workdir: pathlib.Path) -> Job:
   """The recipe up to its first step, and the policy that it has then, as a Hugging Face directory."""
   directory = workdir / f"warm_start-{seed}"
   changes = {"seed": seed, "steps": 0, "evaluation.prompts": 0, "reward.baseline_policy": "none", "reward.shadow": ()}
+  changes |= {"log.trackers": (), "export.every": 0}  # no run that somebody looks at
   train = [*program, f"--workdir={directory}", *options(changes)]
   job = Job("warm_start", int(seed), directory, [train], 0)
   export = [sys.executable, "-m", "rlpr_jax.export", f"--workdir={directory}", f"--out={job.policy}", "--dtype=float32"]

@@ -428,7 +428,17 @@ FIELDS = {
   "guards.min_gain": Field(
     0.0, "of r over r': what reasoning adds to the reference answer's probability", may_change=True
   ),
-  # What is written.
+  # What is written (docs/running.md).
+  "log.trackers": Field(
+    ("tensorboard",),
+    'who is told of config, metrics and rollouts, each an extra of this package: ("tensorboard", "wandb", "trackio",'
+    ' "mlflow")',
+    may_change=True,
+  ),
+  "log.project": Field("rlpr_jax", "the run's project (experiment) at the last three", may_change=True),
+  "log.tracker_seconds": Field(
+    60.0, "how long those may take for what is left when a run ends", at_least=0, may_change=True
+  ),
   "log.rollouts": Field(16, "responses written to disk each step, whole groups first", at_least=0, may_change=True),
   "log.checkpoint_every": Field(10, "training steps; the last one is always saved", at_least=1, may_change=True),
   "log.keep_checkpoints": Field(2, "of the newest", at_least=1, may_change=True),
@@ -437,6 +447,20 @@ FIELDS = {
   ),
   "log.retry_seconds": Field(
     300.0, "how long a disk that is full or gone is tried again before the run stops", at_least=0, may_change=True
+  ),
+  # Exports while the run goes on (docs/running.md).
+  "export.every": Field(
+    0,
+    "training steps between exports of the policy to WORKDIR/exports/step_NNNNNN, and one after the last; 0 for none",
+    at_least=0,
+    may_change=True,
+  ),
+  "export.keep": Field(1, "of the newest there", at_least=1, may_change=True),
+  "export.dtype": Field(
+    "bfloat16", "of their weights: bfloat16 | float32", choices=("bfloat16", "float32"), may_change=True
+  ),
+  "export.push": Field(
+    "", 'repository of the hub (org/name) that each is sent to, by the token in HF_TOKEN; "" for none', may_change=True
   ),
 }
 

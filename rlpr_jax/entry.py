@@ -10,12 +10,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from rlpr_jax import command_line, machine, models, processes, validation
+from rlpr_jax import command_line, huggingface, machine, models, processes, validation
 from rlpr_jax import config as configs
 from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError, MachineError, exit_with_one_line, trouble
 from rlpr_jax.policy import create_mesh
-from rlpr_jax.runs import lock, traces
+from rlpr_jax.runs import exports, lock, traces, trackers
 from rlpr_jax.runs.inputs import check_program
 from rlpr_jax.runs.interrupt import StopRequest, watch_launcher
 from rlpr_jax.runs.storage import free_name, persist, write_atomically
@@ -27,11 +27,13 @@ WRITTEN = (
   "dropped_rows.jsonl",
   "metrics.jsonl",
   "rollouts",
-  "tensorboard",
+  trackers.TENSORBOARD,
+  trackers.DIRECTORY,
   "checkpoints",
   "damaged_checkpoints",
   "unfinished",
   "failed",
+  exports.NAME,
   traces.NAME,
   "report.html",
   "diagnosis.json",
@@ -113,6 +115,9 @@ def begin(
     InputError: a config that cannot be, or a directory that cannot be written, holds another run or is in use by one.
   """
   validation.validate(config)
+  trackers.check(config.log.trackers)
+  if config.export.push:
+    huggingface.check_push("config.export.push", config.export.push)
   mesh = create_mesh(config)
   attention = config.model.attention
   if attention == "auto":

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rlpr_jax import entry, processes
 from rlpr_jax.errors import InputError, setting_names
 from rlpr_jax.policy import initial_params, load_policy
-from rlpr_jax.runs import metrics
+from rlpr_jax.runs import metrics, trackers
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.inputs import Inputs, check_inputs, digest_text, model_digests, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
@@ -49,28 +49,34 @@ def sft(config: ConfigDict, workdir: pathlib.Path, accept_changes: bool = False,
     checkpoints = Checkpoints(workdir, config.log, supervised.split, supervised.join)
     state = checkpoints.restore(supervised.abstract_supervised_state(config, policy))
     writer = metrics.MetricsWriter(
-      workdir, state.step if state else None, config.log.retry_seconds, unsaved=config.log.checkpoint_every
+      workdir,
+      state.step if state else None,
+      config.log.retry_seconds,
+      unsaved=config.log.checkpoint_every,
+      tensorboard=trackers.TENSORBOARD in config.log.trackers,
     )
     writer.write_dropped_rows("config.warm_start.path", dropped)
-    if state is None:
-      params = initial_params(config, policy)
-      state = SupervisedState(0, params, init_opt_state(supervised.optimizer(settings), params, policy.sharding))
-    else:
-      print(f"resumed after step {state.step} of {settings.steps}", flush=True)
-    progress, since = metrics.Progress("supervised, step"), time.perf_counter()
-    for state, losses in supervised.steps(config, policy, state, demonstrations):  # noqa: B020
-      now, since = time.perf_counter() - since, time.perf_counter()
-      values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
-      writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})
-      stopping = processes.any_of(bool(stop))
-      if stopping or state.step == settings.steps or state.step % config.log.checkpoint_every == 0:
-        checkpoints.save(state)
-        checkpoints.wait()  # before the next step donates the arrays
-      progress(state.step, settings.steps, f"loss {values['sft/loss']:.3f}")
-      if stopping:
-        break
-    checkpoints.close()
-    writer.close()
+    followed = config.log.trackers if processes.is_first() else ()
+    with trackers.following(workdir, followed, config.log.tracker_seconds):
+      if state is None:
+        params = initial_params(config, policy)
+        state = SupervisedState(0, params, init_opt_state(supervised.optimizer(settings), params, policy.sharding))
+      else:
+        print(f"resumed after step {state.step} of {settings.steps}", flush=True)
+      progress, since = metrics.Progress("supervised, step"), time.perf_counter()
+      for state, losses in supervised.steps(config, policy, state, demonstrations):  # noqa: B020
+        now, since = time.perf_counter() - since, time.perf_counter()
+        values = {"sft/loss": float(losses["answer_loss"]), "sft/grad_norm": float(losses["grad_norm"])}
+        writer.write(state.step, values | {"sft/skipped": int(losses["skipped"]), "seconds/step": now})
+        stopping = processes.any_of(bool(stop))
+        if stopping or state.step == settings.steps or state.step % config.log.checkpoint_every == 0:
+          checkpoints.save(state)
+          checkpoints.wait()  # before the next step donates the arrays
+        progress(state.step, settings.steps, f"loss {values['sft/loss']:.3f}")
+        if stopping:
+          break
+      checkpoints.close()
+      writer.close()
     how = "done" if state.step == settings.steps else "stopped and saved: the same command goes on from there"
     print(f"step {state.step} of {settings.steps}, {how}", flush=True)
 

@@ -22,8 +22,9 @@ from rlpr_jax import entry, processes
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError, setting_names
-from rlpr_jax.runs import metrics, unfinished
+from rlpr_jax.runs import metrics, trackers, unfinished
 from rlpr_jax.runs.checkpoints import Checkpoints
+from rlpr_jax.runs.exports import Exports
 from rlpr_jax.runs.guards import Watch
 from rlpr_jax.runs.inputs import check_inputs, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
@@ -77,26 +78,38 @@ def train(
     if state and began_with != inputs.rows:
       earlier = (*(part for part in earlier if part[0] < state.step), (state.step, began_with))
       state = adopt_rows(run, state, began_with, inputs.rows, workdir)
-    writer = metrics.MetricsWriter(workdir, state.step if state else None, config.log.retry_seconds)
+    writer = metrics.MetricsWriter(
+      workdir,
+      state.step if state else None,
+      config.log.retry_seconds,
+      tensorboard=trackers.TENSORBOARD in config.log.trackers,
+    )
     checkpoints.know({row["step"]: row[ACCURACY] for row in writer.rows if ACCURACY in row})
     write_inputs(workdir, inputs._replace(earlier=earlier), config.log.retry_seconds)
-    try:
-      for field, rows in run.dropped_rows.items():
-        writer.write_dropped_rows(field, rows)
-      if state is None:
-        state = first_state(run, workdir, writer, stop)
+    exports = Exports(workdir, config)
+    followed = config.log.trackers if processes.is_first() else ()
+    with trackers.following(workdir, followed, config.log.tracker_seconds):
+      try:
+        for field, rows in run.dropped_rows.items():
+          writer.write_dropped_rows(field, rows)
+        if state is None:
+          state = first_state(run, workdir, writer, stop)
+          if state:
+            checkpoints.save(state, writer.value(0, ACCURACY))
+        else:
+          resume(run, state, workdir, checkpoints, writer, stop)
         if state:
-          checkpoints.save(state, writer.value(0, ACCURACY))
-      else:
-        resume(run, state, workdir, checkpoints, writer, stop)
-      if state:
-        state = train_steps(run, state, workdir, checkpoints, writer, stop)
-    except Exception:
-      if jax.process_count() == 1:  # of many the others may be gone, and to finish a checkpoint would wait for them
-        checkpoints.close()
-      raise
-    checkpoints.close()
-    writer.close()
+          state = train_steps(run, state, workdir, checkpoints, writer, exports, stop)
+      except Exception:
+        if jax.process_count() == 1:  # of many the others may be gone, and to finish a checkpoint would wait for them
+          checkpoints.close()
+        raise
+      latest = checkpoints.latest()
+      checkpoints.close()
+      if processes.is_first():
+        exports.look(latest)
+        exports.finish(given_up=lambda: bool(stop) or latest != config.steps)
+      writer.close()
     if state:
       unfinished.clear(workdir)
     if processes.is_first():
@@ -134,6 +147,7 @@ def train_steps(
   workdir: pathlib.Path,
   checkpoints: Checkpoints[TrainState],
   writer: metrics.MetricsWriter,
+  exports: Exports,
   stop: StopRequest,
 ) -> TrainState:
   """The training loop: from `state` to the last step, or to the last one that was whole when `stop` was asked for."""
@@ -153,6 +167,8 @@ def train_steps(
 
     # 2. Update on them. The checkpoint being written may still be reading the arrays that the update donates.
     checkpoints.wait()
+    if processes.is_first():
+      exports.look(checkpoints.latest())
     unfinished.clear(workdir)
     updated = update_policy(run, state, batch, stream)
     state = updated.state
@@ -173,7 +189,8 @@ def train_steps(
     trouble, why_stop = watch.look(state.step, writer.rows, updated.minibatches, updated.losses)
     stopping, accuracy = processes.any_of(bool(stop)), values.get(ACCURACY)
     measured = accuracy is not None and config.log.keep_best > 0
-    if state.step == config.steps or stopping or trouble or measured or state.step % config.log.checkpoint_every == 0:
+    due = state.step % config.log.checkpoint_every == 0 or exports.is_due(state.step)
+    if state.step == config.steps or stopping or trouble or measured or due:
       checkpoints.save(state, accuracy)
     left = (time.perf_counter() - progress_start) / (state.step - first) * (config.steps - state.step)
     print(progress_line(state.step, config.steps, values, left), flush=True)

@@ -1,6 +1,7 @@
 """Checks of a config beyond each value by itself: how its fields fit each other."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from rlpr_jax import rewards
 from rlpr_jax.config import FIELDS, check_fields, flatten, longest_sequence
 from rlpr_jax.errors import InputError
 from rlpr_jax.fields import bounds, check_value, is_within
+from rlpr_jax.runs.trackers import PACKAGES
 from rlpr_jax.training import reward
 from rlpr_jax.training.packing import shortest_row
 
@@ -24,6 +26,13 @@ def validate(config: ConfigDict) -> None:
   values = flatten(config)
   _expect(values, "model.head_dim", lambda value: value % 2 == 0, "an even number: pairs of dimensions are rotated")
   _expect(values, "evaluation.stop", lambda texts: all(isinstance(x, str) and x for x in texts), "texts, none empty")
+  _expect(
+    values,
+    "log.trackers",
+    lambda names: all(name in PACKAGES for name in names) and len(set(names)) == len(names),
+    f"different ones of {', '.join(PACKAGES)}: ({', '.join(map(repr, tuple(PACKAGES)[:2]))})",
+  )
+  _expect(values, "log.project", lambda text: re.fullmatch(r"[\w.-]+", text), "letters, digits, '_', '-' and '.'")
   _expect(values, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
   _expect(values, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
   _expect(values, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")

@@ -7,7 +7,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from rlpr_jax.data.sources import DroppedRow
 from rlpr_jax.errors import InputError
 from rlpr_jax.runs import dropped_rows
 from rlpr_jax.runs.storage import append, free_name, persist, reason, write_atomically
+from rlpr_jax.runs.trackers import TensorBoard
 
 Row = dict[str, Any]  # "step" and the metrics of it
 _compilations = 0
@@ -49,7 +50,14 @@ class MetricsWriter:
   All of them are there again with the next step where somebody deletes them: what is written is kept in memory too.
   """
 
-  def __init__(self, workdir: pathlib.Path, resume_after: int | None, retry_seconds: float, unsaved: int = 0):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    resume_after: int | None,
+    retry_seconds: float,
+    unsaved: int = 0,
+    tensorboard: bool = True,
+  ):
     """Opens them; what was written of steps after `resume_after` by a run that was killed is taken back.
 
     What is no row of metrics is left out, and the file as it was is kept beside the new one. Of many processes the
@@ -59,15 +67,14 @@ class MetricsWriter:
       resume_after: step of the checkpoint that a run goes on from; None where there is none.
       retry_seconds: how long trouble with the storage is borne.
       unsaved: how many steps a run may have taken before its first checkpoint.
+      tensorboard: whether its files are written.
 
     Raises:
       InputError: metrics of more steps than that have no checkpoint, or what is there is no file of metrics.
     """
     self._path, self._rollouts = workdir / "metrics.jsonl", workdir / "rollouts"
     self._seconds = retry_seconds
-    self._workdir, self._directory = workdir, workdir / "tensorboard"
-    self._events: Any = None  # the writer of its file, once something is written
-    self._events_lost = False  # what was written is gone, or was never
+    self._workdir = workdir
     self._last = -1 if resume_after is None else resume_after
     history = read_history(self._path)
     steps = [row["step"] for row in history.rows]
@@ -79,6 +86,7 @@ class MetricsWriter:
     if os.path.lexists(self._rollouts) and not self._rollouts.is_dir():
       raise InputError(f"{self._rollouts}: not a directory, expected one for samples of rollouts")
     self.rows = [row for row in history.rows if row["step"] <= self._last]  # all that is written, on every process
+    self._tensorboard = TensorBoard(workdir, self.rows, self._last) if tensorboard and processes.is_first() else None
     if processes.is_first():
       if history.damaged:
         self._set_aside(history.damaged)
@@ -91,7 +99,8 @@ class MetricsWriter:
         step = file.stem.removeprefix("step_")
         if step.isascii() and step.isdigit() and int(step) > self._last:
           self._persist(file, functools.partial(file.unlink, missing_ok=True))
-      self._plot([])
+      if self._tensorboard:
+        self._tensorboard.open()
 
   def _set_aside(self, damaged: Sequence[str]) -> None:
     """Keeps the file as it is beside the new one, and says why."""
@@ -109,7 +118,8 @@ class MetricsWriter:
         self._persist(self._path, lambda: append(self._path, json.dumps(self.rows[-1])))
       else:
         self._rewrite()
-      self._plot([self.rows[-1]])
+      if self._tensorboard:
+        self._tensorboard.log(step, values)
 
   def amend(self, step: int, values: dict[str, float]) -> None:
     """Adds to the row of a step, which is the last one; writes it where it is lost."""
@@ -119,7 +129,8 @@ class MetricsWriter:
     self.rows[-1] |= values
     if processes.is_first():
       self._rewrite()
-      self._plot([{"step": step, **values}])
+      if self._tensorboard:
+        self._tensorboard.log(step, values)
 
   def value(self, step: int, name: str) -> float | None:
     """What was measured after a step, if it was."""
@@ -129,7 +140,7 @@ class MetricsWriter:
     text = "".join(f"{json.dumps(row)}\n" for row in self.rows)
     self._persist(self._path, lambda: write_atomically(self._path, text))
 
-  def write_rollouts(self, step: int, rows: Iterable[dict[str, Any]]) -> None:
+  def write_rollouts(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
     if processes.is_first():
       path, text = self._rollouts / f"step_{step:06d}.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows)
 
@@ -138,6 +149,8 @@ class MetricsWriter:
         write_atomically(path, text)
 
       self._persist(path, write)
+      if self._tensorboard and rows:
+        self._tensorboard.log_rollouts(step, rows)
 
   def write_dropped_rows(self, field: str, rows: Sequence[DroppedRow]) -> None:
     """Names the rows of the files of a field of the config that cannot be used."""
@@ -146,46 +159,11 @@ class MetricsWriter:
   def _persist(self, path: pathlib.Path, write: Callable[[], None]) -> None:
     persist(write, path, self._seconds)
 
-  def _plot(self, rows: Sequence[Row]) -> None:
-    """Rows for TensorBoard. All are in metrics.jsonl too: trouble with these is said once, and never waited for."""
-    try:
-      if self._events is None or not any(self._directory.glob("events.*")):
-        rows = self._open_events(rows)
-      for row in rows:
-        self._events.write_event(_event(row))
-      self._events.flush()
-      self._events_lost = False
-    except OSError as error:
-      if not self._events_lost:
-        print(f"{self._directory}: {reason(error)}, going on without it", file=sys.stderr, flush=True)
-      self._events, self._events_lost = None, True  # a record may be broken off: go on in another file
-
-  def _open_events(self, rows: Sequence[Row]) -> Sequence[Row]:
-    """Opens a file for events that hides those of later steps in older files; returns the rows that belong there."""
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto import event_pb2  # with it comes torch, where that is installed
-
-    again = self._events is not None or self._events_lost
-    self._directory.mkdir(exist_ok=True)
-    self._events = EventsWriter(str(self._directory / "events"))
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    step = 0 if again else self._last + 1
-    self._events.write_event(event_pb2.Event(wall_time=time.time(), step=step, session_log=start))
-    return self.rows if again else rows
-
   def close(self) -> None:
     if processes.is_first() and not self._path.exists():
       self._rewrite()
-    if self._events is not None:
-      with contextlib.suppress(OSError):
-        self._events.close()
-
-
-def _event(row: Row) -> Any:
-  from tensorboardX.proto import event_pb2, summary_pb2
-
-  scalars = [summary_pb2.Summary.Value(tag=name, simple_value=x) for name, x in row.items() if name != "step"]
-  return event_pb2.Event(wall_time=time.time(), step=row["step"], summary=summary_pb2.Summary(value=scalars))
+    if self._tensorboard is not None:
+      self._tensorboard.close()
 
 
 def read(path: pathlib.Path) -> list[Row]:

@@ -64,6 +64,41 @@ def test_a_dry_run_prints_a_command_a_run(files):
   assert "--config.seed=4" in shlex.split(lines[5])
 
 
+def test_some_variants(files):
+  lines = sweep(files, "--seeds=3", "--variants=larger,mean", "--dry_run", *SHORT).stdout.splitlines()
+  workdirs = [next(word for word in shlex.split(line) if word.startswith("--workdir=")) for line in lines]
+  assert [workdir.rpartition("/")[2] for workdir in workdirs] == ["warm_start-3", "mean-3", "larger-3"]
+  refused = sweep(files, "--variants=mean,median", "--dry_run", status=2)
+  assert refused.stderr == "error: --variants: median, expected some of mean, random, larger\n"
+
+
+def test_what_an_agent_of_weights_and_biases_runs(files):
+  found = json.loads(sweep(files, "--seeds=3,4", "--wandb_sweep", *SHORT).stdout)
+  assert not (files / "runs").exists()
+  assert (found["method"], found["metric"]["name"], found["metric"]["goal"]) == (
+    "grid",
+    "held_out/accuracy",
+    "maximize",
+  )
+  assert found["parameters"] == {
+    "variants": {"values": ["mean", "random", "larger"]},
+    "seeds": {"values": [3, 4]},
+  }
+  words = {
+    "${env}": [], "${interpreter}": [sys.executable], "${program}": [str(ROOT / found["program"])],
+    "${args}": ["--seeds=4", "--variants=random", "--dry_run"],
+  }  # fmt: skip
+  command = [word for part in found["command"] for word in words.get(part, [part])]
+  done = subprocess.run(
+    command, capture_output=True, text=True, check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin"}
+  )
+  start, run = map(shlex.split, done.stdout.splitlines())
+  named = [word for word in run if word.startswith("--config.log.trackers=")]
+  assert named == ["--config.log.trackers=('tensorboard', 'wandb')"]
+  assert {f"--workdir={files / 'runs/random-4'}", "--config.reward.kind=random", "--config.seed=4"} <= set(run)
+  assert [word for word in start if word.startswith("--config.log.trackers=")][-1] == "--config.log.trackers=()"
+
+
 @pytest.mark.slow
 def test_a_sweep_ends_in_a_table_and_goes_on_where_it_stopped(files):
   (files / "sweep.py").write_text(SWEEP.replace(', "larger": {"model.embed_dim": 64}', ""))
