@@ -4,7 +4,7 @@ rewards, filtering, grpo, splicing   the method, pure functions that another tra
 models                               decoder, token log-probabilities, Hugging Face directories
 config                               every setting of a run
 train, sft, evaluate, plan,          programs: `rlpr NAME` or `python -m rlpr_jax.NAME`; each has a main()
-serve, curate, export
+serve, curate, view, export
 report                               the page of a run, and a program too
 
 Modules are imported when they are first asked for, `rlpr_jax.rewards` for instance.
@@ -20,7 +20,7 @@ from rlpr_jax import interruption
 __version__ = "0.2.0"
 __all__ = [
   "config", "curate", "evaluate", "export", "filtering", "grpo", "models", "plan", "report", "rewards", "serve", "sft",
-  "splicing", "train",
+  "splicing", "train", "view",
 ]  # fmt: skip
 
 if interruption.is_program(sys.orig_argv, sys.argv):

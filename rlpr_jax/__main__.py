@@ -20,6 +20,7 @@ PROGRAMS = {
   "curate": "questions worth training on",
   "export": "a checkpoint as a Hugging Face directory",
   "diagnose": "what a reward sees, and whether the reasoning matters",
+  "view": "a page of a run's curves and rollouts that follows it while it trains",
   "report": "curves and rollouts of a run as one page",
 }
 

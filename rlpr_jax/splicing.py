@@ -17,10 +17,14 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from rlpr_jax.answers import CLOSE as CLOSE
+from rlpr_jax.answers import OPEN as OPEN
+from rlpr_jax.answers import OwnAnswer as OwnAnswer
+from rlpr_jax.answers import extract_answer as extract_answer
+from rlpr_jax.answers import own_answer as own_answer
 from rlpr_jax.errors import InputError
 from rlpr_jax.rewards import TEMPLATE_TAGS
 
-OPEN, CLOSE = "<answer>", "</answer>"
 # The tags a scorable response holds, each exactly once and in this order.
 # What closes the answer is left out: it is replaced together with the answer.
 TAGS = {template: tags[:-1] for template, tags in TEMPLATE_TAGS.items()}
@@ -48,13 +52,6 @@ class Place(NamedTuple):
   ) -> Splice:
     """Puts an answer there, and `closing` and EOS behind it."""
     return Splice(self.prefix_length, *_encode_around(tokenizer, self.before, answer, closing, eos_id))
-
-
-class OwnAnswer(NamedTuple):
-  """What a response has between its answer's tags."""
-
-  text: str  # stripped
-  closing: str  # what stands behind it, down to and including `</answer>`
 
 
 def splice(
@@ -199,29 +196,6 @@ def count_suffix_tokens(tokenizer: PreTrainedTokenizerBase, references: Sequence
 def count_baseline_tokens(tokenizer: PreTrainedTokenizerBase, references: Sequence[str]) -> list[int]:
   """How many tokens `baseline_suffix` has of each reference with the longer prefix, `tagged`."""
   return _count_around(tokenizer, f"{OPEN} ", references, " ")
-
-
-def own_answer(text: str) -> OwnAnswer | None:
-  """Content of the first `<answer>...</answer>` and what ends it, or None where there is none.
-
-  >>> own_answer("<think>6 * 7</think> <answer> 42</answer>")
-  OwnAnswer(text='42', closing='</answer>')
-  """
-  answer = re.search(f"{OPEN}(.*?){CLOSE}", text, re.DOTALL)
-  if not answer:
-    return None
-  inside = answer[1]
-  return OwnAnswer(inside.strip(), inside[len(inside.rstrip()) :] + CLOSE)
-
-
-def extract_answer(text: str) -> str | None:
-  """Stripped content of the first `<answer>...</answer>`, or None where there is none.
-
-  >>> extract_answer("<think>6 * 7</think> <answer> 42 </answer>")
-  '42'
-  """
-  answer = own_answer(text)
-  return answer.text if answer else None
 
 
 def as_sampled(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int] | np.ndarray, spliced: Splice) -> Splice:

@@ -5,7 +5,7 @@
 ORDER = (
   ("interruption",),
   ("__init__", "output"),
-  ("errors", "resources", "compilation"),
+  ("errors", "resources", "compilation", "answers"),
   ("fields",),
   ("machine", "config", "sharding", "processes", "filtering", "grpo"),
   ("types",),
@@ -19,7 +19,8 @@ ORDER = (
   ("training",),
   ("validation",),
   ("curation", "diagnosis", "evaluation", "planning", "report", "serving"),  # of which nothing above imports anything
+  ("viewer",),  # a page with the report's curves and cards
   ("entry",),
-  ("train", "sft", "evaluate", "plan", "serve", "curate", "diagnose", "export"),
+  ("train", "sft", "evaluate", "plan", "serve", "curate", "diagnose", "view", "export"),
   ("__main__",),
 )

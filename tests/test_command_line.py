@@ -149,7 +149,7 @@ def test_every_program_parses_by_flags_of_its_own(capsys):
       rlpr.main(["rlpr", name, "--help"])
     assert done.value.code == 0
     said = capsys.readouterr().out
-    own = "--workdir" if name in ("train", "sft", "evaluate", "diagnose", "export", "report") else "--"
+    own = "--workdir" if name in ("train", "sft", "evaluate", "diagnose", "export", "report", "view") else "--"
     assert own in said
     assert "--alsologtostderr" not in said
   assert {name for name in set(flags.FLAGS) - before if name in ("config", "workdir", "model", "path", "out")} == set()
@@ -173,7 +173,7 @@ def test_the_command(capsys):
     rlpr.main(["rlpr", "trian"])
   assert done.value.code == 2
   assert capsys.readouterr().err.startswith("error: trian: no such program, expected one of train, ")
-  for name in ("export", "report", "serve", "curate", "diagnose"):
+  for name in ("export", "report", "serve", "curate", "diagnose", "view"):
     with pytest.raises(SystemExit) as done:
       rlpr.main(["rlpr", name])
     assert done.value.code == 2

@@ -97,7 +97,7 @@ def assert_same_run(found, expected):
   for name in files:
     for ours, theirs in zip(rows(found / "rollouts" / name), rows(expected / "rollouts" / name), strict=True):
       for field, value in theirs.items():
-        about = isinstance(value, float) or field == "reference_probs"
+        about = isinstance(value, float) or field in ("reference_probs", "baseline_probs")
         # An advantage is a difference of rewards over their spread: rounding is larger there.
         assert ours[field] == (pytest.approx(value, rel=1e-4, abs=1e-4) if about else value), field
   (step, ours), (expected_step, theirs) = params(found), params(expected)

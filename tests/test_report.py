@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from rlpr_jax import errors, report
-from rlpr_jax.report import charts, gallery, markup, picture, records, style
+from rlpr_jax.report import gallery, markup, panels, picture, records, style
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOMAINS = ("addition", "chains", "letters", "price", "weekday")
@@ -171,10 +171,10 @@ def test_one_evaluation_has_no_gain(tmp_path):
 def test_every_metric_is_shown(workdir):
   page = page_of(workdir)
   assert "surprise/new_metric" in page
-  shown = {key for panels in charts.THEMES.values() for panel in panels for key in panel.lines}
+  shown = {key for theme in panels.THEMES.values() for panel in theme for key in panel.lines}
   written = {key for row in read_lines(workdir) for key in row}
   assert {key for key in written - shown if not key.startswith("held_out/")} == {"step", "surprise/new_metric"}
-  for panel in (panel for panels in charts.THEMES.values() for panel in panels):
+  for panel in (panel for theme in panels.THEMES.values() for panel in theme):
     assert f"<strong>{panel.title}</strong>" in page
 
 
@@ -327,9 +327,9 @@ def test_markup_escapes_all_but_markup():
 
 def test_smoothing_keeps_a_straight_line_and_thins_a_long_one():
   line = np.arange(1000.0)
-  np.testing.assert_allclose(charts.smooth(line), line)
-  thinned = charts.thin(records.Series(np.arange(1000), line))
-  assert len(thinned) == charts.POINTS
+  np.testing.assert_allclose(panels.smooth(line), line)
+  thinned = panels.thin(records.Series(np.arange(1000), line))
+  assert len(thinned) == panels.POINTS
   assert thinned.steps[-1] == 999
 
 

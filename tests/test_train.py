@@ -56,6 +56,8 @@ def test_whole_run_writes_finite_metrics_rollouts_and_report(whole_run):
     if rollout["scorable"]:
       assert rollout["reward_reference"] == pytest.approx(np.mean(rollout["reference_probs"]), abs=1e-6)
       assert "".join(rollout["reference_tokens"]).strip() == rollout["reference"]
+      assert len(rollout["baseline_probs"]) == len(rollout["reference_tokens"])
+    assert rollout["reward_baseline"] == pytest.approx(np.mean(rollout["baseline_probs"]), abs=1e-6)
 
 
 def test_held_out_accuracy_by_another_verifier(tmp_path):

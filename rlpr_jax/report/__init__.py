@@ -1,8 +1,18 @@
 """The report of a run: one HTML file, and one picture of it.
 
-metrics.jsonl, config.json, rollouts/, diagnosis.json -> records -> charts, gallery, diagnosis -> page -> report.html
-                                                                 \\-> picture -> PNG
+files of the run -> records -> panels, charts, gallery, diagnosis -> page -> report.html
+                                                         \\-> picture -> PNG
+
+The two that draw are imported when they are asked for: `rlpr view` shares the rest, and needs no matplotlib.
 """
 
-from rlpr_jax.report.page import write_report as write_report
-from rlpr_jax.report.picture import save_picture as save_picture
+import importlib
+from typing import Any
+
+_FUNCTIONS = {"write_report": "page", "save_picture": "picture"}
+
+
+def __getattr__(name: str) -> Any:
+  if name in _FUNCTIONS:
+    return getattr(importlib.import_module(f"{__name__}.{_FUNCTIONS[name]}"), name)
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

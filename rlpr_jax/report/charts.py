@@ -1,6 +1,5 @@
-"""Curves as inline SVG, one small panel a theme's quantity."""
+"""Curves as inline SVG, one small panel a theme's quantity. Values at the pointer, and dark pages, by style alone."""
 
-import dataclasses
 import io
 import re
 
@@ -11,11 +10,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from rlpr_jax.report import style
-from rlpr_jax.report.markup import Markup, tag
-from rlpr_jax.report.records import ACCURACY, EXACT, Run, Series
+from rlpr_jax.report.markup import Markup, join, tag
+from rlpr_jax.report.panels import SMOOTH_FROM, Panel, smooth, thin
+from rlpr_jax.report.records import Run, Series
 
-POINTS = 400  # a curve is thinned to this many: more cannot be seen and makes the file large
-SMOOTH_FROM = 12  # shorter curves are shown as they are
+STRIPS = 48  # steps of a panel whose values the pointer shows, at most
+# Of two names of one colour the first: a line of the chart is teal as a series is.
+_SHADES = {shades[0]: f"var(--{name})" for name, shades in reversed(style.SHADES.items())}
 SETTINGS = {
   "svg.fonttype": "none",  # text stays text, in the page's own font
   "svg.hashsalt": "rlpr_jax",
@@ -32,136 +33,6 @@ SETTINGS = {
   "font.size": 9,
   "text.color": style.INK,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Panel:
-  """One small chart."""
-
-  title: str
-  unit: str  # what the vertical axis counts
-  lines: dict[str, str]  # metric -> its name in the legend
-  stacked: bool = False
-  whole: bool = False  # counts: ticks at whole numbers only
-
-
-HELD_OUT = "Held-out questions"
-THEMES: dict[str, tuple[Panel, ...]] = {
-  HELD_OUT: (
-    Panel("Accuracy", "share correct", {ACCURACY: "all domains", EXACT: "the reference's text"}),
-    Panel("Format", "share of responses", {"held_out/format": "every tag once, in order"}),
-  ),
-  "Reward": (
-    Panel("Total reward", "reward", {"reward/total": "mean of responses"}),
-    Panel(
-      "Probability of the reference",
-      "probability",
-      {
-        "reward/reference": "after reasoning, r",
-        "reward/baseline": "without, r'",
-        "reward/debiased": "debiased",
-      },
-    ),
-    Panel(
-      "Spread within a group",
-      "reward",
-      {"reward/group_std": "standard deviation", "filter/threshold": "least to be kept"},
-    ),
-    Panel("Prompts", "prompts a step", {"filter/drawn": "drawn", "filter/kept": "kept"}, whole=True),
-    Panel("Format term", "share of responses", {"reward/format": "well formed"}),
-    Panel("Repetition", "reward", {"reward/repetition": "penalty"}),
-  ),
-  "Responses": (
-    Panel("Length", "tokens a response", {"rollout/response_length": "mean"}),
-    Panel("Own answers", "share of responses", {"answer/exact": "the reference's text", "answer/empty": "empty"}),
-    Panel("Length of own answers", "times the reference's", {"answer/length": "characters"}),
-    Panel("Ends", "share of responses", {"rollout/scorable": "scorable", "rollout/truncated": "cut at the limit"}),
-  ),
-  "Update": (
-    Panel("Loss", "loss", {"update/loss": "clipped policy loss"}),
-    Panel("Entropy", "nats a token", {"update/entropy": "mean"}),
-    Panel("Gradient", "norm before clipping", {"update/grad_norm": "global norm"}),
-    Panel("Clipped", "share of tokens", {"update/clip_fraction": "outside the clip range"}),
-    Panel("Probability ratio", "new / old", {"update/ratio_mean": "mean", "update/ratio_worst": "farthest from 1"}),
-  ),
-  "Speed": (
-    Panel(
-      "Time of a step",
-      "seconds",
-      {
-        "seconds/rollout": "rollout",
-        "seconds/score": "score",
-        "seconds/update": "update",
-        "seconds/step": "other",
-      },
-      stacked=True,
-    ),
-    Panel(
-      "Throughput",
-      "tokens a second",
-      {"tokens_per_second/rollout": "rollout", "tokens_per_second/update": "update"},
-    ),
-    Panel("Compilations", "programs", {"compilations": "so far"}, whole=True),
-  ),
-}
-
-
-def domain_panels(run: Run) -> tuple[Panel, Panel]:
-  """Accuracy, and share of the answers with a reference's text, over steps, one line a domain.
-
-  >>> run = Run("first", rows={0: {"held_out/accuracy/law": 0.5}}, config={}, rollouts=[], unreadable=0)
-  >>> [panel.lines for panel in domain_panels(run)]
-  [{'held_out/accuracy/law': 'law'}, {'held_out/exact/law': 'law'}]
-  """
-  accuracy, exact = ({f"{key}/{domain}": domain for domain in run.domains()} for key in (ACCURACY, EXACT))
-  return Panel("Accuracy by domain", "share correct", accuracy), Panel("Exact by domain", "share of answers", exact)
-
-
-def other_panels(run: Run, known: set[str]) -> tuple[Panel, ...]:
-  """A panel for each metric that no theme names, so that nothing written stays unseen.
-
-  >>> run = Run("first", rows={0: {"mine": 0.5}}, config={}, rollouts=[], unreadable=0)
-  >>> [panel.title for panel in other_panels(run, known=set())]
-  ['mine']
-  """
-  return tuple(Panel(key, "value", {key: "value"}) for key in run.metrics() if key not in known)
-
-
-def all_themes(run: Run) -> dict[str, tuple[Panel, ...]]:
-  """The themes of this run: the fixed ones, its domains, and whatever else it wrote.
-
-  >>> list(all_themes(Run("first", rows={}, config={}, rollouts=[], unreadable=0)))
-  ['Held-out questions', 'Reward', 'Responses', 'Update', 'Speed', 'Everything else']
-  """
-  themes = dict(THEMES)
-  themes[HELD_OUT] += domain_panels(run)
-  known = {key for panels in themes.values() for panel in panels for key in panel.lines}
-  return themes | {"Everything else": other_panels(run, known)}
-
-
-def thin(series: Series) -> Series:
-  """At most POINTS points: means of equal bins, at the last step of each.
-
-  >>> len(thin(Series(np.arange(1000), np.ones(1000))))
-  400
-  """
-  if len(series) <= POINTS:
-    return series
-  bins = np.array_split(np.arange(len(series)), POINTS)
-  means = np.array([series.values[index].mean() for index in bins])
-  return Series(series.steps[[index[-1] for index in bins]], means)
-
-
-def smooth(values: np.ndarray) -> np.ndarray:
-  """A centred moving mean over a twelfth of the curve. It narrows to the ends, where a trend would bend it.
-
-  >>> smooth(np.array([0.0, 3.0, 0.0])).tolist()
-  [0.0, 1.0, 0.0]
-  """
-  index = np.arange(len(values))
-  half = np.minimum(np.minimum(index, index[::-1]), len(values) // 24 + 1)
-  sums = np.concatenate([[0.0], np.cumsum(values)])
-  return (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
 
 
 def draw_line(axes: Axes, series: Series, color: str, smoothed: bool = True) -> None:
@@ -206,8 +77,49 @@ def draw_panel(axes: Axes, run: Run, panel: Panel) -> None:
   label_axes(axes, panel.unit, panel.whole)
 
 
-def to_svg(figure: Figure) -> Markup:
-  """The figure as an `<svg>` element that takes the width it is given.
+def values_at_pointer(axes: Axes, run: Run, panel: Panel) -> Markup:
+  """Strips over a drawn panel, each with the values of its step, which the style sheet shows where the pointer is."""
+  lines = {label: run.series(key) for key, label in panel.lines.items()}
+  if panel.stacked:  # of whose last line the area is what the parts leave
+    *parts, last = lines
+    lines = {**{label: lines[label] for label in parts}, "all": lines[last]}
+  known = {label: dict(zip(series.steps.tolist(), series.values, strict=True)) for label, series in lines.items()}
+  steps = np.unique(np.concatenate([series.steps for series in lines.values()]))
+  steps = steps[:: -(-len(steps) // STRIPS)]
+  points = 72 / axes.figure.dpi
+  box = axes.get_window_extent()
+  left, right, height = box.x0 * points, box.x1 * points, axes.figure.bbox.height * points
+  top, bottom = height - box.y1 * points, height - box.y0 * points
+  places = axes.transData.transform([(step, 0.0) for step in steps])[:, 0] * points
+  edges = [left, *((places[1:] + places[:-1]) / 2), right]
+  strips = []
+  for i, (step, place) in enumerate(zip(steps.tolist(), places, strict=True)):
+    side = "start" if place < (left + right) / 2 else "end"
+    shown = [f"step {step}", *(f"{label} {style.compact(at[step])}" for label, at in known.items() if step in at)]
+    x = f"{place + (4 if side == 'start' else -4):.1f}"
+    words = [tag("tspan", text, x=x, dy="1.15em") for text in shown]
+    strips.append(
+      tag(
+        "g",
+        tag(
+          "rect",
+          x=f"{edges[i]:.1f}",
+          y=f"{top:.1f}",
+          width=f"{edges[i + 1] - edges[i]:.1f}",
+          height=f"{bottom - top:.1f}",
+        ),
+        tag("path", d=f"M{place:.1f} {top:.1f}V{bottom:.1f}"),
+        tag("text", *words, y=f"{top:.1f}", text_anchor=side),
+      )
+    )
+  return tag("g", *strips, class_="pointer")
+
+
+def to_svg(figure: Figure, over: Markup | None = None) -> Markup:
+  """The figure as an `<svg>` element that takes the width it is given, in shades that a dark page turns.
+
+  Args:
+    over: elements over the drawing, in points.
 
   >>> to_svg(Figure()).startswith("<svg")
   True
@@ -215,7 +127,10 @@ def to_svg(figure: Figure) -> Markup:
   buffer = io.StringIO()
   figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
   text = buffer.getvalue()
-  return Markup(re.sub(r' (width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2))
+  text = re.sub(r' (width|height)="[\d.]+pt"', "", text[text.index("<svg") :], count=2)
+  text = re.sub(r"#[0-9a-f]{6}\b", lambda found: _SHADES.get(found[0], found[0]), text)
+  head, _, end = text.rpartition("</svg>")
+  return Markup(f"{head}{over or join()}</svg>{end}")
 
 
 def legend(run: Run, panel: Panel) -> Markup:
@@ -223,14 +138,14 @@ def legend(run: Run, panel: Panel) -> Markup:
 
   >>> run = Run("first", rows={0: {"loss": 0.5}}, config={}, rollouts=[], unreadable=0)
   >>> legend(run, Panel("Loss", "loss", {"loss": "mean"}))
-  '<span class="legend"><span><i style="background:#0f766e"></i>mean <b>0.5</b></span></span>'
+  '<span class="legend"><span><i style="background:var(--series-0)"></i>mean <b>0.5</b></span></span>'
   """
   items = []
-  for (key, label), color in zip(panel.lines.items(), style.cycle(len(panel.lines)), strict=True):
+  for index, (key, label) in enumerate(panel.lines.items()):
     series = run.series(key)
     if not len(series):
       continue
-    dot = tag("i", style=f"background:{color}")
+    dot = tag("i", style=f"background:{style.series_color(index)}")
     # The whole of a stack is drawn as what its parts leave: its own value would be read as that.
     latest = "" if panel.stacked else tag("b", style.compact(series.values[-1]))
     items.append(tag("span", dot, label, " ", latest))
@@ -250,7 +165,9 @@ def render(run: Run, panel: Panel) -> Markup | None:
   with matplotlib.rc_context(SETTINGS):
     figure = Figure(figsize=(3.9, 2.15), layout="constrained")
     figure.patch.set_alpha(0)
-    draw_panel(figure.subplots(), run, panel)
-    drawing = to_svg(figure)
+    axes = figure.subplots()
+    draw_panel(axes, run, panel)
+    figure.draw_without_rendering()  # only then is it known where the axes are
+    drawing = to_svg(figure, values_at_pointer(axes, run, panel))
   caption = tag("figcaption", tag("strong", panel.title), legend(run, panel))
   return tag("figure", caption, drawing)

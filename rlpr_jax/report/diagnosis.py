@@ -60,7 +60,7 @@ def bar(name: str, interval: Json | None, low: float = 0.0, high: float = 1.0, n
     if interval["low"] is not None and interval["high"] is not None:
       width = share((min(interval["high"], high) - max(interval["low"], low)) / (high - low))
       better = neutral is None or interval["value"] >= neutral
-      color = style.TEAL if better else style.CORAL
+      color = "var(--teal)" if better else "var(--coral)"
       parts.append(tag("i", style=f"left:{place(interval['low'])};width:{width};background:{color};opacity:.55"))
     parts.append(tag("u", style=f"left:{place(interval['value'])}"))
   return tag(

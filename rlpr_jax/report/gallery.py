@@ -101,6 +101,27 @@ def reference_tokens(row: Json) -> list[tuple[str, float | None]]:
   return list(itertools.zip_longest(tokens, known))
 
 
+def baseline_tokens(row: Json) -> list[tuple[str, float | None]]:
+  """(token, its probability without reasoning); None where the run did not write it or tokenised the two otherwise.
+
+  >>> baseline_tokens({"reference_tokens": ["4", "2"], "baseline_probs": [0.25, 0.5]})
+  [('4', 0.25), ('2', 0.5)]
+  """
+  tokens = [str(token) for token in row.get("reference_tokens") or []]
+  known = list(row.get("baseline_probs") or [])
+  return list(zip(tokens, map(finite, known) if len(known) == len(tokens) else [None] * len(tokens), strict=True))
+
+
+def gain_tokens(row: Json) -> list[tuple[str, float | None]]:
+  """(token, how much more probable the reasoning made it); None where either is unknown.
+
+  >>> gain_tokens({"reference_tokens": ["4"], "reference_probs": [0.75], "baseline_probs": [0.25]})
+  [('4', 0.5)]
+  """
+  pairs = zip(reference_tokens(row), baseline_tokens(row), strict=True)
+  return [(token, None if r is None or without is None else r - without) for (token, r), (_, without) in pairs]
+
+
 def each_reference(row: Json) -> Iterator[Markup]:
   """Each of several reference answers, with its r after the reasoning.
 
@@ -121,14 +142,28 @@ def token_chip(token: str, probability: float | None) -> Markup:
   """
   if probability is None:
     return tag("span", tag("b", style.visible(token)), tag("small", "—"), class_="token")
-  color = style.probability_color(probability)
+  return _coloured(token, style.probability_color(probability), f"{probability:.2f}", f"probability {probability:.6f}")
+
+
+def gain_chip(token: str, gain: float | None) -> Markup:
+  """One token of the reference, coloured by how much more probable the reasoning made it.
+
+  >>> "<small>-0.25</small>" in gain_chip("42", -0.25)
+  True
+  """
+  if gain is None:
+    return token_chip(token, None)
+  return _coloured(token, style.gain_color(gain), f"{gain:+.2f}", f"r - r' {gain:+.6f}")
+
+
+def _coloured(token: str, color: str, shown: str, title: str) -> Markup:
   return tag(
     "span",
     tag("b", style.visible(token)),
-    tag("small", f"{probability:.2f}"),
+    tag("small", shown),
     class_="token",
     style=f"background:{color}",
-    title=f"probability {probability:.6f}",
+    title=title,
   )
 
 
@@ -165,14 +200,14 @@ def track(before: float, after: float) -> Markup:
   True
   """
   low, high = sorted((before, after))
-  color = style.TEAL if after >= before else style.CORAL
+  color = "var(--teal)" if after >= before else "var(--coral)"
   way = f"left:{share(low)};width:{share(high - low)};background:{color}"
   ticks = (tag("u", class_="from", style=f"left:{share(before)}"), tag("u", style=f"left:{share(after)}"))
   return tag("div", tag("i", style=way), *ticks, class_="track")
 
 
 def reward_parts(row: Json) -> Iterator[Markup]:
-  """Each part of the reward that the row has, by name.
+  """Each part of the reward that the row has, by name; behind the usual ones those of other rewards and of shadows.
 
   >>> list(reward_parts({"reward_total": 0.5}))
   ['<span>total <b>0.50</b></span>']
@@ -187,7 +222,8 @@ def reward_parts(row: Json) -> Iterator[Markup]:
     "advantage": "advantage",
     "std of group": "group_std",
   }
-  for label, key in parts.items():
+  others = [key for key in row if key.startswith(("reward_", "shadow_")) and key not in parts.values()]
+  for label, key in (parts | {key.removeprefix("reward_").replace("_", " "): key for key in others}).items():
     value = number(row, key)
     if value is not None:
       yield tag("span", label, " ", tag("b", f"{value:.2f}"))
@@ -208,13 +244,28 @@ def badges(row: Json) -> Iterator[Markup]:
     yield tag("span", "group filtered out", class_="badge warn")
 
 
+def heading(row: Json) -> Markup:
+  """The badges of a card, and its total reward."""
+  total = number(row, "reward_total")
+  reward = tag("span", "reward ", "—" if total is None else f"{total:.2f}", class_="total")
+  return tag("div", *badges(row), reward, class_="head")
+
+
+def way(row: Json) -> Markup:
+  """The bar from r' to r; nothing where one of them is unknown.
+
+  >>> way({"reward_reference": 0.5})
+  ''
+  """
+  reference, baseline = number(row, "reward_reference"), number(row, "reward_baseline")
+  known = reference is not None and baseline is not None and row.get("scorable")
+  return track(baseline, reference) if known else join()
+
+
 def card(row: Json) -> Markup:
   """One rollout."""
-  total = number(row, "reward_total")
-  heading = [*badges(row), tag("span", "reward ", "—" if total is None else f"{total:.2f}", class_="total")]
-  reference, baseline = number(row, "reward_reference"), number(row, "reward_baseline")
   parts = [
-    tag("div", *heading, class_="head"),
+    heading(row),
     tag("div", "Question", class_="label"),
     tag("div", text(row, "question"), class_="text question"),
     tag("div", "Reference answer, and the probability the policy gave each token", class_="label"),
@@ -224,9 +275,8 @@ def card(row: Json) -> Markup:
     parts.append(tag("div", text(row, "reference"), class_="text"))
   if others := list(each_reference(row)):
     parts += [tag("div", "Each reference answer, and its r", class_="label"), tag("div", *others, class_="sum")]
-  if reference is not None and baseline is not None and row.get("scorable"):
-    parts.append(track(baseline, reference))
   parts += [
+    way(row),
     tag("div", *reward_parts(row), class_="sum"),
     tag("div", "Response", class_="label"),
     tag("div", highlight(text(row, "response")), class_="text box"),

@@ -41,10 +41,10 @@ def join(*parts: object) -> Markup:
 
 
 def tag(name: str, *children: object, **attributes: object) -> Markup:
-  """One element; `class_` stands for the attribute `class`.
+  """One element; `class_` stands for the attribute `class`, and `text_anchor` for `text-anchor`.
 
   >>> tag("b", "1 < 2", class_="x")
   '<b class="x">1 &lt; 2</b>'
   """
-  pairs = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
+  pairs = "".join(f' {key.rstrip("_").replace("_", "-")}="{escape(value)}"' for key, value in attributes.items())
   return Markup(f"<{name}{pairs}>{join(*children)}</{name}>")

@@ -4,7 +4,7 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-from rlpr_jax.report import charts, diagnosis, gallery, style
+from rlpr_jax.report import charts, diagnosis, gallery, panels, style
 from rlpr_jax.report.markup import Markup, join, tag
 from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, Series, read_run
 from rlpr_jax.runs.storage import write_result
@@ -74,10 +74,10 @@ def domain_table(run: Run) -> Markup:
 
 def curves(run: Run) -> Iterator[tuple[str, Markup]]:
   """The panels of each theme that has something to show."""
-  for theme, panels in charts.all_themes(run).items():
-    drawings = [drawing for panel in panels if (drawing := charts.render(run, panel)) is not None]
+  for theme, shown in panels.all_themes(run).items():
+    drawings = [drawing for panel in shown if (drawing := charts.render(run, panel)) is not None]
     if drawings:
-      table = domain_table(run) if theme == charts.HELD_OUT else ""
+      table = domain_table(run) if theme == panels.HELD_OUT else ""
       yield theme, join(tag("div", *drawings, class_="panels"), table)
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from rlpr_jax.report import charts, gallery, style
-from rlpr_jax.report.charts import Panel
+from rlpr_jax.report.panels import Panel
 from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, number, read_run
 from rlpr_jax.runs.storage import write_result
 

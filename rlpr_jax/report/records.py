@@ -1,5 +1,6 @@
 """Reads what a run wrote, also while it is still writing."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -86,11 +87,12 @@ class Run:
 def finite(value: object) -> float | None:
   """A finite number, or None: NaN is what a diverged run writes.
 
-  >>> finite(2), finite(math.nan), finite("2")
-  (2.0, None, None)
+  >>> finite(2), finite(math.nan), finite("2"), finite(10**400)
+  (2.0, None, None, None)
   """
-  if isinstance(value, int | float) and math.isfinite(value):
-    return float(value)
+  with contextlib.suppress(OverflowError):  # an integer that no float holds
+    if isinstance(value, int | float) and math.isfinite(value):
+      return float(value)
   return None
 
 
@@ -103,15 +105,23 @@ def number(row: Json, key: str) -> float | None:
   return finite(row.get(key))
 
 
+def parse(line: bytes) -> Json | None:
+  """The object of a line, None for a line that is not whole; what is not UTF-8 in it is shown as such.
+
+  >>> parse(b'{"step": 1}'), parse(b'{"step": '), parse(b"1")
+  ({'step': 1}, None, None)
+  """
+  try:
+    content = json.loads(line.decode("utf-8", "replace"))
+  except (ValueError, RecursionError):
+    return None
+  return content if isinstance(content, dict) else None
+
+
 def read_lines(path: pathlib.Path) -> Iterator[Json | None]:
   """One object a line, None for a line that is not whole."""
-  with path.open(encoding="utf-8", errors="replace") as file:
-    for line in file:
-      try:
-        content = json.loads(line)
-      except (ValueError, RecursionError):
-        content = None
-      yield content if isinstance(content, dict) else None
+  with path.open("rb") as file:
+    yield from map(parse, file)
 
 
 def read_metrics(path: pathlib.Path) -> tuple[dict[int, Json], int]:

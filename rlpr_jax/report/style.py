@@ -1,4 +1,4 @@
-"""Colours, number formats and the style sheet: what the page and the picture share."""
+"""Colours, number formats and the style sheet: what the pages and the picture share."""
 
 import itertools
 
@@ -13,6 +13,40 @@ CORAL = "#d9603b"
 BLUE = "#3b4cc0"
 SERIES = (TEAL, CORAL, "#5b6ee1", "#b8bfc7", "#c28b00", "#8e4585", "#3a8fb7", "#7a9a01", "#a0522d", "#d36ba6")
 
+# Name in the style sheet -> on a light page, on a dark one. What charts and cards are drawn with has its place here, so
+# that a page turns dark by its style sheet alone.
+SHADES = {
+  "ink": (INK, "#e4e9ee"),
+  "dim": (DIM, "#c3ccd4"),
+  "muted": (MUTED, "#97a3af"),
+  "page": (PAGE, "#12171c"),
+  "line": (LINE, "#4a5560"),
+  "faint": (FAINT, "#29323a"),
+  "card": ("#ffffff", "#1a2127"),
+  "edge": ("#e3e8ec", "#2d363f"),
+  "box": ("#fafbfc", "#151b20"),
+  "badge": ("#44505c", "#b9c4ce"),
+  "warn": ("#a53c1a", "#ffb199"),
+  "warn-back": ("#fdeee8", "#46261c"),
+  "tag": (BLUE, "#aeb9ff"),
+  "tag-back": ("#e4e8fb", "#2b3157"),
+  "answer-back": ("#fff6d6", "#4a4018"),
+  "tick": ("#8b96a1", "#6d7883"),
+  "teal": (TEAL, "#2dbfae"),
+  "coral": (CORAL, "#f08560"),
+  **dict(
+    zip(
+      (f"series-{i}" for i in range(len(SERIES))),
+      zip(
+        SERIES,
+        ("#2dbfae", "#f08560", "#8f9cff", "#7f8994", "#e0ab2b", "#c98bc2", "#62b5dc", "#a8c832", "#d08a63", "#f095c6"),
+        strict=True,
+      ),
+      strict=True,
+    )
+  ),
+}
+
 # Probability 0, 1/2 and 1: told apart without green and red, and dark text reads on all of them.
 PROBABILITY_STOPS = ((242, 160, 138), (249, 239, 208), (118, 198, 180))
 
@@ -24,6 +58,24 @@ def cycle(count: int) -> list[str]:
   (12, True)
   """
   return list(itertools.islice(itertools.cycle(SERIES), count))
+
+
+def series_color(index: int) -> str:
+  """The colour of a line on a page, light or dark; they repeat after ten.
+
+  >>> series_color(10)
+  'var(--series-0)'
+  """
+  return f"var(--series-{index % len(SERIES)})"
+
+
+def variables(dark: bool) -> str:
+  """The shades as declarations of a style sheet.
+
+  >>> variables(dark=True).partition(";")[0]
+  '--ink: #e4e9ee'
+  """
+  return "; ".join(f"--{name}: {shades[dark]}" for name, shades in SHADES.items())
 
 
 def clip(value: float) -> float:
@@ -45,6 +97,15 @@ def probability_color(probability: float) -> str:
   low, high = PROBABILITY_STOPS[:2] if position < 1 else PROBABILITY_STOPS[1:]
   part = position - (position >= 1)
   return "#" + "".join(f"{round(a + (b - a) * part):02x}" for a, b in zip(low, high, strict=True))
+
+
+def gain_color(gain: float) -> str:
+  """From coral (-1) over cream (0) to teal (1): how much more probable something became.
+
+  >>> gain_color(0.0) == probability_color(0.5)
+  True
+  """
+  return probability_color((gain + 1) / 2)
 
 
 def compact(value: float) -> str:
@@ -91,11 +152,11 @@ def visible(token: str) -> str:
 
 
 CSS = f"""
-:root {{ color-scheme: light; --ink: {INK}; --muted: {MUTED}; --line: {LINE}; --faint: {FAINT}; --teal: {TEAL};
-  --coral: {CORAL}; }}
+:root {{ color-scheme: light dark; {variables(dark=False)}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ {variables(dark=True)}; }} }}
 * {{ box-sizing: border-box; }}
-body {{ margin: 0; background: {PAGE}; color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums; }}
+body {{ margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI",
+  Roboto, "Helvetica Neue", Arial, sans-serif; font-variant-numeric: tabular-nums; }}
 main {{ max-width: 1320px; margin: 0 auto; padding: 20px clamp(12px, 3vw, 36px) 60px; }}
 h1 {{ font-size: 1.5rem; margin: 0; overflow-wrap: anywhere; }}
 h2 {{ font-size: 1.15rem; margin: 40px 0 10px; }}
@@ -104,7 +165,7 @@ p {{ margin: 4px 0 12px; max-width: 75ch; }}
 .muted {{ color: var(--muted); }}
 nav {{ display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: .88rem; }}
 a {{ color: var(--teal); }}
-.card, figure, .tile, details {{ background: #fff; border: 1px solid #e3e8ec; border-radius: 10px; }}
+.card, figure, .tile, details {{ background: var(--card); border: 1px solid var(--edge); border-radius: 10px; }}
 .tiles {{ display: grid; gap: 12px; margin: 16px 0;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 165px), 1fr)); }}
 .tile {{ padding: 12px 16px; }}
@@ -120,6 +181,11 @@ a {{ color: var(--teal); }}
 figure {{ margin: 0; padding: 10px 12px 6px; display: flex; flex-direction: column; }}
 figure svg {{ width: 100%; height: auto; display: block; margin-top: auto; }}
 figure svg text {{ font-family: inherit !important; }}
+.pointer rect {{ fill: none; pointer-events: all; }}
+.pointer path {{ stroke: var(--tick); stroke-width: .8; visibility: hidden; pointer-events: none; }}
+.pointer text {{ font-size: 8.5px; fill: var(--ink); stroke: var(--card); stroke-width: 3px; paint-order: stroke;
+  visibility: hidden; pointer-events: none; }}
+.pointer g:hover path, .pointer g:hover text {{ visibility: visible; }}
 figcaption strong {{ display: block; font-size: .9rem; overflow-wrap: anywhere; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 0 12px; font-size: .78rem; color: var(--muted); }}
 .legend i {{ display: inline-block; width: 9px; height: 9px; border-radius: 3px; margin-right: 5px; }}
@@ -129,28 +195,30 @@ figcaption strong {{ display: block; font-size: .9rem; overflow-wrap: anywhere; 
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }}
 .head {{ display: flex; flex-wrap: wrap; gap: 6px; align-items: center; font-size: .8rem; }}
 .head .total {{ margin-left: auto; font-size: 1.05rem; font-weight: 650; }}
-.badge {{ background: var(--faint); border-radius: 20px; padding: 1px 9px; color: #44505c; overflow-wrap: anywhere; }}
-.badge.warn {{ background: #fdeee8; color: #a53c1a; }}
+.badge {{ background: var(--faint); border-radius: 20px; padding: 1px 9px; color: var(--badge);
+  overflow-wrap: anywhere; }}
+.badge.warn {{ background: var(--warn-back); color: var(--warn); }}
 .label {{ font-size: .75rem; color: var(--muted); margin: 12px 0 3px; }}
 .text {{ white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }}
-.box {{ max-height: 15em; overflow: auto; background: #fafbfc; border: 1px solid var(--faint); border-radius: 8px;
+.box {{ max-height: 15em; overflow: auto; background: var(--box); border: 1px solid var(--faint); border-radius: 8px;
   padding: 8px 10px; font: .82rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }}
 .question {{ max-height: 9em; overflow: auto; font-weight: 500; }}
-.tag {{ background: #e4e8fb; color: {BLUE}; border-radius: 4px; padding: 0 3px; font-weight: 600; }}
-.answer {{ font-weight: 700; background: #fff6d6; }}
+.tag {{ background: var(--tag-back); color: var(--tag); border-radius: 4px; padding: 0 3px; font-weight: 600; }}
+.answer {{ font-weight: 700; background: var(--answer-back); }}
 .tokens {{ display: flex; flex-wrap: wrap; gap: 4px; max-height: 19em; overflow: auto; }}
 .token {{ border-radius: 6px; padding: 3px 7px 2px; text-align: center; min-width: 2.5em; max-width: 100%;
   background: var(--faint); }}
 .token b {{ display: block; font: 600 1.1rem/1.3 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate; }}
-.token small {{ display: block; font-size: .7rem; color: {DIM}; }}
+.token[style], .token[style] small {{ color: {INK}; }}
+.token small {{ display: block; font-size: .7rem; color: var(--dim); }}
 .scale {{ display: inline-block; width: 90px; height: 9px; border-radius: 4px; margin: 0 6px; background:
   linear-gradient(90deg, {probability_color(0)}, {probability_color(0.5)}, {probability_color(1)}); }}
 .track {{ position: relative; height: 10px; border-radius: 5px; background: var(--faint); margin: 5px 0; }}
 .track i {{ position: absolute; top: 0; height: 100%; border-radius: 5px; }}
 .track u {{ position: absolute; top: -3px; width: 3px; height: 16px; border-radius: 2px; background: var(--ink);
   transform: translateX(-1.5px); }}
-.track u.from {{ background: #8b96a1; }}
+.track u.from {{ background: var(--tick); }}
 .sum {{ display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .85rem; color: var(--muted); }}
 .sum b {{ font-weight: 650; color: var(--ink); }}
 .domains {{ margin-top: 12px; font-size: .88rem; }}

@@ -106,7 +106,8 @@ def rollout_rows(batch: RolloutBatch, step: int, count: int, engine: Engine) -> 
   """The first `count` responses of a batch with every part of their reward, as they go to disk.
 
   Of several references each has its r in `reward_each_reference`, None where it was not scored; `reference` and what is
-  said of its tokens are the most probable one's.
+  said of its tokens are the most probable one's. `baseline_probs` are those of its tokens without reasoning: as many as
+  `reference_tokens` has, but where the two are tokenised otherwise or the rollout was not scored.
   """
   rows, samples = [], batch.advantages.advantages.shape[1]
   for i in range(min(count, len(batch.rollouts.lengths))):
@@ -117,11 +118,13 @@ def rollout_rows(batch: RolloutBatch, step: int, count: int, engine: Engine) -> 
     parts = {f"reward_{name}": value for name, value in rewards.items() if value is not None}
     parts |= {f"shadow_{name}": shadow.total for name, shadow in batch.shadows.items()}
     tokens, logps, answer = (getattr(batch.rollouts, f"reference_{name}")[i] for name in ("tokens", "logps", "mask"))
+    without = np.asarray(batch.evidence.baseline_logps[p])
     shown, several = 0, {}
     if each is not None:
       scores = np.asarray(each[p, g, : len(prompt.references)])
       shown = int(np.argmax(np.where(np.isnan(scores), -np.inf, scores)))
       tokens, logps, answer = tokens[shown], logps[shown], answer[shown]
+      without = without[shown]
       found = [None if np.isnan(score) else float(score) for score in scores]
       several = {"references": list(prompt.references), "reward_each_reference": found}
     rows.append(
@@ -138,6 +141,7 @@ def rollout_rows(batch: RolloutBatch, step: int, count: int, engine: Engine) -> 
         "scorable": bool(batch.rollouts.scorable[i]),
         "reference_tokens": [engine.tokenizer.decode([token]) for token in tokens[answer]],
         "reference_probs": np.exp(logps[answer]).tolist(),
+        "baseline_probs": np.exp(without[np.isfinite(without)]).tolist(),
         **{name: float(value[p] if value.ndim == 1 else value[p, g]) for name, value in parts.items()},
         "advantage": float(batch.advantages.advantages[p, g]),
         "group_std": float(batch.advantages.stds[p]),
