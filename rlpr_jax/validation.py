@@ -29,10 +29,10 @@ def validate(config: ConfigDict) -> None:
   _expect(
     values,
     "log.trackers",
-    lambda names: all(name in PACKAGES for name in names) and len(set(names)) == len(names),
+    lambda names: all(isinstance(x, str) and x in PACKAGES for x in names) and len(set(names)) == len(names),
     f"different ones of {', '.join(PACKAGES)}: ({', '.join(map(repr, tuple(PACKAGES)[:2]))})",
   )
-  _expect(values, "log.project", lambda text: re.fullmatch(r"[\w.-]+", text), "letters, digits, '_', '-' and '.'")
+  _expect(values, "log.project", lambda text: bool(re.fullmatch(r"[\w.-]+", text)), "letters, digits, '_', '-' and '.'")
   _expect(values, "training.dual_clip", lambda value: value == 0 or value > 1, "0, or more than 1")
   _expect(values, "training.warmup_steps", lambda value: value < (config.steps or value + 1), "fewer than config.steps")
   _expect(values, "filter.start", lambda value: value >= config.filter.collect_from, "at least filter.collect_from")

@@ -26,7 +26,8 @@ class Exports:
   """Starts an export for each checkpoint that is due, one at a time."""
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict):
-    self._workdir, self._settings, self._steps = workdir, config.export, config.steps
+    self._workdir, self._steps = workdir, config.steps
+    self._settings = config.export
     self._running: subprocess.Popen[bytes] | None = None
     self._step = -1  # the last one that was begun
 
@@ -91,7 +92,7 @@ class Exports:
       print(f"export of step {step}: {error.strerror}", file=sys.stderr, flush=True)
       return
     with contextlib.suppress(OSError):
-      os.setpriority(os.PRIO_PROCESS, self._running.pid, 10)
+      os.setpriority(os.PRIO_PROCESS, self._running.pid, max(os.getpriority(os.PRIO_PROCESS, 0), 10))
       pathlib.Path(f"/proc/{self._running.pid}/oom_score_adj").write_text("1000")
 
   def _log(self, mode: str) -> IO[bytes]:

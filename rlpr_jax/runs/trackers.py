@@ -25,6 +25,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from rlpr_jax import config as configs
 from rlpr_jax.errors import InputError
 from rlpr_jax.runs.storage import reason, write_atomically
 
@@ -225,7 +226,7 @@ class Mlflow:
     run = runs[0] if runs else self._client.create_run(experiment, run_name=about.name, tags={"rlpr_jax": about.key})
     self._id, self._to_metric = run.info.run_id, mlflow.entities.Metric
     self._client.update_run(self._id, status="RUNNING")
-    given = {name: str(value)[:6000] for name, value in flatten(about.config).items()}
+    given = {name: str(value)[:6000] for name, value in configs.flatten(about.config).items()}
     known = run.data.params
     self._log_params({name: value for name, value in given.items() if name not in known})
     for name, value in given.items():  # a parameter has one value for ever, and a run that goes on may have more steps
@@ -270,7 +271,9 @@ def table(rows: Sequence[Json]) -> tuple[list[str], list[list[Any]]]:
   columns = list(dict.fromkeys(name for row in rows for name in row))
 
   def cell(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    text = json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else value
+    # Half a surrogate pair, which somebody's data may hold, is no text to the trackers.
+    return text.encode(errors="backslashreplace").decode() if isinstance(text, str) else text
 
   return columns, [[cell(row.get(name)) for name in columns] for row in rows]
 
@@ -300,18 +303,6 @@ def markdown(columns: Sequence[str], cells: Sequence[Sequence[Any]]) -> str:
   lines = [columns, *cells]
   shown = [f"| {' | '.join(map(show, line))} |" for line in lines]
   return "\n".join([shown[0], "|" + "---|" * len(columns), *shown[1:]])
-
-
-def flatten(group: Json, prefix: str = "") -> Json:
-  """Values by the paths of their fields.
-
-  >>> flatten({"seed": 0, "model": {"path": "m"}})
-  {'seed': 0, 'model.path': 'm'}
-  """
-  flat: Json = {}
-  for name, value in group.items():
-    flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-  return flat
 
 
 def summarize(rows: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
@@ -362,12 +353,12 @@ class Follower:
     """
     place = None
     if self._tracker is None:
-      config = json.loads((self._workdir / "config.json").read_text())
+      config = configs.read(self._workdir / "config.json")
       about = About(
         key=self._sent.key,
         name=self._workdir.resolve().name,
-        project=config["log"]["project"],
-        config=config,
+        project=config.log.project,
+        config=json.loads(configs.to_json(config)),
         directory=self._directory.resolve(),
       )
       self._tracker = self._create(about)
@@ -464,12 +455,12 @@ def follow(follower: Follower, wait: Callable[[float], str | None], say: Callabl
 def main() -> None:
   """The process of one tracker: its name and the run's directory are the arguments."""
   name, workdir = sys.argv[1], pathlib.Path(sys.argv[2])
-  limit = json.loads((workdir / "config.json").read_text())["log"]["tracker_seconds"]
+  limit = configs.read(workdir / "config.json").log.tracker_seconds
   for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # it ends when the run does
     signal.signal(number, signal.SIG_IGN)
-  screen = os.dup(2)
-  log = os.open(workdir / DIRECTORY / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-  os.dup2(log, 1)  # what the libraries print
+  screen, path = os.dup(2), workdir / DIRECTORY / f"{name}.log"
+  log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+  os.dup2(log, 1)  # what the libraries print, and programs that they start
   os.dup2(log, 2)
 
   def say(line: str) -> None:
@@ -486,7 +477,7 @@ def main() -> None:
     return word
 
   with contextlib.suppress(OSError):  # a disk without locks
-    fcntl.flock(log, fcntl.LOCK_EX)  # that of a run that was killed may still be sending
+    fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX)  # that of a run that was killed may still be sending
   follow(Follower(workdir, name, _TRACKERS[name]), wait, say)
   os._exit(0)  # threads and exit handlers of the libraries have nothing left to do
 

@@ -163,6 +163,11 @@ def test_trouble_at_the_end_is_said_and_ends(workdir):
   assert said == ["no account; the same command sends the rest"]
 
 
+def test_texts_that_no_tracker_takes_are_spelt():
+  rows = [{"question": "a\ud83d", "references": ["\udc00"], "kept": True}]
+  assert trackers.table(rows)[1] == [["a\\ud83d", '["\\udc00"]', True]]
+
+
 # --- What is named and not there ---
 
 
@@ -192,12 +197,11 @@ def test_without_tensorboard_there_are_no_files_of_it(tmp_path):
 def test_texts_of_tensorboard(workdir):
   """The config, and rollouts with the parts of their rewards."""
   texts = {}
-  for name, event in events(workdir / "tensorboard"):
+  for event in events(workdir / "tensorboard"):
     for value in event.summary.value:
       if value.metadata.plugin_data.plugin_name == "text":
         texts[value.tag, event.step] = value.tensor.string_val[0].decode()
-    assert name
-  assert '"embed_dim": 32' not in str(texts)  # the writer was there before the config
+  assert '"embed_dim": 32' in texts["config/text_summary", 0]
   table = texts["rollouts/text_summary", 2]
   assert table.splitlines()[0] == "| step | question | response | reward_total | reward_format | kept |"
   assert "| 2 | 3+5? | &lt;answer>8&lt;/answer> | 0.64 | 1 | True |" in table
@@ -210,7 +214,7 @@ def events(directory):
     content = path.read_bytes()
     while content:  # records: length, its checksum, the event, its checksum
       length = int.from_bytes(content[:8], "little")
-      yield path.name, event_pb2.Event.FromString(content[12 : 12 + length])
+      yield event_pb2.Event.FromString(content[12 : 12 + length])
       content = content[16 + length :]
 
 
@@ -406,6 +410,7 @@ def wandb_records(path):
 WANDB = """
 import base64, json, sys
 from wandb.proto import wandb_internal_pb2 as proto
+name = lambda item: ".".join(item.nested_key) or item.key
 found = {"history": [], "ids": [], "config": {}, "projects": [], "summary": {}, "exits": []}
 for line in sys.stdin:
   record = proto.Record.FromString(base64.b64decode(line))
@@ -414,10 +419,9 @@ for line in sys.stdin:
     found["ids"].append(record.run.run_id); found["projects"].append(record.run.project)
     found["config"] |= {item.key: item.value_json for item in record.run.config.update}
   elif kind == "history":
-    row = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-    found["history"].append(row)
+    found["history"].append({name(item): json.loads(item.value_json) for item in record.history.item})
   elif kind == "summary":
-    found["summary"] |= {item.key or item.nested_key[0]: item.value_json for item in record.summary.update}
+    found["summary"] |= {name(item): item.value_json for item in record.summary.update}
   elif kind == "exit":
     found["exits"].append(record.exit.exit_code)
 print(json.dumps(found))
@@ -441,7 +445,7 @@ def test_wandb_keeps_one_run(followed):
   assert len(found["history"]) == 5
   check_metrics(home, {str(row["step"]): row for row in found["history"]})
   last = next(row for row in found["history"] if row["step"] == 4)
-  assert last["rollouts"]["nrows"] == len((home / "run/rollouts/step_000004.jsonl").read_text().splitlines())
+  assert last["rollouts.nrows"] == len((home / "run/rollouts/step_000004.jsonl").read_text().splitlines())
   tables = list((home / "run/trackers/wandb").glob("offline-run-*/files/media/table/rollouts_*.table.json"))
   assert set(json.loads(tables[0].read_text())["columns"]) >= PARTS
   assert float(found["summary"]["steps"]) == 4
