@@ -107,8 +107,7 @@ def train(
       latest = checkpoints.latest()
       checkpoints.close()
       if processes.is_first():
-        exports.look(latest)
-        exports.finish(given_up=lambda: bool(stop) or latest != config.steps)
+        exports.finish(latest, given_up=lambda: bool(stop) or latest != config.steps)
       writer.close()
     if state:
       unfinished.clear(workdir)

@@ -18,12 +18,12 @@ from ml_collections import ConfigDict
 
 NAME = "exports"
 _LOG = "export.log"
-_LAST = 1800.0  # seconds that the last one may take when a run is done
+_LAST = 1800.0  # seconds that one may take when a run is done
 _LOOK = 0.5  # seconds between two looks at it
 
 
 class Exports:
-  """Starts an export for each checkpoint that is due, one at a time."""
+  """Starts an export for checkpoints that are due, one at a time; one that has to wait for another may be overtaken."""
 
   def __init__(self, workdir: pathlib.Path, config: ConfigDict):
     self._workdir, self._steps = workdir, config.steps
@@ -46,19 +46,22 @@ class Exports:
   def look(self, step: int | None) -> None:
     """Says what became of the one under way; starts that of the newest checkpoint on the disk, if it is due."""
     self._collect()
-    if step is None or step <= self._step or not self.is_due(step) or self._directory(step).exists():
-      return
-    if self._running is not None:
-      print(f"export of step {step}: that of step {self._step} is still under way, left out", flush=True)
-      return
-    self._start(step)
+    free = self._running is None
+    if free and step is not None and step > self._step and self.is_due(step) and not self._directory(step).exists():
+      self._start(step)
 
-  def finish(self, given_up: Callable[[], bool]) -> None:
-    """Ends: waits for the one under way.
+  def finish(self, step: int | None, given_up: Callable[[], bool]) -> None:
+    """Ends: waits for the one under way, and for that of the newest checkpoint.
 
     Args:
       given_up: asked again and again whether not to wait any longer.
     """
+    self._wait(given_up)
+    if not given_up():
+      self.look(step)
+      self._wait(given_up)
+
+  def _wait(self, given_up: Callable[[], bool]) -> None:
     if self._running is not None and not given_up():
       print(f"waiting for the export of step {self._step}", flush=True)
     deadline = time.monotonic() + _LAST
@@ -111,7 +114,7 @@ class Exports:
     with contextlib.suppress(OSError), self._log("rb") as log:
       lines = log.read().decode(errors="replace").splitlines() or lines
     if status:
-      said = next((line for line in reversed(lines) if line.startswith("error: ")), f"error: status {status}")
+      said = next((line for line in reversed(lines) if line.startswith("error: ")), f"ended with status {status}")
       print(f"export of step {self._step}: {said.removeprefix('error: ')}", file=sys.stderr, flush=True)
     else:
       print(f"export of step {self._step}: {lines[-1]}", flush=True)
