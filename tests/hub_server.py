@@ -108,7 +108,7 @@ class HubServer:
             return self._json({"error": f"You don't have the rights to create a model under {repo}"}, 403)
           if repo in hub.models:
             return self._json({"error": "You already created this model repo", "url": f"{hub.url}/{repo}"}, 409)
-          hub.models[repo], hub.private[repo] = {}, bool(asked.get("private"))
+          hub.models[repo], hub.private[repo] = {}, asked.get("visibility", asked.get("private")) in ("private", True)
           return self._json({"url": f"{hub.url}/{repo}", "name": repo, "id": repo})
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
         if found and found[1] in hub.models and found[2] == "preupload":

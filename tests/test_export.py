@@ -239,6 +239,12 @@ def test_who_may_see_what_is_pushed(full_run, hub, monkeypatch):
   assert hub.private == {"org/mine": True, "lab/ours": False}
   export.export(full_run, None, 2, "float32", adapter=False, push="org/mine", public=True)
   assert hub.private["org/mine"]  # one that is there stays as it is
+  monkeypatch.delenv("HF_TOKEN")
+  with pytest.raises(InputError, match="org/mine"):
+    huggingface.load_pretrained("org/mine")
+  huggingface.load_pretrained("lab/ours")
+  monkeypatch.setenv("HF_TOKEN", HubServer.TOKEN)
+  huggingface.load_pretrained("org/mine")
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,9 @@ def check_account(where: str, name: str) -> None:
     InputError: the hub does not take it.
     MachineError: the hub cannot be reached.
   """
+  api = huggingface_hub.HfApi(token=check_push(where, name))
   try:
-    huggingface_hub.HfApi(token=check_push(where, name)).whoami()
+    api.whoami()
   except Exception as error:  # its errors and those of the HTTP library below it have no common class
     raise _trouble(where, name, error) from None
 

@@ -104,11 +104,12 @@ def _facts(fields: Json, program: str, base: str, data: str) -> list[tuple[str, 
     rows = f"`{without_directories(data)}`" if data else f"built-in demonstrations ({fields['data.domains']})"
     return [*facts, ("demonstrations", rows), ("batch", f"{fields['warm_start.batch_size']} sequences")]
   questions = f"`{without_directories(data)}`" if data else f"built-in questions ({fields['data.domains']})"
-  reward = [
-    f"{name.removeprefix('reward.')} {without_directories(str(value))}"
+  changed = [
+    name
     for name, value in fields.items()
-    if name.startswith("reward.") and (name in _REWARD or value != _default(name)) and value not in ("", [], ())
+    if name.startswith("reward.") and value != _default(name) and name not in (*_REWARD, "reward.shadow")
   ]
+  reward = [f"{name.removeprefix('reward.')} {without_directories(str(fields[name]))}" for name in (*_REWARD, *changed)]
   update = (
     f"{fields['prompts_per_step']} prompts x {fields['samples_per_prompt']} responses, {fields['training.optimizer']}"
   )
@@ -134,6 +135,8 @@ def _course(run: Run) -> str:
   """A table of some steps, the first and the last among them; "" of a run without any."""
   names = [name for name in COLUMNS if len(run.series(name))]
   steps = [step for step, row in run.rows.items() if any(name in row for name in names)]
+  evaluated = [step for step in steps if ACCURACY in run.rows[step]]
+  steps = evaluated if len(evaluated) > 2 else steps
   if not steps:
     return ""
   places = sorted({round(i * (len(steps) - 1) / max(SHOWN - 1, 1)) for i in range(SHOWN)})
