@@ -7,7 +7,11 @@ import sys
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
+from huggingface_hub.utils import (  # type: ignore[attr-defined]  # it exports them at run time
+  disable_progress_bars,
+  logging,
+  validate_repo_id,
+)
 
 from rlpr_jax.errors import InputError, MachineError, is_of_network
 
