@@ -43,6 +43,7 @@ def test_what_travels(installed):
   assert (package / "configs/sweeps/rewards.py").exists()
   assert (package / "launch/flags.sh").read_bytes() == (ROOT / "launch/flags.sh").read_bytes()
   assert (package / "py.typed").exists()
+  assert {"page.html", "page.js", "page.css"} <= {file.name for file in (package / "viewer").iterdir()}
   assert not (installed / "tests").exists()
   (metadata,) = installed.glob("rlpr_jax-*.dist-info/METADATA")
   text = metadata.read_text()

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from rlpr_jax import errors, report
-from rlpr_jax.report import gallery, markup, panels, picture, records, style
+from rlpr_jax.report import charts, gallery, markup, panels, picture, records, style
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOMAINS = ("addition", "chains", "letters", "price", "weekday")
@@ -270,6 +271,36 @@ def test_the_page_fetches_nothing(workdir):
   namespaces = page.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xlink", "")
   assert "http" not in namespaces.replace("http-equiv", "")
   assert "url(http" not in page
+
+
+def test_values_at_the_pointer_stand_where_their_points_do(tmp_path):
+  """Without a script: strips over the drawing, which the style sheet shows. matplotlib says where the points are."""
+  write_lines(tmp_path / "metrics.jsonl", [{"step": step, "update/loss": 0.5 / step} for step in (1, 2, 5)])
+  (drawing,) = re.findall(r"<svg.*?</svg>", page_of(tmp_path), re.DOTALL)
+  drawn, pointer = drawing.split('<g class="pointer">')
+  points = [float(x) for x in re.findall(r'<use [^>]*x="([\d.]+)"', drawn)]
+  marks = [float(x) for x in re.findall(r'd="M([\d.]+) ', pointer)]
+  assert len(marks) == 3
+  assert all(min(abs(point - mark) for point in points) < 0.1 for mark in marks)
+  assert (marks[1] - marks[0]) / (marks[2] - marks[0]) == pytest.approx(1 / 4, abs=0.01)
+  strips = [
+    (float(x), float(width)) for x, width in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', pointer)
+  ]
+  for (x, width), mark, (beside, _) in zip(strips, marks, [*strips[1:], (math.inf, 0.0)], strict=True):
+    assert x <= mark <= x + width <= beside + 0.2
+  said = re.findall(r">(step \d+)</tspan><tspan [^>]*>([^<]+)<", pointer)
+  assert said == [(f"step {step}", f"clipped policy loss {0.5 / step:.3g}") for step in (1, 2, 5)]
+
+
+def test_a_dark_screen_turns_all_that_is_drawn(workdir):
+  page = page_of(workdir)
+  assert "@media (prefers-color-scheme: dark)" in page
+  drawings = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+  assert drawings
+  assert not any(re.search(r"(fill|stroke): #", drawing) for drawing in drawings)
+  names = set(re.findall(r"var\(--([\w-]+)\)", page))
+  assert names <= style.SHADES.keys()
+  assert max(drawing.count("<rect ") for drawing in drawings) <= charts.STRIPS + 1
 
 
 def test_the_reference_is_coloured_by_its_probabilities():

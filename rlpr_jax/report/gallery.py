@@ -209,8 +209,8 @@ def track(before: float, after: float) -> Markup:
 def reward_parts(row: Json) -> Iterator[Markup]:
   """Each part of the reward that the row has, by name; behind the usual ones those of other rewards and of shadows.
 
-  >>> list(reward_parts({"reward_total": 0.5}))
-  ['<span>total <b>0.50</b></span>']
+  >>> list(reward_parts({"reward_total": 0.5, "shadow_rule": 1.0}))
+  ['<span>total <b>0.50</b></span>', '<span>shadow rule <b>1.00</b></span>']
   """
   parts = {
     "after reasoning, r": "reward_reference",

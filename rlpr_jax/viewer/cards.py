@@ -112,7 +112,6 @@ def group(rows: Sequence[tuple[str, Json]], chosen: str, color: str) -> Markup:
       body(row, color),
       class_="card chosen" if id == chosen else "card",
       data_id=id,
-      tabindex="0",
     )
     for id, row in ordered
   ]

@@ -124,7 +124,7 @@ class Index:
     self._table: Table | None = None
     self.files: dict[str, RolloutFile] = {}  # by name without suffix
     self.version = 0  # counts changes
-    self.rows_read = 0  # parsed to be shown or searched, over the index's life
+    self.rows_read = 0  # parsed to be shown, over the index's life
 
   @property
   def damaged(self) -> int:

@@ -11,6 +11,7 @@ let state = new URLSearchParams(location.search);
 let run = null; // the last answer of api/run
 let curves = null; // the last answer of api/curves
 let list = { rows: [], offset: 0, matched: 0, version: -1, asked: 0 };
+let drawAfter = 0; // milliseconds of this page's life: curves that take long to make are asked for less often
 let pending = null; // of a typed field, until the typing pauses
 
 // --- what is chosen
@@ -118,6 +119,7 @@ function stack(lines, all) {
 }
 
 function drawPanel(panel, series) {
+  if (!panel.lines.length) return null; // of domains, where none was evaluated
   const none = { steps: [], values: [], smooth: null };
   const lines = panel.lines.map((line) => ({ ...line, series: series[line.key] || none }));
   const shown = lines.filter((line) => line.series.steps.length);
@@ -487,8 +489,10 @@ function render() {
 }
 
 async function loadCurves() {
+  const began = performance.now();
   curves = await ask("api/curves");
   renderCurves();
+  drawAfter = performance.now() + 10 * (performance.now() - began);
 }
 
 function showStatus() {
@@ -510,8 +514,9 @@ async function look() {
     document.title = `${run.name} · rlpr view`;
     showStatus();
     if (!before) render();
-    else if (view() === "curves" && (!curves || curves.version !== run.curves)) await loadCurves();
-    else if (view() === "rollouts" && list.version !== run.rollouts) {
+    else if (view() === "curves") {
+      if (performance.now() >= drawAfter && (!curves || curves.version !== run.curves)) await loadCurves();
+    } else if (view() === "rollouts" && list.version !== run.rollouts) {
       fillFilters();
       if (before.behind || !list.rows.length) await loadList();
       else {
