@@ -273,7 +273,7 @@ function showFilters() {
     make("button", { type: "button", title: "Take this filter away", onclick: () => refilter({ [name]: null }) },
       `${name.replaceAll("_", " ")} ${value.replace("..", " … ")} ✕`)));
   const count = [...query()].filter(([name]) => name !== "sort").length;
-  $("active").textContent = count ? plural(count, "filter") : "";
+  $("active").textContent = count ? `${count} set` : "";
 }
 
 function refilter(changes) {
@@ -385,6 +385,7 @@ async function loadList(place = "start") {
       list.version = reply.version;
       if (place === "start") renderRows();
     } while (reply.waiting);
+    if (place === "start") scrollToChosen();
     if (place === "more") list.rows.push(...reply.rows);
     if (place === "earlier") Object.assign(list, { rows: [...reply.rows, ...list.rows], offset: reply.offset });
     $("news").hidden = true;
@@ -422,11 +423,15 @@ async function move(by, whole) {
 
 // --- one rollout, or its group
 
+function scrollToChosen() {
+  const row = chosen() && $("rows").querySelector(`[data-id="${CSS.escape(chosen())}"]`);
+  if (row) row.scrollIntoView({ block: "nearest" });
+}
+
 function open(id, click) {
   choose({ id }, click && !chosen());
   renderDetail();
-  const row = $("rows").querySelector(`[data-id="${CSS.escape(id)}"]`);
-  if (row && !click) row.scrollIntoView({ block: "nearest" });
+  if (!click) scrollToChosen();
 }
 
 async function renderDetail() {
@@ -546,7 +551,9 @@ const KEYS = {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || $("help").open) return;
   if (event.target.closest("input, select, textarea")) {
-    if (event.key === "Escape") event.target.blur();
+    if (event.key !== "Escape") return;
+    event.preventDefault(); // a browser would empty the field
+    event.target.blur();
     return;
   }
   const keys = { "?": () => $("help").showModal(), 1: () => turn("curves"), 2: () => turn("rollouts") };
