@@ -167,7 +167,8 @@ def render(run: Run, panel: Panel) -> Markup | None:
     figure.patch.set_alpha(0)
     axes = figure.subplots()
     draw_panel(axes, run, panel)
-    figure.draw_without_rendering()  # only then is it known where the axes are
+    figure.draw_without_rendering()  # only then is it known where the axes are, and there they shall stay
+    figure.set_layout_engine("none")
     drawing = to_svg(figure, values_at_pointer(axes, run, panel))
   caption = tag("figcaption", tag("strong", panel.title), legend(run, panel))
   return tag("figure", caption, drawing)
