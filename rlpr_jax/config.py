@@ -42,6 +42,12 @@ FIELDS = {
     choices=("auto", "xla", "blockwise", "splash", "tokamax"),
     may_change=True,
   ),
+  "model.decode_attention": Field(
+    "auto",
+    "to the text so far, sampling: auto (ragged on TPUs and GPUs) | ragged (reads what a slot holds) | xla (its room)",
+    choices=("auto", "ragged", "xla"),
+    may_change=True,
+  ),
   "model.remat": Field(
     "dots",
     "kept for the backward pass: none (all) | dots (products with weights) | full (layer inputs)",

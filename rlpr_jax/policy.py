@@ -101,7 +101,15 @@ def place_policy(config: ConfigDict, model_config: ModelConfig, mesh: Mesh, froz
   if config.lora.rank:
     lora = models.LoRA(config.lora.rank, config.lora.alpha, parse_targets(config.lora.targets))
     model_config = dataclasses.replace(model_config, lora=lora)
-  runtime = Runtime(config.model.compute_dtype, config.model.attention, config.model.remat, sharding=fitted)
+  settings = config.model
+  runtime = Runtime(
+    settings.compute_dtype,
+    settings.attention,
+    settings.remat,
+    decode_attention=settings.decode_attention,
+    sharding=fitted,
+  )
+  runtime = models.for_device(runtime, mesh.devices.flat[0])
   model = models.definition(model_config, runtime)
   gathered = gathered_sharding(config, fitted)
   sampling = dataclasses.replace(runtime, sharding=gathered.own(), int8_cache=config.rollout.int8_cache)

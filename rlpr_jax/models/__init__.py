@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlpr_jax.models.config import LoRA, ModelConfig, Rope, Runtime
+from rlpr_jax.models.config import LoRA, ModelConfig, Reader, Rope, Runtime
 from rlpr_jax.models.logprobs import token_logprobs
 from rlpr_jax.models.lora import adapters, combine, init_adapters
 from rlpr_jax.models.masks import UNSEEN
@@ -11,10 +11,12 @@ from rlpr_jax.models.transformer import (
   Decoder,
   KVCache,
   ModelGraph,
+  Text,
   abstract_params,
   cast,
   default_attention,
   definition,
+  for_device,
   init_params,
   place,
 )
@@ -31,8 +33,10 @@ __all__ = [
   "ModelConfig",
   "ModelGraph",
   "Params",
+  "Reader",
   "Rope",
   "Runtime",
+  "Text",
   "abstract_params",
   "adapters",
   "axis_sizes",
@@ -40,6 +44,7 @@ __all__ = [
   "combine",
   "default_attention",
   "definition",
+  "for_device",
   "init_adapters",
   "init_params",
   "matrix_axes",

@@ -4,7 +4,6 @@
 sequences blocks on the CPU and the kernels of TPUs and GPUs.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rlpr_jax.models import blockwise, kernels
 from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.models.masks import Places
+from rlpr_jax.models.ragged import Mixed
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.types import AnyArray
 
@@ -27,7 +27,7 @@ class Cached(NamedTuple):
   """Keys and values of earlier tokens, in any order."""
 
   keys: Float[Array, "B K H S"]
-  values: Float[Array, "B K S H"]
+  values: Float[Array, "B K H S"]
   positions: Int[Array, "B S"]  # of the token in each slot; masks.UNSEEN where none is
 
 
@@ -38,6 +38,7 @@ def attend(
   places: Places,
   settings: AttentionSettings,
   cached: Sequence[Cached] = (),
+  mixed: Mixed | None = None,
 ) -> Float[Array, "B T N H"]:
   """Softmax attention of some tokens to each other and, if given, to cached keys and values of tokens before them.
 
@@ -45,6 +46,7 @@ def attend(
 
   Args:
     cached: a segment sees what stands there before the position of its first token, and nothing that stands later.
+    mixed: what a kernel made of more of them, as `ragged.ragged_attention` returns it.
 
   >>> x = jnp.array([[[[1.0, 0.0]], [[0.0, 2.0]]]])  # one row of two tokens, one head
   >>> settings = AttentionSettings(backend="xla", scale=0.0)  # each sees itself and what is before it, all alike
@@ -53,12 +55,12 @@ def attend(
   """
   sharding = settings.sharding
   keys, values = _spread(keys, sharding, axis=2), _spread(values, sharding, axis=2)
-  if cached:
+  if cached or mixed is not None:
     cached = [
       Cached(_spread(part.keys, sharding, axis=1), _spread(part.values, sharding, axis=1), part.positions)
       for part in cached
     ]
-    return _attend_xla(queries, keys, values, places, settings, cached)
+    return _attend_xla(queries, keys, values, places, settings, cached, mixed)
   match settings.backend:
     case "blockwise" if queries.shape[1] > ALL_AT_ONCE:
       return blockwise.blockwise_attention(queries, keys, values, places, settings)
@@ -78,6 +80,7 @@ def _attend_xla(
   places: Places,
   settings: AttentionSettings,
   cached: Sequence[Cached] = (),
+  mixed: Mixed | None = None,
 ) -> Float[Array, "B T N H"]:
   batch, length, heads, head_dim = queries.shape
   kv_heads = keys.shape[2]
@@ -92,16 +95,20 @@ def _attend_xla(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     return scores.reshape(batch, kv_heads, -1, keys.shape[3])
 
-  parts, scores = [values.swapaxes(1, 2)], [score(keys.transpose(0, 2, 3, 1), places.sees(settings.window))]
-  for part in cached:
-    parts.append(part.values)
-    scores.append(score(part.keys, places.sees_cached(part.positions, settings.window)))
+  scores = [score(keys.transpose(0, 2, 3, 1), places.sees(settings.window))]
+  scores += [score(part.keys, places.sees_cached(part.positions, settings.window)) for part in cached]
+  if mixed is not None:  # one more token, so to say: its score is the log-sum-exp, its value what was mixed
+    scores.append(mixed.lse[..., None])
   ends = np.cumsum([part.shape[3] for part in scores])
   weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(values.dtype)
   shares = jnp.split(weights, ends[:-1], axis=-1)
-  mixed = functools.reduce(jnp.add, map(jnp.matmul, shares, parts))
-  mixed = mixed.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
-  return mixed.reshape(batch, length, heads, head_dim)
+  y = jnp.matmul(shares[0], values.swapaxes(1, 2))
+  for share, part in zip(shares[1:], cached, strict=False):
+    y += jnp.matmul(share, part.values.swapaxes(2, 3))
+  if mixed is not None:
+    y += shares[-1] * mixed.values.astype(values.dtype)
+  y = y.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)
+  return y.reshape(batch, length, heads, head_dim)
 
 
 def softcap(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

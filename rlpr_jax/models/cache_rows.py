@@ -19,15 +19,13 @@ EVERYWHERE = (None,)
 
 
 def append_tokens(
-  begin: Int[Array, "R"], sharding: Sharding, axis: int, old: Shaped[Array, "L S K *C"], new: Shaped[Array, "L R K *N"]
-) -> Shaped[Array, "L S K *C"]:
-  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on; `axis`: tokens."""
+  begin: Int[Array, "R"], sharding: Sharding, old: Shaped[Array, "L S K H C"], new: Shaped[Array, "L R K H N"]
+) -> Shaped[Array, "L S K H C"]:
+  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on."""
 
   def rows(old: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
     for row in range(begin.size):
-      place: list[int | jax.Array] = [0, row, 0, 0, 0]
-      place[axis] = begin[row]
-      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], place)
+      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], (0, row, 0, 0, begin[row]))
     return old
 
   return _on_each_part(rows, sharding, (old, new, begin), (CACHE, CACHE, ROWS))

@@ -2,11 +2,14 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.sharding import Sharding
+
+TWO_CORES = ("TPU v4", "TPU v5")  # kinds of chips, as jax names them; v5 is v5p
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,35 @@ class ModelConfig:
       raise InputError(f"{len(self.unrotated)} layers are said to be rotated or not, of {self.num_layers}")
 
 
+class Reader(NamedTuple):
+  """A kernel that reads cached texts."""
+
+  kernel: str  # tpu | gpu
+  cores: int = 1  # of a TPU's chip, which share the rows if they divide them
+  interpret: bool = False  # step by step, on any device
+  required: bool = False  # that it cannot read the slots is an error; else plain XLA does
+
+
+def choose_reader(choice: str, platform: str, kind: str) -> Reader | None:
+  """The kernel for a device, as jax names it; None for plain XLA.
+
+  Args:
+    choice: auto | ragged | xla.
+
+  >>> choose_reader("auto", "tpu", "TPU v4"), choose_reader("auto", "cpu", "cpu")
+  (Reader(kernel='tpu', cores=2, interpret=False, required=False), None)
+  """
+  required = choice == "ragged"
+  if choice == "xla" or (platform == "cpu" and not required):
+    return None
+  match platform:
+    case "tpu":
+      return Reader("tpu", 2 if kind in TWO_CORES else 1, required=required)
+    case "gpu" | "cuda":
+      return Reader("gpu", required=required)
+  return Reader("tpu", interpret=True, required=required)
+
+
 @dataclasses.dataclass(frozen=True)
 class Runtime:
   """How a policy is run. Nothing here changes what it computes beyond rounding, which an int8 cache makes coarse."""
@@ -119,4 +151,6 @@ class Runtime:
   attention: str = "auto"  # auto (the best one for the devices) | xla | blockwise | splash | tokamax
   remat: str = "dots"  # kept for the backward pass: none: all; dots: products with weights; full: layer inputs alone
   int8_cache: bool = False  # keys and values are kept in eight bits: half of bfloat16's memory, and not exact
+  # To a cached text: auto | xla (as far as there is room) | ragged (what is there), and what these are on the devices.
+  decode_attention: str | Reader | None = "auto"
   sharding: Sharding = Sharding()

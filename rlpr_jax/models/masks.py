@@ -13,6 +13,13 @@ from rlpr_jax.types import AnyArray
 UNSEEN = int(np.iinfo(np.int32).max)  # position of a cache slot that holds nothing
 
 
+class Seen(NamedTuple):
+  """Which tokens of a row's cached text each new token sees: from `begins` to before `ends`."""
+
+  begins: Int[Array, "B T"]
+  ends: Int[Array, "B T"]
+
+
 class Places(NamedTuple):
   """Where the tokens of packed rows stand. A token sees those before it in its segment, and itself.
 
@@ -42,14 +49,26 @@ class Places(NamedTuple):
 
   def sees_cached(self, cached: Int[Array, "B S"], window: int | None) -> Bool[Array, "B T S"]:
     """Whether each token sees each cached one: what stands before its segment begins, and nothing that stands later."""
+    seen = self.seen_of_text(window)
+    return (cached[:, None] >= seen.begins[:, :, None]) & (cached[:, None] < seen.ends[:, :, None])
+
+  def seen_of_text(self, window: int | None) -> Seen:
+    """The positions of a cached text that each token sees: those before its segment begins, and nothing later.
+
+    Two answers behind a text of nine tokens, each begun with the text's last token; window 4:
+
+    >>> places = Places(jnp.array([[1, 1, 1, 2, 2]]), jnp.array(True), positions=jnp.array([[8, 9, 10, 8, 9]]))
+    >>> [x[0].tolist() for x in places.seen_of_text(4)]
+    [[5, 6, 7, 5, 6], [8, 8, 8, 8, 8]]
+    """
     if self.positions is None:
       raise ValueError("positions: expected those of the tokens, where others are cached")
     places = jnp.arange(self.segment_ids.shape[1])
-    begins = self.positions - (places - first_visible(self.segment_ids, None, None))  # of the segment, in the text
-    mask = cached[:, None] < begins[:, :, None]
+    ends = self.positions - (places - first_visible(self.segment_ids, None, None))  # the segment begins there
+    begins = jnp.zeros_like(ends)
     if self.windowed is not None and window is not None:
-      mask &= (cached[:, None] > self.positions[:, :, None] - window) | ~self.windowed
-    return mask
+      begins = jnp.where(self.windowed, jnp.maximum(self.positions - window + 1, 0), 0)
+    return Seen(begins, ends)
 
 
 class Spans(NamedTuple):

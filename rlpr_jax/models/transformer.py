@@ -15,15 +15,19 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Int8, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from rlpr_jax.errors import SettingError
+from rlpr_jax.models import ragged
 from rlpr_jax.models.attention import Cached, attend, rotate, softcap
 from rlpr_jax.models.blockwise import RESIDUALS
-from rlpr_jax.models.config import ModelConfig, Runtime
+from rlpr_jax.models.config import ModelConfig, Reader, Runtime, choose_reader
 from rlpr_jax.models.kernels import AttentionSettings
 from rlpr_jax.models.logprobs import drop_unknown, token_logprobs
-from rlpr_jax.models.masks import Places
+from rlpr_jax.models.masks import UNSEEN, Places
+from rlpr_jax.models.ragged import Quantized
 from rlpr_jax.models.weights import WEIGHTS, axis_sizes, key_path, param_axes
 from rlpr_jax.sharding import Sharding, fit
 from rlpr_jax.types import AnyArray, Params
@@ -44,41 +48,39 @@ _REMAT = {
 }
 
 
-class Quantized(NamedTuple):
-  """Numbers in eight bits, with one scale for the numbers of each head."""
-
-  numbers: Int8[Array, "..."]
-  scales: Float[Array, "..."]  # of length 1 along the head
-
-  @classmethod
-  def of(cls, x: Float[Array, "..."], axis: int) -> "Quantized":
-    """`axis`: along the head."""
-    wide = x.astype(jnp.float32)
-    scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=axis, keepdims=True), 1e-30) / 127
-    return cls(jnp.round(wide / scales).astype(jnp.int8), scales)
-
-
 class KVCache(NamedTuple):
   """Keys (rotated) and values of every layer, in the compute dtype or `Quantized`; S tokens.
 
-  Both lie as the products of attention take them: queries times keys, and weights times values.
+  Tokens lie along the last axis, whole registers of them on a TPU, whatever the size of a head is.
   """
 
   keys: Float[Array, "L B K H S"] | Quantized
-  values: Float[Array, "L B K S H"] | Quantized
-
-  def map(self, function: Callable[..., jax.Array], *others: "KVCache") -> "KVCache":
-    """`function(axis, x, *others)` of each array and those of other caches in its place; `axis` is that of tokens."""
-    return KVCache(
-      *(
-        jax.tree.map(functools.partial(function, axis), *parts)
-        for axis, parts in zip((4, 3), zip(self, *others, strict=True), strict=True)
-      )
-    )
+  values: Float[Array, "L B K H S"] | Quantized
 
   @property
   def rows(self) -> int:
     return jax.tree.leaves(self)[0].shape[1]
+
+
+class Text(NamedTuple):
+  """What rows of a cache hold from their first slot on, as `Decoder.extend` reads it."""
+
+  cache: KVCache
+  lengths: Int[Array, "B"]  # tokens of each row that may be seen
+  longest: int  # of all rows; plain XLA reads so much of each
+  rows: Int[AnyArray, "B"] | None = None  # of the cache; None for the first B, on a mesh of each part
+
+  def view(self) -> "CacheView":
+    """The same for plain XLA."""
+    places = jnp.arange(self.longest)
+    return CacheView(self.cache, jnp.where(places < self.lengths[:, None], places, UNSEEN), self.rows)
+
+  def numbers(self, num_shards: int) -> Int[AnyArray, "B"]:
+    """The rows' numbers, where the cache's rows are split so many ways."""
+    if self.rows is not None:
+      return self.rows
+    first = np.arange(num_shards)[:, None] * (self.cache.rows // num_shards)
+    return (first + np.arange(self.lengths.size // num_shards)).ravel()
 
 
 class CacheView(NamedTuple):
@@ -92,16 +94,14 @@ class CacheView(NamedTuple):
     """Takes the tokens' keys and values of one layer; the cache's rows, and `rows`, are split `num_shards` ways."""
     keys, values = (
       (part.numbers * part.scales).astype(dtype) if isinstance(part, Quantized) else part
-      for part in self.cache.map(functools.partial(self._take, number, num_shards))
+      for part in jax.tree.map(functools.partial(self._take, number, num_shards), self.cache)
     )
     return Cached(keys, values, self.positions)
 
-  def _take(
-    self, number: Int[Array, ""], num_shards: int, axis: int, x: Shaped[Array, "L R K *T"]
-  ) -> Shaped[Array, "B K *S"]:
+  def _take(self, number: Int[Array, ""], num_shards: int, x: Shaped[Array, "L R K N T"]) -> Shaped[Array, "B K N S"]:
     layers, all_rows, *rest = x.shape
     rows, slots = self.positions.shape
-    rest[axis - 2] = slots
+    rest[-1] = slots
     split = x.reshape(layers, num_shards, all_rows // num_shards, *x.shape[2:])  # each device takes from its own rows
     if self.rows is None:
       return jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, num_shards, rows // num_shards, *rest)).reshape(
@@ -109,7 +109,7 @@ class CacheView(NamedTuple):
       )
     local = self.rows.reshape(num_shards, -1) - jnp.arange(num_shards)[:, None] * (all_rows // num_shards)
     taken = jax.vmap(lambda part, rows: part[number, rows], in_axes=(1, 0))(split, local)
-    return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
+    return taken.reshape(rows, *x.shape[2:])[..., :slots]
 
 
 class LayerKind(NamedTuple):
@@ -309,6 +309,7 @@ class Decoder(nnx.Module):
     positions: Tokens,
     views: Sequence[CacheView],
     segment_ids: Tokens | None = None,
+    text: Text | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states of tokens that follow what parts of a cache hold, and their own keys and values.
 
@@ -316,9 +317,10 @@ class Decoder(nnx.Module):
 
     Args:
       positions: of the tokens in the text; consecutive within a segment.
+      text: what comes first; read by a kernel where `Runtime.decode_attention` says so and it can.
       segment_ids: texts that go on from the same row do not see each other; None for one text a row.
     """
-    return self._read(tokens, positions, jnp.ones_like(tokens) if segment_ids is None else segment_ids, views)
+    return self._read(tokens, positions, jnp.ones_like(tokens) if segment_ids is None else segment_ids, views, text)
 
   def empty_cache(self, rows: int, length: int) -> KVCache:
     """A cache of zeros, `rows` of `length` tokens, in the compute dtype, on the devices where it is to lie."""
@@ -329,33 +331,69 @@ class Decoder(nnx.Module):
     return jax.tree.map(self.place_cache, self._store(zeros, zeros))
 
   def _store(self, keys: Float[Array, "*B T K H"], values: Float[Array, "*B T K H"]) -> KVCache:
-    keys, values = jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -2)
+    keys, values = jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -1)
     return (
-      KVCache(Quantized.of(keys, -2), Quantized.of(values, -1)) if self.runtime.int8_cache else KVCache(keys, values)
+      KVCache(Quantized.of(keys, -2), Quantized.of(values, -2)) if self.runtime.int8_cache else KVCache(keys, values)
     )
 
   def _read(
-    self, tokens: Tokens, positions: Tokens, segment_ids: Tokens, views: Sequence[CacheView]
+    self,
+    tokens: Tokens,
+    positions: Tokens,
+    segment_ids: Tokens,
+    views: Sequence[CacheView],
+    text: Text | None = None,
   ) -> tuple[Float[Array, "B T D"], KVCache]:
     """Hidden states, and the tokens' keys and values.
 
     The cache is indexed by layer inside the scan, so that of each layer only what is read is touched.
     """
     definition, stacked = nnx.split(self.layers)
+    num_shards = self.runtime.sharding.num_shards("batch")
+    reader = None if text is None else self._text_reader(text)
+    if text is not None and reader is None:
+      views = [text.view(), *views]
 
     def body(x: jax.Array, scanned: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, KVCache]:
       weights, kind, number = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, kind)
-      num_shards = self.runtime.sharding.num_shards("batch")
       cached = [view.layer(number, num_shards, self.runtime.compute_dtype) for view in views]
       places = Places(segment_ids, kind.windowed, positions)
-      attended = attend(queries, keys, values, places, self.attention, cached)
+      mixed = None
+      if text is not None and reader is not None:
+        seen = places.seen_of_text(self.attention.window)
+        seen = seen._replace(ends=jnp.where(segment_ids > 0, jnp.minimum(seen.ends, text.lengths[:, None]), 0))
+        rows = text.numbers(num_shards)
+        mixed = ragged.ragged_attention(queries, *text.cache, number, rows, seen, self.attention, reader)
+      attended = attend(queries, keys, values, places, self.attention, cached, mixed)
       return layer.mix(x, attended), self._store(keys, values)
 
     numbers = jnp.arange(self.config.num_layers)
     x, new = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config), numbers))
     return self.final_norm(x), jax.tree.map(self.place_cache, new)
+
+  def _text_reader(self, text: Text) -> Reader | None:
+    """The kernel that reads a cached text; None where plain XLA does."""
+    reader = self.runtime.decode_attention
+    readable = isinstance(reader, Reader) and not self._obstacle(reader, text.cache)
+    return reader if readable else None  # type: ignore[return-value]
+
+  def _obstacle(self, reader: Reader, cache: KVCache) -> str | None:
+    """Why a kernel cannot read a cache; None if it can."""
+    config, capacity = self.config, jax.tree.leaves(cache)[0].shape[-1]
+    sizes = config.num_heads, config.num_kv_heads, config.head_dim, capacity
+    return ragged.obstacle(reader.kernel, *sizes, self.runtime.sharding)
+
+  def check_readable(self, cache: KVCache) -> None:
+    """Checks that the kernel that is asked for can read a cache.
+
+    Raises:
+      SettingError: it cannot, and why.
+    """
+    reader = self.runtime.decode_attention
+    if isinstance(reader, Reader) and reader.required and (why := self._obstacle(reader, cache)):
+      raise SettingError(f"{{decode_attention}}: ragged cannot read {why}; take 'auto' or 'xla'")
 
   def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """Float32 logits. For whole sequences take `logprobs`, which never holds them all."""
@@ -415,10 +453,7 @@ def definition(config: ModelConfig, runtime: Runtime = Runtime()) -> ModelGraph:
   (1, 3, 8)
   """
   fitted = fit(runtime.sharding, axis_sizes(config))
-  attention = runtime.attention
-  if attention == "auto":
-    attention = default_attention(_platform(fitted))
-  runtime = dataclasses.replace(runtime, sharding=fitted, attention=attention)
+  runtime = for_device(dataclasses.replace(runtime, sharding=fitted), _device(fitted))
   return nnx.split(nnx.eval_shape(lambda: Decoder(config, runtime, rngs=nnx.Rngs(0))))[0]
 
 
@@ -431,8 +466,22 @@ def default_attention(platform: str) -> str:
   return {"tpu": "splash", "gpu": "tokamax_or_xla", "cpu": "blockwise"}.get(platform, "xla")
 
 
-def _platform(sharding: Sharding) -> str:
-  return jax.default_backend() if sharding.mesh is None else sharding.mesh.devices.flat[0].platform
+def for_device(runtime: Runtime, device: Any) -> Runtime:
+  """With what "auto" is on a device, which may be only described.
+
+  >>> for_device(Runtime(), jax.devices("cpu")[0]).attention
+  'blockwise'
+  """
+  attention, reader = runtime.attention, runtime.decode_attention
+  if attention == "auto":
+    attention = default_attention(device.platform)
+  if isinstance(reader, str):
+    reader = choose_reader(reader, device.platform, device.device_kind)
+  return dataclasses.replace(runtime, attention=attention, decode_attention=reader)
+
+
+def _device(sharding: Sharding) -> Any:
+  return jax.devices()[0] if sharding.mesh is None else sharding.mesh.devices.flat[0]
 
 
 def place(params: Params, sharding: Sharding) -> Params:

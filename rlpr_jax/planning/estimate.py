@@ -8,10 +8,11 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from rlpr_jax.models import kernels
+from rlpr_jax.models import Reader, kernels, ragged
 from rlpr_jax.planning import flops
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
@@ -169,6 +170,45 @@ def micro_batches(layout: Layout, rows: int, lengths: Lengths) -> int:
   return math.ceil(packed(layout, lengths).rows / rows)
 
 
+class Read(NamedTuple):
+  """Cached tokens that are read at a time of each row, on average over a run's responses and the policy's layers."""
+
+  decoding: float
+  scoring: float
+
+
+def tokens_read(layout: Layout, lengths: Lengths, busy: float) -> Read:
+  """What texts of such lengths have read of them: where a kernel does it, whole blocks, and no more than a window.
+
+  Plain XLA reads all slots as far as the longest text in them, which among many is nearly always near the limit.
+
+  Args:
+    busy: share of the slots whose response has not ended, on average over the steps of decoding.
+  """
+  config, policy = layout.config, layout.sampler
+  model, reader = policy.config, policy.sampling.decode_attention
+  shapes = rollout_shapes(config, layout.processes, policy.sampling)
+  if not isinstance(reader, Reader):
+    return Read(shapes.longest, shapes.longest)
+  heads = max(model.num_kv_heads // policy.sampling.sharding.num_shards("kv_heads"), 1)
+  itemsize = 1 if policy.sampling.int8_cache else jnp.dtype(policy.sampling.compute_dtype).itemsize
+  block = ragged.block_length(shapes.capacity, heads * model.head_dim * itemsize, reader.kernel)
+  of_responses = [(p, r) for p, of_prompt in draw_lengths(config, lengths, config.prompts_per_step) for r in of_prompt]
+  prompts, responses = np.array(of_responses).T
+  texts = np.arange(shapes.longest + 1)
+
+  def of_layer(window: int | None) -> Read:
+    whole = -(-texts // block) * block
+    read = whole if window is None else whole - np.maximum(texts - window, 0) // block * block
+    before = np.concatenate([[0], np.cumsum(read)])  # of all shorter texts
+    decoded = (before[prompts + responses] - before[prompts]).sum() / responses.sum()
+    return Read(busy * decoded, read[prompts + responses].mean())
+
+  share = sum(model.windowed) / model.num_layers
+  full, windowed = of_layer(None), of_layer(model.window)
+  return Read(*((1 - share) * x + share * y for x, y in zip(full, windowed, strict=True)))
+
+
 def rooflines(
   layout: Layout,
   chip: Chip,
@@ -183,7 +223,7 @@ def rooflines(
     operations: as of `count_flops`, with these slots and rows, for texts of these lengths.
   """
   config = layout.config
-  shapes = rollout_shapes(config, layout.processes, layout.sampler.sampling.sharding.num_shards("batch"))
+  shapes = rollout_shapes(config, layout.processes, layout.sampler.sampling)
   prompts = config.rollout.prompts_per_draw * lengths.draws / layout.processes
   responses = prompts * config.samples_per_prompt
   weights = device_bytes(layout.sampled)
@@ -202,11 +242,11 @@ def rooflines(
       overlap=overlap,
     )
 
-  # All slots are read as far as the longest text in them, which among many is nearly always near the limit.
-  filled = sizes.slot_bytes * shapes.longest / shapes.capacity
   # Slots are taken until no response is left; the last one to begin is as long as it may be.
   steps = responses * lengths.response / sizes.slots + layout.config.rollout.max_response_length - lengths.response
-  scored = filled * shapes.score_rows / sizes.slots
+  read = tokens_read(layout, lengths, busy=responses * lengths.response / (steps * sizes.slots))
+  filled = sizes.slot_bytes * read.decoding / shapes.capacity
+  scored = sizes.slot_bytes * read.scoring / shapes.capacity * shapes.score_rows / sizes.slots
   parts = {
     "prefill": part("prefill", prompts / shapes.prefill_rows, weights),
     "insert": part("insert", responses / shapes.insert_rows, 0.0),

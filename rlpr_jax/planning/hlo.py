@@ -30,7 +30,7 @@ _CONSTANT = re.compile(r"\s*%([\w.\-]+) = [su]32\[\]\S* constant\((\d+)\)")
 _GOES_ON = re.compile(r"%async-collective-done|calls=%async_collective_fusion")
 _LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 
-# Targets of calls of hand-written kernels; the only ones that this package has are of attention.
+# Targets of calls of hand-written kernels; the only ones that this package has are of attention. Its own have a name.
 _KERNELS = {"tpu_custom_call": "splash", "mosaic_gpu": "mosaic_gpu", "__gpu$xla.gpu.triton": "triton"}
 
 
@@ -84,7 +84,12 @@ def kernels(text: str) -> list[str]:
   >>> kernels('%custom-call.1 = bf16[8,128] custom-call(%x), custom_call_target="tpu_custom_call"')
   ['splash']
   """
-  return [name for target, name in _KERNELS.items() if re.search(rf'(target="|@"?){re.escape(target)}', text)]
+  found = set()
+  for line in text.splitlines():
+    for target, name in _KERNELS.items():
+      if re.search(rf'(target="|@"?){re.escape(target)}', line):
+        found.add("ragged" if "ragged_attention" in line else name)
+  return sorted(found)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -117,7 +117,7 @@ def attention_of(name: str, compiled: Compiled) -> str:
 def flat_layout(config: ConfigDict, model_config: ModelConfig, processes: int) -> Layout:
   """The planner of one device with plain attention, in whose programs products are counted."""
   flat = config.copy_and_resolve_references()
-  flat.model.attention = "xla"
+  flat.model.attention = flat.model.decode_attention = "xla"
   flat.mesh.update(data=1, fsdp=1, tensor=1)
   mesh = sharding.create_mesh(1, 1, 1, devices=jax.devices("cpu")[:1])
   return programs.place_on_mesh(flat, model_config, mesh, mesh)._replace(processes=processes)

@@ -76,9 +76,6 @@ def place_on_slice(config: ConfigDict, model_config: ModelConfig, place: Slice) 
     InputError: a config that cannot be run there.
   """
   devices = place.describe()
-  if config.model.attention == "auto":  # of a single device the programs would not know what it is
-    config = config.copy_and_resolve_references()
-    config.model.attention = models.default_attention(devices[0].platform)
   process_mesh = mesh = create_mesh(config, devices)
   process_devices = place.describe_host(devices)
   if process_devices is not devices:
@@ -131,7 +128,7 @@ class Extent(NamedTuple):
 
 def extent_of(layout: Layout, prompt: int, reference: int, exchanged: float = 1.0) -> Extent:
   """For prompts and references of so many tokens: what they are rounded up to."""
-  shapes = rollout_shapes(layout.config, layout.processes, layout.sampler.sampling.sharding.num_shards("batch"))
+  shapes = rollout_shapes(layout.config, layout.processes, layout.sampler.sampling)
   return Extent(
     bucket(shapes.prompt_buckets, min(prompt, shapes.prompt_limit)),
     bucket(shapes.suffix_buckets, min(reference, shapes.suffix_length)),
@@ -145,7 +142,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   where = policy.sampling.sharding
   model, params = policy.sampler, layout.sampled
   num_shards = where.num_shards("batch")
-  shapes = dataclasses.replace(rollout_shapes(config, layout.processes, num_shards), slots=slots)
+  shapes = dataclasses.replace(rollout_shapes(config, layout.processes, policy.sampling), slots=slots)
   extent = extent or Extent(shapes.prompt_limit, shapes.suffix_length)
   abstract = functools.partial(_place_rows, where)
   empty = functools.partial(

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
-from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, ModelGraph, Params
+from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, ModelGraph, Params, Text
 from rlpr_jax.models.cache_rows import append_tokens, copy_rows, fill_rows
 from rlpr_jax.sampling.params import RowParams, SamplingParams, sample_token, stack
 from rlpr_jax.types import AnyArray
@@ -77,11 +77,17 @@ class Slots(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))
 def empty_slots(model: ModelGraph, params: Params, slots: int, capacity: int, limit: int) -> Slots:
-  """Makes slots with nothing in them; `capacity` is C, `limit` T."""
+  """Makes slots with nothing in them; `capacity` is C, `limit` T.
+
+  Raises:
+    SettingError: `Runtime.decode_attention` asks for a kernel that cannot read them.
+  """
   decoder = nnx.merge(model, params)
   config, dtype = decoder.config, decoder.runtime.compute_dtype
+  cache = decoder.empty_cache(slots, capacity)
+  decoder.check_readable(cache)
   new = Slots(
-    cache=decoder.empty_cache(slots, capacity),
+    cache=cache,
     lengths=jnp.zeros(slots, jnp.int32),
     hidden=jnp.zeros((slots, config.embed_dim), dtype),
     keys=jnp.zeros((slots, 2), jnp.uint32),
@@ -179,7 +185,7 @@ def decode(
 
   Args:
     rows: R, how many slots are decoded; the first of them, or on a mesh the first of each part. The others stay.
-    kv_length: how much of each slot is read; at least the longest text of an active row.
+    kv_length: how much of each slot plain XLA reads; at least the longest text of an active row.
   """
   decoder = nnx.merge(model, params)
   num_shards, steps = decoder.runtime.sharding.num_shards("batch"), settings.steps
@@ -187,8 +193,7 @@ def decode(
   state = jax.tree.map(lambda x: _first(x, rows, num_shards), all_rows)
   begin, numbers = state.lengths, jnp.arange(rows)
   eos_ids = jnp.array(settings.eos_ids)
-  filled, offsets = jnp.arange(kv_length), jnp.arange(steps)
-  text = CacheView(cache, jnp.where(filled < begin[:, None], filled, UNSEEN))
+  offsets = jnp.arange(steps)
 
   def step(carry: tuple[jax.Array, KVCache, Slots]) -> tuple[jax.Array, KVCache, Slots]:
     j, recent, state = carry
@@ -201,8 +206,9 @@ def decode(
     finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))
     # 3. Read the tokens. Their keys and values go to the small cache; the large one is only read.
     newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
-    hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (text, newest))
-    recent = recent.map(lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis), added)
+    text = Text(cache, jnp.where(state.active, begin, 0), kv_length)
+    hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (newest,), text=text)
+    recent = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, -1), recent, added)
     # 4. Keep what is new of the active rows; the others stay as they finished, to be collected and scored.
     state = state._replace(
       hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
@@ -222,7 +228,7 @@ def decode(
   _, recent, new = jax.lax.while_loop(is_running, step, start)
   new = new._replace(lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
-  cache = cache.map(functools.partial(append_tokens, begin, decoder.runtime.sharding), recent)
+  cache = jax.tree.map(functools.partial(append_tokens, begin, decoder.runtime.sharding), cache, recent)
   all_rows = jax.tree.map(lambda old, new: _with_first(old, new, num_shards), all_rows, new)
   return _place_slots(decoder, all_rows._replace(cache=cache))
 
@@ -270,12 +276,11 @@ def score(
   tokens alone. The cache is read and not written, so a slot needs no room for suffixes.
 
   Args:
-    kv_length: how much of each row is read; at least the longest text that a suffix follows.
+    kv_length: how much of each row plain XLA reads; at least the longest text that a suffix follows.
   """
   decoder = nnx.merge(model, params)
-  rows = suffixes.rows
-  text = CacheView(cache, jnp.broadcast_to(jnp.arange(kv_length), (rows.size, kv_length)), rows)
-  hidden, _ = decoder.extend(suffixes.tokens, suffixes.positions, (text,), suffixes.segment_ids)
+  text = Text(cache, jnp.full(suffixes.rows.size, kv_length), kv_length, suffixes.rows)
+  hidden, _ = decoder.extend(suffixes.tokens, suffixes.positions, (), suffixes.segment_ids, text)
   hidden = jnp.take_along_axis(hidden, suffixes.places[..., None], axis=1)
   return decoder.logprobs(hidden, suffixes.targets, temperature)[0]
 

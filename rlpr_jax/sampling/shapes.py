@@ -25,6 +25,7 @@ class Shapes:
   score_rows: int  # R, rows scored at once
   insert_rows: int  # rows that go into slots at once
   num_shards: int = 1  # parts into which the mesh splits rows; divides S, P and R
+  ragged: bool = False  # whether a kernel reads of each slot what its text is long
 
   @property
   def capacity(self) -> int:
@@ -67,9 +68,9 @@ class Shapes:
 
   @property
   def kv_lengths(self) -> tuple[int, ...]:
-    """How much of a slot is read: quarters, for attention to skip what no row has filled."""
+    """How much of a slot is read: quarters, for attention to skip what no row has filled. A kernel needs none."""
     longest = self.longest
-    if longest < 256:
+    if longest < 256 or self.ragged:
       return (longest,)
     return tuple(sorted({min(-(-longest * i // 4 // 64) * 64, longest) for i in range(1, 5)}))
 

@@ -92,7 +92,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
   device = Device(
     model=policy.sampler,
     settings=DecodeSettings(config.rollout.decode_steps, policy.turn_end.eos_ids),
-    shapes=settings.rollout_shapes(config, jax.process_count(), policy.sampling.sharding.num_shards("batch")),
+    shapes=settings.rollout_shapes(config, jax.process_count(), policy.sampling),
     score_temperature=config.reward.score_temperature,
   )
   engine = Engine(

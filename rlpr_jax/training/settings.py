@@ -5,6 +5,7 @@ from ml_collections import ConfigDict
 from rlpr_jax import config as configs
 from rlpr_jax import filtering
 from rlpr_jax.errors import InputError
+from rlpr_jax.models import Reader, Runtime
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.packing import PackingSettings, shortest_row
@@ -16,11 +17,12 @@ NAMES = {
   "prefill_rows": "config.rollout.prefill_prompts",
   "score_rows": "config.rollout.score_rows",
   "attention": "config.model.attention",
+  "decode_attention": "config.model.decode_attention",
 }
 
 
-def rollout_shapes(config: ConfigDict, shares: int, num_shards: int) -> Shapes:
-  """Sizes of the programs with which each of `shares` processes samples; its devices split rows `num_shards` ways."""
+def rollout_shapes(config: ConfigDict, shares: int, sampling: Runtime) -> Shapes:
+  """Sizes of the programs with which each of `shares` processes samples, so run on its devices."""
   slots = config.rollout.slots // shares
   return Shapes(
     slots=slots,
@@ -31,7 +33,8 @@ def rollout_shapes(config: ConfigDict, shares: int, num_shards: int) -> Shapes:
     prefill_rows=config.rollout.prefill_prompts // shares,
     score_rows=config.rollout.score_rows // shares,
     insert_rows=min(config.samples_per_prompt, slots),
-    num_shards=num_shards,
+    num_shards=sampling.sharding.num_shards("batch"),
+    ragged=isinstance(sampling.decode_attention, Reader),
   )
 
 

@@ -66,10 +66,15 @@ def finish(process, status=0):
   return json.loads(out)
 
 
-@tpu
-def test_decoding_copies_no_cache(recipe):
+@pytest.mark.parametrize("reading", ["ragged", "xla"])
+@pytest.mark.parametrize(
+  "topology",
+  [pytest.param("v6e:2x2", marks=tpu), pytest.param("v4:2x2x1", marks=tpu), pytest.param("h100:4", marks=gpu)],
+)
+def test_decoding_copies_no_cache(recipe, topology, reading):
   """More slots a chip take what their keys and values take, and some rows of logits; the least copy would be half."""
-  few, many = (plan(recipe, "v6e:2x2", "--nosearch", f"--config.rollout.slots={slots}") for slots in (64, 128))
+  reading = f"--config.model.decode_attention={reading}"
+  few, many = (plan(recipe, topology, "--nosearch", reading, f"--config.rollout.slots={n}") for n in (64, 128))
   each = (many["programs"]["decode"]["peak"] - few["programs"]["decode"]["peak"]) / 16
   room = -(-(512 + 512 + 16) // 128) * 128
   cache, logits = room * LAYERS * 4 * 128 * 2 * 2, VOCABULARY * 4
@@ -118,7 +123,14 @@ def attention(found):
 @tpu
 def test_attention_on_tpus(recipe):
   found = attention(plan(recipe, "v5e:2x2", "--nosearch"))
-  assert found == {"gather": "", "insert": "", "prefill": "splash", "decode": "xla", "score": "xla", "update": "splash"}
+  assert found == {
+    "gather": "",
+    "insert": "",
+    "prefill": "splash",
+    "decode": "ragged",
+    "score": "ragged",
+    "update": "splash",
+  }
 
 
 @gpu
@@ -131,7 +143,7 @@ def test_gpus(recipe, topology, processes):
   assert found["fits"]
   assert found["programs"]["update"]["collectives"]["all-gather"]["received"] > 0
   assert attention(found) == {
-    "gather": "", "insert": "", "prefill": "mosaic_gpu", "decode": "xla", "score": "xla", "update": "mosaic_gpu",
+    "gather": "", "insert": "", "prefill": "mosaic_gpu", "decode": "ragged", "score": "ragged", "update": "mosaic_gpu",
   }  # fmt: skip
 
 

@@ -146,6 +146,11 @@ def test_nothing_is_sent(text):
     ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="mosaic_gpu_v2"', ["mosaic_gpu"]),
     ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="__gpu$xla.gpu.triton"', ["triton"]),
     ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"', ["splash"]),
+    (
+      '%ragged_attention.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"\n'
+      '%c.1 = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"',
+      ["ragged", "splash"],
+    ),
     ("%0 = stablehlo.custom_call @mosaic_gpu_v2(%arg0) : (tensor<8xf32>) -> tensor<8xf32>", ["mosaic_gpu"]),
     ('%c.1 = f32[8]{0} custom-call(%p), custom_call_target="__cublas$gemm"', []),
     (GPU, []),

@@ -116,6 +116,27 @@ def test_exchanged_answers_are_counted_where_a_reward_asks_for_them(paper, qwen)
   assert state["parameters"] == 8 * (state["optimiser"] - 4) // 8
 
 
+def test_tokens_read_follow_the_lengths(paper, qwen, monkeypatch):
+  """By hand, for a prompt of 100 tokens and a response of 3, and one of 10 and 300, in blocks of 128."""
+  monkeypatch.setattr(estimate, "draw_lengths", lambda *_: [(100, [3]), (10, [300])])
+  paper.data.prompt_limit, paper.rollout.max_response_length, paper.rollout.decode_steps = 500, 500, 24
+
+  def read(reader, **windows):
+    flat = planner.flat_layout(paper, dataclasses.replace(qwen, **windows), processes=1)
+    sampler = flat.sampler._replace(sampling=dataclasses.replace(flat.sampler.sampling, decode_attention=reader))
+    return estimate.tokens_read(flat._replace(sampler=sampler), LENGTHS, busy=0.5)
+
+  assert read(None) == (1000, 1000)
+  monkeypatch.setattr(models.ragged, "MOST_TOKENS", 128)
+  full = (3 * 128 + 119 * 128 + 128 * 256 + 53 * 384) / 303  # texts of up to 128, 256 and 309 tokens
+  assert read(models.Reader("tpu")) == pytest.approx((0.5 * full, (128 + 384) / 2))
+  # The last 100 tokens are in two blocks at most; a third of the layers reads no more.
+  windowed = (3 * 128 + 119 * 128 + 99 * 256 + 29 * 128 + 53 * 256) / 303
+  windows = {"window": 100, "windowed": (True, False, False, False) * 7}
+  mixed = (0.75 * full + 0.25 * windowed) / 2, (0.75 * 512 + 0.25 * 384) / 2
+  assert read(models.Reader("tpu"), **windows) == pytest.approx(mixed)
+
+
 def test_bytes_of_parameters_and_optimiser_are_exact(paper, qwen):
   c = qwen
   biases, norms = c.head_dim * (c.num_heads + 2 * c.num_kv_heads), 2 * c.embed_dim

@@ -1,9 +1,12 @@
 """Rollouts on eight devices and on one: prints what differs, as JSON, for test_engine.py.
 
+  python -m tests.sampling.engine_on_mesh [ragged]    with that, the others read their texts by a kernel
+
 A script and not a test, for the number of devices must be set before jax starts.
 """
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -17,19 +20,20 @@ from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.types import Prompt
 
-MESHES = ((1, 1, 1), (2, 2, 2), (4, 1, 2))
+MESHES = ((2, 2, 2), (4, 1, 2))
+RAGGED_MESHES = ((1, 1, 1), (2, 2, 2), (2, 1, 4))  # of the last each device has one query head, and all keys
 SAMPLES = 16
 LENGTHS = (3, 40, 10, 22, 1, 7, 33, 5)
 
 
-def roll_out(mesh, config, params, prompts, tokenizer):
+def roll_out(mesh, config, params, prompts, tokenizer, reading="xla"):
   """Rollouts, baselines, and how many programs were compiled after the warm-up."""
   where = sharding.create(sharding.create_mesh(*mesh, devices=jax.devices()[: np.prod(mesh)]))
   placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, models.abstract_params(config, where))
   device = Device(
-    models.definition(config, models.Runtime(sharding=where)),
+    models.definition(config, models.Runtime(decode_attention=reading, sharding=where)),
     DecodeSettings(5, (tokenizer.eos_token_id,)),
-    Shapes(16, 42, 28, 32, 5, 4, 8, 8, num_shards=where.num_shards("batch")),
+    Shapes(16, 95, 28, 32, 5, 4, 8, 8, num_shards=where.num_shards("batch"), ragged=reading != "xla"),
   )
   engine = Engine(device, tokenizer, "answer_only", baseline_prefix="bare")
   draws, key = list(enumerate(prompts)), jax.random.key(0)
@@ -51,7 +55,11 @@ def main():
     Prompt(ids=rng.integers(8, 64, length).astype(np.int32), reference="ab1" * (1 + row), row=row)
     for row, length in enumerate(LENGTHS)
   ]
-  (expected, baseline, _), *others = (roll_out(mesh, config, params, prompts, tokenizer) for mesh in MESHES)
+  ragged = sys.argv[1:] == ["ragged"]
+  given = config, params, prompts, tokenizer
+  expected, baseline, _ = roll_out((1, 1, 1), *given)
+  meshes, reading = (RAGGED_MESHES, "ragged") if ragged else (MESHES, "xla")
+  others = [roll_out(mesh, *given, reading) for mesh in meshes]
   results = []
   for found, found_baseline, compiled in others:
     same = {

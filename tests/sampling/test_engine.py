@@ -18,7 +18,7 @@ from flax import nnx
 
 from rlpr_jax import serve, splicing, types
 from rlpr_jax.errors import InputError, SettingError, setting_names
-from rlpr_jax.models import Runtime, definition
+from rlpr_jax.models import Reader, Runtime, definition
 from rlpr_jax.runs import metrics
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, row_keys
@@ -203,6 +203,18 @@ def test_a_tail_is_decoded_in_fewer_rows(make, policy, draws, rollouts, monkeypa
   assert set(rows) in ({slots, 16, 4}, {slots, 16})
   assert rows[0] == slots > rows[-1]
   assert rows == sorted(rows, reverse=True)
+
+
+@pytest.mark.parametrize("kernel", ["tpu", pytest.param("gpu", marks=pytest.mark.slow)])
+def test_texts_read_by_a_kernel_are_the_same(make, policy, draws, rollouts, kernel):
+  """Decoding and scoring, with what finished rows hold left unread; and one program does for all lengths."""
+  engine = make(steps=30, ragged=True)  # for whole registers in a slot
+  assert engine.device.shapes.capacity == 128
+  runtime = Runtime(decode_attention=Reader(kernel, interpret=True, required=True))
+  device = dataclasses.replace(engine.device, model=definition(policy.config, runtime))
+  found = dataclasses.replace(engine, device=device).rollout(policy.params, draws, KEY, SAMPLES)
+  assert_same(found, rollouts)
+  assert len(dataclasses.replace(SHAPES, max_response_length=3000, ragged=True).kv_lengths) == 1
 
 
 @pytest.mark.slow
@@ -686,12 +698,13 @@ def test_nothing_compiles_after_the_first_compilation(make, policy):
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing_and_compiles_nothing_twice():
-  """Eight devices, two ways to split rows among them, against one."""
+@pytest.mark.parametrize("reading", ["", "ragged"])
+def test_a_mesh_changes_nothing_and_compiles_nothing_twice(reading):
+  """Eight devices, two ways to split rows among them, against one; texts read by plain XLA, or by a kernel."""
   root = Path(__file__).parents[2]
   path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
   done = subprocess.run(
-    [sys.executable, "-m", "tests.sampling.engine_on_mesh"],
+    [sys.executable, "-m", "tests.sampling.engine_on_mesh", *filter(None, [reading])],
     cwd=root,
     env=os.environ
     | {
