@@ -10,7 +10,7 @@ import functools
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -160,7 +160,7 @@ def train_steps(
 
     # 1. Sample, score, reward and filter, until enough groups are kept.
     try:
-      batch = collect(run, state, stream, stop)
+      batch = collect(run, state, stream, stop, keep_rate(writer.rows))
     except StoppedError:
       break
 
@@ -210,6 +210,15 @@ class Updated(NamedTuple):
   minibatches: list[PackedRows]
   losses: list[dict[str, np.ndarray]]  # metrics of each optimiser step
   metrics: dict[str, float]  # of the step
+
+
+def keep_rate(rows: Sequence[Mapping[str, float]]) -> float:
+  """Share of the prompts that the last step which drew some has kept; 1 before the first one.
+
+  >>> keep_rate([{"step": 1, "filter/kept": 24, "filter/drawn": 32}, {"step": 2, "filter/kept": 0, "filter/drawn": 0}])
+  0.75
+  """
+  return next((row["filter/kept"] / row["filter/drawn"] for row in reversed(rows) if row.get("filter/drawn")), 1.0)
 
 
 def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptStream) -> Updated:
@@ -306,7 +315,8 @@ def progress_line(step: int, steps: int, values: dict[str, float], left: float) 
     f"  r' {show('reward/baseline', 3)}  kept {values['filter/kept']}/{values['filter/drawn']}"
     f" (trained {values['filter/trained']})  length {show('rollout/response_length', 1)}"
     f"  | sample {show('seconds/rollout', 1)}s score {show('seconds/score', 1)}s update {show('seconds/update', 1)}s"
-    f"  {show('tokens_per_second/rollout', 0)} tokens/s  | {metrics.duration(left)} left"
+    f"  {show('tokens_per_second/rollout', 0)} tokens/s, slots {show('rollout/occupancy', 2)} busy"
+    f"  | {metrics.duration(left)} left"
   )
 
 

@@ -68,6 +68,7 @@ class Rollouts(NamedTuple):
   reference_tokens: np.ndarray  # int32[B, *M, E] the suffix that was scored
   reference_logps: np.ndarray  # float32[B, *M, E] of the reference answer's own tokens, else 0
   reference_mask: np.ndarray  # bool[B, *M, E] True on the reference answer's own tokens
+  slot_steps: tuple[int, int] = (0, 0)  # steps of decoding, times slots with a response that went on, and times all
 
 
 class Evidence(NamedTuple):

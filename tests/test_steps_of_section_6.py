@@ -15,6 +15,7 @@ import pytest
 from rlpr_jax import config, filtering
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.runs.interrupt import StopRequest
+from rlpr_jax.sampling.engine import Session
 from rlpr_jax.training.collect import collect
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.run import Run
@@ -97,21 +98,39 @@ class Stream(PromptStream):
       for number in range(first, self.drawn)
     ]
 
+  def state(self):
+    return {"drawn": self.drawn}
 
-class FakeEngine:
+  def restore(self, state):
+    self.drawn = state["drawn"]
+
+
+class FakeSession(Session):
   """Samples nothing."""
 
-  template = "think"
-  response_text = staticmethod(lambda tokens: "")
+  def __init__(self, samples):
+    self.samples = samples
 
-  def rollout(self, params, numbered, key, samples, options):
-    count = len(numbered) * samples
+  def tokens_ahead(self):
+    return 0
+
+  def run(self, draws, options, ahead):
+    count = len(draws) * self.samples
     fields = {name: np.zeros(count, np.int32) for name in Rollouts._fields}
     fields |= {name: np.zeros(count, bool) for name in ("finished", "refused", "scorable", "overlong")}
     fields |= {name: np.zeros((count, 1), np.int32) for name in ("tokens", "reference_tokens")}
     fields |= {name: np.zeros((count, 1), np.float32) for name in ("logprobs", "reference_logps")}
     fields["reference_mask"] = np.zeros((count, 1), bool)
-    return Rollouts(**fields | {"texts": [""] * count, "seconds": {"prefill": 0.0, "decode": 0.0, "score": 0.0}})
+    fields |= {"texts": [""] * count, "seconds": dict.fromkeys(("prefill", "decode", "score"), 0.0)}
+    return Rollouts(**fields | {"slot_steps": (0, 0)})
+
+
+class FakeEngine:
+  template = "think"
+  response_text = staticmethod(lambda tokens: "")
+
+  def session(self, params, key, samples):
+    return FakeSession(samples)
 
 
 def train(rewards, case):
@@ -140,7 +159,7 @@ def train(rewards, case):
   stream, steps = Stream(), []
   for t in range(1, STEPS + 1):
     before = stream.drawn
-    batch = collect(run, state, stream, StopRequest())
+    batch = collect(run, state, stream, StopRequest(), keep_rate=stream.drawn % 7 / 6)  # wrong as often as right
     state = state._replace(step=t, filter=filtering.update(state.filter, batch.stds, run.filter), carried=batch.carried)
     trained, carried = (groups.prompt_tokens[:, 0].tolist() for groups in (batch.groups, batch.carried))
     drawn, limit = stream.drawn - before, batch.metrics["filter/threshold"]

@@ -46,6 +46,12 @@ class Quantized(NamedTuple):
     scales = jnp.maximum(jnp.max(jnp.abs(wide), axis=axis, keepdims=True), 1e-30) / 127
     return cls(jnp.round(wide / scales).astype(jnp.int8), scales)
 
+  @classmethod
+  def zeros(cls, shape: tuple[int, ...], axis: int) -> "Quantized":
+    """`axis`: along the head."""
+    numbers = jnp.zeros(shape, jnp.int8)
+    return cls(numbers, jnp.zeros_like(jax.lax.slice_in_dim(numbers, 0, 1, axis=axis % len(shape)), jnp.float32))
+
 
 class Mixed(NamedTuple):
   """What queries made of the keys and values that they saw."""

@@ -324,11 +324,14 @@ class Decoder(nnx.Module):
 
   def empty_cache(self, rows: int, length: int) -> KVCache:
     """A cache of zeros, `rows` of `length` tokens, in the compute dtype, on the devices where it is to lie."""
-    config = self.config
-    zeros = jnp.zeros(
-      (config.num_layers, rows, length, config.num_kv_heads, config.head_dim), self.runtime.compute_dtype
-    )
-    return jax.tree.map(self.place_cache, self._store(zeros, zeros))
+    config, runtime = self.config, self.runtime
+    shape = (config.num_layers, rows, config.num_kv_heads, config.head_dim, length)
+
+    def zeros() -> jax.Array | Quantized:
+      # Not zeros that are quantised: the compiler would do that, number by number, before the program is ever run.
+      return Quantized.zeros(shape, axis=-2) if runtime.int8_cache else jnp.zeros(shape, runtime.compute_dtype)
+
+    return jax.tree.map(self.place_cache, KVCache(zeros(), zeros()))
 
   def _store(self, keys: Float[Array, "*B T K H"], values: Float[Array, "*B T K H"]) -> KVCache:
     keys, values = jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -1)

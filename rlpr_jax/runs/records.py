@@ -22,6 +22,7 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
 
   seconds = {name: sum(part.seconds[name] for part in rollouts) for name in rollouts[0].seconds}
   sampling = seconds["prefill"] + seconds["decode"]
+  busy, slots = np.sum([part.slot_steps for part in rollouts], axis=0)
   parts = [name for name in Rewards._fields if getattr(batches[0].rewards, name) is not None]
   return {
     **{f"reward/{name}": finite_mean([getattr(batch.rewards, name) for batch in batches]) for name in parts},
@@ -32,6 +33,7 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
     "reward/not_finite_share": float(np.mean(np.concatenate([~np.isfinite(batch.rewards.total) for batch in batches]))),
     **answer_metrics(batches),
     **compare_rewards(batches, verifies=config.reward.verifier != "none"),
+    "rollout/occupancy": busy / max(slots, 1),
     "rollout/response_length": float(np.mean(everywhere("lengths"))),
     "rollout/truncated": float(np.mean(~everywhere("finished"))),
     "rollout/scorable": float(np.mean(everywhere("scorable"))),

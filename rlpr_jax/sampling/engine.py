@@ -20,7 +20,7 @@ from rlpr_jax import splicing
 from rlpr_jax.models import Params
 from rlpr_jax.sampling.device import Device, Suffix
 from rlpr_jax.sampling.params import SamplingParams
-from rlpr_jax.sampling.scheduler import Reference, Request, Scheduler
+from rlpr_jax.sampling.scheduler import Clock, Reference, Request, Scheduler
 from rlpr_jax.sampling.shapes import bucket, pad_rows
 from rlpr_jax.types import Prompt, Rollouts
 
@@ -59,13 +59,17 @@ class Engine:
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
   ) -> Rollouts:
     """Samples responses to each prompt; a draw's number and `key` decide its responses, not slots or neighbours."""
-    return self._finish(self.scheduler(params, key), draws, samples, options)
+    return Session(self, self.scheduler(params, key), samples).run(draws, options)
 
   def rollout(
     self, params: Params, draws: Draws, key: jax.Array, samples: int, options: SampleOptions = SampleOptions()
   ) -> Rollouts:
     """Samples responses and scores the reference answers in the place of each response's own (RLPR, section 3.2)."""
-    return self._finish(self.scheduler(params, key, scoring=True), draws, samples, options)
+    return self.session(params, key, samples).run(draws, options)
+
+  def session(self, params: Params, key: jax.Array, samples: int) -> "Session":
+    """For several batches of rollouts with the same parameters."""
+    return Session(self, self.scheduler(params, key, scoring=True), samples)
 
   def scheduler(self, params: Params, key: jax.Array, scoring: bool = False) -> Scheduler:
     """A scheduler of responses whose text is this tokenizer's; with `scoring`, of their references too."""
@@ -79,51 +83,9 @@ class Engine:
     references = self._references(prompt)
     return splicing.splice_each(self.tokenizer, prompt.ids, response, references, self.template, self.eos_id)
 
-  def _reference_shape(self, rows: int, width: int) -> tuple[int, ...]:
-    """[rows, *M, width]."""
+  def reference_shape(self, rows: int, width: int) -> tuple[int, ...]:
+    """Of arrays of references: [rows, *M, width]."""
     return (rows, width) if self.max_references is None else (rows, self.max_references, width)
-
-  def _finish(self, scheduler: Scheduler, draws: Draws, samples: int, options: SampleOptions) -> Rollouts:
-    """Runs until all of a batch has ended; request b is sample b % G of prompt b // G."""
-    shapes, total = self.device.shapes, len(draws) * samples
-    requests: list[Request] = []
-    limits = [shapes.max_response_length] * total if options.limits is None else options.limits
-    for draw, prompt in draws:
-      of_prompt = limits[len(requests) : len(requests) + samples]
-      requests += scheduler.add(prompt, draw, of_prompt, self.sampling, options.stop)
-    done = total - len(scheduler.waiting)
-    while scheduler.busy:
-      if options.interrupted():
-        raise StoppedError
-      options.ended(scheduler.round())
-      if done != (done := total - len(scheduler.waiting) - len(scheduler.running)):
-        options.progress(done, total)
-    count, width = self.max_references or 1, shapes.suffix_length if scheduler.splice else 0
-    shape = self._reference_shape(total, width)
-    references = [
-      reference or _NO_REFERENCE
-      for request in requests
-      for reference in (*request.references, *[None] * (count - len(request.references)))
-    ]
-    mask = pad_rows([reference.mask for reference in references], width, bool)
-    logps = np.zeros(mask.shape, np.float32)
-    logps[mask] = np.concatenate([_NO_REFERENCE.logps, *(reference.logps for reference in references)])
-    starts = [max((one.start for one in request.references if one), default=0) for request in requests]
-    return Rollouts(
-      tokens=pad_rows([request.tokens for request in requests], shapes.max_response_length),
-      lengths=np.array([request.tokens.size for request in requests], np.int32),
-      logprobs=pad_rows([request.logprobs for request in requests], shapes.max_response_length, np.float32),
-      finished=np.array([request.finished for request in requests], bool),
-      texts=[request.text for request in requests],
-      refused=np.array([not shapes.takes(request.group.prompt) for request in requests], bool),
-      seconds=scheduler.seconds,
-      scorable=np.any(mask.reshape(total, count * width), axis=1),
-      overlong=np.array([request.overlong for request in requests], bool),
-      reference_starts=np.array(starts, np.int32),
-      reference_tokens=pad_rows([reference.tokens for reference in references], width).reshape(shape),
-      reference_logps=logps.reshape(shape),
-      reference_mask=mask.reshape(shape),
-    )
 
   def response_text(self, response: Sequence[int] | np.ndarray) -> str:
     """A response's text, without its EOS."""
@@ -170,4 +132,82 @@ class Engine:
     logps = np.full((count, self.max_references or 1, width), np.nan, np.float32)
     for at, found in scores.items():
       logps[at][: found.size] = found
-    return logps.reshape(self._reference_shape(count, width))
+    return logps.reshape(self.reference_shape(count, width))
+
+
+class Session:
+  """Batches of responses by one policy, which share its slots: the next may begin where one leaves some free."""
+
+  def __init__(self, engine: Engine, scheduler: Scheduler, samples: int):
+    self.engine, self.scheduler, self.samples = engine, scheduler, samples
+    self.begun: list[Request] = []  # of the batch that comes next
+
+  def run(self, draws: Draws, options: SampleOptions = SampleOptions(), ahead: Draws = ()) -> Rollouts:
+    """Runs until all of a batch has ended; response b is sample b % G of prompt b // G.
+
+    Args:
+      ahead: the batch that comes next, if it is known: its responses begin in slots for which this one has none left.
+        None is another for it, since a draw's number and the key decide them. `options` say how these end too.
+
+    Raises:
+      StoppedError: the options' `interrupted` said so.
+    """
+    scheduler = self.scheduler
+    before = scheduler.clock()
+    requests = self.begun or self._add(draws, options)
+    if {request.group.draw for request in requests} != {draw for draw, _ in draws}:
+      raise ValueError("draws: expected the batch that has begun")
+    self.begun = self._add(ahead, dataclasses.replace(options, limits=None))
+    own, done = set(requests), 0
+    while any(request in own for request in scheduler.pending()):
+      if options.interrupted():
+        raise StoppedError
+      options.ended([request for request in scheduler.round() if request in own])
+      left = sum(request in own for request in (*scheduler.waiting, *scheduler.running.values()))
+      if done != (done := len(requests) - left):
+        options.progress(done, len(requests))
+    return self._rollouts(requests, scheduler.clock() - before)
+
+  def tokens_ahead(self) -> int:
+    """Tokens that were sampled of the batch that has begun."""
+    self.scheduler.read_running()
+    return sum(request.tokens.size for request in self.begun)
+
+  def _add(self, draws: Draws, options: SampleOptions) -> list[Request]:
+    requests: list[Request] = []
+    most = self.engine.device.shapes.max_response_length
+    limits = [most] * (len(draws) * self.samples) if options.limits is None else options.limits
+    for draw, prompt in draws:
+      of_prompt = limits[len(requests) : len(requests) + self.samples]
+      requests += self.scheduler.add(prompt, draw, of_prompt, self.engine.sampling, options.stop)
+    return requests
+
+  def _rollouts(self, requests: Sequence[Request], clock: Clock) -> Rollouts:
+    engine, shapes, total = self.engine, self.engine.device.shapes, len(requests)
+    count, width = engine.max_references or 1, shapes.suffix_length if self.scheduler.splice else 0
+    shape = engine.reference_shape(total, width)
+    references = [
+      reference or _NO_REFERENCE
+      for request in requests
+      for reference in (*request.references, *[None] * (count - len(request.references)))
+    ]
+    mask = pad_rows([reference.mask for reference in references], width, bool)
+    logps = np.zeros(mask.shape, np.float32)
+    logps[mask] = np.concatenate([_NO_REFERENCE.logps, *(reference.logps for reference in references)])
+    starts = [max((one.start for one in request.references if one), default=0) for request in requests]
+    return Rollouts(
+      tokens=pad_rows([request.tokens for request in requests], shapes.max_response_length),
+      lengths=np.array([request.tokens.size for request in requests], np.int32),
+      logprobs=pad_rows([request.logprobs for request in requests], shapes.max_response_length, np.float32),
+      finished=np.array([request.finished for request in requests], bool),
+      texts=[request.text for request in requests],
+      refused=np.array([not shapes.takes(request.group.prompt) for request in requests], bool),
+      seconds=clock.seconds,
+      scorable=np.any(mask.reshape(total, count * width), axis=1),
+      overlong=np.array([request.overlong for request in requests], bool),
+      reference_starts=np.array(starts, np.int32),
+      reference_tokens=pad_rows([reference.tokens for reference in references], width).reshape(shape),
+      reference_logps=logps.reshape(shape),
+      reference_mask=mask.reshape(shape),
+      slot_steps=clock.slot_steps,
+    )

@@ -62,6 +62,19 @@ class Request:
   overlong: bool = False  # there is a place for the references, but not room for all
 
 
+class Clock(NamedTuple):
+  """What has been spent on rollouts."""
+
+  seconds: dict[str, float]  # wall time of "prefill", "decode", "score"
+  slot_steps: tuple[int, int]  # as in `Rollouts`
+
+  def __sub__(self, earlier: "Clock") -> "Clock":
+    """What was spent since."""
+    seconds = {name: spent - earlier.seconds[name] for name, spent in self.seconds.items()}
+    (busy, slots), (busy_before, slots_before) = self.slot_steps, earlier.slot_steps
+    return Clock(seconds, (busy - busy_before, slots - slots_before))
+
+
 class Scheduler:
   """Decides which prompt goes into which slot, and when; functions that it is given do what needs a tokenizer."""
 
@@ -92,11 +105,23 @@ class Scheduler:
     self.slots_each = count // self.shapes.num_shards  # of a part of the mesh
     self.free = sorted(range(count), key=lambda slot: slot % self.slots_each)  # the parts by turns
     self.seconds = dict.fromkeys(("prefill", "decode", "score"), 0.0)
+    self.busy_steps = self.steps = 0  # of decoding: times the slots whose response went on, and by themselves
 
   @property
   def busy(self) -> bool:
     """Whether there is anything left to do."""
     return bool(self.waiting or self.running or self.finished or self.to_score)
+
+  def pending(self) -> Iterator[Request]:
+    """Requests for which something is left to do."""
+    yield from (request for request, *_ in self.to_score)
+    yield from (request for _, request in self.finished)
+    yield from self.running.values()
+    yield from self.waiting
+
+  def clock(self) -> Clock:
+    """What has been spent so far."""
+    return Clock(dict(self.seconds), (self.busy_steps, self.steps * self.shapes.slots))
 
   def add(
     self,
@@ -244,8 +269,11 @@ class Scheduler:
   def gather(self) -> None:
     """Waits for the device, and takes the rows that have finished."""
     state = {name: np.array(x) for name, x in self.read("active", "lengths", "counts", "finished").items()}
-    for slot, request in self.running.items():
-      request.text_length = int(state["lengths"][slot])
+    lengths = [int(state["lengths"][slot]) for slot in self.running]
+    drawn = [new - request.text_length for new, request in zip(lengths, self.running.values(), strict=True)]
+    self.busy_steps, self.steps = self.busy_steps + sum(drawn), self.steps + max(drawn, default=0)
+    for length, request in zip(lengths, self.running.values(), strict=True):
+      request.text_length = length
     if any(request.group.stop for request in self.running.values()):
       self.find_stops(state)
     ended = [(slot, request) for slot, request in self.running.items() if not state["active"][slot]]

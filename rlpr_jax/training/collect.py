@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import rollout_metrics, rollout_rows
-from rlpr_jax.sampling.engine import Draws, SampleOptions, StoppedError
+from rlpr_jax.sampling.engine import Draws, SampleOptions, Session, StoppedError
 from rlpr_jax.sampling.shapes import pad_prompts
 from rlpr_jax.training import packing
 from rlpr_jax.training.baselines import prompts_to_measure, renew_baselines, scorer_measures
@@ -50,22 +51,41 @@ _group_bound = jax.jit(grpo.group_bound)
 _answer_gradient = jax.jit(rewards.answer_gradient, static_argnames=("kind",))
 
 
-def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest) -> StepBatch:
+def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest, keep_rate: float = 1.0) -> StepBatch:
   """Draws until `prompts_per_step` groups are kept, those carried over included, or `max_draws` draws were made.
+
+  Where another draw is likely to be needed, its prompts begin in slots that the one before it leaves free. Nothing but
+  time depends on it: if it turns out not to be needed, it is given up, and its prompts come first in the next step.
+
+  Args:
+    keep_rate: share of the prompts that is expected to be kept, until this step has seen some.
 
   Raises:
     StoppedError: `stop` was asked for; nothing has changed but the stream.
   """
   config = run.config
   params = run.policy.sampling_params(state.params)
+  session = run.engine.session(params, run.key, config.samples_per_prompt)
   batches: list[RolloutBatch] = []
-  kept = [state.carried]
-  while sum(groups.num_groups for groups in kept) < config.prompts_per_step and len(batches) < config.max_draws:
-    batch = draw(run, state, params, stream, stop)
+  kept, size, each = [state.carried], config.prompts_per_step, config.rollout.prompts_per_draw
+  ahead: Draws = []
+  position: dict[str, Any] = {}  # of the stream before those
+  while (have := sum(groups.num_groups for groups in kept)) < size and len(batches) < config.max_draws:
+    numbered = ahead or stream.next_batch(each)
+    if batches:
+      keep_rate = float(np.mean([batch.keep.mean() for batch in batches]))
+    ahead = []
+    if have + keep_rate * each < size and len(batches) + 1 < config.max_draws:
+      position = stream.state()
+      ahead = stream.next_batch(each)
+    batch = draw(run, state, params, session, numbered, ahead, stop)
     state = state._replace(baselines=batch.baselines)
     kept.append(kept_groups(run, batch))
     batches.append(batch)
-  groups, size = packing.concatenate(kept), config.prompts_per_step
+  wasted = session.tokens_ahead() if ahead else 0
+  if ahead:
+    stream.restore(position)
+  groups = packing.concatenate(kept)
   # One length whatever was drawn, so that nothing compiles again; the filter leaves NaN out.
   stds = np.full(config.max_draws * config.rollout.prompts_per_draw, np.nan, np.float32)
   for i, batch in enumerate(batches):
@@ -83,16 +103,19 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
     carried_in=state.carried.num_groups,
     stds=stds,
     baselines=state.baselines,
-    metrics=filter_metrics | rollout_metrics(config, batches),
+    metrics=filter_metrics | rollout_metrics(config, batches) | ({"rollout/wasted_tokens": wasted} if batches else {}),
     rollouts=rollout_rows(batches[0], state.step + 1, config.log.rollouts, run.engine) if batches else [],
   )
 
 
-def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop: StopRequest) -> RolloutBatch:
-  """Takes the next prompts of the stream; samples, scores and rewards their responses, and says which groups to keep.
+def draw(
+  run: Run, state: TrainState, params: Params, session: Session, numbered: Draws, ahead: Draws, stop: StopRequest
+) -> RolloutBatch:
+  """Samples, scores and rewards responses to some prompts, and says which groups to keep.
 
   Args:
     params: as the sampler reads them.
+    ahead: the prompts that come next, if they are known.
 
   Raises:
     StoppedError: on every process, if `stop` was asked for on one.
@@ -100,13 +123,12 @@ def draw(run: Run, state: TrainState, params: Params, stream: PromptStream, stop
   config, samples = run.config, run.config.samples_per_prompt
 
   # 1. Sample: every process draws the same prompts, and samples its share of them.
-  numbered = stream.next_batch(config.rollout.prompts_per_draw)
   prompts = [prompt for _, prompt in numbered]
   my_numbered, my_prompts = processes.share(numbered), processes.share(prompts)
   rollouts = None
   with contextlib.suppress(StoppedError):
     options = SampleOptions(interrupted=stop.__bool__)
-    rollouts = run.engine.rollout(params, my_numbered, run.key, samples, options)
+    rollouts = session.run(my_numbered, options, processes.share(ahead))
   if processes.any_of(rollouts is None) or rollouts is None:
     raise StoppedError
 

@@ -89,6 +89,7 @@ def rollouts(make, policy, draws):
   return make().rollout(policy.params, draws, KEY, SAMPLES)
 
 
+SPENT = ("seconds", "slot_steps")  # fields of what rollouts took
 SCORED = ("scorable", "overlong", "reference_starts", "reference_tokens", "reference_logps", "reference_mask")
 
 
@@ -100,7 +101,7 @@ def assert_same(found, expected, scored=True):
       assert not ours.any()
     elif name in ("logprobs", "reference_logps"):
       np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
-    elif name != "seconds":
+    elif name not in SPENT:
       np.testing.assert_array_equal(ours, theirs, err_msg=name)
 
 
@@ -111,7 +112,7 @@ def take(rollouts, prompts, samples=SAMPLES):
     **{
       name: [value[row] for row in rows] if name == "texts" else value[rows]
       for name, value in rollouts._asdict().items()
-      if name != "seconds"
+      if name not in SPENT
     }
   )
 
@@ -215,6 +216,34 @@ def test_texts_read_by_a_kernel_are_the_same(make, policy, draws, rollouts, kern
   found = dataclasses.replace(engine, device=device).rollout(policy.params, draws, KEY, SAMPLES)
   assert_same(found, rollouts)
   assert len(dataclasses.replace(SHAPES, max_response_length=3000, ragged=True).kv_lengths) == 1
+
+
+@pytest.mark.parametrize("slots", [16, pytest.param(64, marks=pytest.mark.slow)])
+def test_what_begins_ahead_is_the_same(make, policy, draws, rollouts, slots):
+  """Batches that begin in the free slots of the one before are what they are alone, and keep more slots busy."""
+  session = make(slots=slots).session(policy.params, KEY, SAMPLES)
+  parts = draws[:4], draws[4:8], draws[8:]
+  for number, (part, ahead) in enumerate(zip(parts, (*parts[1:], []), strict=True)):
+    order = np.arange(4 * number, 4 * number + len(part))
+    found = session.run(part, ahead=ahead)
+    assert_same(found, take(rollouts, order))
+    busy, steps = found.slot_steps
+    assert 0 < busy <= steps
+    if ahead:
+      assert session.tokens_ahead() > 0
+  assert session.tokens_ahead() == 0
+  assert not session.scheduler.busy
+  alone = [make(slots=slots).rollout(policy.params, part, KEY, SAMPLES).slot_steps for part in parts]
+  busy, steps = np.sum(alone, axis=0)
+  assert busy == rollouts.slot_steps[0] == session.scheduler.clock().slot_steps[0]
+  assert session.scheduler.clock().slot_steps[1] < steps
+
+
+def test_another_batch_than_the_one_that_has_begun(make, policy, draws):
+  session = make().session(policy.params, KEY, SAMPLES)
+  session.run(draws[:1], ahead=draws[1:2])
+  with pytest.raises(ValueError, match="expected the batch that has begun"):
+    session.run(draws[2:3])
 
 
 @pytest.mark.slow

@@ -34,16 +34,28 @@ class Stream(PromptStream):
     first, self.drawn = self.drawn, self.drawn + count
     return [(draw, self.prompts[draw % len(self.prompts)]) for draw in range(first, self.drawn)]
 
+  def state(self):
+    return {"drawn": self.drawn}
+
+  def restore(self, state):
+    self.drawn = state["drawn"]
+
 
 @pytest.fixture(scope="module")
 def batch(policy):
   """Of two draws of four prompts, of which the second cannot be read and the fourth is too long."""
+  prompts, found, _ = collected(policy, 100)
+  return prompts, found
+
+
+def collected(policy, needed, keep_rate=1.0):
+  """The prompts, what a step makes of at most two draws of them, and how many were drawn."""
   c = config.default()
-  c.prompts_per_step, c.max_draws, c.samples_per_prompt = 100, 2, SAMPLES
+  c.prompts_per_step, c.max_draws, c.samples_per_prompt = needed, 2, SAMPLES
   c.rollout.prompts_per_draw, c.data.prompt_limit = 4, LIMIT
   c.reward.kind = "random"  # every group spreads, whatever was sampled
   settings = DecodeSettings(4, (policy.tokenizer.eos_token_id,))
-  device = Device(policy.model, settings, Shapes(8, LIMIT, RESPONSE, 8, 4, 2, 4, 4))
+  device = Device(policy.model, settings, Shapes(16, LIMIT, RESPONSE, 8, 4, 2, 4, 4))
   engine = Engine(device, policy.tokenizer, "think", baseline_prefix="bare")
   good = Prompt(ids=np.arange(10, 15, dtype=np.int32), reference="7", source="test")
   prompts = [
@@ -72,7 +84,25 @@ def batch(policy):
     carried=nothing,
     stream={},
   )
-  return prompts, collect(run, state, Stream(prompts), StopRequest())
+  stream = Stream(prompts)
+  return prompts, collect(run, state, stream, StopRequest(), keep_rate), stream.drawn
+
+
+@pytest.mark.parametrize(("needed", "drawn"), [(2, 4), (3, 8), (4, 8)])
+def test_a_draw_that_begins_ahead_changes_nothing_but_time(policy, needed, drawn):
+  """Two of four prompts are kept: whether another draw is expected rightly, wrongly, or not at all."""
+  waits = collected(policy, needed, keep_rate=100.0)
+  begins = collected(policy, needed, keep_rate=0.0)
+  beside = ("seconds/", "tokens_per_second/", "rollout/occupancy", "rollout/wasted_tokens")
+  for _, found, so_far in (waits, begins):
+    assert so_far == drawn == found.metrics["filter/drawn"]  # what was begun in vain comes again
+    assert (found.metrics["rollout/wasted_tokens"] > 0) == (found is begins[1] and drawn == 4)
+    assert 0 < found.metrics["rollout/occupancy"] <= 1
+  one, other = ({k: v for k, v in x[1].metrics.items() if not k.startswith(beside)} for x in (waits, begins))
+  assert one == other
+  for ours, theirs in zip(jax.tree.leaves(waits[1].groups), jax.tree.leaves(begins[1].groups), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  assert str(waits[1].rollouts) == str(begins[1].rollouts)  # some spreads are NaN
 
 
 def test_refused_prompts_are_counted_and_never_trained_on(batch):
