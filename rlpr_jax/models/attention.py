@@ -67,9 +67,9 @@ def attend(
     case "splash":
       return kernels.splash_attention(queries, keys, values, places, settings)
     case "tokamax" | "tokamax_or_xla":
-      mixed = kernels.tokamax_attention(queries, keys, values, places, settings)
-      if mixed is not None:
-        return mixed
+      y = kernels.tokamax_attention(queries, keys, values, places, settings)
+      if y is not None:
+        return y
   return _attend_xla(queries, keys, values, places, settings)
 
 

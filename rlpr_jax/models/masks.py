@@ -64,10 +64,11 @@ class Places(NamedTuple):
     if self.positions is None:
       raise ValueError("positions: expected those of the tokens, where others are cached")
     places = jnp.arange(self.segment_ids.shape[1])
-    ends = self.positions - (places - first_visible(self.segment_ids, None, None))  # the segment begins there
+    positions = jnp.asarray(self.positions)
+    ends = positions - (places - first_visible(self.segment_ids, None, None))  # the segment begins there
     begins = jnp.zeros_like(ends)
     if self.windowed is not None and window is not None:
-      begins = jnp.where(self.windowed, jnp.maximum(self.positions - window + 1, 0), 0)
+      begins = jnp.where(self.windowed, jnp.maximum(positions - window + 1, 0), 0)
     return Seen(begins, ends)
 
 

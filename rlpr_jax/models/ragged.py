@@ -117,14 +117,14 @@ def ragged_attention(
   if sharding.mesh is not None:
     cache = sharding.spec(("layers", "batch", "kv_heads", None, None))
     row = sharding.spec(("batch",))
-    of_rows = Seen(*(sharding.spec(("batch", None)),) * 2)
-    mixed = Mixed(sharding.spec(("batch", "heads", None, None)), sharding.spec(("batch", "heads", None)))
+    of_rows: Any = Seen(*(sharding.spec(("batch", None)),) * 2)  # type: ignore[arg-type]
+    mixed: Any = (sharding.spec(("batch", "heads", None, None)), sharding.spec(("batch", "heads", None)))
     queried = sharding.spec(("batch", None, "heads", None))
     attend = jax.shard_map(
       attend,
       mesh=sharding.mesh,
       in_specs=(queried, cache, cache, jax.sharding.PartitionSpec(), row, of_rows),
-      out_specs=mixed,
+      out_specs=Mixed(*mixed),
       check_vma=False,  # a kernel does not say over which axes its output varies
     )
   return attend(queries, keys, values, layer, jnp.asarray(rows), seen)
@@ -274,14 +274,14 @@ def _tpu_step(*refs: Any, most: int, settings: AttentionSettings, scaled: bool) 
   i = core * most + step
 
   @pl.when(step < totals[core])  # the other core may have more of them
-  def _() -> None:
+  def run() -> None:
     queries, begins, ends, keys, values, *rest = arrays
     key_scales, value_scales = rest[:2] if scaled else (None, None)
     sums, highest, total = rest[-3:]
     block = keys.shape[-1]
 
     @pl.when((step == 0) | (of_step[jnp.maximum(i - 1, 0)] != of_step[i]))
-    def _() -> None:
+    def begin_row() -> None:
       sums[...], highest[...], total[...] = jnp.zeros_like(sums), jnp.full_like(highest, LEAST), jnp.zeros_like(total)
 
     places = blocks[i] * block + jax.lax.broadcasted_iota(jnp.int32, (1, block), 1)
