@@ -26,7 +26,7 @@ from rlpr_jax.diagnosis import rows
 from rlpr_jax.diagnosis.rows import Grader
 from rlpr_jax.diagnosis.study import choose_prompts, study
 from rlpr_jax.errors import InputError, exit_with_one_line, setting_names
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import mathverify
 from rlpr_jax.judging.client import Cache, Client, Endpoint
 from rlpr_jax.models import Params
 from rlpr_jax.policy import initial_params
@@ -132,7 +132,7 @@ def diagnose(subject: Subject, workdir: pathlib.Path, options: Options) -> None:
   validation.validate(config)
   verifier = options.verifier or (config.reward.verifier if config.reward.verifier != "none" else "builtin")
   if verifier == "math":
-    graders.check_installed()
+    mathverify.check_installed()
   client = Client(options.judge) if options.judge else None
   entry.open_workdir(workdir)
   keep_programs(config.compilation_cache)

@@ -22,7 +22,7 @@ from rlpr_jax.evaluation import benchmarks, config, summary
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question
 from rlpr_jax.evaluation.responses import Store, Task, keys, open_model, respond
 from rlpr_jax.evaluation.summary import Graded, Sample
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import graders, mathverify
 from rlpr_jax.judging import judge
 from rlpr_jax.judging.client import Cache, Client, Endpoint, Usage
 from rlpr_jax.judging.judge import JudgeItem
@@ -51,7 +51,7 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
     raise InputError("evaluate: many processes, expected one; it uses all devices of its own host")
   loaded = [_load(name, of, settings.seed) for name, of in settings.benchmarks.items()]
   if any(form.grader == "math" for benchmark in loaded for question in benchmark.questions for form in question.forms):
-    graders.check_installed()
+    mathverify.check_installed()
   judging = _open_judge(settings.judge) if settings.judge.url else None
   models = {name: open_model(model, f"config.models.{name}") for name, model in settings.models.items()}
   entry.open_workdir(workdir)

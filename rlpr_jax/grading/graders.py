@@ -8,21 +8,14 @@ held-out question of a policy in training, by the one or the other.
 No text makes them raise or hang: what cannot be understood is wrong.
 """
 
-import importlib.util
-import inspect
-import json
 import re
-import subprocess
-import sys
-import threading
 from collections.abc import Iterable, Sequence
-from math import isfinite
 from typing import NamedTuple
 
 from rlpr_jax import splicing
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.grading import extraction, numbers
+from rlpr_jax.grading import equivalence, extraction, numbers
 from rlpr_jax.grading.inference import as_question
 from rlpr_jax.grading.multiple_choice import label_of, letter, options_of, split_label, unwrap
 from rlpr_jax.grading.question import Question
@@ -30,7 +23,6 @@ from rlpr_jax.grading.texts import DASHES, compatible, hidden, plain, shown
 
 VERIFIERS = ("exact", "multiple_choice", "math", "builtin")
 HELD_OUT_VERIFIERS = ("exact", "multiple_choice", "math", "number", "inferred", "builtin")
-MATH_LIMIT = 1000  # characters of an expression; a longer one is wrong
 ANSWER_LIMIT = 10_000  # characters of an answer that is more than compared; a longer one is wrong
 
 
@@ -102,19 +94,15 @@ def multiple_choice(answer: str, reference: str, question: str = "") -> bool:
 
 
 def math(answer: str, reference: str) -> bool:
-  """Whether two mathematical expressions are equal, in LaTeX or plain text, as math-verify tells.
-
-  It works in a process of its own, since sympy may compute for hours, or eat the memory, where no exception and no
-  signal handler of Python can end it: 9^{9^{9^9}}. What takes half a second is wrong.
+  r"""Whether two mathematical expressions are equal, in LaTeX or plain text.
 
   Raises:
     InputError: math-verify is not installed.
+
+  >>> math("\\frac{1}{2}", "0.5"), math("x + 1", "x - 1")
+  (True, False)
   """
-  if exact(answer, reference):
-    return True
-  if not answer.strip() or max(len(answer), len(reference)) > MATH_LIMIT:
-    return False
-  return math_process.ask(answer, reference)
+  return exact(answer, reference) or bool(_judge_expression(answer, reference))
 
 
 # --- benchmarks ---
@@ -232,7 +220,7 @@ def _judge_text(answer: str, reference: str) -> str:
     if first and first[1].lower() == plain(reference):
       return "same text"
   ours, theirs = numbers.parse(answer), numbers.parse(reference)
-  return "equal number" if ours and theirs and _same_number(ours, theirs) else ""
+  return "equal number" if ours and theirs and numbers.same(ours, theirs) else ""
 
 
 def _grade_number(answer: str, question: Question) -> str:
@@ -253,8 +241,8 @@ def _grade_number(answer: str, question: Question) -> str:
   theirs = numbers.parse(question.reference)
   core = _core(answer, "number")
   ours = numbers.parse(core) or numbers.lone(core)
-  if ours and theirs and _same_number(ours, theirs, question.rtol, question.atol):
-    return "equal number" if _same_number(ours, theirs) else _tolerance(question, "equal number")
+  if ours and theirs and numbers.same(ours, theirs, question.rtol, question.atol):
+    return "equal number" if numbers.same(ours, theirs) else _tolerance(question, "equal number")
   return ""
 
 
@@ -266,27 +254,7 @@ def _judge_expression(answer: str, reference: str) -> str:
   """Why two are equal, as text, as numbers or as mathematics, or "" where they are not."""
   if answer.split() == reference.split() != []:
     return "same expression"  # of any length
-  reference, answer = shown(reference), re.sub(r"\*\*(?=[-\d({])", "^", _core(shown(answer), "math"))
-  if (same := _latex(reference)) and _latex(answer) == same:
-    return "same expression"
-  ours, theirs = numbers.parse(answer), numbers.parse(reference)
-  if theirs and theirs.equation:
-    theirs = None
-  if ours and theirs and isfinite(ours.value) and isfinite(theirs.value):
-    units = [number.unit for number in (ours, theirs) if number.unit]
-    # Letters that may be variables are for math-verify, unless both sides have the same ones.
-    if all(unit.certain for unit in units) or (len(units) == 2 and units[0].same(units[1])):
-      return "equal number" if _same_number(ours, theirs) else ""
-  # Of what math-verify cannot parse it takes a number out: 2 would be equal to \hbar \omega (v + 1 / 2).
-  for number, other in ((ours, reference), (theirs, answer)):
-    if number and not number.unit and "=" not in other and _VARIABLE.search(_COMMAND.sub(" ", other)):
-      return ""
-  # What is left is for math-verify, which is slow, and slower to start again once it had to be killed.
-  if _is_hopeless(answer) or _is_hopeless(reference):
-    return ""
-  if any(_UNIT_LETTERS.search(text) for text in (answer, reference)) and not _RELATION.search(answer + reference):
-    answer, reference = f"{answer} + 1", f"{reference} + 1"  # it drops letters at the end that name units
-  return "equal expression" if math(answer, reference) else ""
+  return equivalence.equal(_core(shown(answer), "math"), reference)
 
 
 _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
@@ -294,14 +262,6 @@ _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": Fals
 _LEADING_TRUTH = re.compile(
   r"\W*([a-z]+)(?:[,.;:!]|(?= (?:because|since|as)\b))(?!\W*(?:or|true|yes|correct|false|no|incorrect)\b)(?=\W*[a-z])"
 )
-_COMMAND = re.compile(r"\\(?:text|mbox|mathrm) ?\{[^{}]*\}|\\[A-Za-z]+")
-# x; 5ab; 5 ab
-_VARIABLE = re.compile(
-  r"(?<![A-Za-z])[a-df-zA-Z](?![A-Za-z])|(?<=\d)[A-Za-z]{2,3}(?![A-Za-z])|"
-  r"(?<=\d )(?!is|in|by|as|to|if|at)[A-Za-z]{2}(?![A-Za-z])"
-)
-_UNIT_LETTERS = re.compile(r"[\d}] ?[A-Za-z](?: ?[A-Za-z])?$")
-_RELATION = re.compile(r"[=<>,]|\\(?:[lg]eq?|neq?|in|cup|cap|text)(?![A-Za-z])")
 # "So, the final answer is" where an answer begins.
 _LEAD = re.compile(r"\W{0,4}(?:\w{1,9},? ){0,4}answer(?: is|:)[: ]{0,3}\s*", re.IGNORECASE)
 _DISPLAYED = re.compile(r"\s*(?:\\\[(.*)\\\]|\\\((.*)\\\)|\$\$(.*)\$\$|\$([^$]*)\$)[\s.]*", re.DOTALL)
@@ -315,20 +275,7 @@ def _core(answer: str, grader: str) -> str:
   if displayed := _DISPLAYED.fullmatch(inner):
     inner = next(part for part in displayed.groups() if part is not None)
   inner = extraction.unmarked(inner)
-  return inner if grader == "text" else inner.rstrip(". ")
-
-
-def _same_number(ours: numbers.Number, theirs: numbers.Number, rtol: float = 0.0, atol: float = 0.0) -> bool:
-  """Whether two are equal within the tolerances, in the same units where both have some.
-
-  5% is also 0.05 where only one of them has a percent sign.
-  """
-  if ours.unit and theirs.unit and not ours.unit.same(theirs.unit):
-    return False
-  values = [ours.value]
-  if ours.percent != theirs.percent:
-    values.append(ours.value / 100 if ours.percent else ours.value * 100)
-  return any(numbers.equal(value, theirs.value, rtol, atol) for value in values)
+  return inner if grader == "text" or inner.endswith("..") else inner.rstrip(". ")
 
 
 def _tolerance(question: Question, exact_words: str) -> str:
@@ -361,170 +308,3 @@ def _words(text: str) -> list[str]:
     # "a" may also name an option: "a and d".
     if token not in ("the", "an") and not (token == "a" and len(following) > 1 and following not in ("and", "or"))
   ]
-
-
-_SPELLINGS = tuple(
-  (re.compile(pattern), replacement)
-  for pattern, replacement in (
-    (r"[.]\s*$", ""),
-    (r"\\(?:left|right|displaystyle|limits)(?![A-Za-z])|\\[!,;:()\[\] ]|\$|~|\\\$", ""),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
-    (r"\\frac ?(\d) ?\{", r"\\frac{\1}{"),
-    (r"\\(?:text(?:rm|bf|it)?|mbox|mathrm|mathbf|operatorname)(?![A-Za-z])\*?", ""),
-    (r"\^ ?(?:\{ ?\\circ ?\}|\\circ(?![A-Za-z]))|\\degrees?(?![A-Za-z])|°", ""),
-    (r"\\(le|ge|ne)(?![A-Za-z])", r"\\\1q"),
-    (r"(?<=[_^])\{(\w)\}", r"\1"),
-    (r"^\s*\{([^{}]*)\}\s*$", r"\1"),
-    (r"(?<=\d)\s+(?=\d)", "~"),  # "4 2" is not 42
-    (r"\s+", ""),
-  )
-)
-
-
-def _latex(text: str) -> str:
-  """One spelling of the many that an expression has in LaTeX; a word alone without case."""
-  if len(text) > MATH_LIMIT:
-    return ""
-  for pattern, replacement in _SPELLINGS:
-    text = pattern.sub(replacement, text)
-  return text.lower() if len(text) > 2 and text.isalpha() else text
-
-
-def _is_hopeless(text: str) -> bool:
-  """Whether math-verify would not read a text, or not come to an end of it."""
-  if len(text) > MATH_LIMIT or not any(c.isalnum() for c in text) or not text.isprintable():
-    return True
-  plain_braces = re.sub(r"\\[{}]", "", text)
-  depth = deepest = 0
-  for c in plain_braces:
-    depth += (c == "{") - (c == "}")
-    deepest = max(deepest, depth)
-    if depth < 0:
-      return True
-  if depth or deepest > 12:
-    return True
-  # Towers of powers, powers and factorials of large numbers, words without end.
-  return bool(_ENDLESS.search(text)) or text.count("^") > 40
-
-
-_ENDLESS = re.compile(
-  r"\^ ?[{(]? ?\d+ ?\^ ?[{(]? ?\d|\^ ?[{(]? ?\d{4,}|\^ ?[{(]? ?\d+ ?[)}]{0,2} ?!|\d{4,}\)? ?!|\w{60,}"
-)
-
-
-# --- mathematics ---
-
-
-def check_installed() -> None:
-  """Makes sure that mathematics can be graded.
-
-  Raises:
-    InputError: math-verify is not installed.
-  """
-  if importlib.util.find_spec("math_verify") is None:
-    raise InputError("verifier math: math-verify is not installed, expected pip install 'rlpr_jax[evaluate]'")
-
-
-class MathProcess:
-  """The process in which math-verify works, started when it is first needed and again after each time it was killed."""
-
-  def __init__(self) -> None:
-    self._lock = threading.Lock()
-    self._process: subprocess.Popen[str] | None = None
-
-  def ask(self, answer: str, reference: str) -> bool:
-    with self._lock:
-      if self._process is None:
-        self._process = self._start()
-      assert self._process.stdin is not None
-      assert self._process.stdout is not None
-      try:
-        self._process.stdin.write(f"{json.dumps([answer, reference])}\n")
-        self._process.stdin.flush()
-        verdict = self._process.stdout.readline()
-      except BrokenPipeError:
-        verdict = ""
-      if not verdict:  # killed by its timer
-        self._process.kill()
-        self._process.communicate()
-        self._process = None
-      return verdict == "true\n"
-
-  def _start(self) -> subprocess.Popen[str]:
-    check_installed()
-    # Its source and no module: it imports neither JAX nor this package. A session of its own, so that an interrupt from
-    # the keyboard leaves it alone; it ends when its input does.
-    process = subprocess.Popen(
-      [sys.executable, "-P", "-c", f"{inspect.getsource(_judge_pairs)}\n_judge_pairs()"],
-      stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    if process.stdout.readline() != "ready\n":
-      process.communicate()
-      raise RuntimeError(f"math-verify did not start: exit status {process.returncode}, see above")
-    return process
-
-
-math_process = MathProcess()
-
-
-def _judge_pairs() -> None:
-  """Reads a JSON pair of answer and reference a line, writes true or false for each. Uses nothing of this module."""
-  import json
-  import logging
-  import re
-  import signal
-  import sys
-
-  from math_verify import parse, verify
-
-  class TooSlow(BaseException):  # no `except Exception` on the way swallows it
-    pass
-
-  def stop(*_: object) -> None:
-    raise TooSlow
-
-  def limit(seconds: float) -> None:
-    """Of computing: first comes an exception and, where that has to wait for C code, the kernel ends the process."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    signal.setitimer(signal.ITIMER_VIRTUAL, 1.5 * seconds)
-
-  def read(text: str) -> list[object]:
-    """An expression without delimiters is LaTeX, unless words show that it is a sentence or has a unit."""
-    if re.search(r"\$|\\boxed|\\\(|\\\[", text):
-      return parse(text, parsing_timeout=None)
-    text = re.sub(r"(?<=\d)[eE]([+-]?\d+)\b", r" \\cdot 10^{\1}", text)  # 1.5e3
-    text = re.sub(r"(?<![\\A-Za-z])(sin|cos|tan|log|ln|exp|pi)(?![A-Za-z])", r"\\\1", text)
-    words = re.findall(r"(?<![\\A-Za-z{])[A-Za-z]{3,}", text)
-    sentence = "\\" not in text and (len(words) > 1 or re.fullmatch(r"\s*[-+]?[\d.,/]+\s+[A-Za-z]{3,}[\s.]*", text))
-    found = (not sentence and parse(f"${text}$", parsing_timeout=None)) or parse(text, parsing_timeout=None)
-    # Of what it cannot parse it takes a number out: an integer is not all of (n + 1/2) x - 3 y.
-    numerals = re.findall(r"\d+", re.sub(r"\^ ?\{? ?-?\d+", "", text))
-    variables = re.search(r"(?<![\\A-Za-z])[a-df-hj-zA-Z](?![A-Za-z])", re.sub(r"\\[A-Za-z]+", " ", text))
-    rest = "=" not in text and len(numerals) > 1 and variables
-    return [] if rest and found and getattr(found[0], "is_Integer", False) else found
-
-  logging.disable()
-  signal.signal(signal.SIGPROF, stop)
-  for text in (
-    "x = 2",
-    r"\frac{\sqrt{8}}{3} + \pi",
-    r"(1, 2]",
-    r"\{1, 2\}",
-    r"\sin(x)^2",
-    r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
-  ):
-    verify(read(text), read(f"2 {text}"), timeout_seconds=None)  # loads what takes long the first time
-  answers = sys.stdout
-  sys.stdout = sys.stderr = None  # what prints goes nowhere
-  print("ready", file=answers, flush=True)
-  for line in sys.stdin:
-    answer, reference = json.loads(line)
-    try:
-      limit(0.4)
-      equal = bool(verify(read(reference), read(answer), timeout_seconds=None))
-    except (Exception, TooSlow):  # unparsable, incomparable, too deep, too slow
-      equal = False
-    limit(0)
-    print(json.dumps(equal), file=answers, flush=True)

@@ -29,6 +29,19 @@ class Unit(NamedTuple):
     """Whether both mean the same: equal measures, or a word in common where nothing is measured."""
     return self.measures == other.measures and bool(self.measures or self.words & other.words)
 
+  def converts(self, other: "Unit") -> bool:
+    """Whether both measure the same: cm and m."""
+    return bool(self.measures and other.measures) and self.scale()[1] == other.scale()[1] != {}
+
+  def scale(self) -> tuple[float, dict[str, int]]:
+    """Its size in base units, and the powers of those: 36 km/h is 10 m/s."""
+    size, powers = 1.0, dict[str, int]()
+    for symbol, power in self.measures:
+      factor, base = _in_base(symbol)
+      size *= factor**power
+      powers[base] = powers.get(base, 0) + power
+    return size, {base: power for base, power in powers.items() if power}
+
 
 class Number(NamedTuple):
   """A number as it was written."""
@@ -37,6 +50,11 @@ class Number(NamedTuple):
   percent: bool
   unit: Unit | None
   equation: bool  # whether more than a name stood left of it: x + 2y = 5
+
+
+def _mixed(whole: str, above: str, below: str) -> str:
+  """A mixed number as a sum, "" where the fraction is none below 1."""
+  return f"({whole}+{above}/{below})" if int(above) < int(below) else ""
 
 
 _SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻]+")
@@ -56,9 +74,9 @@ _CLEAN = tuple(
     (r"\*\*(?=[-\d({])", "^"),
     (r"\bnp\.", ""),
     (r"(?<=\d) *[xX] *(?=10 *\^)", "*"),
-    (r"(?<=\d),(?=\d{3}(?!\d))", ""),
+    (r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d])", lambda found: found[0].replace(",", "")),
     (r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)", lambda found: found[0].replace(" ", "")),
-    (r"(?<![\d.,^/)}\]])(\d+) (\d+/\d+)(?![\d.,])", r"(\1+\2)"),  # 1 1/2
+    (r"(?<![\d.,^/)}\]])(\d+) (\d+)/(\d+)(?![\d.,])", lambda found: _mixed(*found.groups()) or found[0]),  # 1 1/2
   )
 )
 _EQUALS_OR_BRACKET = re.compile(r"=|≈|\\(?:approx|simeq|sim)(?![A-Za-z])|[(){}\[\]]")
@@ -70,8 +88,19 @@ _FUNCTIONS = {
   "asin": math.asin, "acos": math.acos, "atan": math.atan, "ln": math.log, "log": math.log, "exp": math.exp,
   "sinh": math.sinh, "cosh": math.cosh, "tanh": math.tanh, "sqrt": math.sqrt,
 }  # fmt: skip
+_ANGLE = re.compile(r"(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
 _CONSTANTS = {"pi": math.pi, "e": math.e}
 _CLOSING = {"(": ")", "{": "}", "[": "]"}
+# In units that stand for themselves; degrees and temperatures are left out, since they have no common zero.
+_CONVERSIONS = {
+  "min": (60.0, "s"), "h": (3600.0, "s"), "d": (86400.0, "s"), "week": (604800.0, "s"), "in": (0.0254, "m"),
+  "ft": (0.3048, "m"), "yd": (0.9144, "m"), "mi": (1609.344, "m"), "Å": (1e-10, "m"), "lb": (453.59237, "g"),
+  "oz": (28.349523125, "g"), "cent": (0.01, "dollar"), "eV": (1.602176634e-19, "J"), "Wh": (3600.0, "J"),
+}  # fmt: skip
+_POWERS_OF_TEN = {
+  "f": 1e-15, "p": 1e-12, "n": 1e-9, "μ": 1e-6, "m": 1e-3, "c": 1e-2, "d": 1e-1, "h": 1e2, "k": 1e3, "M": 1e6,
+  "G": 1e9, "T": 1e12,
+}  # fmt: skip
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 _SPELLINGS = {
@@ -143,6 +172,8 @@ def parse(text: str) -> Number | None:
   text = compatible(text).translate(_SYMBOLS)
   for pattern, replacement in _CLEAN:
     text = pattern.sub(replacement, text)
+  if " degrees " in text and _ANGLE.search(text):  # sin 30 degrees is no sin 30 in degrees
+    return None
   sides = _sides(text)
   if sides is None:
     return None
@@ -219,6 +250,14 @@ def _is_arithmetic(text: str) -> bool:
     return parser.sum(0) is not None and not parser.rest().strip()
   except (OverflowError, ValueError, ZeroDivisionError):
     return False
+
+
+def _in_base(symbol: str) -> tuple[float, str]:
+  """Factor and base unit of a unit: cm is 0.01 m."""
+  if symbol not in _BASES.values() and symbol[0] in _POWERS_OF_TEN and symbol[1:] in _PREFIXED:
+    factor, base = _in_base(symbol[1:])
+    return _POWERS_OF_TEN[symbol[0]] * factor, base
+  return _CONVERSIONS.get(symbol, (1.0, symbol))
 
 
 def _unit(rest: str, quoted: frozenset[str]) -> Unit | None:
@@ -318,6 +357,25 @@ def parse_list(text: str) -> list[float] | None:
   return values if values and len(values) == len(texts) else None
 
 
+def same(ours: Number, theirs: Number, rtol: float = 0.0, atol: float = 0.0) -> bool:
+  """Whether two numbers are equal within the tolerances, in units that convert where both have some.
+
+  5% is also 0.05 where only one of them has a percent sign.
+
+  >>> same(parse("5 cm"), parse("0.05 m")), same(parse("5 cm"), parse("0.05 kg"))
+  (True, False)
+  """
+  values = [ours.value]
+  if ours.unit and theirs.unit and not ours.unit.same(theirs.unit):
+    if not ours.unit.converts(theirs.unit):
+      return False
+    values = [ours.value * ours.unit.scale()[0] / theirs.unit.scale()[0]]
+    rtol = max(rtol, 2e-6)
+  if ours.percent != theirs.percent:
+    values.append(ours.value / 100 if ours.percent else ours.value * 100)
+  return any(equal(value, theirs.value, rtol, atol) for value in values)
+
+
 def equal(answer: float, reference: float, rtol: float = 0.0, atol: float = 0.0) -> bool:
   """Whether two numbers are the same up to `rtol` of the reference or `atol`.
 
@@ -335,7 +393,9 @@ def equal(answer: float, reference: float, rtol: float = 0.0, atol: float = 0.0)
     if answer == reference:
       return True
     whole = answer == int(answer) and reference == int(reference)
-    rtol = max(rtol, 0.0 if whole else 2e-6)
+    # Large floats are whole without having been meant to be: 6.02e23 is 6.02 * 10^23 but for the last bits.
+    exact = 1e-12 if max(abs(answer), abs(reference)) > 2**53 else 0.0
+    rtol = max(rtol, exact if whole else 2e-6)
     return abs(answer - reference) <= max(rtol * abs(reference), atol) * (1 + 1e-9)
   except OverflowError:  # an integer that is no float
     return False

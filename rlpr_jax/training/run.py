@@ -16,7 +16,7 @@ from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.data.sources import DroppedRow, read_examples
 from rlpr_jax.data.templates import own_system_message
 from rlpr_jax.errors import InputError
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import mathverify
 from rlpr_jax.grading.inference import infer
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.runs import inputs
@@ -59,7 +59,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     InputError: naming the field, file or row that is wrong.
   """
   if config.reward.verifier == "math" or (config.evaluation.verifier == "math" and config.evaluation.prompts):
-    graders.check_installed()
+    mathverify.check_installed()
   policy = load_policy(config)
   settings.check_rows(config, policy.sharding)
   settings.check_lengths(config, policy.config.max_length)
@@ -86,7 +86,7 @@ def set_up(config: ConfigDict, custom_reward: CustomReward | None = None) -> Run
     )
     held_out = held_out[:count]
   if config.evaluation.verifier == "inferred" and any(map(_is_mathematical, held_out)):
-    graders.check_installed()
+    mathverify.check_installed()
   for field, of_field in (("config.data", prompts), ("config.evaluation", held_out)):
     check_vocabulary(field, of_field, policy.config.vocab_size)
   device = Device(

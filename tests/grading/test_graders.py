@@ -10,7 +10,7 @@ import pytest
 
 from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import graders, mathverify
 from tests.grading.pairs import MATH
 
 # (answer, reference, right)
@@ -357,18 +357,18 @@ def test_any_thread_may_ask():
 
 
 def test_math_verify_that_is_missing(monkeypatch):
-  monkeypatch.setattr(graders, "math_process", graders.MathProcess())
-  monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(mathverify, "process", mathverify.MathProcess())
+  monkeypatch.setattr(mathverify.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(InputError, match=r"math-verify is not installed, expected pip install 'rlpr_jax\[evaluate\]'"):
     graders.math("1/2", "0.5")
   assert graders.math("42", "42")  # needs none
 
 
 def test_math_verify_that_does_not_start(monkeypatch):
-  monkeypatch.setattr(graders, "math_process", graders.MathProcess())
-  monkeypatch.setattr(graders.sys, "executable", "/bin/false")
+  monkeypatch.setattr(mathverify, "process", mathverify.MathProcess())
+  monkeypatch.setattr(mathverify.sys, "executable", "/bin/false")
   with pytest.raises(RuntimeError, match="did not start: exit status 1"):
-    graders.math("1/2", "0.5")
+    graders.math("\\sum_{k=1}^n k", "n(n+1)/2")
 
 
 def test_sympy_stays_out_of_this_process():

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from rlpr_jax.errors import InputError
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import graders, mathverify
 from rlpr_jax.grading.graders import Grade, grade
 from tests.grading.pairs import (
   BARE_CHOICE,
@@ -141,13 +141,13 @@ def test_hostile_texts():
 def test_hostile_mathematics(monkeypatch):
   """What reaches math-verify is short, printable and without towers of powers, so that it is seldom killed."""
   asked = []
-  monkeypatch.setattr(graders.math_process, "ask", lambda answer, reference: bool(asked.append(answer)))
+  monkeypatch.setattr(mathverify.process, "ask", lambda answer, reference: bool(asked.append(answer)))
   rng = random.Random(1)
   for _ in range(10_000):
     text = hostile(rng)
     for question in (HALF, ask("math", text)):
       assert type(grade(question, text).right) is bool
-  assert all(len(text) <= graders.MATH_LIMIT and text.isprintable() for text in asked)
+  assert all(len(text) <= mathverify.LIMIT and text.isprintable() for text in asked)
   monkeypatch.undo()
   graders.math("1", "2")
   start = time.monotonic()

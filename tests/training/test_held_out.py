@@ -200,7 +200,7 @@ def test_values_of_a_policy_do_not_depend_on_the_slots(policy):
   ("verifier", "prompts", "needed"), [("math", 1, True), ("math", 0, False), ("inferred", 1, True)]
 )
 def test_mathematics_needs_its_package_before_anything_is_compiled(tmp_path, monkeypatch, verifier, prompts, needed):
-  monkeypatch.setattr(graders.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(mathverify.importlib.util, "find_spec", lambda name: None)
   config, path = tiny(), tmp_path / "questions.jsonl"
   path.write_text('{"question": "3*y=9", "answer": "y=3"}\n')
   config.evaluation.path, config.evaluation.verifier, config.evaluation.prompts = str(path), verifier, prompts
