@@ -25,18 +25,26 @@ AGREEMENT = {
 
 
 def is_right(answer, reference):
-  """The verdict on a sentence as a response, or on the content of its answer tag."""
-  is_sentence = re.search(r"[A-Za-z]{2,} [a-z]{2,}[ .]|boxed", answer)
+  """The verdict on the content of an answer tag."""
+  question = Question("1", "q", reference, "", grader="math")
+  return graders.grade(question, f"<answer> {answer} </answer>").right
+
+
+def is_right_response(response, reference):
+  """The verdict on a sentence as a whole response, or on the content of its answer tag."""
   reference = reference.removeprefix("$").removesuffix("$")
-  response = answer if is_sentence else f"<answer> {answer} </answer>"
-  return graders.grade(Question("1", "q", reference, "", grader="math"), response).right
+  if re.search(r"[A-Za-z]{2,} [a-z]{2,}[ .]|boxed", response):
+    return graders.grade(Question("1", "q", reference, "", grader="math"), response).right
+  return is_right(response, reference)
 
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_suites_of_others(suite):
   """Every verdict is that of the suite but for those that are explained, and of those none is explained in vain."""
   cases = SUITES[suite]
-  others = {(answer, reference) for answer, reference, verdict in cases if is_right(answer, reference) is not verdict}
+  others = {
+    (answer, reference) for answer, reference, verdict in cases if is_right_response(answer, reference) is not verdict
+  }
   assert others == set(DISAGREEMENTS.get(suite, {}))
   agreed = sum((answer, reference) not in others for answer, reference, _ in cases)
   assert agreed / len(cases) >= AGREEMENT[suite]
@@ -70,7 +78,7 @@ SAME = [
   ("x ≥ 5", "x \\geq 5"),
   ("3½", "3.5"),
   ("x₁ + x₂", "x_1+x_2"),
-  ("2×10³", "2000"),
+  ("2\u00d710³", "2000"),
   # repeating decimals
   ("0.\\overline{3}", "\\frac{1}{3}"),
   ("0.1\\overline{6}", "1/6"),
@@ -154,7 +162,6 @@ OTHER = [
   ("1.39e-40", "2e-40"),
   ("\\sum_{k=1}^{n} k", "\\frac{n(n+2)}{2}"),
   ("\\int_0^1 x^2 dx", "\\frac12"),
-  ("It is not $5$", "5"),
   ("either $5$ or $6$", "6"),
   ("9^{9^{9^{9}}}", "9^{9^{9^{9}}} + 1"),
 ]
@@ -166,6 +173,11 @@ def test_equal_pairs():
 
 def test_different_pairs():
   assert [pair for pair in OTHER if is_right(*pair) or is_right(*pair[::-1])] == []
+
+
+@pytest.mark.parametrize("answer", ["It is not $5$", "never $5$", "$6$ is right, $5$ is wrong"])
+def test_sentences_that_deny_it(answer):
+  assert not equal(answer, "5")
 
 
 def test_powers_of_ten():
@@ -227,9 +239,9 @@ def changes(reference, rng):
   for found in re.finditer(r"(?<![A-Za-z^{_])[+-]", reference):
     yield reference[: found.start()] + "+-"[found[0] == "+"] + reference[found.end() :]
   for old, new in (
-    ("=", " \\neq "), (" < ", " > "), (" > ", " < "), ("\\leq", "\\geq"), ("\\le ", "\\ge "), ("\\neq", "="), (" < ", "\\leq "),
-    ("\\sin", "\\cos"), ("\\cup", "\\cap"), ("cm", "mm"), ("mph", "km"), ("hours", "days"), ("m/s", "km/s"), ("[", "("),
-    ("]", ")"), ("\\mathbf{i}", "\\mathbf{k}"), ("apples", "pears"),
+    ("=", " \\neq "), (" < ", " > "), (" > ", " < "), ("\\leq", "\\geq"), ("\\le ", "\\ge "), ("\\neq", "="),
+    (" < ", "\\leq "), ("\\sin", "\\cos"), ("\\cup", "\\cap"), ("cm", "mm"), ("mph", "km"), ("hours", "days"),
+    ("m/s", "km/s"), ("[", "("), ("]", ")"), ("\\mathbf{i}", "\\mathbf{k}"), ("apples", "pears"),
   ):  # fmt: skip
     if reference.count(old) == 1 and not (old == "=" and "\\neq" in reference):
       yield reference.replace(old, new)
@@ -269,13 +281,13 @@ def _compound(inner):
 EXPRESSIONS = st.recursive(LEAVES, _compound, max_leaves=6)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(EXPRESSIONS, EXPRESSIONS)
 def test_a_verdict_is_symmetric(left, right):
   assert bool(equal(left, right)) == bool(equal(right, left))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(EXPRESSIONS, EXPRESSIONS)
 def test_sums_and_products_may_be_written_either_way(left, right):
   """Wherever they have a value at all."""
@@ -288,7 +300,7 @@ def test_sums_and_products_may_be_written_either_way(left, right):
   assert equal(f"({left}) \\cdot ({right})", f"({right}) ({left})")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 9), st.integers(1, 9))
 def test_products_are_expanded(a, b, c, d):
   product, expanded = f"({c}x + {a})({d}x + {b})", f"{c * d}x^2 + {c * b + a * d}x + {a * b}"
@@ -298,7 +310,7 @@ def test_products_are_expanded(a, b, c, d):
   assert not equal(f"{product} = 0", f"{expanded} = 1")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=6), st.randoms())
 def test_lists_have_no_order_but_all_their_items(items, rng):
   shuffled = rng.sample(items, len(items))
@@ -308,14 +320,14 @@ def test_lists_have_no_order_but_all_their_items(items, rng):
   assert bool(equal(", ".join(map(str, changed)), ", ".join(map(str, items)))) == (sorted(changed) == sorted(items))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, 10**30), st.integers(0, 29), st.integers(1, 9))
 def test_a_digit_of_a_number_counts(number, place, step):
   assert not equal(str(number), str(number + step * 10**place))
   assert not equal(f"{number}x", f"{number + step * 10**place}x")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(alphabet="0123456789abxyz+-*/^_=<>.,;:()[]{}|\\$ \n!'%√²∞°", max_size=40))
 def test_any_text_has_a_verdict(text):
   assert isinstance(equal(text, "\\frac{1}{2}"), str)
