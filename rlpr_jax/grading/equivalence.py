@@ -232,7 +232,7 @@ def equal(answer: str, reference: str) -> str:
   for reading in _readings(answer):
     if why := _equal(normalized(reading), expected):
       return why
-  if not re.search("[A-Za-z]{2}", answer):
+  if not re.search("[A-Za-z]{2}", answer) or _DENIED.search(answer):
     return ""
   ours, theirs = numbers.lone(answer), numbers.parse(reference)  # of a sentence
   if not ours or not theirs or theirs.equation or (theirs.unit and not theirs.unit.certain):

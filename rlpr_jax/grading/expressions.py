@@ -242,7 +242,7 @@ class _Reader:
       sign = self._next()
       node = self._nested(self._exponent)
       return ("-", node) if sign == "-" else node
-    digits = self._peek()[:1].isdigit()
+    digits = self._peek()[:1] in set("0123456789")
     node = self._number(self._next(), based=False) if digits else self._argument(one_digit=False)
     if self._peek() == "^":  # 2^3^4
       raise UnreadableError
@@ -257,7 +257,7 @@ class _Reader:
 
   def _base(self) -> Node:
     token = self._next()
-    if token[0].isdigit() or token[0] == ".":
+    if token[-1].isdigit() and token[0] in "0123456789.":
       return self._number(token)
     if token == "{":
       node = self._nested(self._sum)
