@@ -150,7 +150,8 @@ function drawPanel(panel, series) {
     if (areas) {
       const { above, below } = areas[i];
       const back = path([...whole.steps].reverse(), [...below].reverse()).replace("M", "L");
-      svg.append(draw("path", { d: `${path(whole.steps, above)}${back}Z`, style: `fill: ${line.color}`, opacity: 0.85 }));
+      svg.append(draw("path", { d: `${path(whole.steps, above)}${back}Z`, style: `fill: ${line.color}`,
+        opacity: 0.85 }));
       return;
     }
     const { steps: of, values: at, smooth } = line.series;
@@ -158,7 +159,8 @@ function drawPanel(panel, series) {
     if (smooth) svg.append(draw("path", { d: path(of, at), style, opacity: 0.3, "stroke-width": 0.8 }));
     svg.append(draw("path", { d: path(of, smooth || at), style, "stroke-width": 1.7 }));
     if (!smooth && of.length < 24) {
-      of.forEach((step, j) => svg.append(draw("circle", { cx: x(step), cy: y(at[j]), r: 2.4, style: `fill: ${line.color}` })));
+      of.forEach((step, j) => svg.append(
+        draw("circle", { cx: x(step), cy: y(at[j]), r: 2.4, style: `fill: ${line.color}` })));
     }
   });
   const mark = draw("line", { class: "at", y1: TOP, y2: HEIGHT - BOTTOM });
@@ -168,7 +170,8 @@ function drawPanel(panel, series) {
   const numbers = lines.map(() => make("b"));
   const legend = make("span", { className: "legend" }, ...lines.map((line, i) =>
     line.series.steps.length || (areas && i === lines.length - 1)
-      ? make("span", { title: line.key }, make("i", { style: `background: ${line.color}` }), `${line.label} `, numbers[i])
+      ? make("span", { title: line.key }, make("i", { style: `background: ${line.color}` }),
+        `${line.label} `, numbers[i])
       : null));
   const show = (step) => {
     const at = step === null ? null : steps[nearest(steps, step)];
@@ -212,9 +215,13 @@ function renderCurves() {
   const sections = [];
   for (const theme of curves.themes) {
     const figures = theme.panels.map((panel) => drawPanel(panel, curves.series)).filter(Boolean);
-    if (figures.length) sections.push(make("section", {}, make("h2", {}, theme.title), make("div", { className: "panels" }, ...figures)));
+    if (!figures.length) continue;
+    const together = make("div", { className: "panels" }, ...figures);
+    sections.push(make("section", {}, make("h2", {}, theme.title), together));
   }
-  if (!sections.length) sections.push(make("p", { className: "muted empty" }, "No metrics yet: they come with the first step."));
+  if (!sections.length) {
+    sections.push(make("p", { className: "muted empty" }, "No metrics yet: they come with the first step."));
+  }
   $("themes").replaceChildren(...sections);
   findMetrics();
 }
@@ -261,7 +268,7 @@ function sortOf() {
 function showFilters() {
   const form = $("form"), { column, down } = sortOf();
   const [from, to] = (state.get("step") || "").split("..");
-  const values = { q: state.get("q"), source: state.get("source"), from, to: state.get("step") && to === undefined ? from : to };
+  const values = { q: state.get("q"), source: state.get("source"), from, to: to === undefined ? from : to };
   YES_NO.forEach((name) => { values[name] = state.get(name); });
   for (const [name, value] of Object.entries(values)) {
     if (form[name] !== document.activeElement) form[name].value = value || "";
@@ -289,7 +296,8 @@ function range(from, to) {
 
 function readForm(event) {
   const form = $("form"), name = event.target.name;
-  const changes = { q: form.q.value, source: form.source.value, step: range(form.from.value.trim(), form.to.value.trim()) };
+  const changes = { q: form.q.value, source: form.source.value,
+    step: range(form.from.value.trim(), form.to.value.trim()) };
   YES_NO.forEach((each) => { changes[each] = form[each].value; });
   if (name === "sort") changes.sort = `-${form.sort.value}`;
   if (["column", "least", "most"].includes(name)) return;
@@ -338,7 +346,8 @@ function rowNode(row, before) {
     String(number("step") ?? "—"), row.question, row.answer === null ? "—" : `${row.answer} / ${row.reference}`,
     shown("reward_reference"), shown("reward_baseline"), shown("reward_total"), String(number("length") ?? "—"),
   ];
-  const nodes = cells.map((text, i) => make("td", { className: COLUMNS[i][2], title: text.length > 20 ? text : "" }, text));
+  const nodes = cells.map((text, i) =>
+    make("td", { className: COLUMNS[i][2], title: text.length > 20 ? text : "" }, text));
   nodes[2].title = "own answer / reference";
   nodes.push(make("td", { className: "marks words-only" }, ...marks(row)));
   return make("tr", {
@@ -526,7 +535,8 @@ async function look() {
       if (before.behind || !list.rows.length) await loadList();
       else {
         const more = run.count - before.count;
-        $("news").textContent = more > 0 ? "There are new rollouts: show them (r)" : "The rollouts have changed: show them (r)";
+        const what = more > 0 ? "There are new rollouts" : "The rollouts have changed";
+        $("news").textContent = `${what}: show them (r)`;
         $("news").hidden = false;
       }
     }
@@ -534,7 +544,10 @@ async function look() {
   } catch (error) {
     $("status").textContent = `no answer from rlpr view (${error.message})`;
   }
-  setTimeout(() => (document.hidden ? document.addEventListener("visibilitychange", look, { once: true }) : look()), wait);
+  setTimeout(() => {
+    if (document.hidden) document.addEventListener("visibilitychange", look, { once: true });
+    else look();
+  }, wait);
 }
 
 function close() {
@@ -574,7 +587,10 @@ function turn(name) {
 
 for (const button of document.querySelectorAll("[data-view]")) button.onclick = () => turn(button.dataset.view);
 for (const button of document.querySelectorAll("[data-color]")) {
-  button.onclick = () => { choose({ color: button.dataset.color === "r" ? null : button.dataset.color }); renderDetail(); };
+  button.onclick = () => {
+    choose({ color: button.dataset.color === "r" ? null : button.dataset.color });
+    renderDetail();
+  };
 }
 for (const name of YES_NO) $("form")[name].replaceChildren(option("", "any"), option("1", "yes"), option("0", "no"));
 $("find").addEventListener("input", () => { choose({ find: $("find").value }); findMetrics(); });
