@@ -109,25 +109,119 @@ _LATEX = re.compile(r"\\[a-zA-Z]+|\$|\^|_\{|\{eq\}")
 _MATHEMATICAL = 0.7  # of the score, from which on a question is one of mathematics
 _LATEX_NAME = re.compile(r"\\[a-zA-Z]+")
 _A_WORD = re.compile(r"[^\W\d_]{2}")
+# A solution in GSM8K's form: a calculator's annotation, or the number behind #### that ends it.
+_WORKED = re.compile(r"<<[^<>\n]{1,80}=[^<>\n]{1,40}>>|^####[ \t]*[-+]?\$?\d", re.MULTILINE)
+
+# Word problems of everyday life: quantities, an everyday question about them, and a number as the answer.
+_QUANTITY = re.compile(
+  r"\W{0,3}(?:[$€£¥]\s?)?[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s?/\s?\d+)?\s?%?(?:[\s\\]+[a-zA-Z²³/.-]+){0,4}\W{0,2}"
+)
+_FIGURE = re.compile(
+  r"\d[\d,.]*|\b(?:one|two|three|four|five|six(?:teen|ty)?|seven(?:teen|ty)?|eight(?:een|y)?|nine(?:teen|ty)?|ten|eleven"
+  r"|twelve|thirteen|fourteen|fifteen|twenty|thirty|forty|fifty|hundred|dozens?|half|halves|thirds?|quarters?|twice"
+  r"|thrice"
+  r"|double[ds]?|triple[ds]?|alphabet)\b"
+)
+_EVERYDAY = re.compile(
+  r"\bhow (?:many|much (?:more|money|does|did|will|do|is|change|profit|in)|long|far|old|tall|often|big)\b"
+  r"|\b(?:s?he|him|her|his|they|their|my|our|us|we)\b"
+  r"|\b(?:each|every|altogether|in (?:all|total)|total|left|remaining|rest|together|more than|less than|times as|twice"
+  r"|half|dozens?|per|fewer|enough|share[ds]?|split|evenly|equal(?:ly)?|average|combined|younger|older|longer"
+  r"|shorter)\b"
+  r"|\b(?:buy|buys|bought|sells?|sold|gave|gives?|got|gets|ate|eats?|spends?|spent|pays?|paid|saved?|saves|made|makes"
+  r"|baked"
+  r"|bakes|walks?|walked|runs?|ran|drives|drove|reads?|picked|picks|collects?|collected|puts?|wants?|needs?|earns?"
+  r"|earned"
+  r"|plays?|played|planted|plants|lost|found|used|uses|took|takes|went|goes|bring|brought|fills?|filled|works|worked"
+  r"|swims?"
+  r"|scored|starts? with|started|decides|orders|ordered|weighs|costs?|finish(?:es|ed)?|ha[ds]|have)\b"
+  r"|\b(?:sum|difference|product of|digits?|divided|multiplied|subtract(?:s|ed)?|adds?|added|perimeter|remainder|ratio"
+  r"|original|discount|price|as (?:many|much|old|big|long) as|find the number|what number)\b"
+  r"|\b(?:apples?|oranges?|bananas?|fruits?|eggs?|cakes?|cookies?|cand(?:y|ies)|chocolates?|pizzas?|sandwich\w*|bread"
+  r"|milk"
+  r"|books?|pages?|pencils?|pens?|cards?|stickers?|marbles?|toys?|balls?|balloons?|stamps?|coins?|beads?|boxes|bags?"
+  r"|baskets?"
+  r"|bottles?|cups?|jars?|packs?|packages?|pieces?|shelf|shelves|flowers?|trees?|garden|farm|cows?|sheep|chickens?"
+  r"|ducks?"
+  r"|dogs?|cats?|fish|birds?|animals?|bees?|legs|shirts?|shoes?|dress\w*|clothes|tickets?|movies?|games?|points|party"
+  r"|birthday"
+  r"|school|class(?:es|room)?|teachers?|students?|children|kids|boys?|girls?|friends?|family|brothers?|sisters?"
+  r"|mother|father"
+  r"|mom|dad|sons?|daughters?|cousins?|people|players?|team|house|rooms?|cars?|buses|bus|trains?|bikes?|miles?|feet"
+  r"|foot"
+  r"|inch(?:es)?|yards?|(?:centi|kilo)?met(?:er|re)s?|cm|mm|lit(?:er|re)s?|gallons?|ounces?|water|drinks?|blocks"
+  r"|crayons|minutes?|hours?|days?|weeks?|months?|years? old|pounds?|dollars?|cents|store|shop|restaurant|lunch"
+  r"|dinner|breakfast|meals?|letters?|songs?|words|photos?|pictures?)\b"
+)
+_SCHOOL = 3  # different everyday words, and
+_FOR_EACH_TECHNICAL = 5  # more for each different technical one, and
+_FIGURES = 2  # quantities, from which on a question is a word problem
+_ANSWER_LIMIT = 60  # characters of its answer
+_TECHNICAL = re.compile(
+  r"(?<![\\\w])(?:voltage|volts?|amperes?|ohms?|watts?|kw|kwh|joules?|newtons?|pascal|kelvin|celsius|°c|hertz|hz|moles?|mol"
+  r"|velocity|acceleration|force|friction|momentum|torque|pressure|density|wavelength|frequency|current|charge"
+  r"|capacitors?"
+  r"|resist(?:or|ance)|circuit|electrons?|photons?|protons?|neutron\w*|nucle\w+|atoms?|molecul\w+|reaction|acid"
+  r"|solution"
+  r"|concentration|isotope\w*|half-life|enzyme\w*|genes?|genetic|allele\w*|protein\w*|cells|bacteria\w*|patients?"
+  r"|dose|disease|clinical|kinetic|thermal|heat|entropy|enthalpy|steam|refriger\w+|boiler|turbine|compress\w+|beam"
+  r"|stress"
+  r"|strain|fluid|viscosity|reynolds|orbit|planets?|telescope|lens|mirror|magnetic|electric"
+  r"|bonds?|coupons?|yield|maturity|dividends?|stocks|stock price|shares? of|shareholders?|equity|debt|mortgage"
+  r"|portfolio|hedg\w+|futures"
+  r"|treasury|t-bill|capital|asset\w*|liabilit\w+|depreciat\w+|amortiz\w+|ledger|journal|inventory|receivable\w*"
+  r"|payable"
+  r"|accounts?|balance sheet|goodwill|retained|cash flows?|net income|earnings per|present value|future value|npv|irr"
+  r"|marr|wacc"
+  r"|annuit\w+|compounded|perpetuity|discount rate|interest rates?|required (?:rate of )?return|rate of return"
+  r"|annual worth"
+  r"|exchange rates?|currency|gdp|gnp|cpi|inflation|unemploy\w+|labor force|elastic\w+|marginal|equilibrium|demand"
+  r"|supply"
+  r"|quantity demanded|surplus|utilit\w+|monopol\w+|oligopol\w+|duopol\w+|firms?|consumption function|multiplier|mpc"
+  r"|mps"
+  r"|fiscal|monetary|money supply|reserve ratio|federal|tariff|subsid\w+|deadweight|opportunity cost|comparative"
+  r"|fixed costs?|variable costs?|total cost|break-?even|contribution margin|overhead|budgeted|standard cost"
+  r"|manufactur\w+"
+  r"|contract|court|plaintiff|defendant|statute|act of|treaty|president|century|war|king|emperor|amendment|constitution"
+  r"|algorithm|processor|cache|bytes?|bits?|bandwidth|memory|register|compiler|network|protocol|router"
+  r"|standard deviation|variance|confidence interval|hypothesis|regression|correlation|p-value|z-score|sample size"
+  r"|taxable|deduct\w+|irs|tax|taxes|gross|insurance|premium|lease|salvage|useful life|economy|economic|market share"
+  r"|revenue"
+  r"|which of the following|which one|table below|figure|refer to|assume|suppose|corporation|inc|co|ltd)\b"
+)
 
 
 def is_mathematics(question: str, reference: str, source: str) -> bool:
   """Whether a question is one of mathematics, which rules can verify.
 
-  A source or category that names a field decides; "" if there is none. Elsewhere words and LaTeX do: terms of
-  mathematics, no words of a field in which it is applied, an answer that is a bare expression. Without a source
-  that finds 81% of MATH-500, 90% of AIME 2024, 37% of the mathematics in MMLU-Pro (whose questions often name nothing
-  but "the following"), and takes for mathematics 2 to 4% of MMLU-Pro's other subjects and 0.1% of 4,000 questions of
-  economics.
+  A source or category that names a field decides; "" if there is none. Elsewhere a worked solution in GSM8K's form
+  does, a word problem of everyday life whose answer is a number, or words and LaTeX: terms of mathematics, no words of
+  a field in which it is applied, an answer that is a bare expression.
 
   >>> is_mathematics("Find all integers $n$ divisible by 7.", "$7k$", source="")
+  True
+  >>> is_mathematics("Ann had 12 pears and ate 3. How many has she left?", "9", source="")
   True
   >>> is_mathematics("Who wrote Emma?", "Austen", source="")
   False
   """
   if _MATHEMATICS.search(source):
     return True
-  return not _OTHER_FIELD.search(source) and _mathematics_score(question, reference) >= _MATHEMATICAL
+  if _OTHER_FIELD.search(source):
+    return False
+  return (
+    _WORKED.search(reference) is not None
+    or _is_word_problem(question, reference)
+    or _mathematics_score(question, reference) >= _MATHEMATICAL
+  )
+
+
+def _is_word_problem(question: str, reference: str) -> bool:
+  text = question.lower()
+  if len(reference) > _ANSWER_LIMIT or not _QUANTITY.fullmatch(reference):
+    return False
+  everyday, technical = ({found[0] for found in words.finditer(text)} for words in (_EVERYDAY, _TECHNICAL))
+  return len(everyday) >= _SCHOOL + _FOR_EACH_TECHNICAL * len(technical) and len(_FIGURE.findall(text)) >= _FIGURES
 
 
 def _mathematics_score(question: str, reference: str) -> float:

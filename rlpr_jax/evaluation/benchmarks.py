@@ -201,12 +201,12 @@ def _choice(row: Row, key: str, question: str, options: tuple[str, ...], answer:
 # TheoremQA's own rules (https://github.com/TIGER-AI-Lab/TheoremQA, utils.py): a number that should be an integer is
 # rounded, others may be off by 4% of the reference; lists are compared item by item once both are sorted.
 _THEOREMQA = {
-  "integer": ("number", 0.0, 0.5),
-  "float": ("number", 0.04, 0.0),
-  "list of integer": ("number", 0.0, 0.5),
-  "list of float": ("number", 0.04, 0.0),
-  "bool": ("number", 0.0, 0.0),
-  "option": ("multiple_choice", 0.0, 0.0),
+  "integer": ("number", 0.0, True),
+  "float": ("number", 0.04, False),
+  "list of integer": ("number", 0.0, True),
+  "list of float": ("number", 0.04, False),
+  "bool": ("number", 0.0, False),
+  "option": ("multiple_choice", 0.0, False),
 }
 
 
@@ -216,7 +216,7 @@ def _theoremqa(row: Row) -> Question | str:
   kind = row.text("Answer_type")
   if kind not in _THEOREMQA:
     raise InputError(f"{row.where('Answer_type')}: expected one of {', '.join(_THEOREMQA)}, found {reprlib.repr(kind)}")
-  grader, rtol, atol = _THEOREMQA[kind]
+  grader, rtol, rounded = _THEOREMQA[kind]
   question, options = row.text("Question"), ()
   answer = row.values.get("Answer")
   answer = str(answer) if isinstance(answer, list) else row.text("Answer")
@@ -232,7 +232,15 @@ def _theoremqa(row: Row) -> Question | str:
     raise InputError(where)
   category = row.optional("field", "subfield")
   return Question(
-    row.key("id"), question, answer, category, grader=grader, options=options, row=row.number, rtol=rtol, atol=atol
+    row.key("id"),
+    question,
+    answer,
+    category,
+    grader=grader,
+    options=options,
+    row=row.number,
+    rtol=rtol,
+    rounded=rounded,
   )
 
 

@@ -10,6 +10,7 @@ No text makes them raise or hang: what cannot be understood is wrong.
 
 import re
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import NamedTuple
 
 from rlpr_jax import splicing
@@ -156,20 +157,14 @@ def _grade_form(question: Question, text: str) -> Grade:
   graders = {"multiple_choice": _grade_choice, "math": _grade_math, "number": _grade_number, "text": _grade_text}
   if question.grader not in graders:
     raise InputError(f"question {question.id}: expected a grader {' or '.join(graders)}, found {question.grader!r}")
-  answer, path = extraction.extract(text, question.grader)
+  options = {letter(i): option for i, option in enumerate(question.options)}
+  answer, path = extraction.extract(text, question.grader, options)
   if not answer:
     return Grade(False, None, path, "no answer")
   if len(answer) > ANSWER_LIMIT:
     return Grade(False, answer, path, "too long")
   why = graders[question.grader](answer, question)
   return Grade(bool(why), answer, path, why or "differs")
-
-
-# "B because it is larger", but not "B, C".
-_REASONED = re.compile(r"[(\s]{0,4}([A-Z])\)?(?:[,;](?! ?\(?[A-Z]\b)| (?:because|since|as|which|is)\b)")
-_FIRST_LETTER = re.compile(
-  r"\s*(?:[\[{<]|\\(?:text|mathrm|textbf|mathbf)\{)\(?([A-Za-z])\)?[\]}>]|\s*([A-Z])(?= [-:] )"
-)
 
 
 # Each of these four says why an answer is right, or "" where it is not.
@@ -182,13 +177,8 @@ def _grade_choice(answer: str, question: Question) -> str:
 def _judge_choice(answer: str, reference: str, options: dict[str, str]) -> str:
   """Why an answer names the option whose letter is the reference, or "" where it does not."""
   label = label_of(answer, options)
-  if label is None:
-    plainer = answer.replace("**", "").replace("__", "").translate(DASHES)
-    if first := _FIRST_LETTER.match(plainer):
-      plainer = f"({first[1] or first[2]}) {plainer[first.end() :].lstrip(' .:-')}".strip()
-    label = label_of(plainer, options)
-    if label is None and (found := _REASONED.match(plainer)):
-      label = found[1]
+  if label is None:  # the mark may be within the text: **B.** Paris
+    label = label_of(answer.replace("**", "").replace("__", "").translate(DASHES), options)
   same = [key for key, option in options.items() if _same_text(answer, option)]
   if label is None and len(same) == 1 and not split_label(answer):  # which would name another option by its letter
     label = same[0]
@@ -203,6 +193,8 @@ def _grade_text(answer: str, question: Question) -> str:
 
 
 def _judge_text(answer: str, reference: str) -> str:
+  if _differ_in_currency(answer, reference):
+    return ""
   if _same_text(answer, reference):
     return "same text"
   labelled, given = split_label(reference), split_label(answer)
@@ -219,8 +211,19 @@ def _judge_text(answer: str, reference: str) -> str:
     first = re.match(r"\W*([A-Za-z]+)(?=[,.;:!]|\s*$)", answer)
     if first and first[1].lower() == plain(reference):
       return "same text"
-  ours, theirs = numbers.parse(answer), numbers.parse(reference)
+  if numbers.is_span(answer) or numbers.is_span(reference):  # 10-20 is not -10
+    return ""
+  ours, theirs = _number(answer), _number(reference)
   return "equal number" if ours and theirs and numbers.same(ours, theirs) else ""
+
+
+def _number(text: str) -> numbers.Number | None:
+  return numbers.parse(text) or numbers.spelled(text)
+
+
+def _differ_in_currency(answer: str, reference: str) -> bool:
+  ours, theirs = numbers.currencies(answer), numbers.currencies(reference)
+  return bool(ours and theirs) and ours != theirs
 
 
 def _grade_number(answer: str, question: Question) -> str:
@@ -231,19 +234,24 @@ def _grade_number(answer: str, question: Question) -> str:
     words = re.findall(r"[a-z]+", core)
     said = {_TRUTH[word] for word in words if word in _TRUTH}
     return "same truth" if said == {question.reference == "True"} and "not" not in words else ""
-  if question.reference.startswith("["):
-    values, items = numbers.parse_list(_core(answer, "number")), numbers.parse_list(question.reference)
-    if values is None or items is None or len(values) != len(items):
-      return ""
-    pairs = zip(sorted(values), sorted(items), strict=True)
-    right = all(numbers.equal(value, item, question.rtol, question.atol) for value, item in pairs)
-    return _tolerance(question, "equal items") if right else ""
-  theirs = numbers.parse(question.reference)
   core = _core(answer, "number")
-  ours = numbers.parse(core) or numbers.lone(core)
-  if ours and theirs and numbers.same(ours, theirs, question.rtol, question.atol):
-    return "equal number" if numbers.same(ours, theirs) else _tolerance(question, "equal number")
-  return ""
+  if _differ_in_currency(core, question.reference):
+    return ""
+  theirs = _number(question.reference)
+  items = numbers.parse_list(question.reference) if theirs is None else numbers.grouped_list(question.reference)
+  values = numbers.parse_list(core) if items else None
+  if items and values and len(values) == len(items):
+    pairs = zip(sorted(values), sorted(items), strict=True)
+    if all(_is_near(value, item, question) for value, item in pairs):
+      return _tolerance(question, "equal items")
+  if theirs is None:
+    return ""
+  reason = _REASON.search(core)
+  said = core[: reason.start()] if reason and _number(core[: reason.start()]) else core  # "5, since x = 4" is 5
+  ours = _number(said) or numbers.lone(said)
+  if ours is None or not _same_number(ours, theirs, question):
+    return ""
+  return "equal number" if _same_number(ours, theirs) else _tolerance(question, "equal number")
 
 
 def _grade_math(answer: str, question: Question) -> str:
@@ -257,6 +265,7 @@ def _judge_expression(answer: str, reference: str) -> str:
   return equivalence.equal(_core(shown(answer), "math"), reference)
 
 
+_REASON = re.compile(r"[,;.(]{0,2} ?\b(?:because|since|as|which|where|due to)\b", re.IGNORECASE)
 _TRUTH = {"true": True, "yes": True, "correct": True, "false": False, "no": False, "incorrect": False}
 # "False, because it is not true", but not "True, or false".
 _LEADING_TRUTH = re.compile(
@@ -278,29 +287,61 @@ def _core(answer: str, grader: str) -> str:
   return inner if grader == "text" or inner.endswith("..") else inner.rstrip(". ")
 
 
+def _same_number(ours: numbers.Number, theirs: numbers.Number, question: Question | None = None) -> bool:
+  """Whether two are equal, within a question's tolerances where one is given."""
+  if question is None:
+    return numbers.same(ours, theirs)
+  if question.rounded and isfinite(ours.value):
+    ours = ours._replace(value=round(ours.value))
+  return numbers.same(ours, theirs, question.rtol, question.atol)
+
+
+def _is_near(value: float, reference: float, question: Question) -> bool:
+  if question.rounded and isfinite(value):
+    value = round(value)
+  return numbers.equal(value, reference, question.rtol, question.atol)
+
+
 def _tolerance(question: Question, exact_words: str) -> str:
+  if question.rounded:
+    return "rounded"
   if question.rtol:
     return f"within {question.rtol:.0%}"
   return f"within {question.atol:g}" if question.atol else exact_words
 
 
-_TOKENS = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?|[^\W\d_]+|\d+|[-+*/^=<>%]")
+_TOKENS = re.compile(
+  r"(?<![\w.])[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)%?|[^\W\d_]+#?|\d+|[-+*/^=<>%±¬\u00d7÷&@\u2190-\u22ff]"
+)
+# From 10 to 20, between 10 and 20: 10-20.
+_RANGES = tuple(
+  re.compile(pattern)
+  for pattern in (
+    r"\bbetween (\S{1,20}) and (?=[$€£¥]?\.?\d)",
+    r"(?:\bfrom )?(?<![\w.])([$€£¥]?\d[\d.,]{0,20}%?) to (?=[$€£¥]?\.?\d)",
+  )
+)
 _MARKUP = re.compile(r"\\(?:text|mathrm|mathbf|textbf|boxed|left|right)(?![A-Za-z])|[$*_{}\\]")
 
 
 def _same_text(answer: str, reference: str) -> bool:
   """Whether two texts have the same words, numbers and signs, in the same order.
 
-  Where the reference has neither letters nor digits, as "> } ]", every character counts but whitespace.
+  Where the reference has neither letters nor digits, as "> } ]", every character counts but whitespace and the full
+  stop of the sentence.
   """
   if not any(c.isalnum() for c in reference):
-    return bool(reference) and "".join(answer.split()) == "".join(reference.split())
+    marks, expected = ("".join(text.split()) for text in (answer, reference))
+    return bool(expected) and expected in (marks, marks.removesuffix("."))
   return _words(answer) == _words(reference) != []
 
 
 def _words(text: str) -> list[str]:
   """Words in compatibility form, without case, articles, markup and punctuation; numbers without commas."""
-  text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", _MARKUP.sub(" ", compatible(text).casefold()))
+  text = compatible(text).casefold()
+  for pattern in _RANGES:
+    text = pattern.sub(r"\1 - ", text)
+  text = re.sub(r"(?<=[^\W\d_])-(?=[^\W\d_])", " ", _MARKUP.sub(" ", text))
   tokens = [t.replace(",", "") if t[-1].isdigit() else t for t in _TOKENS.findall(text)] or text.split()
   return [
     token

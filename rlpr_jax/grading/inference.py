@@ -8,9 +8,10 @@ from dataclasses import replace
 from rlpr_jax.grading import multiple_choice, numbers
 from rlpr_jax.grading.question import Question
 
-_COMMAND = re.compile(r"\\[A-Za-z]+")
+_COMMAND = re.compile(r"\\(?:begin|end)\{[a-z]*\}|\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{3,}")
 _MATHEMATICAL = re.compile(r"[\d=+*/^<>≤≥()\[\]]")
+_ENUMERATION = re.compile(r"[-+\d.,/%\s]+(?:\band\b[-+\d.,/%\s]+)?")  # 6 and 8; 1, 2, 3
 _FUNCTION = re.compile(r"\b(?:sin|cos|tan|log|ln|exp|sqrt|min|max|pi)\b")
 
 
@@ -52,7 +53,11 @@ def infer(question: str, reference: str) -> tuple[str, str, tuple[str, ...]]:
     return "multiple_choice", reference.upper(), ()
   prose = _FUNCTION.sub("", _COMMAND.sub("", reference))
   if labelled is None and any(c.isalnum() for c in reference) and len(reference) <= numbers.LIMIT:
-    if "=" not in reference and is_number(reference, letters=True):
+    if numbers.is_span(reference):
+      return "text", reference, ()
+    if "=" not in reference and (is_number(reference, letters=True) or numbers.spelled(reference)):
+      return "number", reference, ()
+    if _ENUMERATION.fullmatch(reference) and numbers.parse_list(reference):
       return "number", reference, ()
     if (_COMMAND.search(reference) or _MATHEMATICAL.search(reference)) and not _WORD.search(prose):
       return "math", reference, ()

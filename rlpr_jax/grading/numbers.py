@@ -152,6 +152,41 @@ _UNDECIDED = re.compile(
 )
 _COMPOSITE = re.compile(r"^\s*\d|(?<![A-Za-z]{2})[-+]")  # 2x, x + y, but not "non-negative x"
 _TEXT = re.compile(r"\\(?:text(?:rm|bf|it)?|mbox|mathrm|mathbf|operatorname|boxed|fbox|rm)(?![A-Za-z])\*? ?")
+# 10-20, $5-$10, 5% - 10%, 10-20 km: from the smaller to the larger; 2023-01-05, 12/25/2023, 7:40 pm.
+_RANGE = re.compile(r"[$€£¥]?(\d[\d,]*(?:\.\d+)?)%?\s*-\s*[$€£¥]?(\d[\d,]*(?:\.\d+)?)%?(?: ?[A-Za-z]{1,20}\.?)?")
+_DATE_OR_TIME = re.compile(
+  r"\d{4}([-/.])\d{1,2}\1\d{1,2}|\d{1,2}([-/.])\d{1,2}\2\d{4}|\d{1,2}:\d\d(?::\d\d)?(?: ?[AaPp]\.?[Mm]\.?)?"
+)
+# Numbers of three digits each, which may be groups of one number: 100,200,300.
+_GROUPS = re.compile(r"[1-9]\d\d(?:,[1-9]\d\d)+")
+_CURRENCIES = (
+  ("$", re.compile(r"\\\$\s?\d|(?<![A-Za-z])(?i:dollars?|usd)\b")),
+  ("€", re.compile(r"€|(?<![A-Za-z])(?i:euros?|eur)\b")),
+  ("£", re.compile(r"£|(?<![A-Za-z])(?i:gbp|sterling)\b")),
+  ("¥", re.compile(r"¥|(?<![A-Za-z])(?i:yen|yuan|cny|jpy)\b")),
+)
+_DOLLAR_SIGN = re.compile(r"\$\s?-?\d")
+_SMALL = (
+  "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+  "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+)  # fmt: skip
+_TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+_WORDS = {word: i for i, word in enumerate(_SMALL)} | {word: 10 * i for i, word in enumerate(_TENS, 2)}
+_NUMERAL = rf"(?:{'|'.join(sorted((*_WORDS, *_SCALES), key=len, reverse=True))})"
+_SPELLED = re.compile(
+  rf"(?:a (?=hundred|thousand|million|billion))?{_NUMERAL}(?:(?:-| and | |, ){_NUMERAL})*+\b", re.IGNORECASE
+)
+_PART = re.compile(r"[ -](?:hal(?:f|ves)|thirds?|quarters?|\w+ths?)\b")
+# What makes a number in a sentence another one than that which is meant.
+_DENIED = re.compile(r"(?i)\b(?:not|cannot|never|neither|nor|wrong|incorrect|impossible)\b|n['\u2019]t\b")
+_BOUNDED = re.compile(
+  r"(?i)\b(?:than|but|except(?: for)?|excluding|besides|without|instead of|at (?:least|most)|up to|under|over|above"
+  r"|below|exceed(?:s|ing)?|unlike|minus|almost|within|beyond|equal to or|between|to)[ ~$€£]{1,2}$"
+)
+_OR_MORE = re.compile(
+  r"(?i)[^\w.;]{0,3}(?:\w+ )?(?:(?:or|and) (?:more|less|fewer|above|below|over|under|up|greater|higher|lower)"
+  r"|at (?:most|least))\b|\+(?!\d)"
+)
 _LONE = re.compile(
   r"(?:^|(?<=[\s($=≈~:]))[-+]?(?:(?:\d{1,3}(?: \d{3})+(?!\d)|\d[\d,]*)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:/\d+)?%?"
   r"(?=$|[\s)$°;]|[.,](?:\s|$))"
@@ -164,7 +199,7 @@ def parse(text: str) -> Number | None:
   >>> parse("1.5e3 m").value, parse("25%").percent, parse("many") is None
   (1500.0, True, True)
   """
-  if len(text) > LIMIT:
+  if len(text) > LIMIT or _DATE_OR_TIME.fullmatch(text.strip()):
     return None
   text = _SUPERSCRIPTS.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}", text.strip())
   if any(unicodedata.category(c) == "No" for c in text):  # ½, ①: not what they look like once normalised
@@ -214,13 +249,75 @@ def lone(text: str) -> Number | None:
 
   >>> lone("There are 42 apples.").value
   42
+  >>> lone("anything but 5"), lone("5 or more")
+  (None, None)
   """
-  if len(text) > LIMIT or re.search(r"[*^\[\]\\<>\u2264\u2265\u2260]|!=|\+ *\w|(?i:\bnot\b)", text):
+  if len(text) > LIMIT or re.search(r"[*^\[\]\\<>\u2264\u2265\u2260]|!=|\+ *\w", text) or _DENIED.search(text):
     return None
   found = list(_LONE.finditer(text))
+  if any(_BOUNDED.search(text[: one.start()]) or _OR_MORE.match(text, one.end()) for one in found):
+    return None
   if len(found) != 1 or (re.search("[A-Za-z]", text) and not re.search("[A-Za-z]{3}|[A-Za-z]{2} .*\\d", text)):
     return None  # 5 x y is no sentence
   return parse(text[found[0].start() :]) or parse(found[0][0])
+
+
+def spelled(text: str) -> Number | None:
+  """The number that a text is in words, with or without what is counted after it, or None.
+
+  >>> spelled("twenty-five apples").value, spelled("Seven Samurai") is None, spelled("two thirds") is None
+  (25, True, True)
+  """
+  text = text.strip().rstrip(".!")
+  found = _SPELLED.match(text) if len(text) <= LIMIT else None
+  if found is None or _PART.match(text, found.end()) or text[found.end() :].lstrip()[:1].isupper():
+    return None
+  total, group = 0, 0
+  previous = ""
+  for word in re.findall(r"[a-z]+", found[0].lower().replace(" and ", " ")):
+    if word == "hundred":
+      group = (group or 1) * 100
+    elif word in _SCALES:
+      total, group = total + (group or 1) * _SCALES[word], 0
+    elif word in _WORDS:
+      if previous in _WORDS and not (_WORDS[previous] >= 20 and 0 < _WORDS[word] < 10):  # "five six" is no number
+        return None
+      group += _WORDS[word]
+    previous = word
+  return parse(f"{total + group}{text[found.end() :]}")
+
+
+def is_span(text: str) -> bool:
+  """Whether a text is a range, a date or a time of day, which looks like arithmetic and is none.
+
+  >>> is_span("10-20"), is_span("2023-01-05"), is_span("20 - 10"), is_span("3/4")
+  (True, True, False, False)
+  """
+  text = compatible(text[: LIMIT + 1]).strip().rstrip(".")
+  if found := _RANGE.fullmatch(text):
+    return float(found[1].replace(",", "")) < float(found[2].replace(",", ""))
+  return _DATE_OR_TIME.fullmatch(text) is not None
+
+
+def grouped_list(text: str) -> list[float] | None:
+  """The numbers of three digits each that a text may be as well as one number with separators, or None.
+
+  >>> grouped_list("100,200,300"), grouped_list("1,234"), grouped_list("150,000")
+  ([100, 200, 300], None, None)
+  """
+  text = text.strip()
+  return [int(item) for item in text.split(",")] if len(text) <= LIMIT and _GROUPS.fullmatch(text) else None
+
+
+def currencies(text: str) -> set[str]:
+  """The signs of the currencies that a text names.
+
+  >>> currencies("$50"), currencies("50 euros"), currencies("$x$")
+  ({'$'}, {'€'}, set())
+  """
+  signs = {sign for sign, pattern in _CURRENCIES if pattern.search(text)}
+  is_mathematics = text.count("$") % 2 == 0  # $50$
+  return signs if is_mathematics or not _DOLLAR_SIGN.search(text) else signs | {"$"}
 
 
 def _sides(text: str) -> tuple[str, str] | None:

@@ -19,6 +19,7 @@ class Question:
   # How far a number may be from the reference: relative to it, and absolute.
   rtol: float = 0.0
   atol: float = 0.0
+  rounded: bool = False  # whether an answer that is no integer is rounded to one first
   alternatives: tuple["Question", ...] = ()  # the same question with other gold answers, each as right
 
   @property

@@ -64,11 +64,15 @@ ROWS = [
   (
     "theoremqa",
     {**THEOREM, "Answer": 4, "Answer_type": "integer"},
-    {"id": "me/one.json", "reference": "4", "grader": "number", "atol": 0.5, "rtol": 0.0, "category": "Math"},
+    {"id": "me/one.json", "reference": "4", "grader": "number", "rounded": True, "rtol": 0.0, "category": "Math"},
   ),
   ("theoremqa", {**THEOREM, "Answer": 0.5, "Answer_type": "float"}, {"reference": "0.5", "rtol": 0.04, "atol": 0.0}),
   ("theoremqa", {**THEOREM, "Answer": True, "Answer_type": "bool"}, {"reference": "True", "grader": "number"}),
-  ("theoremqa", {**THEOREM, "Answer": [1, 2], "Answer_type": "list of integer"}, {"reference": "[1, 2]", "atol": 0.5}),
+  (
+    "theoremqa",
+    {**THEOREM, "Answer": [1, 2], "Answer_type": "list of integer"},
+    {"reference": "[1, 2]", "rounded": True},
+  ),
   ("theoremqa", {**THEOREM, "Answer": "[0.5]", "Answer_type": "list of float"}, {"reference": "[0.5]", "rtol": 0.04}),
   (
     "theoremqa",
@@ -160,7 +164,13 @@ HARD = [
   ("aime24", {"problem": "p", "answer": "007"}, "number", ["7", "007", "m+n = 7"], ["70", "7xy", "x >= 7", "8-m"]),
   ("mmlu_pro", {"question": "q", "options": OPTIONS, "answer": "B"}, "multiple_choice", ["B. gold"], ["(B) or (C)"]),
   ("theoremqa", {**THEOREM, "Answer": False, "Answer_type": "bool"}, "number", ["No, it is not true"], ["Yes", "not"]),
-  ("theoremqa", {**THEOREM, "Answer": 5, "Answer_type": "integer"}, "number", ["5.0 m", "4.8"], ["5ab", "x <= 5"]),
+  (
+    "theoremqa",
+    {**THEOREM, "Answer": 5, "Answer_type": "integer"},
+    "number",
+    ["5.0 m", "4.8"],
+    ["5ab", "x <= 5", "5.5", "less than 5"],
+  ),
   ("minerva", {"problem": "p", "answer": "\\frac{37}{4} m"}, "math", ["9.25m", "\\frac{37m}{4}"], ["9.25", "9.25 s"]),
   ("minerva", {"problem": "p", "answer": "41.8^\\circ"}, "number", ["42", "41.8°"], ["43", "41.8 radians"]),
   ("minerva", {"problem": "p", "answer": "x' + r y - c = 0"}, "math", ["x' + r y - c = 0"], ["0", "y = 0"]),
