@@ -90,7 +90,7 @@ _LETTER_LINE = re.compile(
 _OPTION = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? [*_(]{0,4}([A-Z])\b(?!')")
 # 3/4, -\frac{3}{4}, 1,000.5, 10\,000, 2e-3, 1.5 \times 10^{3}, 25\%
 _NUMBER = re.compile(
-  r"(?<!\bnot )(?:(?<![\w.)\]}])-[ ]?)?(?:\\[dt]?frac ?\{[^{}]{1,60}\} ?\{[^{}]{1,60}\}|"
+  r"(?:(?<![\w.)\]}])-[ ]?)?(?:\\[dt]?frac ?\{[^{}]{1,60}\} ?\{[^{}]{1,60}\}|"
   r"(?<![\w.])(?:\d{1,3}(?:(?:,|\\,|~|\{,\})\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?(?!\d)"
   r"(?: ?(?:\\times|\\cdot|\*|\u00d7|x) ?10 ?\^ ?\{?-?\d+\}?)?(?:\\?%)?)"
 )
@@ -150,7 +150,8 @@ def _extract_untagged(text: str, grader: str, options: dict[str, str]) -> Extrac
     named = [one for one in found if one.answer and label_of(one.answer, options)]
     found = [*named, *([lettered] if ends_with_it else []), *found, lettered]
   elif grader in ("math", "number"):
-    number = _last(_NUMBER, text)
+    meant = (one for one in _NUMBER.finditer(text) if not text.endswith("not ", 0, one.start()))
+    number = next(iter(collections.deque(meant, maxlen=1)), None)
     found.append(Extracted(number and number[0].replace(" ", ""), "last_number"))
   return next((one for one in found if one.answer is not None), Extracted(None, "none"))
 
