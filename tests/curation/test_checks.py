@@ -108,6 +108,60 @@ def test_mathematics(question, reference, source, expected):
   assert is_mathematics(question, reference, source) is expected
 
 
+# Written anew in the manner of GSM8K, ASDiv and MGSM.
+WORD_PROBLEMS = (
+  ("Nora's hens lay 14 eggs a day. She keeps five and sells the rest for $3 each. How much does she earn daily?", "27"),
+  ("A scarf takes 4 balls of red wool and half as many of white wool. How many balls does it take in total?", "6"),
+  ("Ben buys a bike for $120 and spends $45 on repairs. He sells it for $210. How much profit did he make?", "$45"),
+  ("Ida reads 12 pages every evening. Her book has 180 pages. How many days does she need to finish it?", "15 days"),
+  ("Omar is twice as old as his sister, who will be 9 in two years. How old is Omar?", "14"),
+  (
+    "A bus has forty seats. At the first stop 17 people get on, at the next 8 more. How many seats are left?",
+    "15 seats",
+  ),
+  ("Lea drives 60 miles per hour for 3 hours and then walks 2 miles home. How far did she travel?", "182 miles"),
+  ("A shirt costs $24, but every second one is 50% off. How much do 4 shirts cost?", "$72.00"),
+  ("Three friends share 27 cookies equally. How many cookies does each of them get?", "9 cookies"),
+  ("What number plus twice itself is 36? Find the number and check that the sum of the three parts is 36.", "12"),
+)
+OTHER_PROBLEMS = (
+  ("A bond with a 6% coupon matures in 10 years at $1,000. What is its price if the yield is 8%?", "$864.10"),
+  ("A firm's fixed costs are $900 and its marginal cost is $5. What is the average cost of 100 units?", "$14"),
+  ("A 3 kg mass moves at a velocity of 4 m/s. How much kinetic energy does it have?", "24"),
+  ("The price of bread rises from $2 to $3 and demand falls by 20%. What is the elasticity of demand?", "0.5"),
+  ("How many amendments does the constitution have?", "27"),
+  ("How many years did the war that began in 1914 last?", "4"),
+  ("A current of 2 amperes flows through a resistor of 6 ohms. What is the voltage?", "12 volts"),
+  ("How many electrons does an atom of carbon have in its outer shell?", "4"),
+  ("She had 3 sons and 2 daughters. What did each of them want for their birthday?", "a bike"),
+)
+
+
+@pytest.mark.parametrize("problem", WORD_PROBLEMS)
+def test_word_problems_are_mathematics(problem):
+  question, reference = problem
+  assert is_mathematics(question, reference, "")
+  assert not is_mathematics(question, "It cannot be said without knowing more.", "")
+  assert not is_mathematics(question, reference, "economics")  # a category decides
+
+
+@pytest.mark.parametrize("problem", OTHER_PROBLEMS)
+def test_calculations_of_other_fields_are_none(problem):
+  assert not is_mathematics(*problem, "")
+
+
+@pytest.mark.parametrize(
+  "reference", ["6 * 7 = <<6*7=42>>42", "She has six bags.\n#### 42", "#### $1,080", "It is lower.\n####-5"]
+)
+def test_a_solution_in_the_form_of_gsm8k_is_mathematics(reference):
+  assert is_mathematics("How many are there?", reference, "")
+
+
+@pytest.mark.parametrize("reference", ["#### Summary", "1 << 2 and 3 >> 1", "# 42"])
+def test_other_marks_are_no_solution(reference):
+  assert not is_mathematics("What is it?", reference, "")
+
+
 @pytest.mark.parametrize(
   ("source", "expected"),
   [
