@@ -146,13 +146,13 @@ def _extract_untagged(text: str, grader: str, options: dict[str, str]) -> Extrac
     letters = [letter for pattern in (_LETTER_LINE, _OPTION) if (letter := _last(pattern, text))]
     letter = max(letters, key=lambda letter: letter.start(1), default=None)
     ends_with_it = letter is not None and not text[letter.end() :].strip()
-    lettered = Extracted(letter and letter[1].upper(), "letter")
+    lettered = Extracted(letter[1].upper() if letter else None, "letter")
     named = [one for one in found if one.answer and label_of(one.answer, options)]
     found = [*named, *([lettered] if ends_with_it else []), *found, lettered]
   elif grader in ("math", "number"):
     meant = (one for one in _NUMBER.finditer(text) if not text.endswith("not ", 0, one.start()))
     number = next(iter(collections.deque(meant, maxlen=1)), None)
-    found.append(Extracted(number and number[0].replace(" ", ""), "last_number"))
+    found.append(Extracted(number[0].replace(" ", "") if number else None, "last_number"))
   return next((one for one in found if one.answer is not None), Extracted(None, "none"))
 
 
