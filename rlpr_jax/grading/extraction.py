@@ -130,14 +130,15 @@ def extract(text: str, grader: str, options: Mapping[str, str] | None = None) ->
 
 
 def _until_next_question(text: str, grader: str, options: dict[str, str]) -> str:
-  """The text up to the next question, but for one that it begins with, which repeats what was asked."""
-  begin = 0
-  for mark in _NEXT_QUESTION.finditer(text):
-    before = text[begin : mark.start()].strip()
-    if before and ("\n" in before or splicing.OPEN in before or _extract_untagged(before, grader, options).answer):
-      return text[: mark.start()]
-    begin = mark.start()
-  return text
+  """The text up to the next question; one that it begins with, or after a line without an answer, repeats the first."""
+  marks = _NEXT_QUESTION.finditer(text)
+  if not (mark := next(marks, None)):
+    return text
+  before = text[: mark.start()].strip()
+  is_lead = "\n" not in before and splicing.OPEN not in before
+  if is_lead and (not before or _extract_untagged(before, grader, options).answer is None):
+    mark = next(marks, None)
+  return text[: mark.start()] if mark else text
 
 
 def _extract_untagged(text: str, grader: str, options: dict[str, str]) -> Extracted:

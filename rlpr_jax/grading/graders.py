@@ -247,8 +247,8 @@ def _grade_number(answer: str, question: Question) -> str:
   if theirs is None:
     return ""
   reason = _REASON.search(core)
-  said = core[: reason.start()] if reason and _number(core[: reason.start()]) else core  # "5, since x = 4" is 5
-  ours = _number(said) or numbers.lone(said)
+  claim = core[: reason.start()] if reason and _number(core[: reason.start()]) else core  # "5, since x = 4" is 5
+  ours = _number(claim) or numbers.lone(claim)
   if ours is None or not _same_number(ours, theirs, question):
     return ""
   return "equal number" if _same_number(ours, theirs) else _tolerance(question, "equal number")

@@ -81,8 +81,36 @@ def test_the_order_of_the_paths():
 
 def test_boxes():
   assert boxed("no box") is None
+  assert boxed("\\boxed{1}, \\boxed{2} and $x = \\boxed{3}$") == "1, 2, 3"
+  assert boxed("\\boxed{1}. Then \\boxed{2}") == "2"
+  assert boxed("\\boxed{1}\n\\boxed{1}") == "1"
   assert boxed("\\boxed{a{b}{c{d}}}") == "a{b}{c{d}}"
   assert boxed("} \\boxed{a} }") == "a"
+
+
+OPTIONS = {"A": "12 N", "B": "14 N"}
+
+
+@pytest.mark.parametrize(
+  ("text", "answer", "path"),
+  [
+    ("\\boxed{7} and so the answer is (B).", "(B)", "answer_is"),
+    ("\\boxed{14 N} and so the answer is (A).", "14 N", "boxed"),  # the first path that names an option
+    ("The answer is 15 N.\n\nB", "B", "letter"),
+    ("The answer is 15 N. Option B is too small.", "15 N. Option B is too small", "answer_is"),
+    ("\\boxed{7}", "7", "boxed"),
+  ],
+)
+def test_options_of_the_question(text, answer, path):
+  assert extract(text, "multiple_choice", OPTIONS) == (answer, path)
+
+
+def test_a_repeated_question_does_not_end_the_response():
+  asked = "Question: 6 * 7?\n"
+  assert extract(f"{asked}The answer is 42.", "number").answer == "42"
+  assert extract(f"Let me see.\n{asked}The answer is 42.", "number").answer == "42"
+  assert extract(f"{asked}The answer is 42.\n\n{asked}The answer is 43.", "number").answer == "42"
+  assert extract(f"6 * 7 = 42\n{asked}The answer is 43.", "number").answer == "42"
 
 
 MILLION = 1_000_000
@@ -94,6 +122,8 @@ LONG = {
     "boxes": "\\boxed{",
     "empty boxes": "\\boxed{}",
     "answers": "answer is ",
+    "next questions": "Question:\n",
+    "marks of GSM8K": "#### 1\n",
     "displayed": "the answer is \\[ ",
     "open tags": "<answer>",
     "closing tags": "</answer>",
