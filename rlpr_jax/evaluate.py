@@ -20,7 +20,7 @@ from rlpr_jax.compilation import keep_programs
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation import benchmarks, config, summary
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS, Question
-from rlpr_jax.evaluation.responses import Store, Task, keys, open_model, respond
+from rlpr_jax.evaluation.responses import Store, Task, keys, missing, open_model, respond
 from rlpr_jax.evaluation.summary import Graded, Sample
 from rlpr_jax.grading import graders, mathverify
 from rlpr_jax.judging import judge
@@ -60,9 +60,8 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
   everything = []
   for name, asked in models.items():
     tasks = keys(asked, settings.seed, _tasks(loaded, settings.greedy))
-    missing = {key: task for key, task in tasks.items() if store.get(key) is None}
-    if missing:
-      respond(asked, settings.seed, missing, store, progress=Progress(f"{name}, question"))
+    if to_ask := missing(asked, tasks, store):
+      respond(asked, settings.seed, to_ask, store, progress=Progress(f"{name}, question"))
     everything += _grade(name, loaded, tasks, store)
   if judging:
     everything = _judge(everything, loaded, settings.judge, client=judging, workdir=workdir)
@@ -180,10 +179,11 @@ def _write(
   for model, averages in all_figures["models"].items():
     for name, modes in averages.items():
       for mode, figures in modes.items():
-        said = f"{model}, {name}, {mode}: {100 * figures['rule']['avg']:.1f}% by rule"
+        said = f"{model}, {name}, {mode}: {summary.percent(figures['rule']['avg'])} by rule"
         if "judge" in figures:
-          figure = figures["judge"]["avg"]
-          said += f", {'-' if figure is None else f'{100 * figure:.1f}%'} by judge ({figures['unjudged']} unjudged)"
+          said += f", {summary.percent(figures['judge']['avg'])} by judge ({figures['unjudged']} unjudged)"
+        if figures["refused"]:
+          said += f", {figures['refused']} of {figures['questions'] * figures['samples']} samples refused"
         print(said)
   print(f"summary: {workdir / 'summary.md'}")
 

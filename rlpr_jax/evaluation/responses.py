@@ -79,6 +79,10 @@ class Store:
   def add(self, key: str, responses: Sequence[Response]) -> None:
     line = json.dumps({"key": key, "responses": responses})
     storage.persist(lambda: storage.append(self._path, line), self._path, _RETRY_SECONDS)
+    self.note(key, responses)
+
+  def note(self, key: str, responses: Sequence[Response]) -> None:
+    """Keeps responses for this time alone: the next call asks again."""
     self._responses[key] = list(responses)
 
 
@@ -148,6 +152,15 @@ def keys(asked: Asked, seed: int, tasks: Iterable[Task]) -> dict[str, Task]:
     what = [model, seed, task.seed, asked.messages(task.question), task.mode, task.samples]
     by_key[hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()] = task
   return by_key
+
+
+def missing(asked: Asked, tasks: dict[str, Task], store: Store) -> dict[str, Task]:
+  """Tasks without a response; what an endpoint refuses it may take another time."""
+
+  def is_there(stored: list[Response] | None) -> bool:
+    return stored is not None and not (asked.clients and any(response.refused for response in stored))
+
+  return {key: task for key, task in tasks.items() if not is_there(store.get(key))}
 
 
 def respond(
@@ -232,10 +245,13 @@ def _ask_endpoint(
       if isinstance(error, BaseException) and not isinstance(error, ClientError):
         raise error
     errors = [error for error in samples if isinstance(error, ClientError)]
-    if any(error.refused for error in errors):
-      samples = [_REFUSED if isinstance(outcome, ClientError) else outcome for outcome in samples]
-      errors = []
-    if errors:
+    for error in errors:
+      if error.refused == "settings":
+        raise InputError(f"{asked.where}: the endpoint refuses whatever it is asked so: {_sent(asked, task)} ({error})")
+    if errors and all(error.refused for error in errors):
+      store.note(key, [_REFUSED if isinstance(outcome, ClientError) else outcome for outcome in samples])
+      in_a_row = 0
+    elif errors:
       in_a_row, last = in_a_row + 1, errors[0]
     else:
       store.add(key, samples)
@@ -261,3 +277,9 @@ def _ask_endpoint(
       f"{asked.settings.url}: {unanswered} of {len(missing)} questions got no response ({last}); the same command asks"
       " again"
     )
+
+
+def _sent(asked: Asked, task: Task) -> str:
+  """What an endpoint is asked beside the question, in words."""
+  request = asked.clients[task.mode].request((), seed=None)
+  return ", ".join(f"{name} {value}" for name, value in request.items() if name not in ("model", "messages"))

@@ -15,7 +15,7 @@ from rlpr_jax.grading.graders import Grade
 from rlpr_jax.judging.judge import Verdict
 
 Json = dict[str, Any]
-MOST_UNJUDGED = 0.05  # share of the samples, beyond which there is no accuracy by judge
+MOST_MISSING = 0.05  # share of the samples without a response, or a verdict, beyond which there is no accuracy
 
 
 class Sample(NamedTuple):
@@ -38,18 +38,22 @@ class Graded(NamedTuple):
 
   @property
   def rule(self) -> np.ndarray:
-    """[Q, K] 1 right, 0 wrong, by rule."""
-    return np.array([[float(sample.grade.right) for sample in row] for row in self.samples])
+    """[Q, K] 1 right, 0 wrong, by rule; NaN throughout where too many were refused to say anything."""
+    return self._known(np.array([[float(sample.grade.right) for sample in row] for row in self.samples]))
 
   @property
   def judge(self) -> np.ndarray:
-    """[Q, K] the same by the judge, where it was asked, else by rule; NaN: unjudged."""
-    return np.array([[_final(sample) for sample in row] for row in self.samples])
+    """[Q, K] the same by the judge, where it was asked, else by rule; NaN: unjudged, too."""
+    return self._known(np.array([[_final(sample) for sample in row] for row in self.samples]))
+
+  def _known(self, right: np.ndarray) -> np.ndarray:
+    refused = np.array([[sample.response.refused for sample in row] for row in self.samples])
+    return np.full_like(right, np.nan) if refused.mean() > MOST_MISSING else right
 
   @property
   def final(self) -> np.ndarray:
     """[Q, K] by the judge where there is one that left next to nothing unjudged."""
-    return self.judge if self.judged and np.isnan(self.judge).mean() <= MOST_UNJUDGED else self.rule
+    return self.judge if self.judged and np.isnan(self.judge).mean() <= MOST_MISSING else self.rule
 
 
 def _final(sample: Sample) -> float:
@@ -91,7 +95,7 @@ def _figures(graded: Graded, resamples: int, seed: int) -> Json:
     "found_by": dict(Counter(sample.grade.path for sample in flat).most_common()),
   }
   if graded.judged:
-    figures["unjudged"] = int(np.isnan(graded.judge).sum())
+    figures["unjudged"] = sum(sample.verdict is not None and sample.verdict.right is None for sample in flat)
     figures["judge"] = _by_judge(graded, resamples, seed)
   kinds = [kind for kind in ("rule", "judge") if figures.get(kind, {}).get("avg") is not None]
   by_category = defaultdict(list)
@@ -112,7 +116,7 @@ def _by_judge(graded: Graded, resamples: int, seed: int) -> Json:
   """
   right = graded.judge
   figures = _accuracy(graded, right, resamples, seed)
-  if np.isnan(right).mean() > MOST_UNJUDGED:
+  if np.isnan(right).mean() > MOST_MISSING:
     figures = {"avg": None, "low": None, "high": None}
   figures["bounds"] = [_mean(np.nan_to_num(right, nan=value)) for value in (0.0, 1.0)]
   return figures
@@ -155,7 +159,7 @@ def _average(benchmarks: Json) -> Json:
     final = [figures.get("judge", figures["rule"])["avg"] for figures in of_mode]
     averages[mode] = {
       "benchmarks": len(of_mode),
-      "rule": float(np.mean(rule)),
+      "rule": None if None in rule else float(np.mean(rule)),
       "judge": None if None in final or not any("judge" in figures for figures in of_mode) else float(np.mean(final)),
     }
   return averages
@@ -189,6 +193,7 @@ _COLUMNS = (
   "pass@k",
   "majority@k",
   "unjudged",
+  "refused",
   "cut off",
   "tokens",
 )
@@ -207,7 +212,7 @@ def to_markdown(summary: Json, notes: Sequence[str]) -> str:
       figures = next(iter(by_mode.values()))
       path_counts = ", ".join(f"{path} {count}" for path, count in figures["found_by"].items())
       rows = [
-        [name, row["questions"], _percent(row["rule"]), _percent(row.get("judge"))]
+        [name, row["questions"], percent(row["rule"]), percent(row.get("judge"))]
         for name, row in figures["categories"].items()
       ]
       parts += [f"### {model}, {benchmark}", f"Answers were found by: {path_counts}."]
@@ -232,12 +237,13 @@ def accuracy_tables(summary: Json, heading: str) -> list[str]:
     ]
     for mode, average in summary["averages"][model].items():
       if average["benchmarks"] > 1:
-        rows.append(["mean of the benchmarks", mode, "", "", _percent(average["rule"]), _percent(average["judge"])])
+        rows.append(["mean of the benchmarks", mode, "", "", percent(average["rule"]), percent(average["judge"])])
     parts += [f"{heading} {model}", _table(_COLUMNS, rows)]
   parts.append(
     "Intervals are 95% bootstrap intervals over questions. pass@k and majority@k are by the judge where there is one."
-    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out; where"
-    f" that is more than {MOST_UNJUDGED:.0%}, there is no figure."
+    " By judge: where the judge was asked, its verdict; elsewhere the rule's. What it left unjudged is left out; a"
+    " sample that was refused, its prompt being too long or the endpoint not taking it, is wrong. Where either is more"
+    f" than {MOST_MISSING:.0%}, there is no figure; what an endpoint refused, the same command asks again."
   )
   if summary["differences"]:
     rows = [
@@ -260,23 +266,24 @@ def _row(benchmark: str, mode: str, figures: Json) -> list[Any]:
     figures["samples"],
     _interval(figures["rule"]),
     _judged(figures) if "judge" in figures else "-",
-    _percent(final["pass"][str(figures["samples"])]) if "pass" in final else "-",
-    _percent(final["majority"]) if "majority" in final else "-",
+    percent(final["pass"][str(figures["samples"])]) if "pass" in final else "-",
+    percent(final["majority"]) if "majority" in final else "-",
     figures.get("unjudged", "-"),
-    _percent(figures["cut_off"]),
+    figures["refused"],
+    percent(figures["cut_off"]),
     _or_dash(figures["tokens"], ".0f"),
   ]
 
 
 def _judged(figures: Json) -> str:
   text, (low, high) = _interval(figures["judge"]), figures["judge"]["bounds"]
-  return f"{text}, {_percent(low)} to {_percent(high)} with the unjudged" if figures["unjudged"] else text
+  return f"{text}, {percent(low)} to {percent(high)} with the unjudged" if figures["unjudged"] else text
 
 
 def _interval(accuracy: Json) -> str:
   if accuracy["avg"] is None:
     return "-"
-  return f"{_percent(accuracy['avg'])} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
+  return f"{percent(accuracy['avg'])} [{100 * accuracy['low']:.1f}, {100 * accuracy['high']:.1f}]"
 
 
 def _points(row: Json) -> str:
@@ -285,7 +292,12 @@ def _points(row: Json) -> str:
   return f"{100 * row['difference']:+.1f} [{100 * row['low']:+.1f}, {100 * row['high']:+.1f}]"
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
+  """A share as a figure of a table.
+
+  >>> percent(0.4375), percent(None)
+  ('43.8%', '-')
+  """
   return "-" if share is None else f"{100 * share:.1f}%"
 
 

@@ -16,7 +16,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -32,7 +32,14 @@ GIVE_UP_AFTER = 20  # conversations without an answer in a row, after which no m
 _LONGEST_PAUSE = 60.0  # seconds between two attempts
 _LONGEST_ASKED = 180.0  # seconds that an endpoint may ask us to wait; a longer wait is no passing trouble
 _SECRET = 8  # characters from which on a key is more than a placeholder such as "EMPTY" or "none"
-
+_REFUSALS = (400, 413, 422)  # statuses of what an endpoint will not answer, however often it is asked
+# A conversation that no endpoint refuses for itself.
+_PROBE: tuple[Message, ...] = ({"role": "user", "content": "Say yes."},)
+# Fields that mean the same by another name, or may be left out, and what an endpoint says that wants it so.
+_ADAPTABLE: dict[str, tuple[str | None, re.Pattern[str]]] = {
+  "max_tokens": ("max_completion_tokens", re.compile(r"\bmax_completion_tokens\b")),
+  "seed": (None, re.compile(r"\bseed\b")),
+}
 
 # What an endpoint may say of keys that are not ours: a gateway's, of whom it asks in its turn.
 _FOREIGN = re.compile(
@@ -44,9 +51,9 @@ _FOREIGN = re.compile(
 class ClientError(RuntimeError):
   """An endpoint gave no answer. One line, without the key."""
 
-  def __init__(self, message: str, status: int | None = None, may_pass: bool = False):
+  def __init__(self, message: str, refused: str = "", may_pass: bool = False):
     super().__init__(message)
-    self.refused = status in (400, 413, 422)  # this conversation, and for good: too long, filtered
+    self.refused = refused  # "conversation": this one, too long or filtered; "settings": any, as it is asked; ""
     self.may_pass = may_pass  # of the network, or of a server that is not well
 
 
@@ -92,8 +99,11 @@ class Usage:
 class Client:
   """Asks one endpoint. `async with client:` holds its connections open."""
 
-  def __init__(self, endpoint: Endpoint):
+  def __init__(self, endpoint: Endpoint, say: Callable[[str], object] = print):
     """Takes the key from the environment.
+
+    Args:
+      say: is told in one line how requests are adapted to the endpoint.
 
     Raises:
       InputError: settings that cannot be, or a key that is not there.
@@ -109,11 +119,14 @@ class Client:
     self.endpoint = endpoint
     self.usage = Usage()
     self._key = read_key(endpoint.key_variable) if endpoint.key_variable else ""
+    self._say = say
+    self._adapted: dict[str, str | None] = {}  # fields under another name, or under none: left out
+    self._answers: bool | None = None  # whether it answers anything, asked as it is; None: not known yet
     pause = endpoint.pause
     self._backoff = tenacity.wait_exponential_jitter(multiplier=pause, max=_LONGEST_PAUSE, jitter=pause)
 
   async def __aenter__(self) -> "Client":
-    self._slots = asyncio.Semaphore(self.endpoint.concurrency)
+    self._slots, self._probing = asyncio.Semaphore(self.endpoint.concurrency), asyncio.Lock()
     import openai
 
     self._openai = openai.AsyncOpenAI(
@@ -131,7 +144,8 @@ class Client:
     """Asks for a reply to a conversation.
 
     Rate limits, errors of the server, broken connections, unreadable replies and timeouts are tried again, after the
-    time that the endpoint names or one that doubles; requests that the endpoint refuses are not.
+    time that the endpoint names or one that doubles; requests that the endpoint refuses are not. Of the first of these
+    it is found out whether the endpoint refuses the conversation or all, as they are asked: by asking another one.
 
     Raises:
       ClientError: no answer could be had.
@@ -149,10 +163,23 @@ class Client:
       try:
         return await attempts(self._request, self.request(messages, seed))
       except (openai.OpenAIError, TimeoutError, ValueError) as error:
-        said, status = self._in_one_line(error), getattr(error, "status_code", None)
+        said, refused = self._in_one_line(error), _is_refusal(error)
         may_pass = _may_pass(error) and isinstance(error, openai.OpenAIError | TimeoutError)
+      what = await self._what_is_refused(attempts, seed) if refused else ""
     # Not within the handler: the error would carry the request along, and with it the key.
-    raise ClientError(said, status, may_pass)
+    raise ClientError(said, what, may_pass)
+
+  async def _what_is_refused(self, attempts: tenacity.AsyncRetrying, seed: int | None) -> str:
+    """What `ClientError.refused` says of a refusal; "" where the endpoint has other trouble meanwhile."""
+    import openai
+
+    async with self._probing:
+      if self._answers is None:
+        try:
+          await attempts(self._request, self.request(_PROBE, seed))
+        except (openai.OpenAIError, TimeoutError, ValueError) as error:
+          self._answers = False if _is_refusal(error) else None
+    return {True: "conversation", False: "settings", None: ""}[self._answers]
 
   def request(self, messages: Sequence[Message], seed: int | None = None) -> dict[str, Any]:
     """The request that `chat` sends: all that a reply depends on, but for where the model is."""
@@ -167,10 +194,8 @@ class Client:
     return {name: value for name, value in given.items() if value is not None}
 
   async def _request(self, request: dict[str, Any]) -> Reply:
-    self.usage.requests += 1
-    async with asyncio.timeout(self.endpoint.time_limit):  # the package's own limit starts anew with every byte
-      completion = await self._openai.chat.completions.create(**request)
-    reply = self._read(completion)
+    reply = self._read(await self._send(request))
+    self._answers = True
     self.usage.prompt_tokens += reply.prompt_tokens
     self.usage.completion_tokens += reply.completion_tokens
     prices = self.endpoint.price_in, self.endpoint.price_out
@@ -178,6 +203,29 @@ class Client:
     if len(reply.texts) != 1:
       raise ValueError(f"expected 1 choice, found {len(reply.texts)}")
     return reply
+
+  async def _send(self, request: dict[str, Any]) -> Any:
+    """Sends a request, with fields adapted where the endpoint does not take them and says so."""
+    import openai
+
+    adapted = dict(self._adapted)
+    while True:
+      named = {adapted.get(name, name): value for name, value in request.items()}
+      self.usage.requests += 1
+      try:
+        async with asyncio.timeout(self.endpoint.time_limit):  # the package's own limit starts anew with every byte
+          completion = await self._openai.chat.completions.create(**{name: x for name, x in named.items() if name})
+      except openai.APIStatusError as error:
+        field = _adaptable(error, request.keys() - adapted.keys()) if _is_refusal(error) else None
+        if field is None:
+          raise
+        adapted[field] = _ADAPTABLE[field][0]
+        continue
+      for field in adapted.keys() - self._adapted.keys():
+        does = f"is sent as {adapted[field]}" if adapted[field] else "is left out"
+        self._say(f"{self.endpoint.model} at {self.endpoint.base_url}: {field} {does}, as the endpoint wants it")
+      self._adapted |= adapted
+      return completion
 
   def _read(self, completion: Any) -> Reply:
     """The package checks nothing of what it gets: HTML comes as a string, a missing field as None."""
@@ -189,7 +237,7 @@ class Client:
       message = getattr(choice, "message", None)
       if not hasattr(message, "content") or not isinstance(message.content, str | None):
         raise _UnreadableError("expected choices with a message, found something else")
-      text = message.content or ""
+      text = message.content or _reasoning(message)
       texts.append(self._redact(text) if len(self._key) >= _SECRET else text)
     counts = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
     return Reply(
@@ -226,6 +274,12 @@ class Client:
     return text
 
 
+def _reasoning(message: Any) -> str:
+  """What a reasoning model wrote where servers keep thoughts apart and found nothing else; "" if nothing."""
+  texts = (getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
+  return next((text for text in texts if isinstance(text, str)), "")
+
+
 class _UnreadableError(ValueError):
   """A reply that is none; the next may be."""
 
@@ -256,6 +310,18 @@ def read_key(variable: str) -> str:
   if not key.isascii() or not key.isprintable() or " " in key:  # which no header takes, and says so with the key
     raise InputError(f"{where}: expected a key of printable ASCII characters without spaces")
   return key
+
+
+def _is_refusal(error: BaseException) -> bool:
+  """Whether an endpoint will not answer this, however often it is asked."""
+  return getattr(error, "status_code", None) in _REFUSALS
+
+
+def _adaptable(error: Any, fields: Collection[str]) -> str | None:
+  """The field that a refusal is about, if it is one of those that can be adapted."""
+  said = str(error)
+  found = (name for name, (_, wanted) in _ADAPTABLE.items() if name in fields and wanted.search(said))
+  return next(found, None)
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -246,12 +246,13 @@ def test_sizes_that_cannot_be_are_called_as_in_the_config(directory, file, tmp_p
       program.evaluate(settings, tmp_path / "out")
 
 
-def test_a_prompt_over_the_limit_is_wrong_and_counted(directory, file, tmp_path):
+def test_prompts_over_the_limit_are_counted_and_leave_no_figure(directory, file, tmp_path):
   settings = recipe(file, 1, policy=ours(directory))
   settings.models.policy.prompt_limit = 4
   program.evaluate(settings, tmp_path / "out")
   samples, summary = read(tmp_path / "out")
-  assert summary["models"]["policy"]["mine"]["sampled"]["refused"] == 4
+  figures = summary["models"]["policy"]["mine"]["sampled"]
+  assert (figures["refused"], figures["rule"]["avg"]) == (4, None)
   assert not any(row["rule"] for row in samples)
 
 
@@ -314,16 +315,65 @@ def test_a_judge_that_is_not_there_leaves_all_unjudged(file, tmp_path):
   assert all(row["judge"] is None and row["judge_why"] for row in samples if not row["rule"])
 
 
-def test_questions_that_an_endpoint_refuses_are_counted(file, tmp_path):
+def refusing(questions):
   def reply(body, _):
-    if body["messages"][-1]["content"] == "7*7":
+    if body["messages"][-1]["content"] in questions:
       return JSONResponse({"error": {"message": "filtered"}}, 400)
     return "<answer>2</answer>"
 
-  with serving(reply) as server:
-    program.evaluate(recipe(file, 2, m=theirs(server.url)), tmp_path / "out")
+  return reply
+
+
+def test_questions_that_an_endpoint_refuses_are_counted_and_asked_again(file, tmp_path, capsys):
+  """A quarter of them leaves no figure."""
+  with serving(refusing(["7*7"])) as server:
+    settings = recipe(file, 2, m=theirs(server.url))
+    settings.judge.update(url=server.url, model="j")
+    program.evaluate(settings, tmp_path / "out")
+    summary = read(tmp_path / "out")[1]
+    figures = summary["models"]["m"]["mine"]["sampled"]
+    assert (figures["refused"], figures["cut_off"], figures["rule"]["avg"]) == (2, 0.0, None)
+    assert (figures["judge"]["avg"], summary["averages"]["m"]["sampled"]["rule"]) == (None, None)
+    assert "m, mine, sampled: - by rule, - by judge (4 unjudged), 2 of 8 samples refused" in capsys.readouterr().out
+    assert "| mine | sampled | 4 | 2 | - | -" in (tmp_path / "out" / "summary.md").read_text()
+    server.reply, before = refusing([]), server.requests
+    settings.judge.update(url="", model="")
+    program.evaluate(settings, tmp_path / "out")
+    assert server.requests == before + 3
   figures = read(tmp_path / "out")[1]["models"]["m"]["mine"]["sampled"]
-  assert (figures["refused"], figures["cut_off"], figures["rule"]["avg"]) == (2, 0.0, 0.25)
+  assert (figures["refused"], figures["rule"]["avg"]) == (0, 0.25)
+
+
+def test_a_few_refused_questions_are_wrong(tmp_path):
+  path = tmp_path / "many.jsonl"
+  rows = [{"question": f"{i} + 0", "answer": "2" if i < 20 else "3"} for i in range(40)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  with serving(refusing(["0 + 0", "1 + 0"])) as server:
+    program.evaluate(recipe(path, 1, m=theirs(server.url)), tmp_path / "out")
+  figures = read(tmp_path / "out")[1]["models"]["m"]["mine"]["sampled"]
+  assert (figures["refused"], figures["rule"]["avg"]) == (2, pytest.approx(18 / 40))
+
+
+@pytest.mark.parametrize(
+  ("field", "said"),
+  [
+    ("max_tokens", "max_tokens: 3072, expected 1 to 2048"),  # our own server
+    ("temperature", "Unsupported value: 'temperature' does not support 0 with this model."),  # OpenAI's o1 and others
+    ("max_tokens", "'max_tokens' or 'max_completion_tokens' is too large: 3072. This model's maximum context length is"
+                   " 2048 tokens and your request has 21 input tokens."),  # vLLM
+  ],
+)  # fmt: skip
+def test_settings_that_an_endpoint_refuses_end_the_evaluation_in_its_words(file, tmp_path, field, said):
+  def reply(body, _):
+    has_limit = "max_tokens" in body or "max_completion_tokens" in body
+    refused = {"temperature": body["temperature"] == 0, "max_tokens": has_limit}[field]
+    return JSONResponse({"error": {"message": said}}, 400) if refused else "<answer>2</answer>"
+
+  with serving(reply) as server:
+    with pytest.raises(InputError, match=rf"config\.models\.m: .*max_tokens 3072 .*{re.escape(said)}"):
+      program.evaluate(recipe(file, 2, m=theirs(server.url)), tmp_path / "out")
+    assert server.requests < 60
+  assert not (tmp_path / "out" / "summary.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -92,14 +92,80 @@ def test_trouble_that_may_pass_is_tried_again(trouble):
   assert (client.usage.requests, client.usage.retries, client.usage.completion_tokens) == (3, 2, 5)
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_a_refused_request_is_not_tried_again(status):
   with serving(lambda body, _: failing(status, message="not so")) as server:
     with pytest.raises(ClientError, match=rf"m at {server.url}.*{status}.*not so") as raised:
       chat(Client(endpoint(server)))
-    assert server.requests == 1
+    # Another conversation is refused as well: it is how it is asked. Of the others the status says so.
+    expected = (2, "settings") if status in (400, 413, 422) else (1, "")
+    assert (server.requests, raised.value.refused) == expected
   assert "\n" not in str(raised.value)
-  assert raised.value.refused is (status in (400, 422))  # else it is the endpoint that is of no use
+
+
+def test_what_is_refused_is_found_out_once():
+  """A conversation, while another one with the same settings is answered."""
+  with serving(lambda body, _: failing(400, message="filtered") if "bad" in str(body["messages"]) else "ok") as server:
+    client = Client(endpoint(server))
+    for _ in range(3):
+      with pytest.raises(ClientError, match="filtered") as raised:
+        chat(client, [{"role": "user", "content": "bad"}])
+      assert raised.value.refused == "conversation"
+    assert server.requests == 3 + 1
+    assert [body["temperature"] for body in server.bodies] == [0.0] * 4
+
+
+def test_what_is_refused_is_not_known_while_the_endpoint_is_not_well():
+  def reply(_, number):
+    return failing(400 if number == 1 else 500)
+
+  with serving(reply) as server, pytest.raises(ClientError) as raised:
+    chat(Client(endpoint(server, attempts=2)))
+  assert (raised.value.refused, server.requests) == ("", 3)
+
+
+# What OpenAI's reasoning models, Mistral's endpoints and Gemini's say; the words are theirs as far as they matter.
+@pytest.mark.parametrize(
+  ("said", "field", "other"),
+  [
+    ("Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+     "max_tokens", "max_completion_tokens"),
+    ('[{"type": "extra_forbidden", "loc": ["body", "seed"], "msg": "Extra inputs are not permitted"}]', "seed", None),
+    ('Invalid JSON payload received. Unknown name "seed": Cannot find field.', "seed", None),
+  ],
+)  # fmt: skip
+def test_fields_are_adapted_where_the_meaning_stays(said, field, other):
+  told = []
+  with serving(lambda body, _: failing(400, message=said) if field in body else "ok") as server:
+    client = Client(endpoint(server, max_tokens=7), told.append)
+    assert [chat(client, seed=3).texts for _ in range(2)] == [("ok",)] * 2
+    assert server.requests == 3
+    assert field not in server.bodies[-1]
+    assert other is None or server.bodies[-1][other] == 7
+  does = f"is sent as {other}" if other else "is left out"
+  assert told == [f"m at {server.url}: {field} {does}, as the endpoint wants it"]
+
+
+def test_both_are_adapted_and_nothing_else():
+  def reply(body, _):
+    for field, said in (("max_tokens", "use max_completion_tokens"), ("seed", "no seed"), ("temperature", "only 1")):
+      if field in body:
+        return failing(400, message=f"Unsupported value: '{field}': {said}")
+    return "ok"
+
+  told = []
+  with serving(reply) as server, pytest.raises(ClientError, match="'temperature': only 1") as raised:
+    chat(Client(endpoint(server), told.append), seed=1)
+  assert raised.value.refused == "settings"
+  assert not told  # nothing came of it
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_a_reply_that_is_all_thought_is_read(name):
+  with serving(lambda *_: {"choices": [{"message": {"content": None, name: "so it is 5"}}]}) as server:
+    assert chat(Client(endpoint(server))).texts == ("so it is 5",)
+  with serving(lambda *_: {"choices": [{"message": {"content": "5", name: "so it is"}}]}) as server:
+    assert chat(Client(endpoint(server))).texts == ("5",)
 
 
 def test_out_of_money_is_not_tried_again():
@@ -415,7 +481,7 @@ def test_a_dead_endpoint_is_given_up():
 
 def test_giving_up_does_not_wait_for_those_that_hang():
   def reply(body, _):
-    return 30.0 if int(body["messages"][0]["content"]) < 3 else failing(400)
+    return 30.0 if int(body["messages"][0]["content"]) < 3 else failing(403)
 
   with serving(reply) as server:
     start = time.monotonic()
