@@ -20,8 +20,19 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 
 from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, ModelGraph, Params, Text
 from rlpr_jax.models.cache_rows import append_tokens, copy_rows, fill_rows
+from rlpr_jax.sampling.adjustments import (
+  MOST_TOP,
+  RowAdjustments,
+  TokenScores,
+  TopTokens,
+  draw_adjusted,
+  everything,
+  rank_tokens,
+)
 from rlpr_jax.sampling.params import RowParams, SamplingParams, sample_token, stack
 from rlpr_jax.types import AnyArray
+
+_SCORED_AT_ONCE = 256  # tokens whose logits exist at once where prompts are scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +68,7 @@ class Entries(NamedTuple):
   keys: UInt32[Array, "I 2"]
   limits: Int[AnyArray, "I"]
   sampling: RowParams
+  adjustments: RowAdjustments | None = None  # where the slots have some
 
 
 class Slots(NamedTuple):
@@ -73,6 +85,9 @@ class Slots(NamedTuple):
   counts: Int[Array, "S"]  # response tokens so far
   finished: Bool[Array, "S"]  # by EOS
   active: Bool[Array, "S"]  # still running
+  # Where a response asks for more than sampling, as servers' do; else these do not exist.
+  adjustments: RowAdjustments | None = None
+  top: TopTokens | None = None  # [S, T, K], of the response's places
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))
@@ -115,6 +130,38 @@ def _without_cache(slots: Slots) -> Slots:
   return slots._replace(cache=None)  # type: ignore[arg-type]
 
 
+@functools.partial(jax.jit, static_argnames=("model", "settings"), donate_argnames=("slots",))
+def with_adjustments(model: ModelGraph, params: Params, slots: Slots, settings: DecodeSettings) -> Slots:
+  """Gives slots room for what responses may ask of their tokens; those that run ask for nothing."""
+  decoder = nnx.merge(model, params)
+  (rows, length), size = slots.tokens.shape, decoder.config.vocab_size
+  zeros, table = jnp.zeros(rows, jnp.float32), jnp.zeros((rows, size), bool)
+  neutral = RowAdjustments(
+    presence=zeros,
+    frequency=zeros,
+    repetition=zeros + 1,
+    min_tokens=jnp.zeros(rows, jnp.int32),
+    top=jnp.zeros(rows, jnp.int32),
+    raw=jnp.zeros(rows, bool),
+    bias=jnp.zeros((rows, size), jnp.float32),
+    in_prompt=table,
+    counts=jnp.zeros((rows, size), jnp.int32),
+    ends=table.at[:, jnp.array(settings.eos_ids, jnp.int32)].set(True),
+    allowed=jnp.asarray(everything(rows, size)),
+  )
+  shape = (rows, length, min(MOST_TOP, size))
+  top = TopTokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+  return _place_slots(decoder, slots._replace(adjustments=neutral, top=top))
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
+def restrict(model: ModelGraph, params: Params, slots: Slots, allowed: UInt32[AnyArray, "S W"]) -> Slots:
+  """Says which tokens may come next in each slot."""
+  assert slots.adjustments is not None
+  restricted = slots.adjustments._replace(allowed=jnp.asarray(allowed))
+  return _place_slots(nnx.merge(model, params), slots._replace(adjustments=restricted))
+
+
 @functools.partial(jax.jit, static_argnames=("model",))
 def prefill(
   model: ModelGraph, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"]
@@ -123,6 +170,38 @@ def prefill(
   decoder = nnx.merge(model, params)
   hidden, cache = decoder.prefill(tokens)
   return hidden[jnp.arange(tokens.shape[0]), lengths - 1], cache
+
+
+@functools.partial(jax.jit, static_argnames=("model", "top"))
+def prefill_and_score(
+  model: ModelGraph, params: Params, tokens: Int[Array, "P N"], lengths: Int[Array, "P"], top: int
+) -> tuple[Float[Array, "P D"], KVCache, TokenScores]:
+  """Reads prompts as `prefill` does, and scores each of their tokens after the first.
+
+  Works through chunks of places, so that only their logits exist at once.
+
+  Args:
+    top: most probable tokens that are told of each place.
+
+  Returns:
+    as `prefill`; and [P, N] scores, in place i those of token i + 1, the last of no meaning.
+  """
+  decoder = nnx.merge(model, params)
+  hidden, cache = decoder.prefill(tokens)
+  rows, length = tokens.shape
+  chunk = min(length, max(_SCORED_AT_ONCE // rows, 1))
+  padding = -length % chunk
+
+  def chunks(x: jax.Array) -> jax.Array:
+    padded = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
+    return padded.reshape(rows, -1, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+  targets = jnp.roll(jnp.asarray(tokens), -1, axis=1)
+  parts = jax.lax.map(
+    lambda part: rank_tokens(decoder.logits(part[0]), part[1], top), (chunks(hidden), chunks(targets))
+  )
+  scores = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(rows, length + padding, *x.shape[3:])[:, :length], parts)
+  return hidden[jnp.arange(rows), lengths - 1], cache, scores
 
 
 @jax.jit
@@ -153,6 +232,7 @@ def insert(model: ModelGraph, params: Params, slots: Slots, prompts: Prefilled, 
     keys=at(slots.keys, entries.keys),
     limits=at(slots.limits, entries.limits),
     sampling=jax.tree.map(at, slots.sampling, entries.sampling),
+    adjustments=jax.tree.map(at, slots.adjustments, entries.adjustments),
     counts=at(slots.counts, 0),
     finished=at(slots.finished, False),
     active=at(slots.active, entries.limits > 0),
@@ -199,11 +279,17 @@ def decode(
     j, recent, state = carry
     # 1. Draw from what the step before left, with a key of the token's place alone, so that chunks change nothing.
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
-    tokens, logps = sample_token(decoder.logits(state.hidden[:, None])[:, 0], keys, state.sampling)
+    logits = decoder.logits(state.hidden[:, None])[:, 0]
+    if state.adjustments is None:
+      tokens, logps = sample_token(logits, keys, state.sampling)
+    else:
+      drawn = draw_adjusted(logits, keys, state.sampling, state.adjustments, state.counts)
+      tokens, logps = drawn.tokens, drawn.logprobs
     # 2. See who finished. Rows that had before are computed too, for shapes are fixed; what they draw goes nowhere.
     places = jnp.where(state.active, state.counts, state.tokens.shape[1])  # beyond the end: not written
     counts = state.counts + state.active
-    finished = state.finished | (state.active & jnp.isin(tokens, eos_ids))
+    ended = jnp.isin(tokens, eos_ids) if state.adjustments is None else drawn.ended
+    finished = state.finished | (state.active & ended)
     # 3. Read the tokens. Their keys and values go to the small cache; the large one is only read.
     newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     text = Text(cache, jnp.where(state.active, begin, 0), kv_length)
@@ -218,6 +304,11 @@ def decode(
       finished=finished,
       active=state.active & ~finished & (counts < state.limits),
     )
+    if state.adjustments is not None:
+      state = state._replace(
+        adjustments=state.adjustments.after(tokens, state.active),
+        top=jax.tree.map(lambda old, new: old.at[numbers, places].set(new, mode="drop"), state.top, drawn.top),
+      )
     return j + 1, recent, state
 
   def is_running(carry: tuple[jax.Array, KVCache, Slots]) -> jax.Array:
@@ -295,3 +386,9 @@ def halt(slots: Slots, which: Bool[Array, "S"]) -> Slots:
 def collect(slots: Slots, rows: Int[Array, "R"]) -> tuple[Int[Array, "R T"], Float[Array, "R T"]]:
   """Takes the tokens of some slots, and their log-probabilities."""
   return slots.tokens[rows], slots.logprobs[rows]
+
+
+@jax.jit
+def collect_top(top: TopTokens, rows: Int[Array, "R"]) -> TopTokens:
+  """Takes the most probable tokens of the places of some slots."""
+  return TopTokens(top.ids[rows], top.logprobs[rows])

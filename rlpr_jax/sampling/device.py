@@ -13,11 +13,14 @@ import numpy as np
 from rlpr_jax import machine
 from rlpr_jax.errors import SettingError
 from rlpr_jax.models import KVCache, ModelGraph, Params
-from rlpr_jax.sampling import decode
+from rlpr_jax.sampling import adjustments, decode
+from rlpr_jax.sampling.adjustments import Adjustments, TokenScores
 from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Slots, Suffixes
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import Shapes, bucket, pad_prompts
 from rlpr_jax.types import Prompt
+
+_TOP_SIZES = 1, 5, adjustments.MOST_TOP  # how many most probable tokens programs tell; each is compiled
 
 
 class Entry(NamedTuple):
@@ -29,6 +32,8 @@ class Entry(NamedTuple):
   sample: int  # its own, among the prompt's
   limit: int  # most tokens
   sampling: SamplingParams
+  adjustments: Adjustments | None = None
+  prompt: np.ndarray | None = None  # its tokens, where there are adjustments
 
 
 class Suffix(NamedTuple):
@@ -102,6 +107,28 @@ class Device:
     hidden, cache = decode.prefill(self.model, params, tokens, lengths)
     return Prefilled(hidden, cache, lengths)
 
+  def prefill_and_score(
+    self, params: Params, prompts: Sequence[Prompt], width: int, top: int
+  ) -> tuple[Prefilled, list[TokenScores]]:
+    """Reads prompts as `prefill` does, and scores their tokens after the first.
+
+    Args:
+      top: most probable tokens that are told of each place.
+
+    Returns:
+      the prompts as they were read, and each one's scores of N - 1 tokens, numpy.
+    """
+    padding = [Prompt(ids=np.zeros(1, np.int32))] * (self.shapes.prefill_rows - len(prompts))
+    tokens, lengths = pad_prompts([*prompts, *padding], width)
+    size = bucket(_TOP_SIZES, top)
+    hidden, cache, scores = decode.prefill_and_score(self.model, params, tokens, lengths, size)
+    scores = jax.device_get(scores)
+    of_each = [
+      jax.tree.map(lambda x, row=row, prompt=prompt: x[row, : len(prompt.ids) - 1], scores)
+      for row, prompt in enumerate(prompts)
+    ]
+    return Prefilled(hidden, cache, lengths), of_each
+
   def insert(self, params: Params, slots: Slots, prompts: Prefilled, key: jax.Array, entries: Sequence[Entry]) -> Slots:
     """Puts prompts that were read into slots, `insert_rows` at most."""
     nowhere = Entry(row=0, slot=self.shapes.slots, draw=0, sample=0, limit=0, sampling=SamplingParams())
@@ -117,6 +144,13 @@ class Device:
       limits=column("limit"),
       sampling=stack([entry.sampling for entry in entries]),
     )
+    if slots.adjustments is not None:
+      rows = [
+        (entry.adjustments or Adjustments(), np.zeros(0, np.int32) if entry.prompt is None else entry.prompt)
+        for entry in entries
+      ]
+      vocabulary = slots.adjustments.bias.shape[1]
+      new = new._replace(adjustments=adjustments.fill_rows(rows, self.settings.eos_ids, vocabulary))
     return decode.insert(self.model, params, slots, prompts, new)
 
   def move(self, params: Params, slots: Slots, pairs: Sequence[tuple[int, int]], rows: int) -> Slots:
@@ -130,9 +164,22 @@ class Device:
       filled[shard] += 1
     return decode.move(self.model, params, slots, source.reshape(-1), target.reshape(-1))
 
-  def decode(self, params: Params, slots: Slots, rows: int, kv_length: int) -> Slots:
-    """Draws a few more tokens in the first `rows` slots."""
-    return decode.decode(self.model, params, slots, self.settings, rows, kv_length)
+  def with_adjustments(self, params: Params, slots: Slots) -> Slots:
+    """Gives slots room for adjustments."""
+    return decode.with_adjustments(self.model, params, slots, self.settings)
+
+  def restrict(self, params: Params, slots: Slots, allowed: dict[int, np.ndarray]) -> Slots:
+    """Lets only some tokens come next in some slots, and any in the others."""
+    assert slots.adjustments is not None
+    bits = adjustments.everything(*slots.adjustments.bias.shape)
+    for slot, row in allowed.items():
+      bits[slot] = row
+    return decode.restrict(self.model, params, slots, bits)
+
+  def decode(self, params: Params, slots: Slots, rows: int, kv_length: int, one: bool = False) -> Slots:
+    """Draws a few more tokens in the first `rows` slots; `one`: a single one."""
+    settings = dataclasses.replace(self.settings, steps=1) if one else self.settings
+    return decode.decode(self.model, params, slots, settings, rows, kv_length)
 
   def score(
     self, params: Params, cache: KVCache, suffixes: Sequence[Suffix], most: int, kv_length: int

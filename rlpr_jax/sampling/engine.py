@@ -2,9 +2,10 @@
 
 Each file of this folder imports only those before it:
 
-    params     a token of each row           device     the host's calls of these programs
-    shapes     sizes of the programs         scheduler  which prompt goes into which slot, and when
-    decode     the compiled programs         engine     text: prompts and references in, rollouts out
+    params       a token of each row         device     the host's calls of these programs
+    adjustments  what servers change of it   scheduler  which prompt goes into which slot, and when
+    shapes       sizes of the programs       engine     text: prompts and references in, rollouts out
+    decode       the compiled programs
 """
 
 import collections

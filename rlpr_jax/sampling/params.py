@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from rlpr_jax.types import AnyArray
 
@@ -44,6 +44,12 @@ def stack(rows: Sequence[SamplingParams]) -> RowParams:
   return RowParams(*(np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
+def at_temperature(logits: Float[Array, "B V"], sampling: RowParams) -> tuple[Float[Array, "B V"], Bool[Array, "B"]]:
+  """Divides logits by each row's temperature, and says which rows are greedy: theirs stay as they are."""
+  greedy = sampling.temperature < _COLDEST
+  return logits / jnp.where(greedy, 1, sampling.temperature)[:, None], greedy
+
+
 def sample_token(
   logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: RowParams
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
@@ -57,8 +63,7 @@ def sample_token(
   >>> token.item(), round(float(jnp.exp(logprob[0])), 3)
   (1, 0.5)
   """
-  greedy = sampling.temperature < _COLDEST
-  logits = logits / jnp.where(greedy, 1, sampling.temperature)[:, None]
+  logits, greedy = at_temperature(logits, sampling)
   truncates = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
   # To sort the vocabulary is dear beside all else: only where a row asks for it.
   truncated = jax.lax.cond(jnp.any(truncates & ~greedy), truncate, lambda logits, _: logits, logits, sampling)

@@ -16,11 +16,21 @@ import numpy as np
 
 from rlpr_jax.models import Params
 from rlpr_jax.sampling import decode
+from rlpr_jax.sampling.adjustments import Adjustments, Form, TokenScores, TopTokens
 from rlpr_jax.sampling.device import Device, Entry, Suffix
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import bucket
 from rlpr_jax.splicing import Splice
 from rlpr_jax.types import Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Extras:
+  """What a server's responses may ask for beside their tokens."""
+
+  adjustments: Adjustments | None = None  # None, and not neutral ones, where there are none: they take time
+  prompt_top: int | None = None  # scores of the prompt's tokens, with so many most probable ones; None: no scores
+  hidden: frozenset[int] = frozenset()  # tokens that a text does not show
 
 
 @dataclasses.dataclass(eq=False)
@@ -32,7 +42,14 @@ class Group:
   sampling: SamplingParams
   stop: tuple[str, ...]  # strings that end a response
   waiting: int  # samples that are in no slot yet
+  extras: Extras = Extras()
   place: tuple[decode.Prefilled, int] | None = None  # where it was read to, as long as samples are waiting
+  scores: TokenScores | None = None  # of the prompt's N tokens but the first, if they were asked for; numpy
+
+  @property
+  def min_tokens(self) -> int:
+    """Tokens of a response before which no string ends it."""
+    return self.extras.adjustments.min_tokens if self.extras.adjustments else 0
 
 
 class Reference(NamedTuple):
@@ -53,9 +70,12 @@ class Request:
   limit: int  # most tokens
   text_length: int = 0  # tokens of prompt and response in its slot
   searched: int = 0  # tokens of the response that were searched for stop strings
+  form: Form | None = None  # that the response follows
+  followed: int = 0  # tokens of the response that it has taken
   tokens: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))  # so far, EOS included
   logprobs: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
-  finished: bool = False  # ended by EOS or a stop string; else cut at its limit
+  top: TopTokens | None = None  # of each token so far, if they were asked for; numpy
+  finished: bool = False  # ended by EOS, another token that ends it or a stop string; else cut at its limit
   text: str = ""  # without EOS or stop string
   # Each of the prompt's that was asked for, None where it has no room; [] if the response has no place for them.
   references: list[Reference | None] = dataclasses.field(default_factory=list)
@@ -130,8 +150,9 @@ class Scheduler:
     limits: Sequence[int] | np.ndarray,
     sampling: SamplingParams,
     stop: Sequence[str] = (),
+    extras: Extras = Extras(),
   ) -> list[Request]:
-    """Asks for a response to the prompt for each of the limits, which are of tokens, 1 or more.
+    """Asks for a response to the prompt for each of the limits, which are of tokens; 0 for the prompt's scores alone.
 
     Args:
       prompt: is refused if it is not one that `Shapes.takes`.
@@ -139,9 +160,12 @@ class Scheduler:
       stop: strings that end a response. Its tokens then end with the one that completes the string, wherever in a token
         that is, and its text before the string.
     """
-    group = Group(prompt, draw, sampling, tuple(stop), waiting=len(limits))
+    group = Group(prompt, draw, sampling, tuple(stop), waiting=len(limits), extras=extras)
     most = self.shapes.max_response_length  # a slot has no room for more
     requests = [Request(group, sample, min(int(limit), most)) for sample, limit in enumerate(limits)]
+    if extras.adjustments and extras.adjustments.form:
+      for request in requests:
+        request.form = extras.adjustments.form()
     if self.shapes.takes(prompt):
       self.waiting += requests
     return requests
@@ -173,7 +197,8 @@ class Scheduler:
       longest = max((request.text_length for request in self.running.values()), default=1)
       kv_length = bucket(self.shapes.kv_lengths, longest)
       rows = self.compact()
-      self.slots = self.device.decode(self.params, self.slots, rows, kv_length)
+      forms = self.follow_forms()
+      self.slots = self.device.decode(self.params, self.slots, rows, kv_length, one=forms)
       # 4. While the device is busy, read the texts of the round before: so scoring lags two rounds behind.
       done = self.read_finished()
       # 5. Wait for the device, and see who finished.
@@ -200,13 +225,21 @@ class Scheduler:
       group = request.group
       prompts, row = group.place or self.read_prompts(group)
       entry = Entry(
-        row=row, slot=slot, draw=group.draw, sample=request.sample, limit=request.limit, sampling=group.sampling
+        row=row,
+        slot=slot,
+        draw=group.draw,
+        sample=request.sample,
+        limit=request.limit,
+        sampling=group.sampling,
+        adjustments=group.extras.adjustments,
+        prompt=group.prompt.ids,
       )
       entries.setdefault(id(prompts), (prompts, []))[1].append(entry)
       group.waiting -= 1
       if not group.waiting:
         group.place = None
       self.running[slot], request.text_length = request, len(group.prompt.ids)
+    self.make_room_for_adjustments()
     size = self.shapes.insert_rows
     for prompts, new in entries.values():
       for first in range(0, len(new), size):
@@ -222,10 +255,41 @@ class Scheduler:
         break
     others = [group for group in near if group is not first and group.place is None and len(group.prompt.ids) <= width]
     chosen = [first, *others[: size - 1]]
-    prompts = self.device.prefill(self.params, [group.prompt for group in chosen], width)
+    tops = [group.extras.prompt_top for group in chosen if group.extras.prompt_top is not None]
+    texts = [group.prompt for group in chosen]
+    if tops:
+      prompts, scores = self.device.prefill_and_score(self.params, texts, width, max(tops))
+      for group, of_group in zip(chosen, scores, strict=True):
+        group.scores = of_group
+    else:
+      prompts = self.device.prefill(self.params, texts, width)
     for row, group in enumerate(chosen):
       group.place = prompts, row
     return prompts, 0
+
+  def make_room_for_adjustments(self) -> None:
+    """Has the slots hold adjustments while a response in them asks for some, and no longer."""
+    wanted = any(request.group.extras.adjustments for request in self.running.values())
+    if wanted and self.slots.adjustments is None:
+      self.slots = self.device.with_adjustments(self.params, self.slots)
+    elif not wanted and self.slots.adjustments is not None:
+      self.slots = self.slots._replace(adjustments=None, top=None)
+
+  def follow_forms(self) -> bool:
+    """Lets in each slot only what its response's form allows next; whether there is any."""
+    with_form = {slot: request.form for slot, request in self.running.items() if request.form}
+    if not with_form:
+      return False
+    state = self.read("tokens", "counts")
+    allowed = {}
+    for slot, form in with_form.items():
+      request, count = self.running[slot], int(state["counts"][slot])
+      for token in state["tokens"][slot, request.followed : count]:
+        form.take(int(token))
+      request.followed = count
+      allowed[slot] = form.allowed()
+    self.slots = self.device.restrict(self.params, self.slots, allowed)
+    return True
 
   def compact(self) -> int:
     """Moves rows to the front once so few are left that a smaller program decodes them; returns how many it decodes."""
@@ -250,8 +314,7 @@ class Scheduler:
     finished, self.finished = self.finished, []
     for slot, request in finished:
       prompt, response = request.group.prompt, request.tokens.tolist()
-      text = self.decode_text(self.device.settings.without_eos(response))
-      request.text = text[: first_stop(text, request.group.stop)]
+      request.text = self.response_text(request.group, response)
       splices = self.splice(prompt, response) if self.splice else ()
       request.references = [None] * len(splices)
       fitting: list[tuple[Request, int, Suffix]] = []
@@ -283,8 +346,10 @@ class Scheduler:
       rows = np.zeros(size, np.int32)
       rows[: len(part)] = [slot for slot, _ in part]
       tokens, logprobs = jax.device_get(decode.collect(self.slots, rows))
+      top = self.slots.top and jax.device_get(decode.collect_top(self.slots.top, rows))
       for i, (slot, request) in enumerate(part):
         count = state["counts"][slot]
+        request.top = first_of(top, i, int(count))
         request.tokens, request.logprobs = tokens[i, :count].copy(), logprobs[i, :count].copy()
         request.finished = bool(state["finished"][slot])
         del self.running[slot]
@@ -299,10 +364,10 @@ class Scheduler:
     for slot, request in self.running.items():
       stop = request.group.stop
       margin = max((len(text.encode()) for text in stop), default=0)  # a token is a byte at least
-      first, last = request.searched, int(counts[slot])
-      request.searched = last
-      if self.has_stop(tokens[slot, max(0, first - margin) : last], stop):
-        ends = (count for count in range(first + 1, last + 1) if self.has_stop(tokens[slot, :count], stop))
+      least, last = request.group.min_tokens, int(counts[slot])
+      first, request.searched = max(request.searched, least), last
+      if self.has_stop(request.group, tokens[slot, max(least, first - margin) : last]):
+        ends = (x for x in range(first + 1, last + 1) if self.has_stop(request.group, tokens[slot, least:x]))
         end = next(ends, None)
         if end is not None:
           halted[slot], counts[slot] = True, end
@@ -311,14 +376,34 @@ class Scheduler:
     if halted.any():
       self.slots = decode.halt(self.slots, halted)
 
-  def has_stop(self, tokens: np.ndarray, stop: Sequence[str]) -> bool:
-    return bool(stop) and first_stop(self.decode_text(tokens), stop) is not None
+  def has_stop(self, group: Group, tokens: np.ndarray) -> bool:
+    return bool(group.stop) and first_stop(self.shown(group, tokens), group.stop) is not None
+
+  def shown(self, group: Group, tokens: Sequence[int] | np.ndarray) -> str:
+    """The text of tokens but for those that are hidden."""
+    hidden = group.extras.hidden
+    return self.decode_text([token for token in tokens if token not in hidden] if hidden else tokens)
+
+  def response_text(self, group: Group, response: list[int]) -> str:
+    """The text of a whole response, up to what ended it."""
+    settings, adjustments = self.device.settings, group.extras.adjustments
+    if adjustments is None:
+      tokens = settings.without_eos(response)
+    else:
+      ended = len(response) > 0 and response[-1] in adjustments.ends(settings.eos_ids)
+      tokens = response[: len(response) - ended]
+    text = self.shown(group, tokens)
+    start = len(self.shown(group, tokens[: group.min_tokens])) if group.min_tokens else 0
+    end = first_stop(text[start:], group.stop)
+    return text if end is None else text[: start + end]
 
   def read_running(self) -> list[Request]:
     """Reads what the requests in slots have come to by now; returns them."""
     state = self.read("counts", "tokens", "logprobs")
+    top = jax.device_get(self.slots.top)
     for slot, request in self.running.items():
       count = state["counts"][slot]
+      request.top = first_of(top, slot, int(count))
       request.tokens = state["tokens"][slot, :count].copy()
       request.logprobs = state["logprobs"][slot, :count].copy()
     return list(self.running.values())
@@ -332,6 +417,11 @@ class Scheduler:
     start = time.perf_counter()
     yield
     self.seconds[name] += time.perf_counter() - start
+
+
+def first_of(top: TopTokens | None, row: int, count: int) -> TopTokens | None:
+  """The most probable tokens of the first places of a row."""
+  return top and TopTokens(top.ids[row, :count].copy(), top.logprobs[row, :count].copy())
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:
