@@ -55,7 +55,9 @@ def serve(given: flags.FlagValues) -> None:
   loop = Loop(engine, policy.params, given.max_waiting)
   limits = Limits(given.max_body_kib * 1024, given.time_limit)
   name = given.name or given.model
-  application = create_app(engine, loop, name, limits, key=key)
+  application = create_app(
+    engine, loop, name, limits, key=key, origins=given.allowed_origins, raw_logprobs=given.logprobs == "raw"
+  )
   # A client that no longer reads may not hold up the end for longer than a request may take.
   patience = math.ceil(given.time_limit)
   config = uvicorn.Config(application, log_config=None, server_header=False, timeout_graceful_shutdown=patience)
@@ -99,10 +101,20 @@ def define_flags() -> flags.FlagValues:
     "max_waiting", 256, "Responses that may wait for a slot; beyond, clients get 429.", flag_values=given
   )
   flags.DEFINE_integer("prompt_limit", 2048, "Tokens of a prompt, at most.", flag_values=given)
-  flags.DEFINE_integer("response_limit", 2048, "Tokens of a response, at most.", flag_values=given)
+  flags.DEFINE_integer("response_limit", 3072, "Tokens of a response, at most.", flag_values=given)
   flags.DEFINE_integer("max_body_kib", 1024, "Size of a request, at most.", flag_values=given)
   flags.DEFINE_float(
     "time_limit", 600.0, "Seconds that a request may take, its time in the queue included.", flag_values=given
+  )
+  flags.DEFINE_enum(
+    "logprobs",
+    "raw",
+    ["raw", "tempered"],
+    "Log-probabilities that are told of sampled tokens: the model's own, or at the temperature and with penalties.",
+    flag_values=given,
+  )
+  flags.DEFINE_list(
+    "allowed_origins", [], "Origins of web pages that may ask (CORS), * for all; none if empty.", flag_values=given
   )
   flags.DEFINE_string(
     "compilation_cache", "~/.cache/rlpr_jax", "Compiled programs are kept here; empty for nowhere.", flag_values=given

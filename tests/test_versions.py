@@ -41,7 +41,7 @@ def pins(lock: str) -> dict[str, str]:
 def test_a_lock_fits_the_ranges(lock):
   pinned, own = pins(lock), {canonicalize_name(requirement.name) for requirement in lines(lock)}
   environment = default_environment() | {"python_version": python_of(lock)}
-  ranges = PROJECT["dependencies"] + [text for name in ("serve", "evaluate") for text in EXTRAS[name]]
+  ranges = PROJECT["dependencies"] + [text for name in ("serve", "structured", "evaluate") for text in EXTRAS[name]]
   for requirement in map(Requirement, ranges):
     assert requirement.specifier.contains(pinned[canonicalize_name(requirement.name)]), requirement
   assert own == {canonicalize_name(Requirement(text).name) for text in ranges} | {"jaxlib"}

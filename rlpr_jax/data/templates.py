@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import threading
+import types
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -82,7 +83,17 @@ def build_messages(
   return messages
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+class Rendering(NamedTuple):
+  """What a template is told beside the messages."""
+
+  opens: bool | None = None  # ends with the beginning of what the assistant says; None: unless it goes on
+  goes_on: bool | None = None  # with the last message; None: with the assistant's, unless it opens a new one
+  variables: Mapping[str, Any] = types.MappingProxyType({})  # of the template's own: `enable_thinking`
+
+
+def render(
+  tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], rendering: Rendering = Rendering()
+) -> list[int]:
   """Token ids of the chat, ending where the assistant begins to write, or goes on with the last message if it is its.
 
   A template that rejects system messages (Gemma 2) gets the system message at the start of the first user message.
@@ -92,11 +103,14 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> l
   Raises:
     InputError: the tokenizer has no chat template, or its template rejects the messages.
   """
-  return render_all(tokenizer, [messages])[0]
+  return render_all(tokenizer, [messages], rendering=rendering)[0]
 
 
 def render_all(
-  tokenizer: PreTrainedTokenizerBase, chats: Sequence[Sequence[Message]], origins: Sequence[str] = ()
+  tokenizer: PreTrainedTokenizerBase,
+  chats: Sequence[Sequence[Message]],
+  origins: Sequence[str] = (),
+  rendering: Rendering = Rendering(),
 ) -> list[list[int]]:
   """Token ids of each chat, as `render` gives them; of many together in a small part of the time.
 
@@ -108,25 +122,29 @@ def render_all(
   written = []
   for chat, origin in zip(chats, origins or [""] * len(chats), strict=True):
     with in_field(origin, ": " if origin else ""):
-      written.append(_write(tokenizer, chat))
+      written.append(_write(tokenizer, chat, rendering))
   return _encode_all(tokenizer, written)
 
 
-def _write(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[str, "_Hidden"]:
+def _write(
+  tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], rendering: Rendering
+) -> tuple[str, "_Hidden"]:
   """The text of a chat, and what is hidden in it."""
   hidden = _Hidden(_control_tokens(tokenizer))
   attempts = [[message | {"content": hidden.hide(message)} for message in messages]]
-  if messages[0]["role"] == "system":
+  if messages[0]["role"] == "system" and any(message["role"] == "user" for message in messages):
     attempts.append(_merge_system(attempts[0]))
-  goes_on = messages[-1]["role"] == "assistant"
+  goes_on = rendering.goes_on
+  if goes_on is None:
+    goes_on = messages[-1]["role"] == "assistant" and not rendering.opens
   for attempt in attempts:
     try:
       text: Any = tokenizer.apply_chat_template(
         attempt,
-        add_generation_prompt=not goes_on,
+        add_generation_prompt=not goes_on if rendering.opens is None else rendering.opens,
         continue_final_message=goes_on,
         tokenize=False,
-        date_string=DATE,
+        **{"date_string": DATE, **rendering.variables},
       )
       return str(text), hidden
     except Exception as error:  # of jinja, or of whatever a template does

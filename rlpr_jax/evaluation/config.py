@@ -83,7 +83,7 @@ def model(**changes) -> ConfigDict:
   c.min_p = 0.0  # only tokens at least so many times as probable as the most probable one; not at an endpoint
   c.stop = ()  # strings that end a response, beside EOS; not at an endpoint
   c.max_tokens = 3072  # of a response
-  c.prompt_limit = 2048  # tokens; a longer prompt is refused, counted, and its samples are wrong
+  c.prompt_limit = 2048  # tokens; a longer prompt is refused, counted, and its samples are wrong, if they are few
   c.dtype = "float32"  # float32 | bfloat16, of weights and computation
   c.slots = 32  # responses that are sampled at once
   c.decode_steps = 16  # tokens between two looks at which responses have ended

@@ -197,8 +197,8 @@ class Scheduler:
       longest = max((request.text_length for request in self.running.values()), default=1)
       kv_length = bucket(self.shapes.kv_lengths, longest)
       rows = self.compact()
-      forms = self.follow_forms()
-      self.slots = self.device.decode(self.params, self.slots, rows, kv_length, one=forms)
+      has_forms = self.follow_forms()
+      self.slots = self.device.decode(self.params, self.slots, rows, kv_length, one=has_forms)
       # 4. While the device is busy, read the texts of the round before: so scoring lags two rounds behind.
       done = self.read_finished()
       # 5. Wait for the device, and see who finished.

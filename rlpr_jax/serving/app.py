@@ -5,20 +5,30 @@ import contextlib
 import functools
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 import prometheus_client
 from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from rlpr_jax import __version__
+from rlpr_jax.sampling.adjustments import TopTokens
 from rlpr_jax.sampling.engine import Engine
-from rlpr_jax.serving import protocol
+from rlpr_jax.serving import answers, protocol
+from rlpr_jax.serving.answers import Json
+from rlpr_jax.serving.forms import Forms
 from rlpr_jax.serving.loop import ClosedError, FullError, Job, Loop, Written
-from rlpr_jax.serving.protocol import Call, Json, RequestError
+from rlpr_jax.serving.protocol import Call, RequestError, Served
 
 
 class Limits(NamedTuple):
@@ -43,29 +53,52 @@ class _Metrics:
 
 
 _GONE = 499  # as nginx has it; no client reads it
+_LONGEST_ID = 256  # characters of an X-Request-Id that is sent back
+_EVERY_METHOD: Json = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": ["X-Request-Id"]}
 
 
-def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str | None = None) -> Starlette:
+def create_app(
+  engine: Engine,
+  loop: Loop,
+  model: str,
+  limits: Limits,
+  key: str | None = None,
+  origins: Sequence[str] = (),
+  raw_logprobs: bool = True,
+) -> Starlette:
   """Makes the application.
 
   Args:
     model: the name that it is served under.
     key: what clients must send as a bearer token; None for nothing.
+    origins: of web pages that may ask (CORS); "*" for all.
+    raw_logprobs: log-probabilities are the model's own, and not those of the distribution that was sampled.
   """
-  metrics = _Metrics(loop)
-  parse = functools.partial(
-    protocol.parse, model=model, tokenizer=engine.tokenizer, shapes=engine.device.shapes, most=loop.most
+  metrics, begun = _Metrics(loop), int(time.time())
+  shapes, eos_ids = engine.device.shapes, engine.device.settings.eos_ids
+  served = Served(
+    model=model,
+    tokenizer=engine.tokenizer,
+    shapes=shapes,
+    eos_ids=eos_ids,
+    vocabulary=loop.vocabulary,
+    most=loop.most,
+    raw_logprobs=raw_logprobs,
+    form=Forms(engine.tokenizer, eos_ids, loop.vocabulary).compile,
   )
 
-  async def complete(request: Request, chat: bool) -> Response:
+  async def receive(request: Request) -> bytes:
     check_key(request)
     try:
       async with asyncio.timeout(limits.seconds):
-        body = await read(request, limits.body_bytes)
+        return await read(request, limits.body_bytes)
     except TimeoutError:
       raise RequestError(408, "the body did not come in time", "timeout_error", "timeout") from None
+
+  async def complete(request: Request, chat: bool) -> Response:
+    body = await receive(request)
     # Templates and tokenizers take a while on long texts, during which others are to be heard.
-    call = await asyncio.to_thread(parse, body, chat)
+    call = await asyncio.to_thread(protocol.parse, body, chat, served)
     answer = _Answer(engine, loop, call, model=model, seconds=limits.seconds)
     answer.begin()
     if call.stream:
@@ -103,9 +136,39 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
     if key is not None and not hmac.compare_digest(sent.encode(), key.encode()):
       raise RequestError(401, "wrong or missing API key", "authentication_error", "invalid_api_key")
 
+  card = {
+    "id": model,
+    "object": "model",
+    "created": begun,
+    "owned_by": "rlpr_jax",
+    "root": model,
+    "parent": None,
+    "max_model_len": shapes.longest,
+  }
+
   async def models(request: Request) -> Response:
     check_key(request)
-    return JSONResponse({"object": "list", "data": [{"id": model, "object": "model", "owned_by": "rlpr_jax"}]})
+    return JSONResponse({"object": "list", "data": [card]})
+
+  async def one_model(request: Request) -> Response:
+    check_key(request)
+    asked = request.path_params["name"]
+    if asked != model:
+      raise RequestError(404, f"model {asked[:100]!r}: not served here, expected {model!r}", code="model_not_found")
+    return JSONResponse(card)
+
+  async def tokens(request: Request, answer: Callable[[bytes, Served], Json]) -> Response:
+    return JSONResponse(await asyncio.to_thread(answer, await receive(request), served))
+
+  async def tokenizer_info(request: Request) -> Response:
+    check_key(request)
+    return JSONResponse(answers.tokenizer_body(engine.tokenizer))
+
+  async def version(request: Request) -> Response:
+    return JSONResponse({"version": __version__})
+
+  async def ping(request: Request) -> Response:
+    return Response(status_code=503 if loop.error else 200)
 
   async def health(request: Request) -> Response:
     return JSONResponse({"status": "error" if loop.error else "ok"}, 503 if loop.error else 200)
@@ -135,12 +198,43 @@ def create_app(engine: Engine, loop: Loop, model: str, limits: Limits, key: str 
       Route("/v1/chat/completions", functools.partial(complete, chat=True), methods=["POST"]),
       Route("/v1/completions", functools.partial(complete, chat=False), methods=["POST"]),
       Route("/v1/models", models),
+      Route("/v1/models/{name:path}", one_model),
+      Route("/tokenize", functools.partial(tokens, answer=protocol.parse_tokenize), methods=["POST"]),
+      Route("/detokenize", functools.partial(tokens, answer=protocol.parse_detokenize), methods=["POST"]),
+      Route("/tokenizer_info", tokenizer_info),
+      Route("/version", version),
+      Route("/ping", ping, methods=["GET", "POST"]),
       Route("/health", health),
       Route("/metrics", show_metrics),
     ],
     exception_handlers={RequestError: refuse, HTTPException: refuse_route, ClientDisconnect: forget},
+    middleware=[
+      Middleware(_WithRequestId),
+      *([Middleware(CORSMiddleware, allow_origins=list(origins), **_EVERY_METHOD)] if origins else []),
+    ],
     lifespan=lifespan,
   )
+
+
+class _WithRequestId:
+  """Sends a request's X-Request-Id back with the response, or one of its own."""
+
+  def __init__(self, app: ASGIApp):
+    self._app = app
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["type"] != "http":
+      await self._app(scope, receive, send)
+      return
+    sent = Headers(scope=scope).get("x-request-id", "")
+    name = sent if 0 < len(sent) <= _LONGEST_ID else secrets.token_hex(16)
+
+    async def send_with_id(message: Message) -> None:
+      if message["type"] == "http.response.start":
+        MutableHeaders(scope=message)["X-Request-Id"] = name
+      await send(message)
+
+    await self._app(scope, receive, send_with_id)
 
 
 async def read(request: Request, most: int) -> bytes:
@@ -178,7 +272,7 @@ class _Answer:
     self.unfinished = len(call.prompts) * call.n  # samples
     self._engine, self._loop = engine, loop
     self._seconds = seconds
-    self._common = protocol.identify(call.chat) | {"model": model}
+    self._common = answers.identify(call.chat) | {"model": model}
     self._news: asyncio.Queue[tuple[int, Written] | None] = asyncio.Queue()
     self._jobs: list[Job] = []
 
@@ -198,13 +292,13 @@ class _Answer:
 
     try:
       for row, prompt in enumerate(call.prompts):
-        seed, limits = (call.seed + row) % 2**32, [call.limit] * call.n
         job = Job(
           prompt=prompt,
-          limits=limits,
+          limits=[call.limit] * call.n,
           sampling=call.sampling,
+          extras=call.extras,
           stop=call.stop,
-          seed=seed,
+          seed=call.seeds[row],
           stream=call.stream,
           tell=functools.partial(tell, row),
         )
@@ -225,32 +319,53 @@ class _Answer:
 
   async def whole(self) -> Json:
     """Makes the body of the response, once all samples have finished."""
+    call, tokenizer = self.call, self._engine.tokenizer
+    body: Json = {}
     choices: dict[int, Json] = {}
     while self.unfinished:
       index, written = await self._next()
-      if written.text is not None:
-        piece = protocol.Piece(index, written.text, self._reason(written), self._logprobs(written))
-        choices[index] = protocol.choice_body(self.call.chat, piece, streamed=False)
-    total = protocol.usage(self.prompt_tokens, self.completion_tokens)
-    return self._common | {"choices": [choices[index] for index in sorted(choices)], "usage": total}
+      if written.text is None:
+        continue
+      text = self._echo(index) + written.text
+      piece = answers.Piece(index, text, self._reason(written), self._logprobs(index, written))
+      choices[index] = answers.choice_body(call.chat, piece, streamed=False)
+      if call.prompt_logprobs is not None and written.scores is not None:
+        ids = call.prompts[index // call.n].ids
+        told = answers.prompt_logprobs_body(tokenizer, ids, written.scores, call.prompt_logprobs)
+        (body if call.chat else choices[index])["prompt_logprobs"] = told
+    total = answers.usage(self.prompt_tokens, self.completion_tokens)
+    return self._common | {"choices": [choices[index] for index in sorted(choices)], "usage": total} | body
 
   async def pieces(self) -> AsyncIterator[Json]:
     """Makes the bodies of a stream."""
-    call, eos_ids = self.call, self._engine.device.settings.eos_ids
+    call, settings = self.call, self._engine.device.settings
     common = self._common | {"object": "chat.completion.chunk"} if call.chat else self._common
-    texts = [protocol.TextStream(self._engine.tokenizer, eos_ids, call.stop) for _ in range(self.unfinished)]
-    told = [0] * self.unfinished  # tokens
+    if call.usage:
+      common = common | {"usage": None}
+    adjustments = call.extras.adjustments
+    ends = adjustments.ends(settings.eos_ids) if adjustments else frozenset(settings.eos_ids)
+    unseen = ends | call.extras.hidden
+    texts = [answers.TextStream(self._engine.tokenizer, unseen, call.stop) for _ in range(self.unfinished)]
+    told: list[int | None] = [None] * self.unfinished  # tokens; None: nothing was said at all
+    for index in range(self.unfinished) if call.chat else ():
+      yield common | {"choices": [answers.opening_body(index)]}
     while self.unfinished:
       index, written = await self._next()
-      stream = texts[index]
-      begin = stream.told
-      text = stream.grow(written.tokens) if written.text is None else stream.end(written.text)
+      stream, begin = texts[index], told[index]
+      before = 0 if begin is None else len(self._echo(index)) + stream.told
+      text = self._echo(index) if begin is None else ""
+      text += stream.grow(written.tokens) if written.text is None else stream.end(written.text)
       if text or written.text is not None:
-        piece = protocol.Piece(index, text, self._reason(written), self._logprobs(written, told[index], begin))
-        yield common | {"choices": [protocol.choice_body(call.chat, piece, streamed=True)]}
+        logprobs = self._logprobs(index, written, begin, before)
+        piece = answers.Piece(index, text, self._reason(written), logprobs)
+        yield common | {"choices": [answers.choice_body(call.chat, piece, streamed=True)]}
         told[index] = len(written.tokens)
     if call.usage:
-      yield common | {"choices": [], "usage": protocol.usage(self.prompt_tokens, self.completion_tokens)}
+      yield common | {"choices": [], "usage": answers.usage(self.prompt_tokens, self.completion_tokens)}
+
+  def _echo(self, index: int) -> str:
+    """The prompt's text, where it is to stand before a response."""
+    return self.call.echoes[index // self.call.n] if self.call.echoes else ""
 
   async def _next(self) -> tuple[int, Written]:
     try:
@@ -272,12 +387,18 @@ class _Answer:
       return None
     return "stop" if written.finished else "length"
 
-  def _logprobs(self, written: Written, first: int = 0, begin: int = 0) -> Json | None:
-    """Log-probabilities of the tokens from `first` on, after `begin` characters; None if they were not asked for."""
-    if not self.call.logprobs:
+  def _logprobs(self, index: int, written: Written, first: int | None = None, begin: int = 0) -> Json | None:
+    """Log-probabilities of the tokens from `first` on, after `begin` characters; None if they were not asked for.
+
+    Args:
+      first: among those of the response; None: all of them, and before them those of a prompt that is repeated.
+    """
+    call, count = self.call, self.call.logprobs
+    if count is None:
       return None
-    eos_ids = self._engine.device.settings.eos_ids
-    seen = [i for i in range(first, len(written.tokens)) if written.tokens[i] not in eos_ids]
-    return protocol.token_logprobs(
-      self.call.chat, self._engine.tokenizer, written.tokens[seen], written.logprobs[seen], begin=begin
-    )
+    places = slice(first or 0, None)
+    top = written.top and TopTokens(written.top.ids[places], written.top.logprobs[places])
+    told = answers.tell(written.tokens[places], written.logprobs[places], top, count)
+    if first is None and call.echoes and written.scores is not None:
+      told = answers.tell_prompt(call.prompts[index // call.n].ids, written.scores, count) + told
+    return answers.logprobs_body(call.chat, self._engine.tokenizer, told, count, begin=begin)

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from rlpr_jax.models import Params
+from rlpr_jax.sampling.adjustments import TokenScores, TopTokens
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams
-from rlpr_jax.sampling.scheduler import Request
+from rlpr_jax.sampling.scheduler import Extras, Request
 from rlpr_jax.types import Prompt
 
 
@@ -23,7 +24,22 @@ class Written(NamedTuple):
   tokens: np.ndarray  # int32, all of the response so far
   logprobs: np.ndarray  # float32
   text: str | None  # of the whole response, once it has ended
-  finished: bool  # ended by EOS or a stop string
+  finished: bool  # ended by EOS, another token that ends it or a stop string
+  top: TopTokens | None  # of each token, if they were asked for
+  scores: TokenScores | None  # of the prompt's tokens but the first, if they were asked for
+
+  @classmethod
+  def of(cls, request: Request, ended: bool) -> "Written":
+    text = request.text if ended else None
+    return cls(
+      sample=request.sample,
+      tokens=request.tokens,
+      logprobs=request.logprobs,
+      text=text,
+      finished=ended and request.finished,
+      top=request.top,
+      scores=request.group.scores,
+    )
 
 
 @dataclasses.dataclass(eq=False)
@@ -33,6 +49,7 @@ class Job:
   prompt: Prompt
   limits: Sequence[int]  # most tokens of each sample
   sampling: SamplingParams
+  extras: Extras
   stop: Sequence[str]
   seed: int  # uint32
   stream: bool  # whether `tell` is called before a sample has ended
@@ -59,6 +76,7 @@ class Loop:
     self.error: BaseException | None = None
     self.waiting, self.running = 0, 0  # samples without and with a slot
     self.most = engine.device.shapes.slots + most_waiting  # samples
+    self.vocabulary = params["embedding"].shape[0]  # tokens that the model knows
     self.jobs: dict[Request, Job] = {}  # that clients wait for
     self._scheduler = engine.scheduler(params, jax.random.key(0))
     self._changed = threading.Condition()
@@ -122,7 +140,7 @@ class Loop:
         self._new.clear()
         self._cancelled = []
         for job in self._taken:
-          job.requests = scheduler.add(job.prompt, job.seed, job.limits, job.sampling, stop=job.stop)
+          job.requests = scheduler.add(job.prompt, job.seed, job.limits, job.sampling, job.stop, job.extras)
           self.jobs |= dict.fromkeys(job.requests, job)
         for job in cancelled:
           scheduler.cancel(job.requests)
@@ -142,7 +160,7 @@ class Loop:
       for request in self._scheduler.read_running():
         job = self.jobs.get(request)
         if job and job.stream:
-          job.tell(Written(request.sample, request.tokens, request.logprobs, text=None, finished=False))
+          job.tell(Written.of(request, ended=False))
     for request in done:
       if job := self.jobs.pop(request, None):  # None: cancelled after it had finished
-        job.tell(Written(request.sample, request.tokens, request.logprobs, request.text, finished=request.finished))
+        job.tell(Written.of(request, ended=True))

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders
 from tokenizers import models as tokenizer_models
 from transformers import PreTrainedTokenizerFast
 
-from rlpr_jax.serving.protocol import TextStream
+from rlpr_jax.serving.answers import TextStream
 
 
 def grown(tokenizer, ids, stop, cuts):
