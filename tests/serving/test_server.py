@@ -14,6 +14,7 @@ import time
 
 import httpx2
 import jax
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -24,6 +25,7 @@ import rlpr_jax
 from rlpr_jax import huggingface
 from rlpr_jax.data.templates import render
 from rlpr_jax.errors import InputError
+from rlpr_jax.models import ModelConfig, definition, init_params
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine, SampleOptions
@@ -295,6 +297,31 @@ def test_what_is_asked_of_tokens_is_done(policy, served):
   assert served.idle()
 
 
+def test_responses_follow_a_json_schema(across_words):
+  """Of a random policy, that would write anything; beside one that does."""
+  pytest.importorskip("llguidance")
+  size = len(across_words)
+  config = ModelConfig(size, embed_dim=16, mlp_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
+  params = init_params(config, seed=0)
+  settings = DecodeSettings(SHAPES.steps, (across_words.eos_token_id,))
+  engine = Engine(Device(definition(config), settings, SHAPES), across_words, "think", baseline_prefix="bare")
+  properties = {"verdict": {"enum": ["correct", "incorrect"]}, "sure": {"type": "boolean"}}
+  schema = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+  asked = {"prompt": "1", "seed": 0, "max_tokens": LIMIT}
+  form = {"type": "json_schema", "json_schema": {"name": "verdict", "schema": schema, "strict": True}}
+  served = Served(engine, params)
+  try:
+    plain = post(served, "/v1/completions", asked).json()["choices"][0]
+    body = post(served, "/v1/completions", asked | {"response_format": form, "n": 4}).json()
+    assert post(served, "/v1/completions", asked).json()["choices"][0] == plain
+  finally:
+    served.stop()
+  ended = [choice["text"] for choice in body["choices"] if choice["finish_reason"] == "stop"]
+  assert ended  # spaces between the words may go on up to the limit
+  for text in ended:
+    jsonschema.validate(json.loads(text), schema)
+
+
 def test_a_seed_is_that_of_each_prompt_of_a_list(served):
   asked = {"prompt": ["12", "12", "3"], "max_tokens": 20, "n": 2}
   seeded = [choice["text"] for choice in post(served, "/v1/completions", asked | {"seed": 7}).json()["choices"]]
@@ -482,6 +509,11 @@ def test_streams_that_are_left_free_their_slots(engine, policy, monkeypatch):
       "continue_final_message: expected add_generation_prompt",
     ),
     ({"response_format": {"type": "xml"}}, openai.BadRequestError, "response_format.type: expected text"),
+    (  # whose letters no library takes for bytes
+      {"response_format": {"type": "json_object"}},
+      openai.BadRequestError,
+      "response_format: (not supported with this tokenizer|llguidance: not installed)",
+    ),
     (
       {"response_format": {"type": "json_schema"}},
       openai.BadRequestError,
