@@ -212,7 +212,7 @@ def to_markdown(summary: Json, notes: Sequence[str]) -> str:
       figures = next(iter(by_mode.values()))
       path_counts = ", ".join(f"{path} {count}" for path, count in figures["found_by"].items())
       rows = [
-        [name, row["questions"], percent(row["rule"]), percent(row.get("judge"))]
+        [name, row["questions"], percent(row.get("rule")), percent(row.get("judge"))]
         for name, row in figures["categories"].items()
       ]
       parts += [f"### {model}, {benchmark}", f"Answers were found by: {path_counts}."]
