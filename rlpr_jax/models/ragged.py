@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, Int8
 
 from rlpr_jax.models.config import Reader
@@ -187,7 +186,7 @@ def _first_blocks(seen: Seen, block: int) -> Int[Array, "R"]:
 
 
 def _last_blocks(seen: Seen, block: int) -> Int[Array, "R"]:
-  return jnp.max(jnp.where(seen.begins < seen.ends, pl.cdiv(seen.ends, block), 0), axis=1)
+  return jnp.max(jnp.where(seen.begins < seen.ends, -(-seen.ends // block), 0), axis=1)
 
 
 # --- TPUs: one step of the grid for each block of a row, and the grid as long as there are such blocks ---
@@ -204,6 +203,7 @@ def _tpu_kernel(
   reader: Reader,
 ) -> Mixed:
   """On one device; `place`: the layer, and the first of the K heads among those that the cache has."""
+  from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
   count, kv_heads, length, head_dim = queries.shape
@@ -230,14 +230,14 @@ def _tpu_kernel(
     """A step of a core among all; beyond its last one that again, for which nothing is fetched."""
     return core * most + jnp.minimum(step, totals[core] - 1)
 
-  def cached(*shape: int) -> pl.BlockSpec:
+  def cached(*shape: int) -> Any:
     def index(core, step, place, totals, of_step, blocks, rows):  # type: ignore[no-untyped-def]
       i = at(core, step, totals)
       return place[0], rows[of_step[i]], place[1], 0, blocks[i]
 
     return pl.BlockSpec((1, 1, *shape), index)
 
-  def of_row(*shape: int) -> pl.BlockSpec:
+  def of_row(*shape: int) -> Any:
     def index(core, step, place, totals, of_step, *_):  # type: ignore[no-untyped-def]
       return (of_step[at(core, step, totals)], *[0] * len(shape))
 
@@ -269,6 +269,8 @@ def _tpu_kernel(
 
 def _tpu_step(*refs: Any, most: int, settings: AttentionSettings, scaled: bool) -> None:
   """One block of one row; `refs`: as the call names them, the numbers that are known beforehand first."""
+  from jax.experimental import pallas as pl
+
   _, totals, of_step, blocks, _, *arrays = refs
   core, step = pl.program_id(0), pl.program_id(1)
   i = core * most + step
@@ -336,6 +338,7 @@ def _gpu_kernel(
   reader: Reader,
 ) -> Mixed:
   """As `_tpu_kernel`."""
+  from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton as plgpu
 
   count, kv_heads, length, head_dim = queries.shape
@@ -358,6 +361,8 @@ def _gpu_kernel(
 
 def _gpu_program(*refs: Any, settings: AttentionSettings, dot: Callable[..., jax.Array]) -> None:
   """A share of a row's blocks, for the queries of one head."""
+  from jax.experimental import pallas as pl
+
   queries, begins, ends, firsts, lasts, place, rows, keys, values, *rest = refs
   key_scales, value_scales = rest[:2] if len(rest) > 3 else (None, None)
   sums, highest, total = rest[-3:]

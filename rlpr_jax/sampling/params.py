@@ -46,7 +46,7 @@ def stack(rows: Sequence[SamplingParams]) -> RowParams:
 
 def at_temperature(logits: Float[Array, "B V"], sampling: RowParams) -> tuple[Float[Array, "B V"], Bool[Array, "B"]]:
   """Divides logits by each row's temperature, and says which rows are greedy: theirs stay as they are."""
-  greedy = sampling.temperature < _COLDEST
+  greedy = jnp.asarray(sampling.temperature) < _COLDEST
   return logits / jnp.where(greedy, 1, sampling.temperature)[:, None], greedy
 
 

@@ -11,7 +11,7 @@ import pytest
 from rlpr_jax.data import builtin
 from rlpr_jax.data.pipeline import PromptSettings, prepare
 from rlpr_jax.errors import InputError
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import mathverify
 from rlpr_jax.runs.inputs import digest_rows
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.unfinished import KeptRows
