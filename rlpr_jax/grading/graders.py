@@ -9,6 +9,7 @@ No text makes them raise or hang: what cannot be understood is wrong.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from math import isfinite
 from typing import NamedTuple
@@ -260,7 +261,7 @@ def _grade_math(answer: str, question: Question) -> str:
 
 def _judge_expression(answer: str, reference: str) -> str:
   """Why two are equal, as text, as numbers or as mathematics, or "" where they are not."""
-  if answer.split() == reference.split() != []:
+  if unicodedata.normalize("NFC", answer).split() == unicodedata.normalize("NFC", reference).split() != []:
     return "same expression"  # of any length
   return equivalence.equal(_core(shown(answer), "math"), reference)
 

@@ -563,7 +563,6 @@ DISAGREEMENTS = {
     ): ROUNDED,
     ("$(0.6,2.6667]$", "(\\frac{3}{5},\\frac{8}{3}]"): ROUNDED,
     ("So, the ordered pair $(x, y)$ that solves the system is $(7, 6)$.", "(7,6)"): EXTRACTION,
-    ("Thus, the integers are \\[ \\boxed{-2} \\quad \\text{and} \\quad \\boxed{1}. \\]", "1,-2"): EXTRACTION,
     ("$13$", "\\text{13}"): "a number set as text is the same number",
     **{(f"4 4/9{unit}", "40/9"): PERCENT for unit in ("%", " %", "percent", " percent", "pct", " pct", " percentage")},
   },

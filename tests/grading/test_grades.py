@@ -151,6 +151,6 @@ def test_hostile_mathematics(monkeypatch):
   monkeypatch.undo()
   graders.math("1", "2")
   start = time.monotonic()
-  for text in asked[:: len(asked) // 100]:
+  for text in asked[:: max(len(asked) // 100, 1)]:
     grade(HALF, f"<answer> {text} </answer>")
   assert time.monotonic() - start < 60
