@@ -188,10 +188,10 @@ def test_a_judge_decides_where_the_rule_says_wrong(file, tmp_path):
     judged.append(body["messages"][-1]["content"])
     if "fifty minus one" in judged[-1]:
       return "They are equal.\nJudgement: correct"
-    return "Judgement: maybe" if "seventeen" in judged[-1] else "Judgement: incorrect"
+    return "Judgement: maybe" if "seventh prime" in judged[-1] else "Judgement: incorrect"
 
   with (
-    serving(answers(["2"], ["five and a half"], ["seventeen"], ["fifty minus one"])) as server,
+    serving(answers(["2"], ["five and a half"], ["the seventh prime"], ["fifty minus one"])) as server,
     serving(judge) as other,
   ):
     settings = recipe(file, 2, m=theirs(server.url))
