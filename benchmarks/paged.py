@@ -39,12 +39,12 @@ def lengths_in_use(rng: np.random.Generator) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("settings", "read"))
 def contiguous(queries, keys, values, lengths, settings: AttentionSettings, read: int):
-  """Layer by layer over [layers, B, K, H, S]."""
+  """Layer by layer over [layers, B, K, H, S] and [layers, B, K, S, H]."""
   positions = jnp.where(jnp.arange(read) < lengths[:, None], jnp.arange(read), UNSEEN)
 
   def layer(carried, cache):
     keys, values = cache
-    part = Cached(keys[..., :read], values[..., :read], positions)
+    part = Cached(keys[..., :read], values[:, :, :read], positions)
     return step(carried, part, lengths, settings), None
 
   return jax.lax.scan(layer, queries, (keys, values))[0]
@@ -52,7 +52,7 @@ def contiguous(queries, keys, values, lengths, settings: AttentionSettings, read
 
 @functools.partial(jax.jit, static_argnames=("settings", "read"))
 def paged(queries, keys, values, table, lengths, settings: AttentionSettings, read: int):
-  """Layer by layer over pools [layers, pages, K, H, page]; table: int32[B, pages]."""
+  """Layer by layer over pools [layers, pages, K, H, page] and [layers, pages, K, page, H]; table: int32[B, pages]."""
   positions = jnp.where(jnp.arange(read) < lengths[:, None], jnp.arange(read), UNSEEN)
   slots = table.shape[0]
 
@@ -60,7 +60,7 @@ def paged(queries, keys, values, table, lengths, settings: AttentionSettings, re
     keys, values = pool[0][table], pool[1][table]  # [B, pages of a slot, ...]
     heads, size = keys.shape[2:4]
     keys = keys.transpose(0, 2, 3, 1, 4).reshape(slots, heads, size, read)
-    values = values.transpose(0, 2, 3, 1, 4).reshape(slots, heads, size, read)
+    values = values.transpose(0, 2, 1, 3, 4).reshape(slots, heads, read, size)
     return step(carried, Cached(keys, values, positions), lengths, settings), None
 
   return jax.lax.scan(layer, queries, (keys, values))[0]
@@ -92,17 +92,17 @@ def main(argv: list[str]) -> None:
   settings = AttentionSettings("xla", scale=size**-0.5)
   queries = jnp.asarray(rng.normal(size=(slots, 1, heads, size)), jnp.float32)
   keys = jax.random.normal(jax.random.key(0), (layers, slots, kv_heads, size, capacity))
-  values = jax.random.normal(jax.random.key(1), (layers, slots, kv_heads, size, capacity))
+  values = jax.random.normal(jax.random.key(1), (layers, slots, kv_heads, capacity, size))
   # The same numbers in pages, in an order of their own.
   order = rng.permutation(slots * capacity // page)
   pages = capacity // page
 
-  def pool(x: jax.Array) -> jax.Array:
-    split = jnp.moveaxis(x.reshape(*x.shape[:-1], pages, page), -2, 2)
+  def pool(x: jax.Array, axis: int) -> jax.Array:
+    split = jnp.moveaxis(x.reshape(*x.shape[:axis], pages, page, *x.shape[axis + 1 :]), axis, 2)
     flat = split.reshape(layers, slots * pages, *split.shape[3:])
     return jnp.zeros_like(flat).at[:, order].set(flat)
 
-  key_pool, value_pool = pool(keys), pool(values)
+  key_pool, value_pool = pool(keys, 4), pool(values, 3)
   read = -(-int(lengths.max()) // page) * page
   table = jnp.asarray(order.reshape(slots, pages)[:, : read // page])
   run_contiguous = functools.partial(contiguous, queries, keys, values, lengths, settings, read)

@@ -27,7 +27,7 @@ class Cached(NamedTuple):
   """Keys and values of earlier tokens, in any order."""
 
   keys: Float[Array, "B K H S"]
-  values: Float[Array, "B K H S"]
+  values: Float[Array, "B K S H"]
   positions: Int[Array, "B S"]  # of the token in each slot; masks.UNSEEN where none is
 
 
@@ -104,7 +104,7 @@ def _attend_xla(
   shares = jnp.split(weights, ends[:-1], axis=-1)
   y = jnp.matmul(shares[0], values.swapaxes(1, 2))
   for share, part in zip(shares[1:], cached, strict=False):
-    y += jnp.matmul(share, part.values.swapaxes(2, 3))
+    y += jnp.matmul(share, part.values)
   if mixed is not None:
     y += shares[-1] * mixed.values.astype(values.dtype)
   y = y.reshape(batch, kv_heads, -1, length, head_dim).transpose(0, 3, 1, 2, 4)

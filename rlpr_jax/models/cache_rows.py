@@ -19,13 +19,15 @@ EVERYWHERE = (None,)
 
 
 def append_tokens(
-  begin: Int[Array, "R"], sharding: Sharding, old: Shaped[Array, "L S K H C"], new: Shaped[Array, "L R K H N"]
-) -> Shaped[Array, "L S K H C"]:
-  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on."""
+  begin: Int[Array, "R"], sharding: Sharding, axis: int, old: Shaped[Array, "L S K *C"], new: Shaped[Array, "L R K *N"]
+) -> Shaped[Array, "L S K *C"]:
+  """Writes N tokens into the first R / parts rows of each part of a cache, from their own places on; `axis`: tokens."""
 
   def rows(old: jax.Array, new: jax.Array, begin: jax.Array) -> jax.Array:
     for row in range(begin.size):
-      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], (0, row, 0, 0, begin[row]))
+      place: list[int | jax.Array] = [0, row, 0, 0, 0]
+      place[axis] = begin[row]
+      old = jax.lax.dynamic_update_slice(old, new[:, row : row + 1], place)
     return old
 
   return _on_each_part(rows, sharding, (old, new, begin), (CACHE, CACHE, ROWS))

@@ -51,11 +51,26 @@ _REMAT = {
 class KVCache(NamedTuple):
   """Keys (rotated) and values of every layer, in the compute dtype or `Quantized`; S tokens.
 
-  Tokens lie along the last axis, whole registers of them on a TPU, whatever the size of a head is.
+  Both lie as plain XLA's products of attention take them: queries times keys, and weights times values. Where a kernel
+  reads texts, values lie as keys do, [L, B, K, H, S]: whole registers of a TPU are of tokens then, whatever the size of
+  a head is (`Decoder.value_axis`).
   """
 
   keys: Float[Array, "L B K H S"] | Quantized
-  values: Float[Array, "L B K H S"] | Quantized
+  values: Float[Array, "L B K S H"] | Float[Array, "L B K H S"] | Quantized
+
+  def map(self, function: Callable[..., jax.Array], *others: "KVCache", value_axis: int = 3) -> "KVCache":
+    """`function(axis, x, *others)` of each array and those of other caches in its place; `axis` is that of tokens.
+
+    Args:
+      value_axis: that of tokens in the values.
+    """
+    return KVCache(
+      *(
+        jax.tree.map(functools.partial(function, axis), *parts)
+        for axis, parts in zip((4, value_axis), zip(self, *others, strict=True), strict=True)
+      )
+    )
 
   @property
   def rows(self) -> int:
@@ -90,18 +105,20 @@ class CacheView(NamedTuple):
   positions: Int[Array, "B S"]  # of the tokens in the first S slots of a row; UNSEEN where there is none
   rows: Int[AnyArray, "B"] | None = None  # of the cache that are read; None for the first B, on a mesh of each part
 
-  def layer(self, number: Int[Array, ""], num_shards: int, dtype: str) -> Cached:
+  def layer(self, number: Int[Array, ""], num_shards: int, dtype: str, value_axis: int = 3) -> Cached:
     """Takes the tokens' keys and values of one layer; the cache's rows, and `rows`, are split `num_shards` ways."""
     keys, values = (
       (part.numbers * part.scales).astype(dtype) if isinstance(part, Quantized) else part
-      for part in jax.tree.map(functools.partial(self._take, number, num_shards), self.cache)
+      for part in self.cache.map(functools.partial(self._take, number, num_shards), value_axis=value_axis)
     )
-    return Cached(keys, values, self.positions)
+    return Cached(keys, values if value_axis == 3 else values.swapaxes(2, 3), self.positions)
 
-  def _take(self, number: Int[Array, ""], num_shards: int, x: Shaped[Array, "L R K N T"]) -> Shaped[Array, "B K N S"]:
+  def _take(
+    self, number: Int[Array, ""], num_shards: int, axis: int, x: Shaped[Array, "L R K *T"]
+  ) -> Shaped[Array, "B K *S"]:
     layers, all_rows, *rest = x.shape
     rows, slots = self.positions.shape
-    rest[-1] = slots
+    rest[axis - 2] = slots
     split = x.reshape(layers, num_shards, all_rows // num_shards, *x.shape[2:])  # each device takes from its own rows
     if self.rows is None:
       return jax.lax.dynamic_slice(split, (number, 0, 0, 0, 0, 0), (1, num_shards, rows // num_shards, *rest)).reshape(
@@ -109,7 +126,7 @@ class CacheView(NamedTuple):
       )
     local = self.rows.reshape(num_shards, -1) - jnp.arange(num_shards)[:, None] * (all_rows // num_shards)
     taken = jax.vmap(lambda part, rows: part[number, rows], in_axes=(1, 0))(split, local)
-    return taken.reshape(rows, *x.shape[2:])[..., :slots]
+    return jax.lax.slice_in_dim(taken.reshape(rows, *x.shape[2:]), 0, slots, axis=axis - 1)
 
 
 class LayerKind(NamedTuple):
@@ -325,19 +342,27 @@ class Decoder(nnx.Module):
   def empty_cache(self, rows: int, length: int) -> KVCache:
     """A cache of zeros, `rows` of `length` tokens, in the compute dtype, on the devices where it is to lie."""
     config, runtime = self.config, self.runtime
-    shape = (config.num_layers, rows, config.num_kv_heads, config.head_dim, length)
 
-    def zeros() -> jax.Array | Quantized:
+    def zeros(axis: int) -> jax.Array | Quantized:
+      """`axis`: that of tokens."""
+      sizes = (config.head_dim, length) if axis == 4 else (length, config.head_dim)
+      shape = (config.num_layers, rows, config.num_kv_heads, *sizes)
       # Not zeros that are quantised: the compiler would do that, number by number, before the program is ever run.
-      return Quantized.zeros(shape, axis=-2) if runtime.int8_cache else jnp.zeros(shape, runtime.compute_dtype)
+      return Quantized.zeros(shape, 7 - axis) if runtime.int8_cache else jnp.zeros(shape, runtime.compute_dtype)
 
-    return jax.tree.map(self.place_cache, KVCache(zeros(), zeros()))
+    return jax.tree.map(self.place_cache, KVCache(zeros(4), zeros(self.value_axis)))
+
+  @property
+  def value_axis(self) -> int:
+    """The axis of tokens in cached values; that of a head's numbers is the other of the last two."""
+    return 4 if isinstance(self.runtime.decode_attention, Reader) else 3
 
   def _store(self, keys: Float[Array, "*B T K H"], values: Float[Array, "*B T K H"]) -> KVCache:
-    keys, values = jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, -1)
-    return (
-      KVCache(Quantized.of(keys, -2), Quantized.of(values, -2)) if self.runtime.int8_cache else KVCache(keys, values)
-    )
+    axis = self.value_axis - 5
+    keys, values = jnp.moveaxis(keys, -3, -1), jnp.moveaxis(values, -3, axis)
+    if not self.runtime.int8_cache:
+      return KVCache(keys, values)
+    return KVCache(Quantized.of(keys, -2), Quantized.of(values, -3 - axis))
 
   def _read(
     self,
@@ -361,7 +386,7 @@ class Decoder(nnx.Module):
       weights, kind, number = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, kind)
-      cached = [view.layer(number, num_shards, self.runtime.compute_dtype) for view in views]
+      cached = [view.layer(number, num_shards, self.runtime.compute_dtype, self.value_axis) for view in views]
       places = Places(segment_ids, kind.windowed, positions)
       mixed = None
       if text is not None and reader is not None:

@@ -294,7 +294,11 @@ def decode(
     newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     text = Text(cache, jnp.where(state.active, begin, 0), kv_length)
     hidden, added = decoder.extend(tokens[:, None], (begin + j)[:, None], (newest,), text=text)
-    recent = jax.tree.map(lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, -1), recent, added)
+    recent = recent.map(
+      lambda axis, old, new: jax.lax.dynamic_update_slice_in_dim(old, new, j, axis),
+      added,
+      value_axis=decoder.value_axis,
+    )
     # 4. Keep what is new of the active rows; the others stay as they finished, to be collected and scored.
     state = state._replace(
       hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
@@ -319,7 +323,8 @@ def decode(
   _, recent, new = jax.lax.while_loop(is_running, step, start)
   new = new._replace(lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
-  cache = jax.tree.map(functools.partial(append_tokens, begin, decoder.runtime.sharding), cache, recent)
+  append = functools.partial(append_tokens, begin, decoder.runtime.sharding)
+  cache = cache.map(append, recent, value_axis=decoder.value_axis)
   all_rows = jax.tree.map(lambda old, new: _with_first(old, new, num_shards), all_rows, new)
   return _place_slots(decoder, all_rows._replace(cache=cache))
 

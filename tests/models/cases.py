@@ -300,7 +300,7 @@ def extend(model, params, tokens, starts, cache):
   """
   decoder = nnx.merge(model, params)
   positions = starts[:, None] + jnp.arange(tokens.shape[1])
-  capacity = cache.values.shape[-1]
+  capacity = cache.values.shape[3]
   slots = jnp.broadcast_to(jnp.arange(capacity), (tokens.shape[0], capacity))
   hidden, new = decoder.extend(tokens, positions, (CacheView(cache, slots),))
   return decoder.logits(hidden), _write(cache, new, starts)
@@ -309,18 +309,18 @@ def extend(model, params, tokens, starts, cache):
 def _write(cache, new, starts):
   """The cache with new keys and values from slot `starts` of each row on."""
   rows = jnp.arange(new.rows)[:, None]
-  slots = starts[:, None] + jnp.arange(new.values.shape[-1])
+  slots = starts[:, None] + jnp.arange(new.values.shape[3])
 
-  def write(old, new):
-    old, new = jnp.moveaxis(old, -1, 2), jnp.moveaxis(new, -1, 2)
-    return jnp.moveaxis(old.at[:, rows, slots].set(new, mode="drop"), 2, -1)
+  def write(axis, old, new):
+    old, new = jnp.moveaxis(old, axis, 2), jnp.moveaxis(new, axis, 2)
+    return jnp.moveaxis(old.at[:, rows, slots].set(new, mode="drop"), 2, axis)
 
-  return jax.tree.map(write, cache, new)
+  return cache.map(write, new)
 
 
 def by_token(cache):
   """Keys and values as [L, B, S, K, H]."""
-  return np.moveaxis(np.asarray(cache.keys), 4, 2), np.moveaxis(np.asarray(cache.values), 4, 2)
+  return np.moveaxis(np.asarray(cache.keys), 4, 2), np.moveaxis(np.asarray(cache.values), 3, 2)
 
 
 def chunked_logits(

@@ -29,8 +29,10 @@ def random_tokens(*shape, seed=0):
 
 
 def empty_cache(config, rows, capacity, dtype=jnp.float32):
-  zeros = jnp.zeros((config.num_layers, rows, config.num_kv_heads, config.head_dim, capacity), dtype)
-  return KVCache(zeros, zeros)
+  shape = (config.num_layers, rows, config.num_kv_heads)
+  return KVCache(
+    jnp.zeros((*shape, config.head_dim, capacity), dtype), jnp.zeros((*shape, capacity, config.head_dim), dtype)
+  )
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_tied"])
@@ -204,7 +206,8 @@ def test_suffixes_of_one_row_are_as_if_alone(name):
   found, new = read_on(model, params, suffixes, positions, (CacheView(cache, filled(5, 20)),), segment_ids)
   assert np.all(np.isfinite(found))  # on padding too
   shape = new.values.shape
-  assert shape == new.keys.shape == (*cache.values.shape[:-1], 6)
+  assert shape == (*cache.values.shape[:3], 6, cache.values.shape[-1])
+  assert new.keys.shape == (*shape[:3], shape[4], shape[3])
   for row, segments in enumerate(places):
     for start, place in zip(starts[row], segments, strict=True):
       text = np.concatenate([tokens[row, :start], suffixes[row, place]])[None]
@@ -239,13 +242,13 @@ def test_rows_of_a_larger_cache(name):
 def test_rows_are_taken_from_each_part_of_the_cache(num_shards):
   """Whether they are asked for as one list or part by part. What a mesh makes of it is in test_sharding.py."""
   rng = np.random.default_rng(0)  # six rows, in parts of six, three or two
-  cache = KVCache(*(rng.normal(size=(3, 6, 2, *shape)).astype(np.float32) for shape in ((4, 5), (4, 5))))
+  cache = KVCache(*(rng.normal(size=(3, 6, 2, *shape)).astype(np.float32) for shape in ((4, 5), (5, 4))))
   rows = {1: [5, 0, 0, 3, 2, 4], 2: [2, 0, 2, 5, 3, 3], 3: [1, 1, 2, 3, 5, 4]}[num_shards]
   part = CacheView(cache, filled(6, 4), np.array(rows, np.int32))
   for layer in range(3):
     found = jax.jit(CacheView.layer, static_argnums=(2, 3))(part, layer, num_shards, "float32")
     np.testing.assert_array_equal(found.keys, cache.keys[layer][rows][..., :4])
-    np.testing.assert_array_equal(found.values, cache.values[layer][rows][..., :4])
+    np.testing.assert_array_equal(found.values, cache.values[layer][rows][:, :, :4])
     np.testing.assert_array_equal(found.positions, part.positions)
 
 
@@ -265,7 +268,7 @@ def test_two_parts_are_as_one(name):
   index = np.minimum(kv_length, 19)[None, :, :, None, None]  # the same place in the cache of the whole text
   newer = [np.take_along_axis(x, index, axis=2) for x in by_token(cache)]
   keys, values = (np.where((order < recent - 1)[:, None, None], x, 1e3) for x in newer)  # were it seen, it would show
-  newer = KVCache(np.moveaxis(keys, 2, 4), np.moveaxis(values, 2, 4))
+  newer = KVCache(np.moveaxis(keys, 2, 4), np.moveaxis(values, 2, 3))
   after = CacheView(newer, np.where(order < recent - 1, kv_length, UNSEEN).astype(np.int32))
   positions = starts[:, None] + np.arange(2)
   two, _ = read_on(model, params, suffixes, positions, (text, after))

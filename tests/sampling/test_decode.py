@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rlpr_jax.models import KVCache
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Suffixes, row_keys
 from rlpr_jax.sampling.params import SamplingParams, stack
@@ -226,10 +227,10 @@ def test_ended_rows_stay_as_they_are_while_others_go_on(policy, keys):
   first = run(policy, fill(policy, keys, [0, 7, 5, 2], steps=steps), eos_ids=ENDLESS, steps=steps)
   slots = fill(policy, keys, [None, None, None, 8], steps=steps, slots=copy(first))
   first, last = jax.device_get((first, run(policy, slots, eos_ids=ENDLESS, steps=steps)))
-  assert first.lengths[0] == TEXT == first.cache.values.shape[-1] - steps
+  assert first.lengths[0] == TEXT == first.cache.values.shape[3] - steps
   assert last.tokens[3].tolist() != first.tokens[3].tolist()
   for slot in (0, 1, 2):
-    for name in set(first._fields) - {"cache"}:
+    for name in set(first._fields) - {"cache", "adjustments", "top"}:
       np.testing.assert_array_equal(getattr(last, name)[slot], getattr(first, name)[slot], name)
     for old, new in zip(by_token(first.cache), by_token(last.cache), strict=True):
       np.testing.assert_array_equal(new[:, slot, : first.lengths[slot]], old[:, slot, : first.lengths[slot]])
@@ -255,7 +256,7 @@ def test_decoding_stops_when_the_last_row_ends(policy, keys):
   slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, SLOTS, TEXT))
   assert (slots.counts == 1).all()
   assert slots.finished.all()
-  written = np.abs(slots.cache.values).sum(axis=(0, 2, 3)) > 0  # [S, C]
+  written = np.abs(slots.cache.values).sum(axis=(0, 2, 4)) > 0  # [S, C]
   for row, length in enumerate(slots.lengths):
     assert written[row, :length].all()
     assert not written[row, max(length, WIDTH) :].any()  # up to WIDTH the prompt's padding was written
@@ -287,9 +288,12 @@ def test_a_limit_of_nothing_is_no_row(policy, keys):
 
 def poison(slots):
   """Large numbers wherever no text is."""
-  room = np.arange(slots.cache.values.shape[-1]) >= np.asarray(slots.lengths)[:, None]
+  room = np.arange(slots.cache.values.shape[3]) >= np.asarray(slots.lengths)[:, None]
   return slots._replace(
-    cache=jax.tree.map(lambda x: jnp.where(room[None, :, None, None], 1e4, x), slots.cache),
+    cache=KVCache(
+      jnp.where(room[None, :, None, None], 1e4, slots.cache.keys),
+      jnp.where(room[None, :, None, :, None], 1e4, slots.cache.values),
+    ),
     tokens=jnp.full_like(slots.tokens, 7),
     logprobs=jnp.full_like(slots.logprobs, 1e4),
   )
