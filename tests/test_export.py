@@ -331,7 +331,7 @@ SUMMARY = {
       "math500": {
         "sampled": {
           "questions": 200, "samples": 4, "rule": {"avg": 0.5, "low": 0.45, "high": 0.55}, "cut_off": 0.01,
-          "tokens": 120.0, "found_by": {}, "categories": {},
+          "refused": 0, "tokens": 120.0, "found_by": {}, "categories": {},
         }
       }
     }

@@ -214,7 +214,7 @@ def test_a_judge_decides_where_the_rule_says_wrong(file, tmp_path):
     settings.judge.when = "always"
     before = other.requests
     program.evaluate(settings, tmp_path / "out")
-    asked = {text for text in judged[before:] if "seventeen" not in text}  # what was not understood is asked again
+    asked = {text for text in judged[before:] if "seventh prime" not in text}  # what was not understood is asked again
     assert asked == {conversation(JudgeItem("1+1", "2", "2"))[0]["content"]}
     assert re.search(r"by judge", (tmp_path / "out" / "summary.md").read_text())
 

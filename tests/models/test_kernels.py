@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -353,7 +354,8 @@ def test_auto_on_a_gpu_without_tokamax(missing, monkeypatch, capsys):
   """A decoder runs with plain XLA, and says so once."""
   config = models.ModelConfig(32, 16, 16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
   params, tokens = models.init_params(config, 0), jnp.arange(16).reshape(1, 16)
-  monkeypatch.setattr(transformer, "_platform", lambda sharding: "gpu")
+  gpu = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100")
+  monkeypatch.setattr(transformer, "_device", lambda sharding: gpu)
 
   def hidden(backend):
     model = models.definition(config, models.Runtime(attention=backend))
