@@ -292,15 +292,16 @@ def _same_number(ours: numbers.Number, theirs: numbers.Number, question: Questio
   """Whether two are equal, within a question's tolerances where one is given."""
   if question is None:
     return numbers.same(ours, theirs)
-  if question.rounded and isfinite(ours.value):
-    ours = ours._replace(value=round(ours.value))
-  return numbers.same(ours, theirs, question.rtol, question.atol)
+  return numbers.same(ours._replace(value=_rounded(ours.value, question)), theirs, question.rtol, question.atol)
 
 
 def _is_near(value: float, reference: float, question: Question) -> bool:
-  if question.rounded and isfinite(value):
-    value = round(value)
-  return numbers.equal(value, reference, question.rtol, question.atol)
+  return numbers.equal(_rounded(value, question), reference, question.rtol, question.atol)
+
+
+def _rounded(value: float, question: Question) -> float:
+  """As the question's grader takes an answer."""
+  return round(value) if question.rounded and isfinite(value) else value
 
 
 def _tolerance(question: Question, exact_words: str) -> str:

@@ -10,7 +10,7 @@ C tokens of room in a slot.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +105,10 @@ def ragged_attention(
     grouped = jnp.pad(grouped, [(0, 0), (0, 0), (0, padding), (0, 0)])
     grouped = grouped.reshape(count, own, tiles, tile, head_dim).swapaxes(1, 2).reshape(-1, own, tile, head_dim)
     of_queries = Seen(*(jnp.pad(x, [(0, 0), (0, padding)]).reshape(-1, tile) for x in of_queries))
-    mixed = call(grouped, keys, values, jnp.stack([layer, head]), jnp.repeat(rows.astype(jnp.int32), tiles), of_queries)
+    cache = (
+      [keys.numbers, values.numbers, keys.scales, values.scales] if isinstance(keys, Quantized) else [keys, values]
+    )
+    mixed = call(grouped, cache, jnp.stack([layer, head]), jnp.repeat(rows.astype(jnp.int32), tiles), of_queries)
 
     def together(x: jax.Array) -> jax.Array:
       x = x.reshape(count, tiles, own, tile, *x.shape[3:]).swapaxes(1, 2)
@@ -194,23 +197,25 @@ def _last_blocks(seen: Seen, block: int) -> Int[Array, "R"]:
 
 def _tpu_kernel(
   queries: Float[Array, "R K Q H"],
-  keys: Any,
-  values: Any,
+  cache: Sequence[jax.Array],
   place: Int[Array, "2"],
   rows: Int[Array, "R"],
   seen: Seen,
   settings: AttentionSettings,
   reader: Reader,
 ) -> Mixed:
-  """On one device; `place`: the layer, and the first of the K heads among those that the cache has."""
+  """On one device.
+
+  Args:
+    cache: keys, values and, where these are in eight bits, the scales of both.
+    place: the layer, and the first of the K heads among those that the cache has.
+  """
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import tpu as pltpu
 
   count, kv_heads, length, head_dim = queries.shape
-  scales = [keys.scales, values.scales] if isinstance(keys, Quantized) else []
-  arrays = [keys.numbers, values.numbers] if isinstance(keys, Quantized) else [keys, values]
-  capacity = arrays[0].shape[-1]
-  block = block_length(capacity, kv_heads * head_dim * arrays[0].dtype.itemsize)
+  capacity = cache[0].shape[-1]
+  block = block_length(capacity, kv_heads * head_dim * cache[0].dtype.itemsize)
   cores = reader.cores if count % reader.cores == 0 else 1
   each, most = count // cores, count // cores * (capacity // block)  # rows of a core, and its steps at most
   first = _first_blocks(seen, block)
@@ -244,7 +249,7 @@ def _tpu_kernel(
     return pl.BlockSpec((1, *shape), index)
 
   call = pl.pallas_call(
-    functools.partial(_tpu_step, most=most, settings=settings, scaled=bool(scales)),
+    functools.partial(_tpu_step, most=most, settings=settings),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=5,
       grid=(cores, jnp.max(totals)),
@@ -253,7 +258,7 @@ def _tpu_kernel(
         of_row(length, 1),
         of_row(length, 1),
         *[cached(kv_heads, head_dim, block)] * 2,
-        *[cached(kv_heads, 1, block) for _ in scales],
+        *[cached(kv_heads, 1, block) for _ in cache[2:]],
       ],
       out_specs=[of_row(kv_heads, length, n) for n in (head_dim, 1, 1)],
     ),
@@ -263,11 +268,11 @@ def _tpu_kernel(
     name="ragged_attention",
   )
   begins, ends = (x[..., None] for x in seen)
-  sums, highest, total = call(place, totals, of_step, blocks.ravel(), rows, queries, begins, ends, *arrays, *scales)
+  sums, highest, total = call(place, totals, of_step, blocks.ravel(), rows, queries, begins, ends, *cache)
   return _finish(sums, highest[..., 0], total[..., 0])
 
 
-def _tpu_step(*refs: Any, most: int, settings: AttentionSettings, scaled: bool) -> None:
+def _tpu_step(*refs: Any, most: int, settings: AttentionSettings) -> None:
   """One block of one row; `refs`: as the call names them, the numbers that are known beforehand first."""
   from jax.experimental import pallas as pl
 
@@ -277,9 +282,8 @@ def _tpu_step(*refs: Any, most: int, settings: AttentionSettings, scaled: bool) 
 
   @pl.when(step < totals[core])  # the other core may have more of them
   def run() -> None:
-    queries, begins, ends, keys, values, *rest = arrays
-    key_scales, value_scales = rest[:2] if scaled else (None, None)
-    sums, highest, total = rest[-3:]
+    queries, begins, ends, keys, values, *scales, sums, highest, total = arrays
+    key_scales, value_scales = scales or (None, None)
     block = keys.shape[-1]
 
     @pl.when((step == 0) | (of_step[jnp.maximum(i - 1, 0)] != of_step[i]))
@@ -329,8 +333,7 @@ def _finish(sums: jax.Array, highest: jax.Array, total: jax.Array) -> Mixed:
 
 def _gpu_kernel(
   queries: Float[Array, "R K Q H"],
-  keys: Any,
-  values: Any,
+  cache: Sequence[jax.Array],
   place: Int[Array, "2"],
   rows: Int[Array, "R"],
   seen: Seen,
@@ -342,8 +345,6 @@ def _gpu_kernel(
   from jax.experimental.pallas import triton as plgpu
 
   count, kv_heads, length, head_dim = queries.shape
-  scales = [keys.scales, values.scales] if isinstance(keys, Quantized) else []
-  arrays = [keys.numbers, values.numbers] if isinstance(keys, Quantized) else [keys, values]
   shape = (count, kv_heads, GPU_SPLITS, length)
   sums, highest, total = pl.pallas_call(
     functools.partial(_gpu_program, settings=settings, dot=plgpu.dot),
@@ -352,7 +353,7 @@ def _gpu_kernel(
     compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
     interpret=reader.interpret,
     name="ragged_attention",
-  )(queries, *seen, _first_blocks(seen, GPU_BLOCK), _last_blocks(seen, GPU_BLOCK), place, rows, *arrays, *scales)
+  )(queries, *seen, _first_blocks(seen, GPU_BLOCK), _last_blocks(seen, GPU_BLOCK), place, rows, *cache)
   most = jnp.max(highest, axis=2, keepdims=True)
   share = jnp.exp(highest - most)
   sums, total = jnp.sum(share[..., None] * sums, axis=2), jnp.sum(share * total, axis=2)
@@ -363,9 +364,8 @@ def _gpu_program(*refs: Any, settings: AttentionSettings, dot: Callable[..., jax
   """A share of a row's blocks, for the queries of one head."""
   from jax.experimental import pallas as pl
 
-  queries, begins, ends, firsts, lasts, place, rows, keys, values, *rest = refs
-  key_scales, value_scales = rest[:2] if len(rest) > 3 else (None, None)
-  sums, highest, total = rest[-3:]
+  queries, begins, ends, firsts, lasts, place, rows, keys, values, *scales, sums, highest, total = refs
+  key_scales, value_scales = scales or (None, None)
   row, head, part = (pl.program_id(axis) for axis in range(3))
   layer, slot, cached = place[0], rows[row], place[1] + head
   first, last = firsts[row], lasts[row]

@@ -404,8 +404,7 @@ class Decoder(nnx.Module):
   def _text_reader(self, text: Text) -> Reader | None:
     """The kernel that reads a cached text; None where plain XLA does."""
     reader = self.runtime.decode_attention
-    readable = isinstance(reader, Reader) and not self._obstacle(reader, text.cache)
-    return reader if readable else None  # type: ignore[return-value]
+    return reader if isinstance(reader, Reader) and not self._obstacle(reader, text.cache) else None
 
   def _obstacle(self, reader: Reader, cache: KVCache) -> str | None:
     """Why a kernel cannot read a cache; None if it can."""

@@ -102,8 +102,7 @@ class Device:
 
   def prefill(self, params: Params, prompts: Sequence[Prompt], width: int) -> Prefilled:
     """Reads at most P prompts of at most `width` tokens."""
-    padding = [Prompt(ids=np.zeros(1, np.int32))] * (self.shapes.prefill_rows - len(prompts))
-    tokens, lengths = pad_prompts([*prompts, *padding], width)
+    tokens, lengths = self._pad(prompts, width)
     hidden, cache = decode.prefill(self.model, params, tokens, lengths)
     return Prefilled(hidden, cache, lengths)
 
@@ -118,8 +117,7 @@ class Device:
     Returns:
       the prompts as they were read, and each one's scores of N - 1 tokens, numpy.
     """
-    padding = [Prompt(ids=np.zeros(1, np.int32))] * (self.shapes.prefill_rows - len(prompts))
-    tokens, lengths = pad_prompts([*prompts, *padding], width)
+    tokens, lengths = self._pad(prompts, width)
     size = bucket(_TOP_SIZES, top)
     hidden, cache, scores = decode.prefill_and_score(self.model, params, tokens, lengths, size)
     scores = jax.device_get(scores)
@@ -128,6 +126,11 @@ class Device:
       for row, prompt in enumerate(prompts)
     ]
     return Prefilled(hidden, cache, lengths), of_each
+
+  def _pad(self, prompts: Sequence[Prompt], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids of P prompts and their lengths; those that are missing are a token each."""
+    padding = [Prompt(ids=np.zeros(1, np.int32))] * (self.shapes.prefill_rows - len(prompts))
+    return pad_prompts([*prompts, *padding], width)
 
   def insert(self, params: Params, slots: Slots, prompts: Prefilled, key: jax.Array, entries: Sequence[Entry]) -> Slots:
     """Puts prompts that were read into slots, `insert_rows` at most."""

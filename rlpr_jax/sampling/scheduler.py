@@ -130,7 +130,7 @@ class Scheduler:
   @property
   def busy(self) -> bool:
     """Whether there is anything left to do."""
-    return bool(self.waiting or self.running or self.finished or self.to_score)
+    return next(self.pending(), None) is not None
 
   def pending(self) -> Iterator[Request]:
     """Requests for which something is left to do."""
