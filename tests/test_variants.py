@@ -25,7 +25,7 @@ from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.policy import Policy, load_policy
 from rlpr_jax.runs.checkpoints import restore_params
-from rlpr_jax.sampling.engine import Engine
+from rlpr_jax.sampling.engine import Session
 from rlpr_jax.training import optimizer
 from rlpr_jax.training.run import set_up
 from tests.tiny_run import final_state, rows, timeless, tiny
@@ -618,13 +618,13 @@ def test_lora_trains_adapters_beside_a_base_that_stays(train, plain, base, tmp_p
 )
 def test_ratios_start_from_the_log_probabilities_that_are_named(train, monkeypatch, choice, limit, recomputed):
   """Of a sampler that finds each of its tokens a fiftieth likelier than it is."""
-  honest = Engine.rollout
+  honest = Session.run
 
-  def rollout(*args, **settings):
+  def run(*args, **settings):
     rollouts = honest(*args, **settings)
     return rollouts._replace(logprobs=rollouts.logprobs + np.float32(np.log(1.02)))
 
-  monkeypatch.setattr(Engine, "rollout", rollout)
+  monkeypatch.setattr(Session, "run", run)
   variant = train({"training.old_logprobs": choice, "training.sampler_gap_limit": limit})
   for row in variant.metrics.values():
     assert row["sampler_gap/mean"] == pytest.approx(1 - 1 / 1.02, abs=1e-4)

@@ -1,6 +1,6 @@
 r"""Whether two mathematical answers are the same: numbers with units, expressions, equations, intervals, lists.
 
-Both texts are first brought into one spelling (`normalized`), then taken apart: lists into items, of which there must
+Both texts are first brought into one spelling (`spelling`), then taken apart: lists into items, of which there must
 be as many; equations and inequalities into sides; sets, intervals, tuples and matrices into their parts. What is left
 are numbers (`numbers`) and expressions, which are compared by their values (`expressions`). What cannot be read, or
 confirmed in this way, is not equal; of sums, integrals, limits and derivatives math-verify is asked (`mathverify`).
@@ -8,14 +8,13 @@ confirmed in this way, is not equal; of sums, integrals, limits and derivatives 
 
 import itertools
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple, TypeVar
 
-from rlpr_jax.grading import expressions, mathverify, numbers
-from rlpr_jax.grading.expressions import CONVENTIONS, Node, UndefinedError, UnreadableError
-from rlpr_jax.grading.texts import DASHES, shown
+from rlpr_jax.grading import expressions, latex, mathverify, numbers, spelling
+from rlpr_jax.grading.expressions import UndefinedError
+from rlpr_jax.grading.latex import CONVENTIONS, Node, UnreadableError
 
 LIMIT = 1000  # characters; a longer text is equal to itself alone
 _ITEMS = 60  # of a list
@@ -23,194 +22,6 @@ _UNLIKE = 12  # items of two lists that are not written alike
 _DEPTH = 6  # lists in sets in relations ...
 
 T = TypeVar("T")
-
-# ------------------------------------------------------------------------------------------------------ one spelling
-
-_CHARACTERS = {
-  "√": "\\sqrt ", "∞": "\\infty ", "π": "\\pi ", "\u00d7": "\\cdot ", "·": "\\cdot ", "⋅": "\\cdot ", "∙": "\\cdot ",
-  "÷": "/", "\u2215": "/", "\u2044": "/", "≤": "\\leq ", "⩽": "\\leq ", "≥": "\\geq ", "⩾": "\\geq ", "≠": "\\neq ",
-  "≈": "\\approx ", "∈": "\\in ", "\u222a": "\\cup ", "∩": "\\cap ", "∅": "\\emptyset ", "±": "\\pm ", "∓": "\\mp ",
-  "°": "^\\circ ", "\u2032": "'", "\u2019": "'", "∠": "\\angle ", "△": "\\triangle ", "\u2216": "\\setminus ",
-  "\u211d": "\\mathbb{R}", "\u2124": "\\mathbb{Z}", "\u2115": "\\mathbb{N}", "⟨": "\\langle ", "⟩": "\\rangle ",
-  "\u03b1": "\\alpha ", "β": "\\beta ", "\u03b3": "\\gamma ", "δ": "\\delta ", "ε": "\\epsilon ", "θ": "\\theta ",
-  "λ": "\\lambda ", "μ": "\\mu ", "\u03bd": "\\nu ", "\u03c1": "\\rho ", "\u03c3": "\\sigma ", "τ": "\\tau ",
-  "φ": "\\phi ", "ω": "\\omega ", "ħ": "\\hbar ", "Δ": "\\Delta ", "Ω": "\\Omega ", "Φ": "\\Phi ", "\u2223": "|",
-  "\uff0c": ",", "、": ",", "\uff1b": ";",
-}  # fmt: skip
-_SUPERSCRIPTS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿⁱˣ]+")
-_SUBSCRIPTS = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋ₙₐₓᵢⱼₖₘ]+")
-_ROOT_OF_NUMBER = re.compile(r"\\sqrt\s+(\d+(?:\.\d+)?)")
-_SPELLINGS = tuple(
-  (re.compile(pattern), replacement)
-  for pattern, replacement in (
-    (r"\\\\\[[\d.]+ ?(?:pt|ex|em|mm)\]", r"\\\\ "),
-    (r"\\[(\[]|\\[)\]](?!\d)", " "),
-    (r"\\(?:left|right|m?left|middle|displaystyle|limits|nolimits|[bB]ig+[lrm]?)(?![A-Za-z])\.?", ""),
-    (r"(?<!\\)\\!\s*", ""),
-    (r"\\text(?:normal|sf|tt|sc|rm|up)(?![A-Za-z])|\\mbox(?![A-Za-z])", r"\\text"),
-    (r"\\text\s*\{\s*,?\s*(and|or)\s*\}", r" \1 "),
-    (r"(?<=[\d}])\s*(?:\\text\s*\{\s*)?(?:percentage|percent|pct)\b(?:\s*\})?", r"\\%"),
-    (r"(?<!\\)\\[,:; ]|~|\\(?:thinspace|enspace|hspace\{[^{}]*\}|,)", " "),
-    (r"\\\$|\$", " "),
-    (r"(?<=\d)\{\s*,\s*\}(?=\d)", ","),
-    (r"\{\s*,\s*\}", ","),
-    (r"(?<=\d)\s*\\\s(?=\d)", " "),
-    (r"\\(?:q?quad)(?![A-Za-z])", " ; "),
-    (r"\\(?:lvert|rvert|vert|mid)(?![A-Za-z])", "|"),
-    (r"\\(?:lbrace)(?![A-Za-z])", r"\\{"),
-    (r"\\(?:rbrace)(?![A-Za-z])", r"\\}"),
-    (r"\\(?:lbrack)(?![A-Za-z])", "["),
-    (r"\\(?:rbrack)(?![A-Za-z])", "]"),
-    (r"\\(?:leqslant|leqq|le)(?![A-Za-z])|<=|=<(?!\s*\\)", r"\\leq "),
-    (r"\\(?:geqslant|geqq|ge)(?![A-Za-z])|>=", r"\\geq "),
-    (r"\\(?:ne|not\s*=)(?![A-Za-z])|!=|\\not\s*=", r"\\neq "),
-    (r"\\lt(?![A-Za-z])", "<"),
-    (r"\\gt(?![A-Za-z])", ">"),
-    (r":=|==", "="),
-    (r"\(\s*\\?(?:text\{)?\s*mod\s*\}?\s*(\w+)\s*\)", r"\\pmod{\1}"),
-    (r"(?<=\d) *[xX] *(?=10 *\^)", r"\\cdot "),
-    (r"\\(?:simeq|thickapprox|doteq)(?![A-Za-z])|\\sim(?![A-Za-z])|~=", r"\\approx "),
-    (r"\\(?:bigcup|sqcup)(?![A-Za-z])", r"\\cup "),
-    (r"\\(?:backslash|smallsetminus)(?![A-Za-z])", r"\\setminus "),
-    (r"\\(?:varnothing)(?![A-Za-z])", r"\\emptyset "),
-    (r"\\(?:Reals|R)(?![A-Za-z])", r"\\mathbb{R}"),
-    (r"\\mathbf\{R\}|\\mathbb R(?![A-Za-z])", r"\\mathbb{R}"),
-    (r"\^\s*\{\s*\\(?:circ|degree)\s*\}|\\degrees?(?![A-Za-z])|\^\s*\\degree(?![A-Za-z])", r"^\\circ "),
-    (r"\b(\d+(?:\.\d+)?|\.\d+)\s*\*\*\s*(?=[-\d({])|\*\*(?=[-\d({])", r"\1^"),
-    (r"\\begin\{array\}\s*\{[clr|\s]*\}", r"\\begin{pmatrix}"),
-    (r"\\end\{array\}", r"\\end{pmatrix}"),
-    (r"\\begin\{(?:[bBv]?|small)matrix\}", r"\\begin{pmatrix}"),
-    (r"\\end\{(?:[bBv]?|small)matrix\}", r"\\end{pmatrix}"),
-    (r"\[\s*(?=\\begin\{pmatrix\})|(?<=\\end\{pmatrix\})\s*\]", ""),
-    (r"\\\\\s*(?=\\end\{)", " "),
-    (r"\\(?:ldots|dots|dotsc|cdots)(?![A-Za-z])|\u2026", "..."),
-    (r"\binfinity\b|\binf\b(?!\w)", r"\\infty "),
-    (r"\s+", " "),
-  )
-)
-# 0.1\overline{6}, 0.\dot{3}, 0.(3)
-_REPEATING = re.compile(
-  r"(?<![\d.])(\d*)\.(\d*)(?:\\(?:overline|bar|dot|overline)\s*\{(\d+)\}|\\(?:overline|bar|dot) ?(\d)|\((\d+)\))(?!\d)"
-)
-_DIRECTION = re.compile(r"\\(?:mathbf|hat|vec|boldsymbol|widehat|bm)\s*\{\s*(?:\\mathbf\{)?\\?([ijk])(?:math)?\}?\s*\}")
-_LAST_MARK = re.compile(r"(?:(?<!\.)\.|[,;:])\s*$")
-
-
-def normalized(text: str) -> str:
-  r"""One spelling of the many that an expression has in LaTeX and in Unicode, without delimiters and spacing.
-
-  >>> normalized("$\\left(\u221a2, x\u00b2\\right)$.")
-  '(\\sqrt{2}, x^{2})'
-  """
-  text = shown(text.translate(DASHES))
-  if "\\begin" not in text:
-    text = re.sub(r"\s*\n\s*", " ; ", text.strip())
-  text = "".join(unicodedata.normalize("NFKC", c) if "\uff01" <= c <= "\uff5e" else c for c in text)
-  text = "".join(_vulgar(c) for c in text)
-  text = _SUPERSCRIPTS.sub(lambda found: f"^{{{unicodedata.normalize('NFKC', found[0])}}}".replace("\u2212", "-"), text)
-  text = _SUBSCRIPTS.sub(lambda found: f"_{{{unicodedata.normalize('NFKC', found[0])}}}".replace("\u2212", "-"), text)
-  if any(c in _CHARACTERS for c in text):
-    text = "".join(_CHARACTERS.get(c, c) for c in text)
-    text = _ROOT_OF_NUMBER.sub(r"\\sqrt{\1}", text)
-  if "\\\\begin" in text:
-    text = text.replace("\\\\", "\\")
-  elif "\\begin" not in text:
-    text = re.sub(r"\\\\(?=[A-Za-z])", r"\\", text)
-    text = re.sub(r"\\\\\s*$", "", text).removesuffix("\\")
-  text = _unboxed(text)
-  for pattern, replacement in _SPELLINGS:
-    text = pattern.sub(replacement, text)
-  text = _DIRECTION.sub(r"\\mathbf{\1}", text)
-  text = _REPEATING.sub(_fraction, text.strip())
-  text = _LAST_MARK.sub("", text).strip().lstrip("; ")
-  while text.startswith("{") and _closes_at_end(text):
-    text = text[1:-1].strip()
-  return text
-
-
-def _vulgar(c: str) -> str:
-  if unicodedata.category(c) != "No" or "\u2044" not in (parts := unicodedata.normalize("NFKC", c)):
-    return c
-  above, _, below = parts.partition("\u2044")
-  return f"\\frac{{{above}}}{{{below}}}"
-
-
-def _fraction(found: re.Match[str]) -> str:
-  """A repeating decimal as a fraction."""
-  whole, once, again = found[1] or "0", found[2], found[3] or found[4] or found[5]
-  value = Fraction(int(whole + once + again) - int(whole + once), 10 ** len(once) * (10 ** len(again) - 1))
-  return f"\\frac{{{value.numerator}}}{{{value.denominator}}}"
-
-
-def _unboxed(text: str) -> str:
-  while found := re.search(r"\\f?boxed\s*\{", text):
-    depth = 1
-    for end in range(found.end(), len(text)):
-      depth += (text[end] == "{") - (text[end] == "}")
-      if not depth:
-        text = text[: found.start()] + text[found.end() : end] + text[end + 1 :]
-        break
-    else:
-      return text
-  return text
-
-
-def _closes_at_end(text: str) -> bool:
-  """Whether the bracket that a text begins with is closed by its last character."""
-  depth = 0
-  for at, (token, _) in _levels(text):
-    depth = token
-    if depth == 0 and at < len(text) - 1:
-      return False
-  return depth == 0
-
-
-_BRACKET = re.compile(r"\\[{}]|[(){}\[\]]|\\(?:langle|rangle)(?![A-Za-z])|\\(?:begin|end)\{[a-z*]+\}")
-
-
-def _levels(text: str) -> Iterator[tuple[int, tuple[int, str]]]:
-  """End of each bracket, how deep the text is behind it, and the bracket."""
-  depth = 0
-  for found in _BRACKET.finditer(text):
-    opens = found[0] in ("(", "[", "{", "\\{", "\\langle") or found[0].startswith("\\begin")
-    depth += 1 if opens else -1
-    yield found.end() - 1, (depth, found[0])
-
-
-def _split(text: str, pattern: re.Pattern[str]) -> list[tuple[str, str]]:
-  """The parts between separators that stand in no brackets, each with the separator before it."""
-  ends = [(-1, 0), *((at, depth) for at, (depth, _) in _levels(text))]
-  parts, start, before = [], 0, ""
-  index = 0
-  for found in pattern.finditer(text):
-    while index + 1 < len(ends) and ends[index + 1][0] < found.start():
-      index += 1
-    if ends[index][1] == 0:
-      parts.append((before, text[start : found.start()].strip()))
-      start, before = found.end(), found[0].strip()
-  parts.append((before, text[start:].strip()))
-  return parts
-
-
-_FONTS = re.compile(
-  r"\\(?:text(?:rm|bf|it|normal)?|mbox|math(?:rm|bf|it|sf)|operatorname|bm|boldsymbol)(?![A-Za-z])\*? ?"
-)
-
-
-def _canonical(text: str) -> str:
-  """A spelling in which equal texts are told at sight, without fonts, braces around one character and spaces."""
-  text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", _FONTS.sub("", text))
-  text = re.sub(r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}", text)
-  text = re.sub(r"\\frac ?(\d) ?\{", r"\\frac{\1}{", text)
-  text = re.sub(r"(?<=[_^])\s*\{(\w|\\[A-Za-z]+)\}", r"\1", text)
-  text = re.sub(r"(?<=\d)\s+(?=\d)", "~", text)  # "4 2" is not 42
-  text = re.sub(r"(?<=\\)([A-Za-z]+)\s+(?=[A-Za-z])", r"\1~", text)
-  text = re.sub(r"\^\\circ|\s+", "", text)
-  text = re.sub(r"^\{([^{}]*)\}$", r"\1", text)
-  if re.fullmatch(r"\([A-Za-z]\)", text):  # (C) may be an option
-    text = text[1:-1]
-  return text.casefold() if len(text) > 2 and text.isalpha() else text
-
 
 # --------------------------------------------------------------------------------------------------------- comparing
 
@@ -228,9 +39,9 @@ def equal(answer: str, reference: str) -> str:
     return "same expression"  # of any length
   if max(len(answer), len(reference)) > LIMIT or not answer.strip():
     return ""
-  expected = normalized(reference)
+  expected = spelling.normalized(reference)
   for reading in _readings(answer):
-    if why := _equal(normalized(reading), expected):
+    if why := _equal(spelling.normalized(reading), expected):
       return why
   if not re.search("[A-Za-z]{2}", answer) or _DENIED.search(answer):
     return ""
@@ -260,7 +71,7 @@ def _readings(answer: str) -> Iterator[str]:
 def _equal(answer: str, reference: str) -> str:
   if not answer or not reference:
     return ""
-  if _canonical(answer) == _canonical(reference) != "":
+  if spelling.canonical(answer) == spelling.canonical(reference) != "":
     return "same expression"
   mathverify.check_installed()
   if _is_decimal_comma(answer, reference) or _is_decimal_comma(reference, answer):
@@ -293,7 +104,7 @@ _COMPLETE = re.compile(r"(?:\\(?:Rightarrow|implies|therefore|iff|Leftrightarrow
 
 def _same(answer: str, reference: str, depth: int) -> bool:
   """Whether two normalized texts are equal, of any structure."""
-  if _canonical(answer) == _canonical(reference):
+  if spelling.canonical(answer) == spelling.canonical(reference):
     return bool(answer)
   if depth > _DEPTH or not answer or not reference:
     return False
@@ -319,7 +130,7 @@ def _items(text: str) -> list[str]:
   if text.startswith("\\begin{cases}") and text.endswith("\\end{cases}"):
     text = text.removeprefix("\\begin{cases}").removesuffix("\\end{cases}").replace("&", " ")
   joined = re.sub(r"(?<![\d,.])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])", lambda found: found[0].replace(",", ""), text)
-  parts = [part for _, part in _split(joined if joined != text else text, _SEPARATOR) if part]
+  parts = [part for _, part in spelling.split(joined if joined != text else text, _SEPARATOR) if part]
   items = [sign for part in parts for sign in _signs(part)]
   named = re.fullmatch(r"(.*?)=(.*)", items[0]) if len(items) > 1 else None
   if named and is_name(named[1]) and not any(_RELATION.search(item) for item in items[1:]):
@@ -416,7 +227,7 @@ _ORDERS = {"<": (1, True), "\\leq": (1, False), ">": (-1, True), "\\geq": (-1, F
 
 
 def _relation(text: str) -> Relation | None:
-  parts = _split(text, _RELATION)
+  parts = spelling.split(text, _RELATION)
   sides = tuple(side for _, side in parts)
   if len(parts) == 1 or not all(sides[1:]) or (not sides[0] and len(parts) > 2):
     return None
@@ -445,7 +256,7 @@ def is_name(text: str) -> bool:
   [True, True, False, False, False]
   """
   text = text.strip()
-  plain = _FONTS.sub("", text).strip("{} ")
+  plain = spelling.FONTS.sub("", text).strip("{} ")
   if _DERIVATIVE.fullmatch(text) or _WORDS.fullmatch(plain) or _CALL_OF_NAMES.fullmatch(text.replace(" ", "")):
     return not plain.startswith("\\frac{1}")
   if _INVERSE.fullmatch(text.replace(" ", "")):
@@ -453,7 +264,7 @@ def is_name(text: str) -> bool:
   if group := _group(text):
     return all(map(is_name, group.items))
   try:
-    return expressions.read(text)[0] == "name" and not text[:1].isdigit()
+    return latex.read(text)[0] == "name" and not text[:1].isdigit()
   except UnreadableError:
     return bool(re.fullmatch(r"\\?[A-Za-z]+ ?_ ?(?:\{[^{}]*(?:\{[^{}]*\}[^{}]*)?\}|\\?\w+)'?|\|[A-Z]{2}\|", text))
 
@@ -480,7 +291,7 @@ def _same_item(answer: str, reference: str, depth: int) -> bool:
 
 def _subject(relation: Relation) -> str:
   """What x > 3 and 3 < x are about."""
-  return next((_canonical(side) for side in relation.sides if is_name(side) and _number_of(side) is None), "")
+  return next((spelling.canonical(side) for side in relation.sides if is_name(side) and _number_of(side) is None), "")
 
 
 def _assignment(relation: Relation) -> tuple[str, str]:
@@ -504,7 +315,7 @@ def _given(relation: Relation) -> list[str]:
 
 def _number_of(text: str) -> float | None:
   try:
-    return float(expressions.value(expressions.read(text), {})[0])
+    return float(expressions.value(latex.read(text), {})[0])
   except (UnreadableError, UndefinedError, KeyError, TypeError, OverflowError):
     number = numbers.parse(text)
     return None if number is None else number.value
@@ -566,13 +377,13 @@ def _same_equations(ours: Relation, theirs: Relation, depth: int) -> bool:
 
 def _same_names(name: str, other: str, depth: int) -> bool:
   """Whether two left sides are of the same quantity; y is also f(x)."""
-  if _canonical(name) == _canonical(other):
+  if spelling.canonical(name) == spelling.canonical(other):
     return True
   called = [re.match(r"\\?[A-Za-z]+\(", text.replace(" ", "")) is not None for text in (name, other)]
   if called[0] != called[1]:
     return (other if called[0] else name).strip() in ("y", "z")
   try:
-    return expressions.read(name) == expressions.read(other)
+    return latex.read(name) == latex.read(other)
   except UnreadableError:
     return all(map(_group, (name, other))) and _same_object(name, other, depth)
 
@@ -593,7 +404,7 @@ def _differences(ours: Relation, theirs: Relation) -> list[tuple[Node, Node]]:
   """
   found = []
   for convention in CONVENTIONS:
-    left, right, other_left, other_right = (expressions.read(side, convention) for side in (*ours.sides, *theirs.sides))
+    left, right, other_left, other_right = (latex.read(side, convention) for side in (*ours.sides, *theirs.sides))
     pair: tuple[Node, Node] = ("+", left, ("-", right)), ("+", other_left, ("-", other_right))
     if pair not in found:
       found.append(pair)
@@ -635,8 +446,8 @@ def _group(text: str) -> Group | None:
   text = text.strip()
   if text.startswith("\\begin{pmatrix}") and text.endswith("\\end{pmatrix}") and text.count("\\begin") == 1:
     inner = text.removeprefix("\\begin{pmatrix}").removesuffix("\\end{pmatrix}")
-    rows = [part for _, part in _split(inner, re.compile(r"\\\\"))]
-    cells = [[cell for _, cell in _split(row, re.compile("&"))] for row in rows]
+    rows = [part for _, part in spelling.split(inner, re.compile(r"\\\\"))]
+    cells = [[cell for _, cell in spelling.split(row, re.compile("&"))] for row in rows]
     if len(cells) > 1 and all(len(row) == 1 for row in cells):
       return Group("vector", tuple(row[0] for row in cells), "vector")
     return Group("vector", tuple(cells[0]), "vector") if len(cells) == 1 and len(cells[0]) > 1 else None
@@ -650,12 +461,12 @@ def _group(text: str) -> Group | None:
     ("]", "["),
   ):
     if text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing):
-      if opening != "]" and not _closes_at_end(text):
+      if opening != "]" and not spelling.closes_at_end(text):
         return None
       inner = text[len(opening) : -len(closing)]
       if opening == "\\{" and re.search(r"\||:|\\in(?![A-Za-z])", inner):
         return None
-      items = tuple(part for _, part in _split(inner, _COMMA))
+      items = tuple(part for _, part in spelling.split(inner, _COMMA))
       if opening == "\\{":
         items = tuple(sign for part in items for sign in _signs(part))
       if not all(items) or (len(items) == 1 and opening != "\\{"):
@@ -677,7 +488,7 @@ def _same_object(answer: str, reference: str, depth: int) -> bool:
     return _same_groups(ours, theirs, depth)
   if any(re.search(r"\\(?:cup|setminus|mathbb|emptyset)(?![A-Za-z])", text) for text in (answer, reference)):
     return _same_regions(answer, reference, depth)
-  if (ours or theirs) and any(_DIRECTION.search(text) for text in (answer, reference)):
+  if (ours or theirs) and any(spelling.DIRECTION.search(text) for text in (answer, reference)):
     answer, reference = (_in_directions(ours) if ours else answer), (_in_directions(theirs) if theirs else reference)
     return bool(answer and reference) and _same_scalar(answer, reference, depth)
   if ours and ours.opening == "\\{" and len(ours.items) == 1:
@@ -728,18 +539,18 @@ _ALL = Group("(", ("-\\infty", "\\infty"), ")")
 def _region(text: str) -> list[Group]:
   """The intervals and finite sets of which a set of numbers consists, or [] where it is none."""
   text = re.sub(r"\\(?:text|mathrm)\{ ?(?:all )?real numbers ?\}|\ball real numbers\b", r"\\mathbb{R}", text)
-  cases = [part for _, part in _split(text, _OR)]
+  cases = [part for _, part in spelling.split(text, _OR)]
   if len(cases) > 1:  # x < 1 or x > 2
     relations = [relation for case in cases if (relation := _relation(case)) and relation.is_inequality]
     regions = [_region_of(relation) for relation in relations]
     alike = len(relations) == len(cases) and len({_subject(relation) for relation in relations}) == 1
     return [piece for region in regions for piece in region] if alike and all(regions) else []
-  parts = [part for _, part in _split(text, _UNION)]
+  parts = [part for _, part in spelling.split(text, _UNION)]
   if len(parts) == 1 and (relation := _relation(text)):
     return _region_of(relation)
   pieces: list[Group] = []
   for part in parts:
-    base, *without = [piece for _, piece in _split(part, re.compile(r"\\setminus(?![A-Za-z])"))]
+    base, *without = [piece for _, piece in spelling.split(part, re.compile(r"\\setminus(?![A-Za-z])"))]
     if base == "\\mathbb{R}":
       group: Group | None = _ALL
     elif base == "\\emptyset" and len(parts) == 1:
@@ -878,7 +689,7 @@ def _same_decimals(answer: str, reference: str) -> bool | None:
 
 def _are_read(*texts: str) -> bool:
   try:
-    return bool([expressions.read(text) for text in texts])
+    return bool([latex.read(text) for text in texts])
   except UnreadableError:
     return False
 
@@ -891,7 +702,7 @@ def _same_values(answer: str, reference: str) -> bool:
   """
   pairs = []
   for convention in CONVENTIONS:
-    pair = tuple(_without_degrees(expressions.read(text, convention)) for text in (answer, reference))
+    pair = tuple(_without_degrees(latex.read(text, convention)) for text in (answer, reference))
     if pair not in pairs:
       pairs.append(pair)
   return any(expressions.same(*pair) for pair in pairs)

@@ -50,8 +50,9 @@ def numbers(row: Json) -> dict[str, float]:
 
   >>> row = {"step": 2, "reference": "4", "response": "<answer></answer>"}
   >>> row |= {"reward_reference": 0.5, "reward_baseline": 0.25}
-  >>> {name: value for name, value in numbers(row).items() if name in ("step", "gain", "empty", "exact")}
-  {'step': 2.0, 'gain': 0.25, 'empty': 1.0, 'exact': 0.0}
+  >>> found = numbers(row)
+  >>> [found[name] for name in ("step", "gain", "empty", "exact")]
+  [2.0, 0.25, 1.0, 0.0]
   """
   found = {name: value for name, content in row.items() if (value := finite(content)) is not None}
   answer = extract_answer(text(row, "response"))

@@ -5,12 +5,13 @@ import re
 import subprocess
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rlpr_jax.grading import equivalence, expressions, graders, mathverify, numbers
-from rlpr_jax.grading.equivalence import equal, normalized
+from rlpr_jax.grading import equivalence, expressions, graders, latex, mathverify, numbers
+from rlpr_jax.grading.equivalence import equal
 from rlpr_jax.grading.question import Question
+from rlpr_jax.grading.spelling import normalized
 from tests.grading.equivalence_suites import DISAGREEMENTS, SUITES
 
 # Of how many verdicts ours must be the same; `DISAGREEMENTS` says why each other one is not.
@@ -292,9 +293,9 @@ def test_a_verdict_is_symmetric(left, right):
 def test_sums_and_products_may_be_written_either_way(left, right):
   """Wherever they have a value at all."""
   try:
-    if not expressions.same(*(expressions.read(f"{left} + {right}") for _ in range(2))):
+    if not expressions.same(*(latex.read(f"{left} + {right}") for _ in range(2))):
       return
-  except expressions.UnreadableError:
+  except latex.UnreadableError:
     return
   assert equal(f"{left} + {right}", f"{right} + {left}")
   assert equal(f"({left}) \\cdot ({right})", f"({right}) ({left})")
@@ -321,10 +322,14 @@ def test_lists_have_no_order_but_all_their_items(items, rng):
 
 
 @settings(max_examples=30, deadline=None)
+@example(999_999_999_999_999_916_663_579_392_414, 0, 1)
+@example(10**99, 0, 1)
 @given(st.integers(1, 10**30), st.integers(0, 29), st.integers(1, 9))
 def test_a_digit_of_a_number_counts(number, place, step):
-  assert not equal(str(number), str(number + step * 10**place))
-  assert not equal(f"{number}x", f"{number + step * 10**place}x")
+  changed = number + step * 10**place
+  assert not equal(str(number), str(changed))
+  assert not equal(f"{number}x", f"{changed}x")
+  assert not equal(f"y = {number}x + z", f"y = {changed}x + z")
 
 
 @settings(max_examples=100, deadline=None)
