@@ -203,6 +203,12 @@ def _multiply_backwards(ins: int, operands: tuple[jax.Array, jax.Array], gradien
 _multiply.defvjp(lambda ins, x, weight: (jnp.tensordot(x, weight, axes=ins), (x, weight)), _multiply_backwards)
 
 
+def _powers_of_two(sizes: Float[Array, "K H"]) -> Float[Array, "K H"]:
+  """The powers of two nearest to sizes, over the smallest of a head; none above 2^10."""
+  exponents = jnp.log2(jnp.maximum(sizes, 1e-30))
+  return jnp.ldexp(1.0, jnp.round(jnp.minimum(exponents - exponents.min(axis=-1, keepdims=True), 10)).astype(jnp.int32))
+
+
 class Layer(nnx.Module):
   """Attention and a gated MLP, with norms before both; in Gemma after both as well, in OLMo 2 only there."""
 
@@ -240,6 +246,36 @@ class Layer(nnx.Module):
       queries, keys = self._norm_heads(self.query_norm, queries), self._norm_heads(self.key_norm, keys)
     rotation = self._rotation(kind)
     return rotate(queries, positions, *rotation), rotate(keys, positions, *rotation), values
+
+  def balance(
+    self, queries: Float[Array, "B T N H"], keys: Float[Array, "B T K H"]
+  ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
+    """Divides the channels of keys by powers of two near their usual size, and multiplies those of queries by them.
+
+    Their products stay as they are to the last bit, but keys are fit for eight bits with one scale a head then: biases
+    make some channels of Qwen2.5's keys a hundred times as large as others. The channels of a rotary pair have one power.
+    """
+    powers = _powers_of_two(self._key_sizes())
+    return queries * jnp.repeat(powers, queries.shape[2] // keys.shape[2], axis=0).astype(queries.dtype), (
+      keys / powers.astype(keys.dtype)
+    )
+
+  def _key_sizes(self) -> Float[Array, "K H"]:
+    """Root of the mean square of each channel of the keys, by the weights, were their input white."""
+    config, weight = self.config, self.key.weight[...].astype(jnp.float32)
+    if config.pre_norms:
+      norm = self.attention_norm
+      weight = weight * (norm.offset + norm.scale[...].astype(jnp.float32))[:, None, None]
+    squares = jnp.sum(weight**2, axis=0)
+    if hasattr(self.key, "bias"):
+      squares += self.key.bias[...].astype(jnp.float32) ** 2
+    sizes = jnp.sqrt(squares)
+    if config.qk_norm:
+      sizes = self._norm_heads(self.key_norm, sizes[None, None])[0, 0]
+    half = config.rope.frequencies(config.head_dim).size
+    first, second, rest = jnp.split(sizes, [half, 2 * half], axis=-1)
+    of_pairs = jnp.hypot(first, second)
+    return jnp.concatenate([of_pairs, of_pairs, jnp.sqrt(2.0) * jnp.abs(rest)], axis=-1)
 
   def _norm_heads(self, norm: RMSNorm, x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """Norms queries or keys, each head alone or all of them together."""
@@ -386,6 +422,8 @@ class Decoder(nnx.Module):
       weights, kind, number = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, kind)
+      if self.runtime.int8_cache:
+        queries, keys = layer.balance(queries, keys)
       cached = [view.layer(number, num_shards, self.runtime.compute_dtype, self.value_axis) for view in views]
       places = Places(segment_ids, kind.windowed, positions)
       mixed = None

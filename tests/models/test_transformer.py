@@ -283,6 +283,50 @@ def test_two_parts_are_as_one(name):
   assert np.max(np.abs(earlier - two)) > 0.1  # the second part is read
 
 
+# --- eight bits ---
+
+
+def uneven(config, params, factors):
+  """The same model, with channels of keys that are `factors` as large, and those of queries as small."""
+  layers = dict(params["layers"])
+  for name, by in (("query", 1 / factors), ("key", factors)):
+    if config.qk_norm:
+      scale = layers[f"{name}_norm"]["scale"]
+      by = np.tile(by, scale.shape[-1] // by.size)
+      layers[f"{name}_norm"] = {"scale": scale * by + config.norm_offset * (by - 1)}
+    else:
+      layers[name] = {part: x * by for part, x in layers[name].items()}
+  return params | {"layers": layers}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "olmo2_biases", "phi3_partial", "gemma2"])
+def test_channels_of_unequal_size_in_eight_bits(name, monkeypatch):
+  config = cases.config(name)
+  params, tokens, prompt = cases.random_params(config), random_tokens(2, 24), 20
+  pairs = config.rope.frequencies(config.head_dim).size
+  factors = np.where(np.arange(pairs) % 3 == 1, np.float32(64), np.float32(1))
+  factors = np.concatenate([factors, factors, np.full(config.head_dim - 2 * pairs, 16, np.float32)])
+  expected = whole_logits(models.definition(config), params, tokens)[:, prompt:]
+  model = models.definition(config, models.Runtime(int8_cache=True))
+
+  def error(params):
+    @jax.jit
+    def read(params):
+      decoder = nnx.merge(model, params)
+      _, cache = decoder.prefill(jnp.asarray(tokens[:, :prompt]))
+      places = jnp.broadcast_to(jnp.arange(24), tokens.shape)
+      view = models.CacheView(cache, places[:, :prompt])
+      return decoder.logits(decoder.extend(jnp.asarray(tokens[:, prompt:]), places[:, prompt:], (view,))[0])
+
+    return np.sqrt(np.mean((read(params) - expected) ** 2))
+
+  even, of_uneven = error(params), error(uneven(config, params, factors))
+  assert 0 < even < 0.05 * np.std(expected)
+  assert of_uneven < 1.5 * even
+  monkeypatch.setattr(transformer.Layer, "balance", lambda layer, queries, keys: (queries, keys))
+  assert error(uneven(config, params, factors)) > 3 * even
+
+
 # --- bfloat16 ---
 
 
