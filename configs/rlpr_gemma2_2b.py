@@ -17,6 +17,7 @@ def get_config():
   c.rollout.temperature = 0.6
   c.rollout.prompts_per_draw = 256
   c.filter.scale = 1.0
+  c.reward.empty_answer, c.training.credit = "allowed", "response"  # as published
   c.evaluation.temperature = 0.6
   c.evaluation.top_p = 0.95
   return c

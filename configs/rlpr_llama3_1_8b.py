@@ -27,6 +27,6 @@ def get_config(slice_name=""):
   c.filter.scale = 0.9
   c.evaluation.temperature = 0.6
   c.evaluation.top_p = 0.95
-  c.reward.empty_answer = "allowed"
+  c.reward.empty_answer, c.training.credit = "allowed", "response"  # as published
   set_slice(c, SLICES, slice_name)
   return c

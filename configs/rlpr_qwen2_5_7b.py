@@ -29,6 +29,6 @@ def get_config(slice_name=""):
   c.model.path = "Qwen/Qwen2.5-7B"
   c.model.compute_dtype = "bfloat16"
   c.data.path = "rlpr_train.parquet"
-  c.reward.empty_answer = "allowed"
+  c.reward.empty_answer, c.training.credit = "allowed", "response"  # as published
   set_slice(c, SLICES, slice_name)
   return c

@@ -314,10 +314,11 @@ FIELDS = {
   ),
   "training.ratio_cap": Field(2.0, "of truncated: largest importance weight", above=0),
   "training.credit": Field(
-    "response",
+    "auto",
     "what an advantage reaches: response (all of its tokens, as published) | parts (the reference's probability those"
-    " of the reasoning alone, on which it depends)",
-    choices=("response", "parts"),
+    " of the reasoning alone, on which it depends) | auto: parts where they are known, which they are not of"
+    " reward.custom, of reward.normalization separate, nor with an answer_gradient",
+    choices=("auto", "parts", "response"),
   ),
   "training.answer_gradient": Field(
     "none",

@@ -59,16 +59,8 @@ def validate(config: ConfigDict) -> None:
       f"config.training.answer_gradient: {config.training.answer_gradient} goes through one reference answer, expected"
       f" config.reward.references first, found {config.reward.references}"
     )
-  if config.training.credit == "parts":
-    if config.training.answer_gradient != "none":
-      raise InputError(
-        "config.training.credit: parts is about own answers, which config.training.answer_gradient"
-        f" {config.training.answer_gradient} does not train on: expected one of the two"
-      )
-    if config.reward.custom:
-      raise InputError("config.training.credit: parts, expected no config.reward.custom, whose parts are not known")
-    if config.reward.kind == "mixture" and config.reward.normalization == "separate":
-      raise InputError("config.training.credit: parts, expected config.reward.normalization joint, found separate")
+  if config.training.credit == "parts" and (obstacle := reward.obstacle_to_parts(config)):
+    raise InputError(f"config.training.credit: parts, expected {obstacle}")
   of_baseline = [settings.token_weights for settings in all_rewards if settings.token_weights in rewards.OF_BASELINE]
   if of_baseline and config.reward.baseline_policy == "none":
     raise InputError(

@@ -10,8 +10,8 @@ Three seeds each, in hours. `drift_others.py` has what one seed is enough for.
 def get_sweep():
   """Names and what each changes in the recipe; the first one is what the others are compared with."""
   return {
-    "published": {"reward.empty_answer": "allowed"},
-    "parts": {"training.credit": "parts"},
+    "published": {"reward.empty_answer": "allowed", "training.credit": "response"},
+    "parts": {},
     "cer": {"reward.conditional_weight": 1.0},
     "random": {"reward.kind": "random"},
   }

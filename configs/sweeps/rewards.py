@@ -6,7 +6,7 @@ python launch/sweep.py --sweep=configs/sweeps/rewards.py --config=configs/senten
 
 def get_sweep():
   """Names and what each changes in the recipe; the first one is what the others are compared with."""
-  verifier = {"reward.verifier": "builtin"}
+  verifier = {"reward.verifier": "builtin", "training.credit": "response"}  # all of them as they were published
   return {
     "mean": verifier,
     "geometric_mean": verifier | {"reward.aggregate": "geometric_mean"},

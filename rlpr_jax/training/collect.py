@@ -22,6 +22,7 @@ from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
 from rlpr_jax.training.reward import (
   compute_rewards,
   credit_of_answer,
+  credits_parts,
   gather_evidence,
   looks_at_answers,
   unalign,
@@ -238,7 +239,7 @@ def compute_advantages(run: Run, evidence: Evidence, parts: Rewards) -> Advantag
     answer_weights = np.where(evidence.mask, answer_weights, 0.0) * run.config.training.answer_coefficient
     answer_weights = np.asarray(answer_weights, np.float32)
   of_answer = None
-  if run.config.training.credit == "parts":
+  if credits_parts(run.config):
     of_answer, _ = _group_advantages(parts.total, normalize, part=credit_of_answer(evidence, parts, run.reward))
   return jax.device_get(Advantages(advantages, stds, answer_weights, of_answer))
 

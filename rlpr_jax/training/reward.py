@@ -182,6 +182,32 @@ def compute_rewards(evidence: Evidence, settings: RewardSettings) -> Rewards:
   return parts
 
 
+def obstacle_to_parts(config: ConfigDict) -> str | None:
+  """What would have to change for the reward's parts to be told apart; None if they can be credited as they are."""
+  if (gradient := config.training.answer_gradient) != "none":
+    return f"config.training.answer_gradient none, found {gradient}, which trains on no own answers"
+  if config.reward.custom:
+    return "no config.reward.custom, whose parts are not known"
+  if config.reward.kind == "mixture" and config.reward.normalization == "separate":
+    return "config.reward.normalization joint, found separate"
+  return None
+
+
+def credits_parts(config: ConfigDict) -> bool:
+  """Whether tokens have the advantage of those parts of the reward alone that depend on them.
+
+  >>> from rlpr_jax.config import default
+  >>> config = default()
+  >>> credits_parts(config)
+  True
+  >>> config.training.answer_gradient = "verifree"
+  >>> credits_parts(config)
+  False
+  """
+  choice = config.training.credit
+  return choice == "parts" or (choice == "auto" and obstacle_to_parts(config) is None)
+
+
 def credit_of_answer(evidence: Evidence, parts: Rewards, settings: RewardSettings) -> Float[AnyArray, "P G"]:
   """The part of the reward that depends on a response's own answer: all but the reference's probability.
 

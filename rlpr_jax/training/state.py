@@ -21,6 +21,7 @@ from rlpr_jax.sampling.engine import StoppedError
 from rlpr_jax.training import held_out, supervised
 from rlpr_jax.training.baselines import measure_baselines, measures_all_before, unknown_baselines
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
+from rlpr_jax.training.reward import credits_parts
 from rlpr_jax.training.run import Run
 from rlpr_jax.types import Groups, StepBatch, TrainState
 
@@ -46,7 +47,7 @@ def abstract_state(run: Run, rows: int | None = None) -> TrainState:
       samples=config.samples_per_prompt,
       response_limit=config.rollout.max_response_length,
       answer_limit=None if config.training.answer_gradient == "none" else config.data.max_reference_length,
-      credits_parts=config.training.credit == "parts",
+      credits_parts=credits_parts(config),
     ),
     stream=PromptStream(run.prompts, config.seed).state(),
   )

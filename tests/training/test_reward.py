@@ -16,6 +16,7 @@ from rlpr_jax.training.reward import (
   align,
   compute_rewards,
   credit_of_answer,
+  credits_parts,
   gather_evidence,
   looks_at_answers,
   parse_shadow,
@@ -196,14 +197,16 @@ def test_rewards_that_cannot_be_are_refused(changes, said):
 @pytest.mark.parametrize(
   ("changes", "said"),
   [
-    ({"training__answer_gradient": "verifree"}, "own answers, which config.training.answer_gradient verifree does not"),
+    ({"training__answer_gradient": "verifree"}, "config.training.answer_gradient none, found verifree"),
     ({"reward__custom": "mine.py:reward"}, "expected no config.reward.custom"),
     ({"reward__kind": "mixture", "reward__normalization": "separate"}, "expected config.reward.normalization joint"),
   ],
 )
-def test_credit_by_parts_of_what_has_none_is_refused(changes, said):
+def test_credit_by_parts_of_what_has_none_is_refused_and_not_chosen(changes, said):
   with pytest.raises(InputError, match=said):
     validation.validate(config(training__credit="parts", **changes))
+  assert not credits_parts(config(**changes))
+  assert credits_parts(config())
 
 
 def test_the_reward_is_the_pure_functions_of_the_parts(evidence):
