@@ -253,7 +253,7 @@ class Layer(nnx.Module):
     """Divides the channels of keys by powers of two near their usual size, and multiplies those of queries by them.
 
     Their products stay as they are to the last bit, but keys are fit for eight bits with one scale a head then: biases
-    make some channels of Qwen2.5's keys a hundred times as large as others. The channels of a rotary pair have one power.
+    make some channels of Qwen2.5's keys a hundred times as large as others. A rotary pair of channels has one power.
     """
     powers = _powers_of_two(self._key_sizes())
     return queries * jnp.repeat(powers, queries.shape[2] // keys.shape[2], axis=0).astype(queries.dtype), (
