@@ -12,6 +12,7 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
+from configs import own_machine
 from rlpr_jax import config as configs
 from rlpr_jax import fields, filtering, grpo, rewards, sharding, validation
 from rlpr_jax.data import builtin
@@ -206,6 +207,22 @@ def test_what_recipes_set_for_slices_fits_their_chips(recipe):
     assert rest == 0
     assert all(count % parts == 0 for count in (*rows, config.training.micro_batch_rows)), name
     assert configs.first_difference(plain, config) is None, name
+
+
+@pytest.mark.parametrize("name", own_machine.SETTINGS)
+def test_recipes_for_own_machines(name):
+  config = own_machine.get_config(name)
+  validation.validate(config)
+  chips = hardware.parse(name.split("/")[0]).chips
+  rows = (config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows)
+  assert all(count % chips == 0 for count in (*rows, config.training.micro_batch_rows))
+
+
+def test_a_machine_that_the_recipe_does_not_know():
+  with pytest.raises(
+    InputError, match=r"'v5e:2x4' after the recipe, expected nothing or one of v5e:1x1/"
+  ):
+    own_machine.get_config("v5e:2x4")
 
 
 def test_a_slice_that_a_recipe_does_not_know():

@@ -123,16 +123,20 @@ class Reader(NamedTuple):
   required: bool = False  # that it cannot read the slots is an error; else plain XLA does
 
 
-def choose_reader(choice: str, platform: str, kind: str) -> Reader | None:
+def choose_reader(choice: str, platform: str, kind: str, capability: str = "") -> Reader | None:
   """The kernel for a device, as jax names it; None for plain XLA.
 
   Args:
     choice: auto | ragged | xla.
+    capability: of a GPU; Triton's kernels ask for 8.0 and more.
 
   >>> choose_reader("auto", "tpu", "TPU v4"), choose_reader("auto", "cpu", "cpu")
   (Reader(kernel='tpu', cores=2, interpret=False, required=False), None)
+  >>> choose_reader("auto", "gpu", "Tesla T4", "7.5")
   """
   required = choice == "ragged"
+  if capability and float(capability) < 8 and not required:
+    return None
   if choice == "xla" or (platform == "cpu" and not required):
     return None
   match platform:

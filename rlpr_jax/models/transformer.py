@@ -541,7 +541,7 @@ def for_device(runtime: Runtime, device: Any) -> Runtime:
   if attention == "auto":
     attention = default_attention(device.platform)
   if isinstance(reader, str):
-    reader = choose_reader(reader, device.platform, device.device_kind)
+    reader = choose_reader(reader, device.platform, device.device_kind, getattr(device, "compute_capability", ""))
   return dataclasses.replace(runtime, attention=attention, decode_attention=reader)
 
 

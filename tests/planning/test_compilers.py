@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+from configs import own_machine
 from rlpr_jax.errors import InputError
 from rlpr_jax.planning import compiler, hardware
 from tests.planning.qwen import QWEN
+from tests.planning.sizes import SIZES
 
 ROOT = pathlib.Path(__file__).parents[2]
 RECIPE = """
@@ -79,6 +81,16 @@ def test_decoding_copies_no_cache(recipe, topology, reading):
   room = -(-(512 + 512 + 16) // 128) * 128
   cache, logits = room * LAYERS * 4 * 128 * 2 * 2, VOCABULARY * 4
   assert cache < each < cache + 12 * logits < 1.2 * cache
+
+
+@pytest.mark.parametrize("name", own_machine.SETTINGS)
+def test_what_is_recommended_for_a_machine_fits_it(tmp_path, name):
+  topology, model = name.split("/")
+  if not compiler_for(topology):
+    pytest.skip(f"no compiler for {topology} with this JAX: run make libtpu, make cuda-compiler")
+  (tmp_path / "config.json").write_text(json.dumps(SIZES[model]))
+  recipe = f"configs/own_machine.py:{name}"
+  assert plan(recipe, topology, "--nosearch", f"--config.model.path={tmp_path}")["fits"]
 
 
 @tpu

@@ -45,7 +45,15 @@ def paper():
 
 @pytest.mark.parametrize(
   ("name", "chips"),
-  [("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v5p:4x4x8*2", 256), ("tpu7x:2x2x1", 4), ("h100:8", 8), ("h200:4x8", 32)],
+  [
+    ("v5e:16x16", 256),
+    ("v5p:4x4x4", 64),
+    ("v5p:4x4x8*2", 256),
+    ("tpu7x:2x2x1", 4),
+    ("h100:8", 8),
+    ("h200:4x8", 32),
+    ("t4:2", 2),
+  ],
 )
 def test_slices(name, chips):
   assert hardware.parse(name).chips == chips
