@@ -18,6 +18,7 @@ from rlpr_jax import huggingface, models, sharding, types
 from rlpr_jax.config import default
 from rlpr_jax.data import builtin
 from rlpr_jax.models import logprobs
+from rlpr_jax.planning import hlo
 from rlpr_jax.policy import initial_params, load_policy
 from rlpr_jax.sampling.decode import (
   DecodeSettings,
@@ -242,6 +243,16 @@ def whole_update(config, shape, optimizer) -> dict:
   }
 
 
+def decoding_collectives(config, shape) -> dict:
+  """What devices send each other in one call of decoding, by kind: how often."""
+  where = sharding.create(sharding.create_mesh(*shape))
+  model, params = models.definition(config, models.Runtime(sharding=where)), cases.random_params(config)
+  slots = empty_slots(model, place(params, config, where), SLOTS, WIDTH + NEW + STEPS, NEW)
+  lowered = decode.lower(model, params, slots, DecodeSettings(STEPS, eos_ids=(0,)), SLOTS, kv_length=WIDTH + NEW)
+  found = hlo.traffic(lowered.compile().as_text(), trips=(STEPS, config.num_layers), far=lambda group: False)
+  return {kind: traffic.runs for kind, traffic in found.items()}
+
+
 def few_heads() -> dict:
   """A policy of two key/value heads and its optimiser's state on a mesh that splits heads four ways, and with LoRA.
 
@@ -313,6 +324,7 @@ def others(llama: models.ModelConfig) -> dict:
     },
     "parts": parts(cases.config("qwen2"), (2, 2, 2)),
     "few_heads": few_heads(),
+    "decoding": decoding_collectives(llama, (8, 1, 1)),
     "sizes": {
       str(shape): sharding.create_mesh(*shape).devices.shape for shape in ((), (2, -1, 2), (1, 1, -1), (4, 2, 1))
     },

@@ -219,9 +219,7 @@ def test_recipes_for_own_machines(name):
 
 
 def test_a_machine_that_the_recipe_does_not_know():
-  with pytest.raises(
-    InputError, match=r"'v5e:2x4' after the recipe, expected nothing or one of v5e:1x1/"
-  ):
+  with pytest.raises(InputError, match=r"'v5e:2x4' after the recipe, expected nothing or one of v5e:1x1/"):
     own_machine.get_config("v5e:2x4")
 
 

@@ -310,6 +310,11 @@ def test_parameters_are_split(eight):
   assert eight["parts"]["init"] == 0  # the same random parameters, whatever the mesh
 
 
+def test_rows_are_decoded_without_a_word_between_devices(eight):
+  """Where the mesh splits nothing else. Once a call they ask whether anyone truncates, and after a token nothing."""
+  assert eight["decoding"] == {"all-reduce": 1}
+
+
 def test_policy_of_fewer_key_value_heads_than_parts(eight):
   """Loaded, with the optimiser's state: those heads on every device, all else split; moments as their parameters."""
   found = eight["few_heads"]

@@ -71,6 +71,14 @@ class Entries(NamedTuple):
   adjustments: RowAdjustments | None = None  # where the slots have some
 
 
+class ResponseTokens(NamedTuple):
+  """Tokens of rows, as fields of `Slots`: N of each, drawn in one call of the program or in all."""
+
+  tokens: Int[Array, "R N"]
+  logprobs: Float[Array, "R N"]
+  top: TopTokens | None
+
+
 class Slots(NamedTuple):
   """Running rows, and rows that finished and were not replaced yet. A slot's text is its prompt and its response."""
 
@@ -259,9 +267,12 @@ def decode(
 ) -> Slots:
   """Draws up to `settings.steps` more tokens of every active row; ends early when none is active any more.
 
+  Not where a mesh splits the rows: no device knows then whether a row of another still runs, and after each token all
+  would wait for the answer. There a call is `settings.steps` tokens, whatever ends meanwhile.
+
   Each token's key is its row's key folded with its place, so a row does not depend on its neighbours or its slot.
-  Meanwhile new keys and values stand in a small cache of their own, so that the large one is read only, and is written
-  once at the end.
+  Meanwhile new keys and values stand in a small cache of their own, and what was drawn in a small table, so that the
+  large ones are read only, and are written once at the end.
 
   Args:
     rows: R, how many slots are decoded; the first of them, or on a mesh the first of each part. The others stay.
@@ -271,24 +282,23 @@ def decode(
   num_shards, steps = decoder.runtime.sharding.num_shards("batch"), settings.steps
   cache, all_rows = slots.cache, _without_cache(slots)
   state = jax.tree.map(lambda x: _first(x, rows, num_shards), all_rows)
-  begin, numbers = state.lengths, jnp.arange(rows)
+  begin = state.lengths
   eos_ids = jnp.array(settings.eos_ids)
   offsets = jnp.arange(steps)
 
-  def step(carry: tuple[jax.Array, KVCache, Slots]) -> tuple[jax.Array, KVCache, Slots]:
-    j, recent, state = carry
+  def step(carry: tuple[jax.Array, KVCache, ResponseTokens, Slots]) -> tuple[jax.Array, KVCache, ResponseTokens, Slots]:
+    j, recent, drawn, state = carry
     # 1. Draw from what the step before left, with a key of the token's place alone, so that chunks change nothing.
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
     logits = decoder.logits(state.hidden[:, None])[:, 0]
     if state.adjustments is None:
       tokens, logps = sample_token(logits, keys, state.sampling)
+      ended, top = jnp.isin(tokens, eos_ids), None
     else:
-      drawn = draw_adjusted(logits, keys, state.sampling, state.adjustments, state.counts)
-      tokens, logps = drawn.tokens, drawn.logprobs
+      tokens, logps, ended, top = draw_adjusted(logits, keys, state.sampling, state.adjustments, state.counts)
+    drawn = jax.tree.map(lambda old, new: old.at[:, j].set(new), drawn, ResponseTokens(tokens, logps, top))
     # 2. See who finished. Rows that had before are computed too, for shapes are fixed; what they draw goes nowhere.
-    places = jnp.where(state.active, state.counts, state.tokens.shape[1])  # beyond the end: not written
     counts = state.counts + state.active
-    ended = jnp.isin(tokens, eos_ids) if state.adjustments is None else drawn.ended
     finished = state.finished | (state.active & ended)
     # 3. Read the tokens. Their keys and values go to the small cache; the large one is only read.
     newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
@@ -302,31 +312,43 @@ def decode(
     # 4. Keep what is new of the active rows; the others stay as they finished, to be collected and scored.
     state = state._replace(
       hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
-      tokens=state.tokens.at[numbers, places].set(tokens, mode="drop"),
-      logprobs=state.logprobs.at[numbers, places].set(logps, mode="drop"),
       counts=counts,
       finished=finished,
       active=state.active & ~finished & (counts < state.limits),
     )
     if state.adjustments is not None:
-      state = state._replace(
-        adjustments=state.adjustments.after(tokens, state.active),
-        top=jax.tree.map(lambda old, new: old.at[numbers, places].set(new, mode="drop"), state.top, drawn.top),
-      )
-    return j + 1, recent, state
+      state = state._replace(adjustments=state.adjustments.after(tokens, state.active))
+    return j + 1, recent, drawn, state
 
-  def is_running(carry: tuple[jax.Array, KVCache, Slots]) -> jax.Array:
-    j, _, state = carry
-    return (j < steps) & jnp.any(state.active)
+  def is_running(carry: tuple[jax.Array, KVCache, ResponseTokens, Slots]) -> jax.Array:
+    j, *_, state = carry
+    return j < steps if num_shards > 1 else (j < steps) & jnp.any(state.active)
 
-  start = (jnp.zeros((), jnp.int32), decoder.empty_cache(rows, steps), state)
-  _, recent, new = jax.lax.while_loop(is_running, step, start)
-  new = new._replace(lengths=begin + new.counts - state.counts)
+  table = ResponseTokens(state.tokens, state.logprobs, state.top)
+  nothing = jax.tree.map(lambda x: jnp.zeros((rows, steps, *x.shape[2:]), x.dtype), table)
+  start = (jnp.zeros((), jnp.int32), decoder.empty_cache(rows, steps), nothing, state)
+  _, recent, drawn, new = jax.lax.while_loop(is_running, step, start)
+  table = jax.tree.map(functools.partial(_write, begin=state.counts, end=new.counts), table, drawn)
+  new = new._replace(**table._asdict(), lengths=begin + new.counts - state.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
   append = functools.partial(append_tokens, begin, decoder.runtime.sharding)
   cache = cache.map(append, recent, value_axis=decoder.value_axis)
   all_rows = jax.tree.map(lambda old, new: _with_first(old, new, num_shards), all_rows, new)
   return _place_slots(decoder, all_rows._replace(cache=cache))
+
+
+def _write(
+  x: Shaped[Array, "R T *K"], new: Shaped[Array, "R N *K"], begin: Int[Array, "R"], end: Int[Array, "R"]
+) -> Shaped[Array, "R T *K"]:
+  """Writes the first of the new ones into each row, from `begin` to before `end`.
+
+  Place by place: a scatter over rows that are split would have every device know of all of them.
+  """
+  offsets = jnp.arange(x.shape[1]) - begin[:, None]
+  is_new = (offsets >= 0) & (offsets < (end - begin)[:, None])
+  wide = (slice(None), slice(None), *[None] * (x.ndim - 2))
+  kth = jnp.clip(offsets, 0, new.shape[1] - 1)[wide]
+  return jnp.where(is_new[wide], jnp.take_along_axis(new, kth, axis=1), x)
 
 
 def _first(x: Shaped[Array, "S *B"], rows: int, num_shards: int) -> Shaped[Array, "R *B"]:
