@@ -33,6 +33,7 @@ class Settings(NamedTuple):
   full: bool = True
   remat: str = "dots"
   dtype: str = "bfloat16"
+  tensor: int = 1  # devices that share each layer's weights, also while they sample
 
 
 # By rlpr_jax.plan; what was run is said in the README.
@@ -43,7 +44,7 @@ SETTINGS = {
   "v5e:2x4/qwen2.5-1.5b": Settings(256, 8),
   "v5e:2x4/gemma-3-1b": Settings(256, 8),
   "v5e:2x4/gemma-2-2b": Settings(128, 8, remat="full"),
-  "v5e:2x4/qwen2.5-7b": Settings(256, 8, full=False, remat="full"),
+  "v5e:2x4/qwen2.5-7b": Settings(128, 2, full=False, remat="full", tensor=4),
   "v6e:1x1/qwen2.5-0.5b": Settings(128, 1),
   "v6e:1x1/gemma-3-1b": Settings(128, 1, full=False),
   "t4:1/qwen2.5-0.5b": Settings(32, 1, full=False, remat="full", dtype="float32"),
@@ -73,6 +74,7 @@ def get_config(name=""):
   c.model.path = MODELS[name.split("/")[1] if name else "qwen2.5-1.5b"]
   c.model.compute_dtype = settings.dtype
   c.model.remat = settings.remat
+  c.mesh.tensor = settings.tensor
   c.lora.rank = 0 if settings.full else 32
   c.data.path = "questions.jsonl"
   c.data.prompt_limit = 512
