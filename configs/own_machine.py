@@ -53,7 +53,7 @@ SETTINGS = {
   "rtx4090:1/qwen2.5-0.5b": Settings(64, 1),
   "rtx4090:1/qwen2.5-1.5b": Settings(64, 1, full=False),
   "a100_40:1/qwen2.5-1.5b": Settings(128, 1),
-  "a100_40:1/qwen2.5-7b": Settings(64, 1, full=False, remat="full"),
+  "a100_40:1/qwen2.5-7b": Settings(32, 1, full=False, remat="full"),
   "a100_80:1/qwen2.5-3b": Settings(128, 1, remat="full"),
   "a100_80:1/qwen2.5-7b": Settings(128, 1, full=False),
   "h100:1/qwen2.5-3b": Settings(128, 1, remat="full"),

@@ -1,20 +1,27 @@
 """The examples say what they promise."""
 
 import json
+import os
 import pathlib
 import re
 import runpy
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlpr_jax import export
 from rlpr_jax import train as training_program
+from rlpr_jax.data import builtin
 from rlpr_jax.errors import InputError
 from tests.tiny_run import rows, tiny
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+ROOT = pathlib.Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+QUESTIONS = builtin.examples("train", 20)
 
 
 def test_the_mathematics_work_outside_the_trainer():
@@ -29,6 +36,55 @@ def test_the_mathematics_work_outside_the_trainer():
   advantages = (expected - expected.mean(axis=1, keepdims=True)) / expected.std(axis=1, ddof=1, keepdims=True)
   np.testing.assert_allclose(numbers[6:], advantages.ravel(), atol=1e-3)
   assert "[ True  True]" in done.stdout
+
+
+def test_the_reward_in_trl_is_that_of_our_own_trainer(tmp_path, monkeypatch):
+  """Of the responses of a run of ours, scored again as TRL would have them scored."""
+  torch = pytest.importorskip("torch")
+  trl = types.ModuleType("trl")
+  trl.GRPOConfig = trl.GRPOTrainer = None
+  monkeypatch.setitem(sys.modules, "trl", trl)
+  example = runpy.run_path(str(EXAMPLES / "in_trl.py"))
+  config, workdir = tiny(), tmp_path / "run"
+  config.steps, config.log.rollouts = 1, 10**6
+  training_program.train(config, workdir)
+  export.export(workdir, tmp_path / "model", 0, "float32", adapter=False)
+  tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+  model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+  found = [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
+  reward = example["reference_reward"](model, tokenizer)
+  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
+  chats = [[{"role": "user", "content": row["question"]}] for row in found]
+  scores = reward(
+    [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats],
+    [tokenizer.decode(one, skip_special_tokens=True) for one in ids],
+    ids,
+    [row["reference"] for row in found],
+  )
+  expected = [row["reward_total"] - row["reward_repetition"] for row in found]
+  assert np.std(expected) > 0.01
+  np.testing.assert_allclose(scores, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_trl_trains_by_it(tmp_path):
+  """TRL and accelerate stand where benchmarks/step.py wants them."""
+  where = ROOT / ".cache/trl"
+  if not (where / "trl").is_dir():
+    pytest.skip("no TRL: see benchmarks/step.py")
+  config = tiny()
+  config.steps = 1
+  training_program.train(config, tmp_path / "run")
+  export.export(tmp_path / "run", tmp_path / "model", 1, "float32", adapter=False)
+  rows = [{"question": example.messages[0]["content"], "answer": example.reference} for example in QUESTIONS]
+  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  arguments = [f"--model={tmp_path / 'model'}", f"--questions={tmp_path / 'questions.jsonl'}", f"--out={tmp_path}"]
+  done = subprocess.run(
+    [sys.executable, str(EXAMPLES / "in_trl.py"), *arguments, "--steps=2", "--samples=4", "--length=32"],
+    capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": f"{ROOT}:{where}"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  assert len(re.findall(r"'rewards/reward/mean'", done.stdout)) == 2
 
 
 def test_the_whole_method_in_one_file():

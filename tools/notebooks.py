@@ -182,7 +182,7 @@ def run(notebook: Notebook, directory: str) -> Notebook:
 
 
 def tidy(outputs: list[dict[str, Any]], directory: str) -> list[dict[str, Any]]:
-  """Outputs as they stand on a screen in the end: of lines that were written over, the last.
+  """Outputs as they stand on a screen in the end: of lines that were written over, the last. No warnings.
 
   >>> lines = [{"output_type": "stream", "name": "stdout", "text": text} for text in ("\\r1 of 2", "\\r2 of 2\\n")]
   >>> [output["text"] for output in tidy(lines, "/tmp/x")]
@@ -190,6 +190,8 @@ def tidy(outputs: list[dict[str, Any]], directory: str) -> list[dict[str, Any]]:
   """
   joined: list[dict[str, Any]] = []
   for output in outputs:
+    if output.get("name") == "stderr":
+      continue
     if output["output_type"] == "stream" and joined and joined[-1].get("name") == output["name"]:
       joined[-1]["text"] += output["text"]
     else:
