@@ -38,6 +38,7 @@ def test_the_mathematics_work_outside_the_trainer():
   assert "[ True  True]" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_reward_in_trl_is_that_of_our_own_trainer(tmp_path, monkeypatch):
   """Of the responses of a run of ours, scored again as TRL would have them scored."""
   torch = pytest.importorskip("torch")
