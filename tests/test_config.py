@@ -213,9 +213,10 @@ def test_what_recipes_set_for_slices_fits_their_chips(recipe):
 def test_recipes_for_own_machines(name):
   config = own_machine.get_config(name)
   validation.validate(config)
-  chips = hardware.parse(name.split("/")[0]).chips
+  parts, rest = divmod(hardware.parse(name.split("/")[0]).chips, config.mesh.tensor)
   rows = (config.rollout.slots, config.rollout.prefill_prompts, config.rollout.score_rows)
-  assert all(count % chips == 0 for count in (*rows, config.training.micro_batch_rows))
+  assert rest == 0
+  assert all(count % parts == 0 for count in (*rows, config.training.micro_batch_rows))
 
 
 def test_a_machine_that_the_recipe_does_not_know():
