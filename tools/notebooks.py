@@ -120,7 +120,7 @@ def get_config():
     (
       "code",
       "",
-      "!rlpr report --workdir={WORKDIR} --picture=run.png\nfrom IPython.display import Image\n\nImage('run.png')",
+      '!rlpr report --workdir={WORKDIR} --picture=run.png\nfrom IPython.display import Image\n\nImage("run.png")',
     ),
     (
       "markdown",
@@ -138,7 +138,7 @@ def build(name: str) -> Notebook:
   """A notebook without outputs."""
 
   def cell(number: int, kind: str, tag: str, text: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"cell_type": kind, "id": f"{name}-{number}", "metadata": {}, "source": text}
+    found: dict[str, Any] = {"cell_type": kind, "id": f"{name}-{number}", "metadata": {}, "source": text.rstrip()}
     if tag:
       found["metadata"]["tags"] = [tag]
     return found | ({"execution_count": None, "outputs": []} if kind == "code" else {})
