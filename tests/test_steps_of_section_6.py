@@ -136,6 +136,7 @@ class FakeEngine:
 def train(rewards, case):
   """The same steps by the real `collect`, and the state carried from one to the next as train.py does."""
   c = config.default()
+  c.training.credit = "response"  # as published
   c.prompts_per_step, c.max_draws, c.samples_per_prompt = case.needed, case.max_draws, SAMPLES
   c.rollout.prompts_per_draw, c.data.prompt_limit, c.log.rollouts = case.prompts, 1, 0
   run = Run(**dict.fromkeys(Run._fields))._replace(

@@ -99,6 +99,7 @@ def small(model: pathlib.Path) -> ConfigDict:
   c.training.aggregate = "seq_mean_token_sum"  # tokens weigh the same in all
   c.training.entropy_coefficient = 0.0
   c.training.learning_rate = 2e-3
+  c.training.credit = "response"  # one advantage a response, as it is computed by hand here
   c.evaluation.prompts = 0
   c.log.rollouts = PROMPTS * SAMPLES
   c.log.keep_checkpoints = 10

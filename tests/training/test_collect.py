@@ -71,7 +71,7 @@ def collected(policy, needed, keep_rate=1.0):
     reward=RewardSettings.of(c.reward),
     shadows={},
   )
-  nothing = types.Groups.empty(prompt_limit=LIMIT, samples=SAMPLES, response_limit=RESPONSE)
+  nothing = types.Groups.empty(prompt_limit=LIMIT, samples=SAMPLES, response_limit=RESPONSE, credits_parts=True)
   state = TrainState(
     step=0,
     params=policy.params,
