@@ -10,8 +10,7 @@ built-in demonstrations bring an instruct model to the tags. Questions that ask 
 
 from typing import NamedTuple
 
-from rlpr_jax.config import default
-from rlpr_jax.errors import InputError
+from rlpr_jax.config import default, setting_of
 
 MODELS = {
   "gemma-3-270m": "google/gemma-3-270m-it",
@@ -36,7 +35,7 @@ class Settings(NamedTuple):
   tensor: int = 1  # devices that share each layer's weights, also while they sample
 
 
-# By rlpr_jax.plan; what was run is said in the README.
+# As rlpr_jax.plan has them (docs/planning.md); none was run.
 SETTINGS = {
   "v5e:1x1/qwen2.5-0.5b": Settings(64, 1, full=False),
   "v5e:1x1/gemma-3-270m": Settings(64, 1),
@@ -63,15 +62,14 @@ SETTINGS = {
 
 
 def get_config(name=""):
-  if name and name not in SETTINGS:
-    raise InputError(f"--config: {name!r} after the recipe, expected nothing or one of {', '.join(SETTINGS)}")
-  settings = SETTINGS[name or "v5e:2x4/qwen2.5-1.5b"]
+  name = name or "v5e:2x4/qwen2.5-1.5b"
+  settings = setting_of(SETTINGS, name)
   c = default()
   c.steps = 100
   c.prompts_per_step = 32
   c.samples_per_prompt = 8
   c.max_draws = 4
-  c.model.path = MODELS[name.split("/")[1] if name else "qwen2.5-1.5b"]
+  c.model.path = MODELS[name.split("/")[1]]
   c.model.compute_dtype = settings.dtype
   c.model.remat = settings.remat
   c.mesh.tensor = settings.tensor

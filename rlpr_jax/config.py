@@ -8,12 +8,15 @@ Qwen2.5), for data and a model that are to be named. Unknown fields and values o
 
 import json
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
 from rlpr_jax.errors import InputError
 from rlpr_jax.fields import Field, check_value, show
+
+T = TypeVar("T")
 
 _SIZE = 2**20  # of one axis of an array: more than any machine holds of these
 
@@ -501,16 +504,28 @@ class SliceSettings(NamedTuple):
   data: int = 1  # copies of the parameters
 
 
+def setting_of(settings: Mapping[str, T], name: str) -> T:
+  """What a recipe has for what stands behind its name, as in `configs/X.py:v5p:4x4x4`.
+
+  Raises:
+    InputError: it has nothing of that name.
+
+  >>> setting_of({"v5e:2x4": 8}, "v5e:2x4")
+  8
+  """
+  if name not in settings:
+    raise InputError(f"--config: {name!r} after the recipe, expected nothing or one of {', '.join(settings)}")
+  return settings[name]
+
+
 def set_slice(config: ConfigDict, slices: dict[str, SliceSettings], name: str) -> None:
   """Sets what a recipe has for the devices that stand behind its name, `configs/X.py:v5p:4x4x4`; for "" nothing.
 
   Raises:
     InputError: the recipe has nothing for them.
   """
-  if name and name not in slices:
-    raise InputError(f"--config: {name!r} after the recipe, expected nothing or one of {', '.join(slices)}")
   if name:
-    chosen = slices[name]
+    chosen = setting_of(slices, name)
     config.mesh.data, config.mesh.tensor = chosen.data, chosen.tensor
     config.training.micro_batch_rows = chosen.micro_batch_rows
     config.rollout.slots, config.rollout.score_rows = chosen.slots, chosen.score_rows

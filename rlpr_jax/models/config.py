@@ -135,9 +135,8 @@ def choose_reader(choice: str, platform: str, kind: str, capability: str = "") -
   >>> choose_reader("auto", "gpu", "Tesla T4", "7.5")
   """
   required = choice == "ragged"
-  if capability and float(capability) < 8 and not required:
-    return None
-  if choice == "xla" or (platform == "cpu" and not required):
+  has_kernel = platform != "cpu" and float(capability or 8) >= 8
+  if choice == "xla" or not (has_kernel or required):
     return None
   match platform:
     case "tpu":
