@@ -247,15 +247,19 @@ class Layer(nnx.Module):
     rotation = self._rotation(kind)
     return rotate(queries, positions, *rotation), rotate(keys, positions, *rotation), values
 
+  def key_powers(self) -> Float[Array, "K H"]:
+    """Powers of two near the usual size of each channel of the keys; a rotary pair of channels has one."""
+    return _powers_of_two(self._key_sizes())
+
+  @staticmethod
   def balance(
-    self, queries: Float[Array, "B T N H"], keys: Float[Array, "B T K H"]
+    queries: Float[Array, "B T N H"], keys: Float[Array, "B T K H"], powers: Float[Array, "K H"]
   ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T K H"]]:
-    """Divides the channels of keys by powers of two near their usual size, and multiplies those of queries by them.
+    """Divides the channels of keys by `key_powers`, and multiplies those of queries by them.
 
     Their products stay as they are to the last bit, but keys are fit for eight bits with one scale a head then: biases
-    make some channels of Qwen2.5's keys a hundred times as large as others. A rotary pair of channels has one power.
+    make some channels of Qwen2.5's keys a hundred times as large as others.
     """
-    powers = _powers_of_two(self._key_sizes())
     return queries * jnp.repeat(powers, queries.shape[2] // keys.shape[2], axis=0).astype(queries.dtype), (
       keys / powers.astype(keys.dtype)
     )
@@ -418,12 +422,15 @@ class Decoder(nnx.Module):
     if text is not None and reader is None:
       views = [text.view(), *views]
 
-    def body(x: jax.Array, scanned: tuple[Any, Any, jax.Array]) -> tuple[jax.Array, KVCache]:
-      weights, kind, number = scanned
+    # Of all layers at once: they depend on the weights alone, and need not be computed again for each token.
+    all_powers = jax.vmap(lambda x: nnx.merge(definition, x).key_powers())(stacked) if self.runtime.int8_cache else None
+
+    def body(x: jax.Array, scanned: tuple[Any, Any, jax.Array, Any]) -> tuple[jax.Array, KVCache]:
+      weights, kind, number, powers = scanned
       layer = nnx.merge(definition, weights)
       queries, keys, values = layer.project(x, positions, kind)
-      if self.runtime.int8_cache:
-        queries, keys = layer.balance(queries, keys)
+      if powers is not None:
+        queries, keys = layer.balance(queries, keys, powers)
       cached = [view.layer(number, num_shards, self.runtime.compute_dtype, self.value_axis) for view in views]
       places = Places(segment_ids, kind.windowed, positions)
       mixed = None
@@ -436,7 +443,7 @@ class Decoder(nnx.Module):
       return layer.mix(x, attended), self._store(keys, values)
 
     numbers = jnp.arange(self.config.num_layers)
-    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config), numbers))
+    x, new = jax.lax.scan(body, self._embed(tokens), (stacked, LayerKind.of(self.config), numbers, all_powers))
     return self.final_norm(x), jax.tree.map(self.place_cache, new)
 
   def _text_reader(self, text: Text) -> Reader | None:
