@@ -31,6 +31,7 @@ def get_config():
   c.rollout.decode_steps = 8
   c.rollout.prefill_prompts = 8
   c.rollout.score_rows = 16
+  c.reward.baseline_when = "first_draw"  # the first step comes at once, and what is never drawn costs nothing
   c.training.minibatches = 1
   c.training.micro_batch_rows = 1
   c.training.learning_rate = 2e-4

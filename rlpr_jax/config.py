@@ -145,6 +145,18 @@ FIELDS = {
   ),
   "rollout.prefill_prompts": Field(8, "prompts read at once", at_least=1, at_most=_SIZE, may_change=True),
   "rollout.score_rows": Field(16, "reference answers scored at once", at_least=1, at_most=_SIZE, may_change=True),
+  "rollout.carry": Field(
+    "none",
+    "none (a draw ends with its last response) | partial (responses that take longer than carry_tokens go on in the"
+    " next step, with the parameters of that)",
+    choices=("none", "partial"),
+  ),
+  "rollout.carry_tokens": Field(
+    1024, "of partial: new tokens of a response in a draw, at most", at_least=1, at_most=_SIZE
+  ),
+  "rollout.max_staleness": Field(
+    1, "of partial: draws after its first in which a response may go on; in the last it runs to its end", at_least=1
+  ),
   "rollout.int8_cache": Field(False, "keys and values of the rollout in eight bits; watch sampler_gap/mean"),
   "rollout.gather_params": Field(
     True, "over fsdp, once a step; without it, which takes less memory, once a token", may_change=True
@@ -341,6 +353,12 @@ FIELDS = {
   ),
   "training.sampler_gap_limit": Field(
     0.01, "of auto: largest mean of |ratio - 1| with which the sampler's are taken", at_least=0
+  ),
+  "training.importance_cap": Field(
+    0.0,
+    "tokens count p(trainer) / p(sampler) times, at most so much, where ratios start from the trainer (truncated"
+    " importance weights); 0 for off",
+    at_least=0,
   ),
   "training.optimizer": Field(
     "adamw",

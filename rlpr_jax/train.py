@@ -30,7 +30,7 @@ from rlpr_jax.runs.inputs import check_inputs, read_inputs, write_inputs
 from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.storage import reason
 from rlpr_jax.sampling.engine import StoppedError
-from rlpr_jax.training import packing, settings
+from rlpr_jax.training import carrying, packing, settings
 from rlpr_jax.training.collect import collect
 from rlpr_jax.training.held_out import evaluate_run
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
@@ -70,7 +70,7 @@ def train(
     if check_inputs(workdir, saved, inputs, accept_changes):
       unfinished.clear(workdir)
     entry.write_config(config, workdir)
-    to_disk = functools.partial(split, carried_limit=config.rollout.prompts_per_draw)
+    to_disk = functools.partial(split, carried_limit=carrying.most_groups(config))
     checkpoints = Checkpoints(workdir, config.log, to_disk, join)
     began_with = saved.rows_at(checkpoints.latest() or 0) if saved else inputs.rows
     state = checkpoints.restore(abstract_state(run, len(began_with)))
@@ -255,6 +255,7 @@ def resolve_ratios(run: Run, state: TrainState, batch: StepBatch) -> tuple[StepB
     training_scorer(run, state.params),
     training.old_logprobs,
     training.sampler_gap_limit,
+    training.importance_cap,
   )
   groups, size = packing.concatenate([groups.take(slice(batch.carried_in)), fresh]), batch.groups.num_groups
   batch = batch._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))

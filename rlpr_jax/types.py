@@ -1,6 +1,7 @@
 """Types that travel through a training step, in the order in which they come up.
 
     Prompt -> Rollouts -> Evidence -> Rewards -> RolloutBatch -> Groups -> StepBatch -> PackedRows -> TrainState
+              Unfinished
 
 Shapes: P prompts of a draw, G responses a prompt, B = P * G of them with a prompt's together, K groups that were kept,
 T tokens of a response, E of the text in which a reference answer is scored, A of a reference answer, R rows of L tokens
@@ -166,8 +167,51 @@ class Advantages(NamedTuple):
   of_answer: np.ndarray | None = None  # float32[P, G] of the own answer's tokens; None where they have no other
 
 
+class Unfinished(NamedTuple):
+  """Groups with responses that go on in the next draw, under `config.rollout.carry`. numpy.
+
+  A token belongs to the policy that sampled it: `logprobs` and `steps` are that one's.
+
+  >>> Unfinished.empty(samples=2, response_limit=3).num_groups
+  0
+  """
+
+  draws: np.ndarray  # uint32[K] numbers in the stream of draws
+  rows: np.ndarray  # int32[K] of the data set's prompts
+  parts: np.ndarray  # int32[K] draws that they were in
+  tokens: np.ndarray  # int32[K, G, T]
+  lengths: np.ndarray  # int32[K, G]
+  logprobs: np.ndarray  # float32[K, G, T]
+  steps: np.ndarray  # int32[K, G, T] training steps finished when the token was sampled
+  finished: np.ndarray  # bool[K, G] those that have ended by EOS, and wait for others of their group
+
+  @classmethod
+  def empty(cls, samples: int, response_limit: int) -> "Unfinished":
+    """None of them."""
+    tokens = (0, samples, response_limit)
+    return cls(
+      draws=np.zeros(0, np.uint32),
+      rows=np.zeros(0, np.int32),
+      parts=np.zeros(0, np.int32),
+      tokens=np.zeros(tokens, np.int32),
+      lengths=np.zeros((0, samples), np.int32),
+      logprobs=np.zeros(tokens, np.float32),
+      steps=np.zeros(tokens, np.int32),
+      finished=np.zeros((0, samples), bool),
+    )
+
+  @property
+  def num_groups(self) -> int:
+    """K."""
+    return len(self.draws)
+
+  def take(self, which: slice | np.ndarray) -> "Unfinished":
+    """The groups that an index, a slice or a mask over K selects."""
+    return jax.tree.map(lambda field: field[which], self)
+
+
 class RolloutBatch(NamedTuple):
-  """Result of one draw of prompts. `keep` says which of its groups are trained on."""
+  """Result of one draw of prompts, as far as groups have ended. `keep` says which of them are trained on."""
 
   prompts: list[Prompt]  # [P]
   rollouts: Rollouts  # [P * G]; of texts, this process's share
@@ -177,6 +221,8 @@ class RolloutBatch(NamedTuple):
   advantages: Advantages
   keep: np.ndarray  # bool[P]
   baselines: np.ndarray  # float32[N, *M, A] as in TrainState, with what this draw measured
+  ages: np.ndarray | None = None  # int32[P * G, T] steps since each token was sampled; None where none is carried
+  unfinished: Unfinished | None = None  # groups of the draw that have not ended; None where none is carried
 
 
 class Answers(NamedTuple):
@@ -213,6 +259,7 @@ class Groups(NamedTuple):
   advantages: np.ndarray  # float32[K, G]
   answers: Answers | None = None  # None where no gradient goes through them
   credit: AnswerCredit | None = None  # None where all tokens of a response have its advantage
+  importance: np.ndarray | None = None  # float32[K, G, T] by which a token's advantage is multiplied; None: 1
 
   @classmethod
   def empty(
@@ -222,8 +269,9 @@ class Groups(NamedTuple):
     response_limit: int,
     answer_limit: int | None = None,
     credits_parts: bool = False,
+    weighs_tokens: bool = False,
   ) -> "Groups":
-    """No groups; with the shapes of answers if `answer_limit` says how long they may be, and of credit."""
+    """No groups; with the shapes of answers if `answer_limit` says how long they may be, of credit and importance."""
     answers = None
     if answer_limit is not None:
       answers = Answers(
@@ -243,6 +291,7 @@ class Groups(NamedTuple):
       credit=AnswerCredit(np.zeros((0, samples), np.int32), np.zeros((0, samples), np.float32))
       if credits_parts
       else None,
+      importance=np.zeros((0, samples, response_limit), np.float32) if weighs_tokens else None,
     )
 
   @property
@@ -265,6 +314,7 @@ class StepBatch(NamedTuple):
   baselines: np.ndarray  # float32[N, *M, A] as in TrainState, with what was learned of them
   metrics: dict[str, float]
   rollouts: list[dict[str, Any]]  # some of them, for the disk
+  unfinished: Unfinished | None = None  # groups that go on in the next step; None where none is carried
 
 
 class PackedRows(NamedTuple):
@@ -343,3 +393,4 @@ class TrainState(NamedTuple):
   averaged: Params  # a moving average of the policy's parameters, for r'; else nothing
   carried: Groups  # kept groups that the step before had no room for
   stream: dict[str, Any]  # position of the data stream
+  unfinished: Unfinished | None = None  # groups that the step before has begun; None where none is carried

@@ -79,6 +79,12 @@ def validate(config: ConfigDict) -> None:
       "config.training.answer_gradient: jepo takes its advantages from the bound, expected config.reward.kind"
       " reference, no config.reward.custom and config.reward.conditional_weight 0"
     )
+  carries, training = config.rollout.carry == "partial", config.training
+  if carries and training.old_logprobs != "sampler" and not training.importance_cap:
+    raise InputError(
+      "config.training.importance_cap: 0, but config.rollout.carry partial trains on tokens of earlier policies,"
+      " expected more than 0 (2, say), or config.training.old_logprobs sampler"
+    )
   if config.filter.kind == "accuracy" and config.reward.verifier == "none":
     raise InputError("config.filter.kind: accuracy needs a verifier, expected config.reward.verifier")
   scale = FIELDS["filter.scale"]

@@ -116,6 +116,19 @@ def test_two_processes_do_what_one_does(recipe, begun, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_carry_the_same_responses_as_one(recipe, tmp_path):
+  carries = [
+    "--config.rollout.carry=partial", "--config.rollout.carry_tokens=12", "--config.training.importance_cap=2.0",
+    "--config.max_draws=1", "--config.steps=3",
+  ]  # fmt: skip
+  one, two = tmp_path / "one", tmp_path / "two"
+  run(recipe, one, 1, *carries)
+  run(recipe, two, 2, *carries)
+  assert_same_run(two, one)
+  assert any(row.get("rollout/stale_tokens") for row in rows(one / "metrics.jsonl"))
+
+
+@pytest.mark.slow
 def test_four_processes_do_what_one_does_and_one_goes_on(recipe, begun, alone):
   four = go_on(recipe, begun, "four", 4)
   assert_same_run(four, alone)

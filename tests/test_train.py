@@ -97,6 +97,57 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(whole_run, recipe, tmp_pa
     assert (tmp_path / "rollouts" / file.name).read_text() == file.read_text()
 
 
+CARRIES = {
+  "rollout.carry": "partial",
+  "rollout.carry_tokens": 12,
+  "training.importance_cap": 2.0,
+  "training.old_logprobs": "trainer",
+  "filter.kind": "off",
+  "max_draws": 1,
+}
+
+
+def test_a_run_that_carries_responses_goes_on_from_every_step(tmp_path):
+  """Groups that have not ended are in the checkpoint, with whose policy each of their tokens is."""
+  config = tiny()
+  config.update_from_flattened_dict(CARRIES | {"steps": 4, "warm_start.steps": 30, "evaluation.prompts": 0})
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  training_program.train(config, whole)
+  for config.steps in (1, 2, 4):
+    training_program.train(config, parts)
+  assert timeless(parts) == timeless(whole)
+  for ours, theirs in zip(
+    jax.tree.leaves(final_state(parts, config)), jax.tree.leaves(final_state(whole, config)), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+  steps = rows(whole)
+  assert any(row["rollout/unfinished_groups"] for row in steps)
+  assert any(row.get("rollout/stale_tokens") for row in steps)
+  assert all(row["filter/drawn"] <= config.rollout.prompts_per_draw * config.max_draws for row in steps)
+  assert [row["compilations"] for row in steps[2:]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_ten_kills_of_a_run_that_carries_change_nothing(recipe, tmp_path):
+  overrides = [f"--config.{name}={value}" for name, value in CARRIES.items()]
+  overrides += ["--config.steps=12", "--config.evaluation.prompts=0"]
+  config = tiny()
+  config.update_from_flattened_dict(CARRIES | {"steps": 12, "evaluation.prompts": 0})
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  training_program.train(config, whole)
+  for step in range(1, 11):
+    process = start(recipe, killed, *overrides)
+    wait_for(process, killed / f"checkpoints/{step}")
+    process.kill()
+    process.communicate()
+  training_program.train(config, killed)
+  assert timeless(killed) == timeless(whole)
+  for ours, theirs in zip(
+    jax.tree.leaves(final_state(killed, config)), jax.tree.leaves(final_state(whole, config)), strict=True
+  ):
+    np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_finishes_the_step_and_saves(whole_run, recipe, tmp_path, number):
   process = start(recipe, tmp_path, "--config.steps=500")
@@ -205,6 +256,7 @@ def test_a_mesh_trains_as_one_device_does_and_its_run_goes_on_there(recipe, tmp_
       30,
       "config.training.row_length: 30, expected 0 or room for the longest sequence, 46 tokens",
     ),
+    ("rollout.carry", "partial", "config.training.importance_cap: 0, but config.rollout.carry partial"),
     ("training.warmup_steps", 6, "config.training.warmup_steps: 6, expected fewer than config.steps"),
     ("reward.kind", "verifier", "config.reward.kind: 'verifier', expected one of reference, rule"),
     ("reward.shaping", "threshold_x", "config.reward.shaping"),

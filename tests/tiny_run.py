@@ -10,6 +10,7 @@ import sys
 from ml_collections import ConfigDict
 
 from rlpr_jax.runs.checkpoints import Checkpoints
+from rlpr_jax.training.carrying import most_groups
 from rlpr_jax.training.run import set_up
 from rlpr_jax.training.state import abstract_state, join, split
 from rlpr_jax.types import TrainState
@@ -74,9 +75,7 @@ def timeless(workdir: pathlib.Path) -> list[dict]:
 
 def final_state(workdir: pathlib.Path, config: ConfigDict) -> TrainState:
   """State of a run's newest checkpoint."""
-  checkpoints = Checkpoints(
-    workdir, config.log, functools.partial(split, carried_limit=config.rollout.prompts_per_draw), join
-  )
+  checkpoints = Checkpoints(workdir, config.log, functools.partial(split, carried_limit=most_groups(config)), join)
   state = checkpoints.restore(abstract_state(set_up(config)))
   checkpoints.close()
   return state

@@ -12,8 +12,9 @@ from rlpr_jax.types import AnyArray, OwnAnswers, Rewards, RolloutBatch
 
 
 def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict[str, float]:
-  """Summarises everything that a step sampled, dropped groups included; {} if it sampled nothing."""
-  if not batches:  # what was carried over was enough
+  """Summarises everything that a step sampled, dropped groups included; {} if nothing has ended in it."""
+  batches = [batch for batch in batches if batch.prompts]
+  if not batches:  # what was carried over was enough, or all goes on
     return {}
   rollouts = [batch.rollouts for batch in batches]
 
@@ -39,12 +40,28 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
     "rollout/scorable": float(np.mean(everywhere("scorable"))),
     "rollout/overlong_references": int(everywhere("overlong").sum()),
     "rollout/refused_prompts": int(everywhere("refused").sum()) // config.samples_per_prompt,
+    **staleness_metrics(batches),
     "seconds/rollout": sampling,
     "seconds/prefill": seconds["prefill"],
     "seconds/score": seconds["score"],
     **({"seconds/exchange": seconds["exchange"]} if "exchange" in seconds else {}),
     "tokens_per_second/rollout": int(everywhere("lengths").sum()) / max(sampling, 1e-9),
   }
+
+
+def staleness_metrics(batches: Sequence[RolloutBatch]) -> dict[str, float]:
+  """How old the tokens of the responses are, where some were begun in an earlier step; {} where none ever is.
+
+  `rollout/staleness`: mean of the steps since a token was sampled; `rollout/stale_tokens`: share of those with any.
+  """
+  ages = [
+    batch.ages[np.arange(batch.ages.shape[1]) < batch.rollouts.lengths[:, None]]
+    for batch in batches
+    if batch.ages is not None
+  ]
+  if not ages or not (of_tokens := np.concatenate(ages)).size:
+    return {}
+  return {"rollout/staleness": float(of_tokens.mean()), "rollout/stale_tokens": float(np.mean(of_tokens > 0))}
 
 
 def answer_metrics(batches: Sequence[RolloutBatch]) -> dict[str, float]:

@@ -21,7 +21,7 @@ from rlpr_jax import splicing
 from rlpr_jax.models import Params
 from rlpr_jax.sampling.device import Device, Suffix
 from rlpr_jax.sampling.params import SamplingParams
-from rlpr_jax.sampling.scheduler import Clock, Reference, Request, Scheduler
+from rlpr_jax.sampling.scheduler import Beginning, Clock, Reference, Request, Scheduler
 from rlpr_jax.sampling.shapes import bucket, pad_rows
 from rlpr_jax.types import Prompt, Rollouts
 
@@ -38,6 +38,7 @@ class SampleOptions:
   """How the responses of a batch end, and who hears of it."""
 
   limits: Sequence[int] | np.ndarray | None = None  # most tokens of each, a prompt's samples together; None: T
+  beginnings: Sequence[Beginning | None] = ()  # of each, what there is already, if that is anything; (): of none
   stop: Sequence[str] = ()  # strings that end a response, as in `Scheduler.add`
   progress: Callable[[int, int], None] = lambda done, total: None  # told how many responses have ended, of how many
   ended: Callable[[list[Request]], None] = lambda requests: None  # given the responses whose text is known now
@@ -158,7 +159,7 @@ class Session:
     requests = self.begun or self._add(draws, options)
     if {request.group.draw for request in requests} != {draw for draw, _ in draws}:
       raise ValueError("draws: expected the batch that has begun")
-    self.begun = self._add(ahead, dataclasses.replace(options, limits=None))
+    self.begun = self._add(ahead, dataclasses.replace(options, limits=None, beginnings=()))
     own, done = set(requests), 0
     while any(request in own for request in scheduler.pending()):
       if options.interrupted():
@@ -179,8 +180,11 @@ class Session:
     most = self.engine.device.shapes.max_response_length
     limits = [most] * (len(draws) * self.samples) if options.limits is None else options.limits
     for draw, prompt in draws:
-      of_prompt = limits[len(requests) : len(requests) + self.samples]
-      requests += self.scheduler.add(prompt, draw, of_prompt, self.engine.sampling, options.stop)
+      of_prompt = slice(len(requests), len(requests) + self.samples)
+      begun = [beginning for beginning in options.beginnings[of_prompt] if beginning]
+      requests += self.scheduler.add(
+        prompt, draw, limits[of_prompt], self.engine.sampling, options.stop, beginnings=begun
+      )
     return requests
 
   def _rollouts(self, requests: Sequence[Request], clock: Clock) -> Rollouts:

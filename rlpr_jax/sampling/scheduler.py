@@ -7,6 +7,7 @@ score the rows that finished two rounds ago -> their slots are free -> refill ->
 import collections
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
@@ -33,9 +34,18 @@ class Extras:
   hidden: frozenset[int] = frozenset()  # tokens that a text does not show
 
 
+class Beginning(NamedTuple):
+  """What was sampled of a response before, by other parameters maybe; it is read, and goes on from there."""
+
+  tokens: np.ndarray  # int32[N]
+  logprobs: np.ndarray  # float32[N]
+  finished: bool = False  # it has ended, and is to be scored
+  parts: int = 1  # in which it came, so that the next has random numbers of its own
+
+
 @dataclasses.dataclass(eq=False)
 class Group:
-  """A prompt, which is read once for all its samples."""
+  """A prompt, which is read once for all its samples; those that have begun before are a group each."""
 
   prompt: Prompt
   draw: int  # its number
@@ -43,8 +53,16 @@ class Group:
   stop: tuple[str, ...]  # strings that end a response
   waiting: int  # samples that are in no slot yet
   extras: Extras = Extras()
+  beginning: Beginning | None = None
   place: tuple[decode.Prefilled, int] | None = None  # where it was read to, as long as samples are waiting
   scores: TokenScores | None = None  # of the prompt's N tokens but the first, if they were asked for; numpy
+
+  @functools.cached_property
+  def text(self) -> Prompt:
+    """What is read before the first token is drawn."""
+    if self.beginning is None:
+      return self.prompt
+    return dataclasses.replace(self.prompt, ids=np.concatenate([self.prompt.ids, self.beginning.tokens]))
 
   @property
   def min_tokens(self) -> int:
@@ -151,6 +169,7 @@ class Scheduler:
     sampling: SamplingParams,
     stop: Sequence[str] = (),
     extras: Extras = Extras(),
+    beginnings: Sequence[Beginning] = (),
   ) -> list[Request]:
     """Asks for a response to the prompt for each of the limits, which are of tokens; 0 for the prompt's scores alone.
 
@@ -159,6 +178,7 @@ class Scheduler:
       draw: its number, a uint32.
       stop: strings that end a response. Its tokens then end with the one that completes the string, wherever in a token
         that is, and its text before the string.
+      beginnings: what there is of each response already; none where they all begin now. Limits are of what is added.
     """
     group = Group(prompt, draw, sampling, tuple(stop), waiting=len(limits), extras=extras)
     most = self.shapes.max_response_length  # a slot has no room for more
@@ -166,6 +186,11 @@ class Scheduler:
     if extras.adjustments and extras.adjustments.form:
       for request in requests:
         request.form = extras.adjustments.form()
+    for request, beginning in zip(requests, beginnings, strict=bool(beginnings)):
+      group.waiting -= 1
+      request.group = dataclasses.replace(group, waiting=1, beginning=beginning)
+      request.sample += len(limits) * beginning.parts
+      request.limit = min(request.limit, most - beginning.tokens.size)
     if self.shapes.takes(prompt):
       self.waiting += requests
     return requests
@@ -238,7 +263,7 @@ class Scheduler:
       group.waiting -= 1
       if not group.waiting:
         group.place = None
-      self.running[slot], request.text_length = request, len(group.prompt.ids)
+      self.running[slot], request.text_length = request, len(group.text.ids)
     self.make_room_for_adjustments()
     size = self.shapes.insert_rows
     for prompts, new in entries.values():
@@ -247,16 +272,16 @@ class Scheduler:
 
   def read_prompts(self, first: Group) -> tuple[decode.Prefilled, int]:
     """Prefills a prompt, and with it the next ones of the same bucket that were not read yet; returns where it is."""
-    size, width = self.shapes.prefill_rows, bucket(self.shapes.prompt_buckets, len(first.prompt.ids))
+    size, width = self.shapes.prefill_rows, bucket(self.shapes.prompt_buckets, len(first.text.ids))
     near: dict[Group, None] = {}  # not far ahead: what is read waits in memory for its turn
     for request in self.waiting:
       near[request.group] = None
       if len(near) > 2 * size:
         break
-    others = [group for group in near if group is not first and group.place is None and len(group.prompt.ids) <= width]
+    others = [group for group in near if group is not first and group.place is None and len(group.text.ids) <= width]
     chosen = [first, *others[: size - 1]]
     tops = [group.extras.prompt_top for group in chosen if group.extras.prompt_top is not None]
-    texts = [group.prompt for group in chosen]
+    texts = [group.text for group in chosen]
     if tops:
       prompts, scores = self.device.prefill_and_score(self.params, texts, width, max(tops))
       for group, of_group in zip(chosen, scores, strict=True):
@@ -352,6 +377,10 @@ class Scheduler:
         request.top = first_of(top, i, int(count))
         request.tokens, request.logprobs = tokens[i, :count].copy(), logprobs[i, :count].copy()
         request.finished = bool(state["finished"][slot])
+        if beginning := request.group.beginning:
+          request.tokens = np.concatenate([beginning.tokens, request.tokens])
+          request.logprobs = np.concatenate([beginning.logprobs, request.logprobs])
+          request.finished |= beginning.finished
         del self.running[slot]
         if not self.splice:
           self.free.append(slot)

@@ -26,6 +26,7 @@ class Shapes:
   insert_rows: int  # rows that go into slots at once
   num_shards: int = 1  # parts into which the mesh splits rows; divides S, P and R
   ragged: bool = False  # whether a kernel reads of each slot what its text is long
+  continues: bool = False  # whether responses may have begun before: they are read with their prompts
 
   @property
   def capacity(self) -> int:
@@ -43,7 +44,9 @@ class Shapes:
 
   @property
   def prompt_buckets(self) -> tuple[int, ...]:
-    return buckets(self.prompt_limit, smallest=max(32, self.prompt_limit // 8), ratio=2)
+    """Lengths of prompts that are read together, with what has been written behind them."""
+    longest = self.longest if self.continues else self.prompt_limit
+    return buckets(longest, smallest=max(32, self.prompt_limit // 8), ratio=2)
 
   @property
   def suffix_buckets(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from rlpr_jax.runs.interrupt import StopRequest
 from rlpr_jax.runs.records import rollout_metrics, rollout_rows
 from rlpr_jax.sampling.engine import Draws, SampleOptions, Session, StoppedError
 from rlpr_jax.sampling.shapes import pad_prompts
-from rlpr_jax.training import packing
+from rlpr_jax.training import carrying, packing
 from rlpr_jax.training.baselines import prompts_to_measure, renew_baselines, scorer_measures
 from rlpr_jax.training.exchange import exchange_answers
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
@@ -46,6 +46,7 @@ from rlpr_jax.types import (
   TrainState,
 )
 
+T = TypeVar("T")
 _group_advantages = jax.jit(grpo.group_advantages, static_argnames=("normalize",))
 _separate_advantages = jax.jit(grpo.separate_advantages, static_argnames=("normalize",))
 _group_bound = jax.jit(grpo.group_bound)
@@ -57,6 +58,7 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
 
   Where another draw is likely to be needed, its prompts begin in slots that the one before it leaves free. Nothing but
   time depends on it: if it turns out not to be needed, it is given up, and its prompts come first in the next step.
+  Under `rollout.carry=partial` groups that have not ended go on in the next draw instead.
 
   Args:
     keep_rate: share of the prompts that is expected to be kept, until this step has seen some.
@@ -71,16 +73,20 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
   kept, size, each = [state.carried], config.prompts_per_step, config.rollout.prompts_per_draw
   ahead: Draws = []
   position: dict[str, Any] = {}  # of the stream before those
+  unfinished = state.unfinished
   while (have := sum(groups.num_groups for groups in kept)) < size and len(batches) < config.max_draws:
     numbered = ahead or stream.next_batch(each)
+    if unfinished is not None:
+      numbered = carrying.with_begun(config, unfinished, run.prompts, numbered)
     if batches:
-      keep_rate = float(np.mean([batch.keep.mean() for batch in batches]))
+      keep_rate = float(np.mean([batch.keep.mean() for batch in batches if batch.prompts] or [0.0]))
     ahead = []
-    if have + keep_rate * each < size and len(batches) + 1 < config.max_draws:
+    if unfinished is None and have + keep_rate * each < size and len(batches) + 1 < config.max_draws:
       position = stream.state()
       ahead = stream.next_batch(each)
     batch = draw(run, state, params, session, numbered, ahead, stop)
-    state = state._replace(baselines=batch.baselines)
+    unfinished = batch.unfinished
+    state = state._replace(baselines=batch.baselines, unfinished=unfinished)
     kept.append(kept_groups(run, batch))
     batches.append(batch)
   wasted = session.tokens_ahead() if ahead else 0
@@ -88,24 +94,29 @@ def collect(run: Run, state: TrainState, stream: PromptStream, stop: StopRequest
     stream.restore(position)
   groups = packing.concatenate(kept)
   # One length whatever was drawn, so that nothing compiles again; the filter leaves NaN out.
-  stds = np.full(config.max_draws * config.rollout.prompts_per_draw, np.nan, np.float32)
-  for i, batch in enumerate(batches):
-    stds[i * len(batch.prompts) : (i + 1) * len(batch.prompts)] = batch.advantages.stds
+  stds = np.full(config.max_draws * carrying.most_groups(config), np.nan, np.float32)
+  seen = np.concatenate([np.zeros(0, np.float32), *(batch.advantages.stds for batch in batches)])
+  stds[: seen.size] = seen
   filter_metrics = {
     "filter/threshold": max(float(filtering.threshold(state.filter, run.filter)), 0.0),
-    "filter/drawn": sum(len(batch.prompts) for batch in batches),
+    "filter/drawn": seen.size,
     "filter/kept": int(sum(batch.keep.sum() for batch in batches)),
     "filter/carried_in": state.carried.num_groups,
     "filter/trained": min(groups.num_groups, size),
   }
+  waiting = {} if unfinished is None else {"rollout/unfinished_groups": unfinished.num_groups}
   return StepBatch(
     groups=groups.take(slice(size)),
     carried=groups.take(slice(size, None)),
     carried_in=state.carried.num_groups,
     stds=stds,
     baselines=state.baselines,
-    metrics=filter_metrics | rollout_metrics(config, batches) | ({"rollout/wasted_tokens": wasted} if batches else {}),
+    metrics=filter_metrics
+    | rollout_metrics(config, batches)
+    | ({"rollout/wasted_tokens": wasted} if batches else {})
+    | waiting,
     rollouts=rollout_rows(batches[0], state.step + 1, config.log.rollouts, run.engine) if batches else [],
+    unfinished=unfinished,
   )
 
 
@@ -115,6 +126,7 @@ def draw(
   """Samples, scores and rewards responses to some prompts, and says which groups to keep.
 
   Args:
+    state: its unfinished groups, if it has any, are those of the first prompts.
     params: as the sampler reads them.
     ahead: the prompts that come next, if they are known.
 
@@ -129,12 +141,21 @@ def draw(
   rollouts = None
   with contextlib.suppress(StoppedError):
     options = SampleOptions(interrupted=stop.__bool__)
+    if state.unfinished is not None:
+      limits = carrying.limits(config, state.unfinished, len(prompts))
+      beginnings = carrying.beginnings(state.unfinished, len(prompts))
+      options = dataclasses.replace(
+        options,
+        limits=[limit for of_prompt in processes.share(limits.tolist()) for limit in of_prompt],
+        beginnings=[beginning for of_prompt in processes.share(beginnings) for beginning in of_prompt],
+      )
     rollouts = session.run(my_numbered, options, processes.share(ahead))
   if processes.any_of(rollouts is None) or rollouts is None:
     raise StoppedError
 
   # 2. Score the references by another policy than the one that sampled, if the config says so; measure r'.
-  scorer_params, unknown, measured = params, prompts_to_measure(run, state, prompts), None
+  scorer_params, measured = params, None
+  unknown = prompts_to_measure(run, state, [prompt for prompt in prompts if prompt is not carrying.NOBODY])
   if config.reward.scorer != "policy":
     scorer_params = run.policy.sampling_params(state.initial if config.reward.scorer == "initial" else state.lagged)
     rows = {prompt.row for prompt in unknown} if scorer_measures(config) else set()
@@ -164,13 +185,16 @@ def draw(
   if custom is not None:
     parts = parts._replace(total=custom)
   advantages = compute_advantages(run, evidence, parts)
-  # A refused prompt has no spread: it is not kept, and no part of the filter's average.
+  # A refused prompt has no spread: it is not kept, and no part of the filter's average. Nor has one that goes on.
   refused = rollouts.refused.reshape(len(prompts), -1).any(axis=1)
-  advantages = advantages._replace(stds=np.where(refused, np.nan, advantages.stds))
+  ended, unfinished, ages = np.ones(len(prompts), bool), None, None
+  if state.unfinished is not None:
+    ended, unfinished, ages = carrying.part(config, state.unfinished, numbered, rollouts, state.step)
+  advantages = advantages._replace(stds=np.where(refused | ~ended, np.nan, advantages.stds))
   source_scales = dict(config.filter.source_scales)
   scales = np.array([source_scales.get(prompt.source, run.filter.scale) for prompt in prompts], np.float32)
   keep = filtering.keep(state.filter, advantages.stds, run.filter, correct=evidence.verified, scales=scales)
-  return RolloutBatch(
+  batch = RolloutBatch(
     prompts=prompts,
     rollouts=rollouts,
     evidence=evidence,
@@ -179,6 +203,29 @@ def draw(
     advantages=advantages,
     keep=np.asarray(keep),
     baselines=baselines,
+    ages=None if ages is None else ages.reshape(rollouts.tokens.shape),
+    unfinished=unfinished,
+  )
+  return batch if ended.all() else take_groups(batch, ended)
+
+
+def take_groups(batch: RolloutBatch, which: np.ndarray) -> RolloutBatch:
+  """A batch of some of the groups; `which` is a mask over its prompts. Programs have seen all: their shapes stay."""
+  responses = np.repeat(which, batch.advantages.advantages.shape[1])
+  arrays = {name: x[responses] for name, x in batch.rollouts._asdict().items() if isinstance(x, np.ndarray)}
+
+  def taken(tree: T) -> T:
+    return jax.tree.map(lambda x: np.asarray(x)[which], tree)
+
+  return batch._replace(
+    prompts=[prompt for prompt, is_taken in zip(batch.prompts, which, strict=True) if is_taken],
+    rollouts=batch.rollouts._replace(**arrays),
+    evidence=taken(batch.evidence),
+    rewards=taken(batch.rewards),
+    shadows=taken(batch.shadows),
+    advantages=taken(batch.advantages),
+    keep=batch.keep[which],
+    ages=None if batch.ages is None else batch.ages[responses],
   )
 
 
@@ -278,4 +325,5 @@ def kept_groups(run: Run, batch: RolloutBatch) -> Groups:
     advantages=batch.advantages.advantages[kept],
     answers=answers,
     credit=credit,
+    importance=np.ones_like(grouped(rollouts.logprobs)) if run.config.training.importance_cap else None,
   )

@@ -14,17 +14,20 @@ EDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of |ratio - 1|, for the histogram
 
 
 def resolve_old_logprobs(
-  groups: Groups, trainer: TextScorer, source: str, limit: float
+  groups: Groups, trainer: TextScorer, source: str, limit: float, cap: float = 0.0
 ) -> tuple[Groups, dict[str, float]]:
   """Gives groups that the trainer's policy has just sampled the log-probabilities that an update is to start from.
 
   Args:
     source: `sampler`: those of the groups; `trainer`: computed anew; `auto`: the sampler's as long as the mean of
       |ratio - 1| is at most `limit`, ratio = p(trainer) / p(sampler), looked at in one micro-batch.
+    cap: with the trainer's, each token's advantage counts min(ratio, cap) times (truncated importance weights, arXiv
+      1802.01561): what the sampler did not draw as often as the trainer would counts more. 0: once, as it is.
 
   Returns:
     the groups, and metrics: `mean` and `worst` of |ratio - 1|, `over_X` for the share of tokens where it is above X,
-    and `recomputed`, 1 if the trainer's are taken.
+    `recomputed`, 1 if the trainer's are taken, and with weights their mean, `importance`, and the share that was cut,
+    `truncated`.
   """
   if not groups.num_groups:
     return groups, {}
@@ -36,8 +39,28 @@ def resolve_old_logprobs(
   if recomputed:
     if source == "auto":
       logprobs = trainer_logprobs(groups, trainer, everything=True)
+    if cap:
+      importance, of_weights = importance_weights(groups.logprobs, logprobs, cap)
+      groups, metrics = groups._replace(importance=importance), metrics | of_weights
     groups = groups._replace(logprobs=np.nan_to_num(logprobs))
   return groups, metrics | {"recomputed": int(recomputed)}
+
+
+def importance_weights(sampler: np.ndarray, trainer: np.ndarray, cap: float) -> tuple[np.ndarray, dict[str, float]]:
+  """min(p(trainer) / p(sampler), cap) of each token, 1 where the trainer's is not known; and what it comes to.
+
+  >>> weights, metrics = importance_weights(np.log([0.5, 0.2]), np.log([0.25, 0.8]), cap=2.0)
+  >>> weights.tolist(), metrics
+  ([0.5, 2.0], {'importance': 1.25, 'truncated': 0.5})
+  """
+  known = ~np.isnan(trainer)
+  ratios = np.exp(np.where(known, trainer.astype(np.float64) - sampler, 0.0))
+  weights = np.minimum(ratios, cap).astype(np.float32)
+  found = weights[known]
+  return np.where(known, weights, np.float32(1)), {
+    "importance": float(found.mean()) if found.size else 1.0,
+    "truncated": float(np.mean(ratios[known] > cap)) if found.size else 0.0,
+  }
 
 
 def sampler_gap(sampler: np.ndarray, trainer: np.ndarray) -> dict[str, float]:

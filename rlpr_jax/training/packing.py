@@ -135,6 +135,10 @@ def _to_branch(groups: Groups, which: tuple[int, int], weight: float) -> Branch:
   if groups.credit is not None:
     of_answer = np.arange(tokens.size) >= groups.credit.starts[which]
     advantages = np.where(of_answer, groups.credit.advantages[which], advantages).astype(np.float32)
+  if groups.importance is not None:
+    importance = np.ones(tokens.size, np.float32)
+    importance[:end] = groups.importance[which][:end]
+    advantages = advantages * importance
   branch = Branch(tokens=tokens, mask=mask, old_logprobs=old_logprobs, advantages=advantages, weight=weight)
   if answers is None:
     return branch

@@ -35,6 +35,7 @@ def rollout_shapes(config: ConfigDict, shares: int, sampling: Runtime) -> Shapes
     insert_rows=min(config.samples_per_prompt, slots),
     num_shards=sampling.sharding.num_shards("batch"),
     ragged=isinstance(sampling.decode_attention, Reader),
+    continues=config.rollout.carry == "partial",
   )
 
 

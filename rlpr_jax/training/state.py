@@ -23,7 +23,9 @@ from rlpr_jax.training.baselines import measure_baselines, measures_all_before, 
 from rlpr_jax.training.optimizer import abstract_opt_state, init_opt_state
 from rlpr_jax.training.reward import credits_parts
 from rlpr_jax.training.run import Run
-from rlpr_jax.types import Groups, StepBatch, TrainState
+from rlpr_jax.types import Groups, StepBatch, TrainState, Unfinished
+
+_OF_GROUPS = "carried", "unfinished"  # fields of a state with more rows or fewer
 
 
 def abstract_state(run: Run, rows: int | None = None) -> TrainState:
@@ -48,9 +50,18 @@ def abstract_state(run: Run, rows: int | None = None) -> TrainState:
       response_limit=config.rollout.max_response_length,
       answer_limit=None if config.training.answer_gradient == "none" else config.data.max_reference_length,
       credits_parts=credits_parts(config),
+      weighs_tokens=config.training.importance_cap > 0,
     ),
     stream=PromptStream(run.prompts, config.seed).state(),
+    unfinished=none_unfinished(config),
   )
+
+
+def none_unfinished(config: ConfigDict) -> Unfinished | None:
+  """No groups that go on, where groups may; None where a draw ends with its last response."""
+  if config.rollout.carry == "none":
+    return None
+  return Unfinished.empty(config.samples_per_prompt, config.rollout.max_response_length)
 
 
 def first_state(run: Run, workdir: pathlib.Path, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:
@@ -102,6 +113,8 @@ def adopt_rows(
 ) -> TrainState:
   """Makes a state go on with other rows than it was made with: each keeps its baseline, and the draws begin anew.
 
+  Groups that had begun are given up.
+
   Args:
     old, new: the rows' digests.
   """
@@ -114,7 +127,11 @@ def adopt_rows(
     unknown = [row for row, digest in enumerate(new) if digest not in places]
     print(f"{len(unknown)} rows are new: their baselines are those of the policy as it is now", flush=True)
     baselines[unknown] = measure_baselines(run, state.params, [run.prompts[row] for row in unknown], workdir)
-  return state._replace(baselines=baselines, stream=PromptStream(run.prompts, run.config.seed).state())
+  return state._replace(
+    baselines=baselines,
+    stream=PromptStream(run.prompts, run.config.seed).state(),
+    unfinished=none_unfinished(run.config),
+  )
 
 
 def finish_step(run: Run, state: TrainState, batch: StepBatch, stream: PromptStream) -> TrainState:
@@ -129,6 +146,7 @@ def finish_step(run: Run, state: TrainState, batch: StepBatch, stream: PromptStr
     averaged=average_params(state.averaged, state.params, settings.baseline_rate) if state.averaged else {},
     carried=batch.carried,
     stream=stream.state(),
+    unfinished=batch.unfinished,
   )
 
 
@@ -154,18 +172,24 @@ def average_params(average: Params, params: Params, rate: ArrayLike) -> Params:
 
 
 def split(state: TrainState, carried_limit: int) -> OnDisk:
-  """Takes a state apart as its checkpoint holds it; carried groups are padded to `carried_limit`, to have one shape."""
+  """Takes a state apart as its checkpoint holds it; its groups are padded to `carried_limit`, to have one shape.
+
+  That is `carrying.most_groups` of the config.
+  """
   arrays = state._asdict()
   params, host = arrays.pop("params"), {name: arrays.pop(name) for name in ("step", "stream")}
-  missing = carried_limit - state.carried.num_groups
-  carried = jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), state.carried)
-  arrays = {name: value for name, value in (arrays | {"carried": carried}).items() if jax.tree.leaves(value)}
-  return OnDisk(params, arrays, host | {"carried": state.carried.num_groups})
+
+  def padded(groups: Groups | Unfinished) -> Groups | Unfinished:
+    missing = carried_limit - groups.num_groups
+    return jax.tree.map(lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), groups)
+
+  of_groups = {name: arrays[name] for name in _OF_GROUPS if arrays[name] is not None}
+  arrays |= {name: padded(groups) for name, groups in of_groups.items()}
+  arrays = {name: value for name, value in arrays.items() if jax.tree.leaves(value)}
+  return OnDisk(params, arrays, host | {name: groups.num_groups for name, groups in of_groups.items()})
 
 
 def join(params: Params, arrays: dict[str, Any], host: dict[str, Any]) -> TrainState:
   """Puts together the state that `split` took apart."""
-  carried = arrays["carried"].take(slice(host["carried"]))
-  return TrainState(
-    params=params, **{"initial": {}, "lagged": {}, "averaged": {}} | arrays | host | {"carried": carried}
-  )
+  of_groups = {name: arrays[name].take(slice(host[name])) for name in _OF_GROUPS if name in arrays}
+  return TrainState(params=params, **{"initial": {}, "lagged": {}, "averaged": {}} | arrays | host | of_groups)

@@ -25,6 +25,7 @@ from rlpr_jax.sampling.decode import DecodeSettings, row_keys
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine, SampleOptions
 from rlpr_jax.sampling.params import SamplingParams
+from rlpr_jax.sampling.scheduler import Beginning
 from rlpr_jax.sampling.shapes import Shapes, buckets
 from rlpr_jax.training import packing, settings
 from rlpr_jax.training.logprobs import row_logprobs
@@ -237,6 +238,52 @@ def test_what_begins_ahead_is_the_same(make, policy, draws, rollouts, slots):
   busy, steps = np.sum(alone, axis=0)
   assert busy == rollouts.slot_steps[0] == session.scheduler.clock().slot_steps[0]
   assert session.scheduler.clock().slot_steps[1] < steps
+
+
+def beginnings_of(rollouts, parts=1):
+  """What there is of responses, as a later session takes it."""
+  fields = zip(rollouts.tokens, rollouts.logprobs, rollouts.lengths, rollouts.finished, strict=True)
+  return [Beginning(tokens[:n], logprobs[:n], bool(finished), parts) for tokens, logprobs, n, finished in fields]
+
+
+def test_a_response_goes_on_by_other_parameters(make, policy, draws):
+  """Its first part stays as it was sampled; the rest, and the reference, are the new policy's, whatever the slots."""
+  few, budget = draws[:6], 6
+  newer = policy._replace(params=jax.tree.map(lambda x: 1.03 * x, policy.params))
+  first = make().sample(policy.params, few, KEY, SAMPLES, SampleOptions(limits=[budget] * len(few) * SAMPLES))
+  limits = np.where(first.finished, 0, RESPONSE)
+
+  def go_on(slots, parts=1):
+    options = SampleOptions(limits=limits, beginnings=beginnings_of(first, parts))
+    return make(slots=slots, continues=True).session(newer.params, KEY, SAMPLES).run(few, options)
+
+  out = go_on(16)
+  assert_same(go_on(4), out)
+  goes_on = ~first.finished
+  assert 8 < goes_on.sum() < goes_on.size  # some have ended, and are scored
+  np.testing.assert_array_equal(out.lengths[~goes_on], first.lengths[~goes_on])
+  assert out.finished[~goes_on].all()
+  assert (out.finished | (out.lengths == RESPONSE)).all()
+  np.testing.assert_array_equal(out.tokens[:, :budget], first.tokens[:, :budget])
+  np.testing.assert_array_equal(out.logprobs[:, :budget], first.logprobs[:, :budget])
+  texts = [
+    [*few[row // SAMPLES][1].ids, *response[:length]]
+    for row, (response, length) in enumerate(zip(out.tokens, out.lengths, strict=True))
+  ]
+  counts = out.lengths - first.lengths
+  for row, logps in enumerate(score(newer, texts, counts)):
+    np.testing.assert_allclose(out.logprobs[row, first.lengths[row] : out.lengths[row]], logps, atol=1e-4)
+  rows = np.flatnonzero(out.scorable)
+  assert len(rows) >= 4
+  spliced = [
+    splice_by_hand(policy.tokenizer, few[row // SAMPLES][1], out.tokens[row, : out.lengths[row]].tolist())
+    for row in rows
+  ]
+  expected = score(newer, spliced, [len(few[row // SAMPLES][1].reference) for row in rows])
+  for row, logps in zip(rows, expected, strict=True):
+    np.testing.assert_allclose(out.reference_logps[row][out.reference_mask[row]], logps, atol=1e-4)
+  again = go_on(16, parts=2)  # another part has other random numbers
+  assert np.mean(again.tokens[goes_on, budget] == out.tokens[goes_on, budget]) < 0.7
 
 
 def test_another_batch_than_the_one_that_has_begun(make, policy, draws):

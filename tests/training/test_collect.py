@@ -4,8 +4,10 @@ import dataclasses
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from rlpr_jax import config, filtering, types, validation
 from rlpr_jax.data.pipeline import PromptStream
@@ -19,6 +21,7 @@ from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.training.collect import collect, compute_advantages
 from rlpr_jax.training.reward import RewardSettings
 from rlpr_jax.training.run import Run
+from rlpr_jax.training.state import none_unfinished
 from rlpr_jax.types import Evidence, Prompt, Rewards, TrainState
 
 LIMIT, RESPONSE, SAMPLES = 8, 6, 4
@@ -50,12 +53,22 @@ def batch(policy):
 
 def collected(policy, needed, keep_rate=1.0):
   """The prompts, what a step makes of at most two draws of them, and how many were drawn."""
+  run, state = begun(policy, needed)
+  stream = Stream(run.prompts)
+  return run.prompts, collect(run, state, stream, StopRequest(), keep_rate), stream.drawn
+
+
+def begun(policy, needed, **rollout):
+  """A run of prompts of every kind, and its state before the first step."""
   c = config.default()
   c.prompts_per_step, c.max_draws, c.samples_per_prompt = needed, 2, SAMPLES
+  c.rollout.max_response_length = RESPONSE
+  c.rollout.update(rollout)
   c.rollout.prompts_per_draw, c.data.prompt_limit = 4, LIMIT
   c.reward.kind = "random"  # every group spreads, whatever was sampled
   settings = DecodeSettings(4, (policy.tokenizer.eos_token_id,))
-  device = Device(policy.model, settings, Shapes(16, LIMIT, RESPONSE, 8, 4, 2, 4, 4))
+  shapes = Shapes(16, LIMIT, RESPONSE, 8, 4, 2, 4, 4, continues=c.rollout.carry == "partial")
+  device = Device(policy.model, settings, shapes)
   engine = Engine(device, policy.tokenizer, "think", baseline_prefix="bare")
   good = Prompt(ids=np.arange(10, 15, dtype=np.int32), reference="7", source="test")
   prompts = [
@@ -65,6 +78,7 @@ def collected(policy, needed, keep_rate=1.0):
   run = Run(**dict.fromkeys(Run._fields))._replace(
     config=c,
     engine=engine,
+    prompts=prompts,
     policy=SimpleNamespace(sampling_params=lambda params: params),
     key=jax.random.key(0),
     filter=filtering.FilterConfig(kind="off"),
@@ -83,9 +97,9 @@ def collected(policy, needed, keep_rate=1.0):
     averaged={},
     carried=nothing,
     stream={},
+    unfinished=none_unfinished(c),
   )
-  stream = Stream(prompts)
-  return prompts, collect(run, state, stream, StopRequest(), keep_rate), stream.drawn
+  return run, state
 
 
 @pytest.mark.parametrize(("needed", "drawn"), [(2, 4), (3, 8), (4, 8)])
@@ -103,6 +117,54 @@ def test_a_draw_that_begins_ahead_changes_nothing_but_time(policy, needed, drawn
   for ours, theirs in zip(jax.tree.leaves(waits[1].groups), jax.tree.leaves(begins[1].groups), strict=True):
     np.testing.assert_array_equal(ours, theirs)
   assert str(waits[1].rollouts) == str(begins[1].rollouts)  # some spreads are NaN
+
+
+@pytest.mark.parametrize(("staleness", "lengths"), [(1, [2, 6]), (2, [2, 4, 6])])
+def test_groups_go_on_in_the_next_step(policy, staleness, lengths):
+  """Steps by different policies, of which each gives two tokens, and the last allowed one all that are left."""
+  run, state = begun(policy, needed=100, carry="partial", carry_tokens=2, max_staleness=staleness)
+  run.config.max_draws = 1
+  stream, found = Stream(run.prompts), []
+  for step in range(len(lengths)):
+    params = jax.tree.map(lambda x, step=step: (1 + 0.02 * step) * x, policy.params)
+    state = state._replace(step=step, params=params)
+    batch = collect(run, state, stream, StopRequest())
+    state = state._replace(unfinished=batch.unfinished)
+    found.append(batch)
+    oldest = batch.unfinished.take(batch.unfinished.parts == step + 1)
+    if step < len(lengths) - 1:
+      assert batch.groups.num_groups == 0
+      assert oldest.draws.tolist() == oldest.rows.tolist() == [0, 2]  # those that can be read
+      np.testing.assert_array_equal(oldest.finished | (oldest.lengths == lengths[step]), True)
+      assert batch.metrics["rollout/unfinished_groups"] == batch.unfinished.num_groups
+    else:
+      assert not oldest.num_groups
+  last, before = found[-1], found[-2].unfinished
+  old = before.take(before.parts == len(lengths) - 1)
+  groups = last.groups
+  assert groups.num_groups == 2
+  assert (groups.lengths == 6).any()
+  begun_with = np.arange(RESPONSE) < old.lengths[..., None]
+  for name in ("tokens", "logprobs"):
+    np.testing.assert_array_equal(getattr(groups, name)[begun_with], getattr(old, name)[begun_with])
+  # Every token by one pass over the whole text by the policy of its step.
+  for k, (row, response) in enumerate(zip(old.rows, groups.tokens, strict=True)):
+    prompt = run.prompts[row].ids
+    for g, length in enumerate(groups.lengths[k]):
+      text = np.concatenate([prompt, response[g, :length]])
+      for t in range(length):
+        step = old.steps[k, g, t] if begun_with[k, g, t] else len(lengths) - 1
+        assert step == min(t // 2, len(lengths) - 1)
+        decoder = nnx.merge(policy.model, jax.tree.map(lambda x, step=step: (1 + 0.02 * step) * x, policy.params))
+        tokens = jnp.asarray(text[None, : len(prompt) + t])
+        hidden = decoder(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens))
+        logps = jax.nn.log_softmax(decoder.logits(hidden)[0, -1])
+        assert groups.logprobs[k, g, t] == pytest.approx(float(logps[response[g, t]]), abs=1e-4)
+  ages = np.concatenate(
+    [[len(lengths) - 1 - min(t // 2, len(lengths) - 1) for t in range(n)] for n in groups.lengths.flat]
+  )
+  assert last.metrics["rollout/staleness"] == pytest.approx(ages.mean())
+  assert last.metrics["rollout/stale_tokens"] == pytest.approx(np.mean(ages > 0))
 
 
 def test_refused_prompts_are_counted_and_never_trained_on(batch):

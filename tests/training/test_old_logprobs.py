@@ -7,7 +7,7 @@ import pytest
 from rlpr_jax.runs.metrics import compilations
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
-from rlpr_jax.training.old_logprobs import resolve_old_logprobs, sampler_gap, trainer_logprobs
+from rlpr_jax.training.old_logprobs import importance_weights, resolve_old_logprobs, sampler_gap, trainer_logprobs
 from tests.training.groups import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
 from tests.training.groups import trainer_logprobs as of_rows
 
@@ -78,6 +78,29 @@ def test_who_the_ratios_start_from(exact, trainer, choice, shift, recomputed):
   for name, field in groups._asdict().items():
     if name not in ("logprobs", "answers"):
       np.testing.assert_array_equal(field, getattr(exact, name))
+
+
+def test_tokens_count_as_often_as_the_trainer_would_have_drawn_them(exact, trainer):
+  """Of a sampler that found some tokens too probable and others too improbable, some of these by more than the cap."""
+  rng = np.random.default_rng(1)
+  shift = rng.normal(0, 0.6, exact.logprobs.shape)
+  shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + shift).astype(np.float32))
+  groups, metrics = resolve_old_logprobs(shifted, trainer, "auto", limit=0.01, cap=1.5)
+  expected = np.where(beyond(exact), 1, np.minimum(np.exp(-shift), 1.5))
+  np.testing.assert_allclose(groups.importance, expected, atol=1e-4)
+  np.testing.assert_allclose(groups.logprobs, exact.logprobs, atol=1e-5)  # ratios start from the trainer
+  assert metrics["importance"] == pytest.approx(expected[~beyond(exact)].mean(), abs=1e-4)
+  assert metrics["truncated"] == pytest.approx(np.mean(shift[~beyond(exact)] < -np.log(1.5)))
+  assert 0 < metrics["truncated"] < 1
+  untouched, metrics = resolve_old_logprobs(shifted, trainer, "sampler", limit=0.01, cap=1.5)
+  assert untouched.importance is None
+  assert "importance" not in metrics
+
+
+def test_importance_weights_of_nothing():
+  weights, metrics = importance_weights(np.zeros((2, 3), np.float32), np.full((2, 3), np.nan, np.float32), 2.0)
+  np.testing.assert_array_equal(weights, 1)
+  assert metrics == {"importance": 1.0, "truncated": 0.0}
 
 
 def test_log_probabilities_that_are_not_finite_are_computed_anew(exact, trainer):

@@ -19,6 +19,7 @@ from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, decode,
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs, row_logprobs
+from rlpr_jax.training.old_logprobs import importance_weights
 from rlpr_jax.training.optimizer import clipped_optimizer, learning_rate
 from rlpr_jax.training.packing import Branch, PackingSettings, Piece, Tree
 from rlpr_jax.training.update import (
@@ -378,6 +379,28 @@ def test_rows_of_the_papers_lengths_are_full():
   read = np.sum(rows.positions >= 0)
   alone = sum(tree.stem.size + branch.tokens.size for tree in trees for branch in tree.branches)
   assert alone / read > 1.2
+
+
+def test_the_loss_of_mixed_policies_against_float64(policy, groups):
+  """Tokens by several policies: ratios start from the trainer's, each counts min(trainer / sampler, cap) times."""
+  rng = np.random.default_rng(3)
+  sampler = -rng.exponential(2.0, groups.logprobs.shape)
+  importance, _ = importance_weights(sampler.astype(np.float32), groups.logprobs, cap=2.0)
+  rows = padded(groups._replace(importance=importance), 3, "token_mean")
+  logps = np.asarray(trainer_logprobs(policy.model, policy.params, rows)[0], np.float64)
+  loss, _ = grpo.policy_loss(
+    logps, rows.old_logprobs, rows.advantages, rows.mask, clip_low=0.2, clip_high=0.27, weights=rows.weights
+  )
+  total, tokens = 0.0, int(groups.lengths.sum())
+  for row, (k, g) in enumerate(np.ndindex(groups.lengths.shape)):
+    start = groups.prompt_lengths[k]
+    for t in range(groups.lengths[k, g]):
+      old, advantage = float(groups.logprobs[k, g, t]), float(groups.advantages[k, g])
+      ratio, weight = np.exp(logps[row, start + t] - old), min(np.exp(old - sampler[k, g, t]), 2.0)
+      total -= weight * min(ratio * advantage, np.clip(ratio, 0.8, 1.27) * advantage) / tokens
+  assert float(loss) == pytest.approx(total, rel=1e-5)
+  unweighted = padded(groups, 3, "token_mean")
+  assert not np.allclose(unweighted.advantages, rows.advantages)
 
 
 def test_own_answers_have_the_advantage_they_are_credited_with():
