@@ -152,7 +152,10 @@ FIELDS = {
     choices=("none", "partial"),
   ),
   "rollout.carry_tokens": Field(
-    1024, "of partial: new tokens of a response in a draw, at most", at_least=1, at_most=_SIZE
+    2048,
+    "of partial: new tokens of a response in a draw, at most; of other groups fewer, down to a 32nd, to end together",
+    at_least=1,
+    at_most=_SIZE,
   ),
   "rollout.max_staleness": Field(
     1, "of partial: draws after its first in which a response may go on; in the last it runs to its end", at_least=1

@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from rlpr_jax import command_line, huggingface, validation
 from rlpr_jax import config as configs
 from rlpr_jax.errors import INTERRUPTED, MACHINE, USAGE, InputError, MachineError, exit_with_one_line
-from rlpr_jax.planning import compiler, hardware, table
+from rlpr_jax.planning import compiler, estimate, hardware, table
 from rlpr_jax.planning.estimate import Lengths
 from rlpr_jax.runs.storage import write_atomically
 
@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       min(given.response_tokens, config.rollout.max_response_length),
       min(given.reference_tokens, config.data.max_reference_length),
       given.draws,
+      given.response_spread,
     )
     plans = []
     for place, environment in zip(places, environments, strict=True):
@@ -89,6 +90,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer(name, tokens, what, lower_bound=1, flag_values=given)
   flags.DEFINE_float(
     "draws", 1.0, "Draws of prompts a step: above 1 where the filter drops many.", lower_bound=0, flag_values=given
+  )
+  flags.DEFINE_float(
+    "response_spread",
+    estimate.SPREAD,
+    "Standard deviation of the logarithm of a response's tokens: 0 where all are of one length.",
+    lower_bound=0,
+    flag_values=given,
   )
   return given
 

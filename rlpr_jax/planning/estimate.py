@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlpr_jax.models import Reader, kernels, ragged
-from rlpr_jax.planning import flops
+from rlpr_jax.planning import flops, queue
 from rlpr_jax.planning.compiler import Compiled
 from rlpr_jax.planning.hardware import Chip
 from rlpr_jax.planning.programs import WITHOUT_ATTENTION, Layout, Program, copies_to_sample, device_bytes
@@ -21,7 +21,7 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.packing import Branch, Tree
 from rlpr_jax.training.settings import rollout_shapes, row_length, text_row_length
 
-SPREAD = 0.6  # standard deviation of the logarithm of the lengths of prompts and responses
+SPREAD = 0.6  # standard deviation of the logarithm of lengths, where nothing else is said
 
 
 class Lengths(NamedTuple):
@@ -31,6 +31,7 @@ class Lengths(NamedTuple):
   response: int
   reference: int  # of an answer that is scored, with what is around it
   draws: float  # of `prompts_per_draw` prompts that a step takes
+  spread: float = SPREAD  # standard deviation of the logarithm of the lengths of responses
 
 
 class Sizes(NamedTuple):
@@ -118,12 +119,24 @@ def draw_lengths(config: ConfigDict, lengths: Lengths, groups: int) -> list[tupl
   """Tokens of prompts and of each one's responses, log-normal as those of a run are."""
   rng = np.random.default_rng(0)
 
-  def draw(mean: int, most: int, count: int) -> np.ndarray:
-    return np.clip(np.round(rng.lognormal(np.log(mean) - SPREAD**2 / 2, SPREAD, count)), 1, most).astype(int)
+  def draw(mean: int, spread: float, most: int, count: int) -> np.ndarray:
+    return np.clip(np.round(rng.lognormal(np.log(mean) - spread**2 / 2, spread, count)), 1, most).astype(int)
 
-  prompts = draw(lengths.prompt, config.data.prompt_limit, groups)
-  responses = draw(lengths.response, config.rollout.max_response_length, groups * config.samples_per_prompt)
+  prompts = draw(lengths.prompt, SPREAD, config.data.prompt_limit, groups)
+  most, responses_each = config.rollout.max_response_length, config.samples_per_prompt
+  responses = draw(lengths.response, lengths.spread, most, groups * responses_each)
   return list(zip(prompts.tolist(), responses.reshape(groups, -1).tolist(), strict=True))
+
+
+def queue_of(layout: Layout, lengths: Lengths, slots: int) -> queue.Queue:
+  """What the slots of a process do in a step, with lengths log-normal as those of a run are.
+
+  Args:
+    slots: of a process.
+  """
+  config = layout.config
+  groups = [responses for _, responses in draw_lengths(config, lengths, config.rollout.prompts_per_draw)]
+  return queue.simulate(config, groups, slots, layout.processes, lengths.draws)
 
 
 class Exchanged(NamedTuple):
@@ -242,14 +255,16 @@ def rooflines(
       overlap=overlap,
     )
 
-  # Slots are taken until no response is left; the last one to begin is as long as it may be.
-  steps = responses * lengths.response / sizes.slots + layout.config.rollout.max_response_length - lengths.response
-  read = tokens_read(layout, lengths, busy=responses * lengths.response / (steps * sizes.slots))
+  decoding = queue_of(layout, lengths, sizes.slots)
+  steps = decoding.steps
+  read = tokens_read(layout, lengths, busy=decoding.occupancy(sizes.slots))
+  # A response that goes on is read with what there is of it.
+  again = decoding.read_again * (1 + config.rollout.carry_tokens / lengths.prompt)
   filled = sizes.slot_bytes * read.decoding / shapes.capacity
   scored = sizes.slot_bytes * read.scoring / shapes.capacity * shapes.score_rows / sizes.slots
   parts = {
-    "prefill": part("prefill", prompts / shapes.prefill_rows, weights),
-    "insert": part("insert", responses / shapes.insert_rows, 0.0),
+    "prefill": part("prefill", (prompts + again) / shapes.prefill_rows, weights),
+    "insert": part("insert", (responses + decoding.read_again) / shapes.insert_rows, 0.0),
     "decode": part("decode", steps / shapes.steps, shapes.steps * (weights + filled)),
     "score": part("score", responses / shapes.score_rows, weights + scored),
     "update": part(

@@ -273,6 +273,7 @@ def step_of(
   seconds = sum(part.seconds for part in parts.values())
   return {
     "micro_batches": estimate.micro_batches(planner.layout, micro_batch_rows, lengths),
+    "occupancy": estimate.queue_of(planner.layout, lengths, slots).occupancy(slots),
     "parts": {name: part._asdict() | {"seconds": part.seconds} for name, part in parts.items()},
     "seconds": seconds,
     "device_hours": seconds * planner.config.steps * planner.place.chips / 3600,

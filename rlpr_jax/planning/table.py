@@ -57,7 +57,8 @@ def _step(step: dict[str, Any], lengths: dict[str, float], steps: int) -> list[s
     "",
     f"A step: {step['seconds']:.1f} s; {steps} steps: {step['device_hours']:.0f} chip-hours. {_ROOFLINE}",
     f"Assumed: prompts of {lengths['prompt']} and responses of {lengths['response']} tokens on average,"
-    f" references of {lengths['reference']}, {lengths['draws']:g} draws of prompts a step.",
+    f" references of {lengths['reference']}, {lengths['draws']:g} draws of prompts a step. With responses of log-normal"
+    f" length (spread {lengths['spread']:g}) {step['occupancy']:.0%} of the slots are busy.",
   ]
 
 

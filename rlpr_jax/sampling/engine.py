@@ -176,16 +176,18 @@ class Session:
     return sum(request.tokens.size for request in self.begun)
 
   def _add(self, draws: Draws, options: SampleOptions) -> list[Request]:
-    requests: list[Request] = []
     most = self.engine.device.shapes.max_response_length
     limits = [most] * (len(draws) * self.samples) if options.limits is None else options.limits
-    for draw, prompt in draws:
-      of_prompt = slice(len(requests), len(requests) + self.samples)
-      begun = [beginning for beginning in options.beginnings[of_prompt] if beginning]
-      requests += self.scheduler.add(
-        prompt, draw, limits[of_prompt], self.engine.sampling, options.stop, beginnings=begun
+    of_each = [slice(p * self.samples, (p + 1) * self.samples) for p in range(len(draws))]
+    requests: dict[int, list[Request]] = {}
+    # What may take longest comes first, so that little is left when slots run free.
+    for p in sorted(range(len(draws)), key=lambda p: -max(limits[of_each[p]])):
+      draw, prompt = draws[p]
+      begun = [beginning for beginning in options.beginnings[of_each[p]] if beginning]
+      requests[p] = self.scheduler.add(
+        prompt, draw, limits[of_each[p]], self.engine.sampling, options.stop, beginnings=begun
       )
-    return requests
+    return [request for p in range(len(draws)) for request in requests[p]]
 
   def _rollouts(self, requests: Sequence[Request], clock: Clock) -> Rollouts:
     engine, shapes, total = self.engine, self.engine.device.shapes, len(requests)

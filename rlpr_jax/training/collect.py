@@ -126,7 +126,7 @@ def draw(
   """Samples, scores and rewards responses to some prompts, and says which groups to keep.
 
   Args:
-    state: its unfinished groups, if it has any, are those of the first prompts.
+    state: its unfinished groups, if it has any, are among the prompts.
     params: as the sampler reads them.
     ahead: the prompts that come next, if they are known.
 
@@ -142,8 +142,8 @@ def draw(
   with contextlib.suppress(StoppedError):
     options = SampleOptions(interrupted=stop.__bool__)
     if state.unfinished is not None:
-      limits = carrying.limits(config, state.unfinished, len(prompts))
-      beginnings = carrying.beginnings(state.unfinished, len(prompts))
+      limits = carrying.limits(config, state.unfinished, numbered)
+      beginnings = carrying.beginnings(state.unfinished, numbered)
       options = dataclasses.replace(
         options,
         limits=[limit for of_prompt in processes.share(limits.tolist()) for limit in of_prompt],

@@ -1,0 +1,110 @@
+"""How long the slots take for a step's responses, and how many of them are busy meanwhile: the scheduler by counting.
+
+Nothing is compiled or sampled. Responses take a slot in the order in which they come, and leave it a call after the one
+in which they ended, as in `sampling.scheduler`; lengths are drawn.
+"""
+
+import heapq
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+from ml_collections import ConfigDict
+
+from rlpr_jax.training.carrying import budget, mix
+
+Item = TypeVar("Item")
+_DRAWS, _FIRST = 6, 2  # that are simulated where groups go on, and those before which a run settles
+
+
+class Queue(NamedTuple):
+  """What the slots of a process do in a training step."""
+
+  steps: float  # of decoding
+  tokens: float  # that are drawn
+  read_again: float  # texts that are read because a response goes on
+
+  def occupancy(self, slots: int) -> float:
+    """Share of the slots with a response that went on, on average over the steps."""
+    return self.tokens / (self.steps * slots) if self.steps else 0.0
+
+
+def decode_calls(lengths: Sequence[int], slots: int, tokens: int) -> int:
+  """Calls of the decoding program, of so many tokens each, until responses of such lengths have ended.
+
+  >>> decode_calls([8, 2, 2, 2], slots=2, tokens=2)  # the slot of a response of two is free in the next call but one
+  5
+  """
+  free, last = [0] * slots, 0
+  for length in lengths:
+    end = heapq.heappop(free) + max(math.ceil(length / tokens), 1)
+    last = max(last, end)
+    heapq.heappush(free, end + 1)
+  return last
+
+
+def simulate(config: ConfigDict, groups: Sequence[Sequence[int]], slots: int, processes: int, draws: float) -> Queue:
+  """A training step's decoding by one of so many processes, of the mean one where they differ.
+
+  Args:
+    groups: tokens of each response of each group of a draw.
+    slots: of a process.
+    draws: that a step takes, on average.
+  """
+  tokens = config.rollout.decode_steps
+  if not draws:
+    return Queue(0.0, 0.0, 0.0)
+  if config.rollout.carry == "none":
+    most = math.ceil(draws)  # the next draw begins in the slots that one leaves free
+    calls = sum(
+      decode_calls([n for group in share * most for n in group], slots, tokens) for share in _shares(groups, processes)
+    )
+    drawn = sum(map(sum, groups)) * draws / processes
+    return Queue(calls * tokens / processes * draws / most, drawn, 0.0)
+  waiting: list[_Begun] = []
+  calls, drawn, again = 0, 0, 0
+  for draw in range(_DRAWS):
+    new = [_Begun(draw * len(groups) + i, 0, list(group), [0] * len(group)) for i, group in enumerate(groups)]
+    every = mix(waiting, new)
+    if draw >= _FIRST:
+      for share in _shares(every, processes):
+        in_order = sorted(share, key=lambda group: -max(group.limits(config)))
+        calls += decode_calls([n for group in in_order for n in group.work(config)], slots, tokens)
+      drawn += sum(sum(group.work(config)) for group in every)
+      again += sum(len(group.left) for group in waiting)
+    waiting = [group for group in (group.after(config) for group in every) if any(group.left)]
+  each = draws / ((_DRAWS - _FIRST) * processes)
+  return Queue(calls * tokens * each, drawn * each, again * each)
+
+
+class _Begun(NamedTuple):
+  """A group in a draw; tokens of each of its responses."""
+
+  number: int
+  parts: int  # draws that it was in
+  left: list[int]
+  done: list[int]
+
+  def limits(self, config: ConfigDict) -> list[int]:
+    """New tokens that responses may get in this draw."""
+    most, tokens = config.rollout.max_response_length, budget(self.number, config.rollout.carry_tokens)
+    is_last = self.parts >= config.rollout.max_staleness
+    room = [most - done if left else 0 for left, done in zip(self.left, self.done, strict=True)]
+    return room if is_last else [min(tokens, n) for n in room]
+
+  def work(self, config: ConfigDict) -> list[int]:
+    """Those that they get."""
+    return [min(left, limit) for left, limit in zip(self.left, self.limits(config), strict=True)]
+
+  def after(self, config: ConfigDict) -> "_Begun":
+    """The group after this draw."""
+    drawn = self.work(config)
+    left = [n - more for n, more in zip(self.left, drawn, strict=True)]
+    done = [n + more for n, more in zip(self.done, drawn, strict=True)]
+    return _Begun(self.number, self.parts + 1, left, done)
+
+
+def _shares(groups: Sequence[Item], processes: int) -> list[Sequence[Item]]:
+  """The groups of each process."""
+  size = -(-len(groups) // processes)
+  return [groups[first : first + size] for first in range(0, len(groups), size)]

@@ -1,0 +1,144 @@
+"""The queue that plans count with, against the real scheduler on a device that only counts tokens."""
+
+import jax
+import numpy as np
+import pytest
+
+from rlpr_jax.config import default
+from rlpr_jax.planning.queue import decode_calls, simulate
+from rlpr_jax.sampling.decode import DecodeSettings, Prefilled, Slots
+from rlpr_jax.sampling.device import Device
+from rlpr_jax.sampling.params import SamplingParams, stack
+from rlpr_jax.sampling.scheduler import Scheduler
+from rlpr_jax.sampling.shapes import Shapes
+from rlpr_jax.splicing import Splice
+from rlpr_jax.types import Prompt
+
+SAMPLES, LIMIT = 4, 64
+
+
+class CountingDevice(Device):
+  """A response ends after as many tokens as it was told, and nothing is computed."""
+
+  def __init__(self, shapes, lengths):
+    """`lengths`: of each draw's samples."""
+    own = {"shapes": shapes, "settings": DecodeSettings(shapes.steps, ())}
+    own |= {"lengths": lengths, "ends": np.zeros(shapes.slots, np.int32)}
+    for name, value in own.items():
+      object.__setattr__(self, name, value)
+
+  def empty_slots(self, params):
+    slots = self.shapes.slots
+    zeros, tokens = np.zeros(slots, np.int32), np.zeros((slots, LIMIT), np.int32)
+    return Slots(
+      cache=None, lengths=zeros, hidden=zeros, keys=zeros, limits=zeros, sampling=stack([SamplingParams()] * slots),
+      tokens=tokens, logprobs=tokens.astype(np.float32), counts=zeros, finished=zeros > 0, active=zeros > 0,
+    )  # fmt: skip
+
+  def prefill(self, params, prompts, width):
+    return Prefilled(None, None, np.array([len(prompt.ids) for prompt in prompts], np.int32))
+
+  def insert(self, params, slots, prompts, key, entries):
+    slots = jax.tree.map(np.array, slots)
+    for entry in entries:
+      slots.lengths[entry.slot], slots.counts[entry.slot] = prompts.lengths[entry.row], 0
+      slots.limits[entry.slot], slots.active[entry.slot] = entry.limit, entry.limit > 0
+      self.ends[entry.slot] = self.lengths[entry.draw][entry.sample]
+    return slots
+
+  def move(self, params, slots, pairs, rows):
+    slots = jax.tree.map(np.array, slots)
+    for old, new in pairs:
+      for x in (*jax.tree.leaves(slots), self.ends):
+        x[new] = x[old]
+      slots.active[old] = False
+    return slots
+
+  def decode(self, params, slots, rows, kv_length, one=False):
+    slots = jax.tree.map(np.array, slots)
+    drawn = np.where(slots.active, np.minimum(self.shapes.steps, np.minimum(self.ends, slots.limits) - slots.counts), 0)
+    counts = slots.counts + drawn
+    finished = slots.active & (counts >= self.ends)
+    return slots._replace(
+      counts=counts,
+      lengths=slots.lengths + drawn,
+      finished=slots.finished | finished,
+      active=slots.active & ~finished & (counts < slots.limits),
+    )
+
+  def score(self, params, cache, suffixes, most, kv_length):
+    return [np.zeros(sum(suffix.mask), np.float32) for suffix in suffixes]
+
+
+def scheduler(lengths, slots, steps):
+  shapes = Shapes(
+    slots, prompt_limit=8, max_response_length=LIMIT, suffix_length=4, steps=steps, prefill_rows=2, score_rows=8,
+    insert_rows=SAMPLES,
+  )  # fmt: skip
+
+  def splice(prompt, response):
+    return [Splice(prefix_length=0, suffix_ids=[1, 2], answer_mask=[False, True])]
+
+  return Scheduler(CountingDevice(shapes, lengths), {}, jax.random.key(0), lambda tokens: "", splice)
+
+
+def drawn_lengths(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return np.clip(np.round(rng.lognormal(np.log(16), 0.6, (count, SAMPLES))), 1, LIMIT).astype(int).tolist()
+
+
+@pytest.mark.parametrize(("slots", "steps"), [(8, 1), (8, 4), (16, 5), (64, 4)])
+def test_calls_are_those_of_the_scheduler(slots, steps):
+  lengths = drawn_lengths(24)
+  queue = scheduler(lengths, slots, steps)
+  for draw in range(len(lengths)):
+    queue.add(Prompt(ids=np.arange(5, dtype=np.int32)), draw, [LIMIT] * SAMPLES, SamplingParams())
+  calls = 0
+  while queue.busy:
+    calls += bool(queue.running or queue.waiting)
+    queue.round()
+  every = [n for group in lengths for n in group]
+  assert queue.clock().slot_steps[0] == sum(every)
+  # The last call may end early, and one that only reads texts decodes nothing.
+  expected = decode_calls(every, slots, steps)
+  assert abs(calls - expected) <= 1
+  assert expected * steps - steps < queue.steps + steps <= (expected + 1) * steps
+
+
+def config_of(carry, budget=2048):
+  config = default()
+  config.rollout.carry, config.rollout.carry_tokens = carry, budget
+  return config
+
+
+def paper_lengths(count=96, seed=1):
+  """Of a process' share of the paper's draw on v5p:2x4x4: 768 tokens on average, 3,072 at most."""
+  rng = np.random.default_rng(seed)
+  lengths = rng.lognormal(np.log(768) - 0.18, 0.6, (count, 8))
+  return np.clip(np.round(lengths), 1, 3072).astype(int).tolist()
+
+
+def test_carrying_keeps_slots_busy():
+  """At the paper's sizes: what slots wait for is the longest response, and what goes on is waited for by nobody."""
+  lengths, slots = paper_lengths(), 120
+  alone, two, carried = (
+    simulate(config, lengths, slots, processes=1, draws=draws)
+    for config, draws in ((config_of("none"), 1.0), (config_of("none"), 2.0), (config_of("partial"), 1.0))
+  )
+  assert alone.occupancy(slots) < 0.75
+  assert two.occupancy(slots) > alone.occupancy(slots) + 0.05
+  assert carried.occupancy(slots) > 0.92
+  assert carried.tokens == pytest.approx(sum(map(sum, lengths)), rel=0.05)  # as much is drawn as ends
+  assert alone.read_again == 0 < carried.read_again
+
+
+def test_shares_of_processes_are_alike_where_groups_go_on():
+  lengths = paper_lengths(768)
+  one = simulate(config_of("partial"), lengths, 960, processes=1, draws=1.0)
+  eight = simulate(config_of("partial"), lengths, 120, processes=8, draws=1.0)
+  assert eight.steps == pytest.approx(one.steps, rel=0.1)
+  assert eight.tokens == pytest.approx(one.tokens / 8)
+
+
+def test_nothing_is_drawn():
+  assert simulate(config_of("none"), paper_lengths(2), 8, 1, draws=0.0).steps == 0
