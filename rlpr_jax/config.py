@@ -355,7 +355,11 @@ FIELDS = {
     choices=("auto", "sampler", "trainer"),
   ),
   "training.sampler_gap_limit": Field(
-    0.01, "of auto: largest mean of |ratio - 1| with which the sampler's are taken", at_least=0
+    0.01,
+    "of auto: largest share of tokens whose ratio is outside the clip range from the start with which the sampler's are"
+    " taken",
+    at_least=0,
+    at_most=1,
   ),
   "training.importance_cap": Field(
     0.0,

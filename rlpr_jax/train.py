@@ -255,7 +255,8 @@ def resolve_ratios(run: Run, state: TrainState, batch: StepBatch) -> tuple[StepB
     training_scorer(run, state.params),
     training.old_logprobs,
     training.sampler_gap_limit,
-    training.importance_cap,
+    clip=(training.clip_low, training.clip_high),
+    cap=training.importance_cap,
   )
   groups, size = packing.concatenate([groups.take(slice(batch.carried_in)), fresh]), batch.groups.num_groups
   batch = batch._replace(groups=groups.take(slice(size)), carried=groups.take(slice(size, None)))

@@ -615,22 +615,23 @@ def test_lora_trains_adapters_beside_a_base_that_stays(train, plain, base, tmp_p
 
 @pytest.mark.parametrize(
   ("choice", "limit", "recomputed"),
-  [("sampler", 0.01, False), ("trainer", 0.1, True), ("auto", 0.01, True), ("auto", 0.1, False)],
+  [("sampler", 0.01, False), ("trainer", 0.1, True), ("auto", 0.01, True), ("auto", 1.0, False)],
 )
 def test_ratios_start_from_the_log_probabilities_that_are_named(train, monkeypatch, choice, limit, recomputed):
-  """Of a sampler that finds each of its tokens a fiftieth likelier than it is."""
+  """Of a sampler that finds each of its tokens likelier than it is by two fifths: outside of the clip range."""
   honest = Session.run
 
   def run(*args, **settings):
     rollouts = honest(*args, **settings)
-    return rollouts._replace(logprobs=rollouts.logprobs + np.float32(np.log(1.02)))
+    return rollouts._replace(logprobs=rollouts.logprobs + np.float32(np.log(1.4)))
 
   monkeypatch.setattr(Session, "run", run)
   variant = train({"training.old_logprobs": choice, "training.sampler_gap_limit": limit})
   for row in variant.metrics.values():
-    assert row["sampler_gap/mean"] == pytest.approx(1 - 1 / 1.02, abs=1e-4)
+    assert row["sampler_gap/mean"] == pytest.approx(1 - 1 / 1.4, abs=1e-4)
+    assert row["sampler_gap/outside"] == 1
     assert row["sampler_gap/recomputed"] == recomputed
-    assert row["update/ratio_mean"] == pytest.approx(1 if recomputed else 1 / 1.02, abs=1e-4)
+    assert row["update/ratio_mean"] == pytest.approx(1 if recomputed else 1 / 1.4, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["adafactor", "muon", "sgd"])

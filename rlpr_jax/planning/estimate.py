@@ -135,7 +135,7 @@ def queue_of(layout: Layout, lengths: Lengths, slots: int) -> queue.Queue:
     slots: of a process.
   """
   config = layout.config
-  groups = [responses for _, responses in draw_lengths(config, lengths, config.rollout.prompts_per_draw)]
+  groups = [responses for _, responses in draw_lengths(config, lengths, queue.DRAWS * config.rollout.prompts_per_draw)]
   return queue.simulate(config, groups, slots, layout.processes, lengths.draws)
 
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from rlpr_jax.training.carrying import budget, mix
 
 Item = TypeVar("Item")
-_DRAWS, _FIRST = 6, 2  # that are simulated where groups go on, and those before which a run settles
+DRAWS = 6  # that are simulated where groups go on
+_FIRST = 2  # of them, in which a run settles
 
 
 class Queue(NamedTuple):
@@ -44,37 +45,38 @@ def decode_calls(lengths: Sequence[int], slots: int, tokens: int) -> int:
 
 
 def simulate(config: ConfigDict, groups: Sequence[Sequence[int]], slots: int, processes: int, draws: float) -> Queue:
-  """A training step's decoding by one of so many processes, of the mean one where they differ.
+  """A training step's decoding by each of so many processes, of which all wait for the slowest.
 
   Args:
-    groups: tokens of each response of each group of a draw.
+    groups: tokens of each response of each group of `DRAWS` draws.
     slots: of a process.
     draws: that a step takes, on average.
   """
-  tokens = config.rollout.decode_steps
+  tokens, each = config.rollout.decode_steps, config.rollout.prompts_per_draw
   if not draws:
     return Queue(0.0, 0.0, 0.0)
   if config.rollout.carry == "none":
-    most = math.ceil(draws)  # the next draw begins in the slots that one leaves free
-    calls = sum(
-      decode_calls([n for group in share * most for n in group], slots, tokens) for share in _shares(groups, processes)
-    )
-    drawn = sum(map(sum, groups)) * draws / processes
-    return Queue(calls * tokens / processes * draws / most, drawn, 0.0)
+    most = min(math.ceil(draws), DRAWS)  # the next draw begins in the slots that one leaves free
+    shares = [_shares(groups[draw * each : (draw + 1) * each], processes) for draw in range(most)]
+    of_each = [
+      [n for share in of_process for group in share for n in group] for of_process in zip(*shares, strict=True)
+    ]
+    calls = max(decode_calls(lengths, slots, tokens) for lengths in of_each)
+    return Queue(calls * tokens * draws / most, sum(map(sum, of_each)) * draws / (most * processes), 0.0)
   waiting: list[_Begun] = []
   calls, drawn, again = 0, 0, 0
-  for draw in range(_DRAWS):
-    new = [_Begun(draw * len(groups) + i, 0, list(group), [0] * len(group)) for i, group in enumerate(groups)]
-    every = mix(waiting, new)
+  for draw in range(DRAWS):
+    numbers = range(draw * each, (draw + 1) * each)
+    every = mix(waiting, [_Begun(i, 0, list(groups[i]), [0] * len(groups[i])) for i in numbers])
     if draw >= _FIRST:
-      for share in _shares(every, processes):
-        in_order = sorted(share, key=lambda group: -max(group.limits(config)))
-        calls += decode_calls([n for group in in_order for n in group.work(config)], slots, tokens)
+      in_order = [sorted(share, key=lambda group: -max(group.limits(config))) for share in _shares(every, processes)]
+      work = [[n for group in of_process for n in group.work(config)] for of_process in in_order]
+      calls += max(decode_calls(lengths, slots, tokens) for lengths in work)
       drawn += sum(sum(group.work(config)) for group in every)
       again += sum(len(group.left) for group in waiting)
     waiting = [group for group in (group.after(config) for group in every) if any(group.left)]
-  each = draws / ((_DRAWS - _FIRST) * processes)
-  return Queue(calls * tokens * each, drawn * each, again * each)
+  each_step = draws / (DRAWS - _FIRST)
+  return Queue(calls * tokens * each_step, drawn * each_step / processes, again * each_step / processes)
 
 
 class _Begun(NamedTuple):

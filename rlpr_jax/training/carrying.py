@@ -101,7 +101,7 @@ def beginnings(unfinished: Unfinished, numbered: Draws) -> list[list[Beginning |
     ]
 
   samples = unfinished.lengths.shape[1]
-  return [of_group(k) if k >= 0 else [None] * samples for k in places(unfinished, numbered)]
+  return [of_group(int(k)) if k >= 0 else [None] * samples for k in places(unfinished, numbered)]
 
 
 def limits(config: ConfigDict, unfinished: Unfinished, numbered: Draws) -> np.ndarray:

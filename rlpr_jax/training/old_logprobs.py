@@ -14,28 +14,36 @@ EDGES = (1e-4, 1e-3, 1e-2, 1e-1)  # of |ratio - 1|, for the histogram
 
 
 def resolve_old_logprobs(
-  groups: Groups, trainer: TextScorer, source: str, limit: float, cap: float = 0.0
+  groups: Groups,
+  trainer: TextScorer,
+  source: str,
+  limit: float,
+  clip: tuple[float, float] = (0.2, 0.27),
+  cap: float = 0.0,
 ) -> tuple[Groups, dict[str, float]]:
   """Gives groups that the trainer's policy has just sampled the log-probabilities that an update is to start from.
 
   Args:
-    source: `sampler`: those of the groups; `trainer`: computed anew; `auto`: the sampler's as long as the mean of
-      |ratio - 1| is at most `limit`, ratio = p(trainer) / p(sampler), looked at in one micro-batch.
+    source: `sampler`: those of the groups; `trainer`: computed anew; `auto`: the sampler's as long as the share of
+      tokens whose ratio = p(trainer) / p(sampler) is outside the clip range is at most `limit`, looked at in one
+      micro-batch. Of the others a ratio that is not 1 is the right one, for the sampler drew them; of those outside the
+      loss may see nothing.
+    clip: how far ratios may be under and over 1, as for `grpo.clipped_loss`.
     cap: with the trainer's, each token's advantage counts min(ratio, cap) times (truncated importance weights, arXiv
       1802.01561): what the sampler did not draw as often as the trainer would counts more. 0: once, as it is.
 
   Returns:
     the groups, and metrics: `mean` and `worst` of |ratio - 1|, `over_X` for the share of tokens where it is above X,
-    `recomputed`, 1 if the trainer's are taken, and with weights their mean, `importance`, and the share that was cut,
-    `truncated`.
+    `outside` for that outside the clip range, `recomputed`, 1 if the trainer's are taken, and with weights their mean,
+    `importance`, and the share that was cut, `truncated`.
   """
   if not groups.num_groups:
     return groups, {}
   logprobs = trainer_logprobs(groups, trainer, everything=source == "trainer")
-  metrics = sampler_gap(groups.logprobs, logprobs)
+  metrics = sampler_gap(groups.logprobs, logprobs, clip)
   if not metrics:  # a policy that is not finite; the update will say so
     return groups, {}
-  recomputed = source == "trainer" or (source == "auto" and not metrics["mean"] <= limit)
+  recomputed = source == "trainer" or (source == "auto" and not metrics["outside"] <= limit)
   if recomputed:
     if source == "auto":
       logprobs = trainer_logprobs(groups, trainer, everything=True)
@@ -63,7 +71,7 @@ def importance_weights(sampler: np.ndarray, trainer: np.ndarray, cap: float) -> 
   }
 
 
-def sampler_gap(sampler: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
+def sampler_gap(sampler: np.ndarray, trainer: np.ndarray, clip: tuple[float, float] = (0.2, 0.27)) -> dict[str, float]:
   """Measures how far two sets of log-probabilities are apart, where the second is known; {} if it is nowhere.
 
   >>> sampler_gap(np.log([0.5, 0.25, 0.9]), np.log([0.5, 0.5, np.nan]))["worst"]
@@ -72,10 +80,12 @@ def sampler_gap(sampler: np.ndarray, trainer: np.ndarray) -> dict[str, float]:
   known = ~np.isnan(trainer)
   if not known.any():
     return {}
-  apart = np.abs(np.expm1(trainer[known].astype(np.float64) - sampler[known]))
+  over = np.expm1(trainer[known].astype(np.float64) - sampler[known])
+  apart, (low, high) = np.abs(over), clip
   return {
     "mean": float(apart.mean()),
     "worst": float(apart.max()),
+    "outside": float(np.mean(~((over >= -low) & (over <= high)))),  # what is not a number is
     **{f"over_{edge:g}": float(np.mean(apart > edge)) for edge in EDGES},
   }
 

@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 
 from rlpr_jax.config import default
-from rlpr_jax.planning.queue import decode_calls, simulate
+from rlpr_jax.planning.queue import DRAWS, decode_calls, simulate
 from rlpr_jax.sampling.decode import DecodeSettings, Prefilled, Slots
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.params import SamplingParams, stack
-from rlpr_jax.sampling.scheduler import Scheduler
+from rlpr_jax.sampling.scheduler import Beginning, Scheduler
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.splicing import Splice
+from rlpr_jax.training.carrying import budget
 from rlpr_jax.types import Prompt
 
-SAMPLES, LIMIT = 4, 64
+SAMPLES, LIMIT, PROMPT = 4, 64, 5
 
 
 class CountingDevice(Device):
@@ -29,7 +30,7 @@ class CountingDevice(Device):
 
   def empty_slots(self, params):
     slots = self.shapes.slots
-    zeros, tokens = np.zeros(slots, np.int32), np.zeros((slots, LIMIT), np.int32)
+    zeros, tokens = np.zeros(slots, np.int32), np.zeros((slots, self.shapes.max_response_length), np.int32)
     return Slots(
       cache=None, lengths=zeros, hidden=zeros, keys=zeros, limits=zeros, sampling=stack([SamplingParams()] * slots),
       tokens=tokens, logprobs=tokens.astype(np.float32), counts=zeros, finished=zeros > 0, active=zeros > 0,
@@ -43,7 +44,9 @@ class CountingDevice(Device):
     for entry in entries:
       slots.lengths[entry.slot], slots.counts[entry.slot] = prompts.lengths[entry.row], 0
       slots.limits[entry.slot], slots.active[entry.slot] = entry.limit, entry.limit > 0
-      self.ends[entry.slot] = self.lengths[entry.draw][entry.sample]
+      of_group = self.lengths[entry.draw]
+      begun = prompts.lengths[entry.row] - PROMPT  # of a response that goes on, which has a sample's number of its own
+      self.ends[entry.slot] = of_group[entry.sample % len(of_group)] - begun
     return slots
 
   def move(self, params, slots, pairs, rows):
@@ -70,10 +73,10 @@ class CountingDevice(Device):
     return [np.zeros(sum(suffix.mask), np.float32) for suffix in suffixes]
 
 
-def scheduler(lengths, slots, steps):
+def scheduler(lengths, slots, steps, limit=LIMIT):
   shapes = Shapes(
-    slots, prompt_limit=8, max_response_length=LIMIT, suffix_length=4, steps=steps, prefill_rows=2, score_rows=8,
-    insert_rows=SAMPLES,
+    slots, prompt_limit=8, max_response_length=limit, suffix_length=4, steps=steps, prefill_rows=2, score_rows=8,
+    insert_rows=SAMPLES, continues=True,
   )  # fmt: skip
 
   def splice(prompt, response):
@@ -92,7 +95,7 @@ def test_calls_are_those_of_the_scheduler(slots, steps):
   lengths = drawn_lengths(24)
   queue = scheduler(lengths, slots, steps)
   for draw in range(len(lengths)):
-    queue.add(Prompt(ids=np.arange(5, dtype=np.int32)), draw, [LIMIT] * SAMPLES, SamplingParams())
+    queue.add(Prompt(ids=np.arange(PROMPT, dtype=np.int32)), draw, [LIMIT] * SAMPLES, SamplingParams())
   calls = 0
   while queue.busy:
     calls += bool(queue.running or queue.waiting)
@@ -105,16 +108,16 @@ def test_calls_are_those_of_the_scheduler(slots, steps):
   assert expected * steps - steps < queue.steps + steps <= (expected + 1) * steps
 
 
-def config_of(carry, budget=2048):
+def config_of(carry, each=96):
   config = default()
-  config.rollout.carry, config.rollout.carry_tokens = carry, budget
+  config.rollout.carry, config.rollout.prompts_per_draw = carry, each
   return config
 
 
-def paper_lengths(count=96, seed=1):
-  """Of a process' share of the paper's draw on v5p:2x4x4: 768 tokens on average, 3,072 at most."""
+def paper_lengths(each=96, seed=1):
+  """Of draws as large as a process' share of the paper's on v5p:2x4x4: 768 tokens on average, 3,072 at most."""
   rng = np.random.default_rng(seed)
-  lengths = rng.lognormal(np.log(768) - 0.18, 0.6, (count, 8))
+  lengths = rng.lognormal(np.log(768) - 0.18, 0.6, (DRAWS * each, 8))
   return np.clip(np.round(lengths), 1, 3072).astype(int).tolist()
 
 
@@ -128,17 +131,49 @@ def test_carrying_keeps_slots_busy():
   assert alone.occupancy(slots) < 0.75
   assert two.occupancy(slots) > alone.occupancy(slots) + 0.05
   assert carried.occupancy(slots) > 0.92
-  assert carried.tokens == pytest.approx(sum(map(sum, lengths)), rel=0.05)  # as much is drawn as ends
+  assert carried.tokens == pytest.approx(sum(map(sum, lengths)) / DRAWS, rel=0.05)  # as much is drawn as ends
   assert alone.read_again == 0 < carried.read_again
 
 
+def test_groups_go_on_as_in_the_scheduler():
+  """Draws at the paper's sizes by the scheduler itself: as many slots are busy as are counted."""
+  slots, each = 120, 48
+  config, lengths = config_of("partial", each), paper_lengths(each)
+  queue = scheduler(lengths, slots, config.rollout.decode_steps, limit=3072)
+  prompt, waiting, busy, steps = Prompt(ids=np.arange(PROMPT, dtype=np.int32)), {}, 0, 0
+  for draw in range(DRAWS):
+    done = waiting | {draw * each + i: (0, [0] * 8) for i in range(each)}
+    work = {}
+    for number, (parts, so_far) in done.items():
+      most = 3072 if parts else budget(number, config.rollout.carry_tokens)
+      work[number] = [0 if n == d else min(most, 3072 - d) for n, d in zip(lengths[number], so_far, strict=True)]
+    before = queue.clock()
+    for number in sorted(work, key=lambda number: -max(work[number])):
+      parts, so_far = done[number]
+      begun = [Beginning(np.zeros(n, np.int32), np.zeros(n, np.float32), parts=parts) for n in so_far if parts]
+      queue.add(prompt, number, work[number], SamplingParams(), beginnings=begun)
+    while queue.busy:
+      queue.round()
+    taken = (queue.clock() - before).slot_steps
+    busy, steps = busy + taken[0] * (draw >= 2), steps + taken[1] * (draw >= 2)
+    after = {
+      number: (parts + 1, [min(d + most, n) for d, most, n in zip(so_far, work[number], lengths[number], strict=True)])
+      for number, (parts, so_far) in done.items()
+    }
+    waiting = {number: group for number, group in after.items() if group[1] != lengths[number]}
+    assert all(parts == 1 for parts, _ in waiting.values())
+  counted = simulate(config, lengths, slots, processes=1, draws=1.0)
+  assert busy / steps == pytest.approx(counted.occupancy(slots), abs=0.005)
+  assert busy / steps > 0.9
+
+
 def test_shares_of_processes_are_alike_where_groups_go_on():
-  lengths = paper_lengths(768)
-  one = simulate(config_of("partial"), lengths, 960, processes=1, draws=1.0)
-  eight = simulate(config_of("partial"), lengths, 120, processes=8, draws=1.0)
+  config, lengths = config_of("partial", 768), paper_lengths(768)
+  one = simulate(config, lengths, 960, processes=1, draws=1.0)
+  eight = simulate(config, lengths, 120, processes=8, draws=1.0)
   assert eight.steps == pytest.approx(one.steps, rel=0.1)
   assert eight.tokens == pytest.approx(one.tokens / 8)
 
 
 def test_nothing_is_drawn():
-  assert simulate(config_of("none"), paper_lengths(2), 8, 1, draws=0.0).steps == 0
+  assert simulate(config_of("none", 2), paper_lengths(2), 8, 1, draws=0.0).steps == 0

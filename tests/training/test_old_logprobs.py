@@ -65,14 +65,15 @@ def test_gap_against_float64():
 
 @pytest.mark.parametrize(
   ("choice", "shift", "recomputed"),
-  [("auto", 0.0, 0), ("auto", 0.005, 0), ("auto", 0.05, 1), ("sampler", 0.05, 0), ("trainer", 0.0, 1)],
+  [("auto", 0.0, 0), ("auto", 0.15, 0), ("auto", 0.3, 1), ("auto", -0.3, 1), ("sampler", 0.3, 0), ("trainer", 0.0, 1)],
 )
 def test_who_the_ratios_start_from(exact, trainer, choice, shift, recomputed):
-  """A sampler that finds every token too probable by exp(shift)."""
+  """A sampler that finds every token too probable by exp(shift); the clip range ends at exp(-0.22) and exp(0.24)."""
   shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + np.float32(shift)))
   groups, metrics = resolve_old_logprobs(shifted, trainer, choice, limit=0.01)
   assert metrics["recomputed"] == recomputed
-  assert metrics["mean"] == pytest.approx(1 - np.exp(-shift), abs=1e-5)
+  assert metrics["mean"] == pytest.approx(abs(1 - np.exp(-shift)), abs=1e-5)
+  assert metrics["outside"] == (abs(shift) > 0.25)
   expected = exact.logprobs if recomputed else shifted.logprobs
   np.testing.assert_allclose(groups.logprobs, expected, atol=1e-5)
   for name, field in groups._asdict().items():
