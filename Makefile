@@ -14,7 +14,8 @@ LOCK := $(if $(filter $(OLDEST),$(VERSION)),requirements.txt,requirements-newest
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-.PHONY: quickstart seeds test test-newest test-newest-quick test-slow quick assets smollm2 libtpu cuda-compiler lint clean
+.PHONY: quickstart seeds test test-newest test-newest-quick test-slow quick assets smollm2 libtpu cuda-compiler docs \
+  lint clean
 
 quickstart: $(VENV)/ready  ## a tiny policy learns to reason, in minutes
 	$(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -43,7 +44,7 @@ quick: $(VENV)/ready-dev
 	$(BIN)/python -m rlpr_jax train --workdir=runs/quick --config.steps=2 --config.warm_start.steps=20 \
 	  --config.evaluation.prompts=40
 
-test-slow: assets  ## the slow tests alone
+test-slow: assets $(VENV)/ready-docs  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
 assets: $(VENV)/ready-dev  ## a real model and real tokenizers for the tests; what cannot be had is skipped there
@@ -64,13 +65,17 @@ cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.pla
 	$(INSTALL) --no-deps --target .cache/cuda \
 	  $$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("cuda"))')
 
+# The variable: the theme does not print that its last release will be in 2027.
+docs: $(VENV)/ready-docs  ## the documentation as a site, site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 lint: $(VENV)/ready-dev  ## style, and types of the modules that pyproject.toml lists
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv .venv-newest .cache runs
+	rm -rf .venv .venv-newest .cache runs site
 
 # Begun anew when it is another Python's. The stamp is named after its version.
 $(VENV)/python-$(VERSION):
@@ -91,4 +96,8 @@ $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	torch=$$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements-dev.txt); \
 	  test $(LOCK) != requirements.txt || $(INSTALL) "$$torch+cpu" 2>/dev/null || true
 	$(INSTALL) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/ready-docs: requirements-docs.txt $(VENV)/ready
+	$(INSTALL) -c $(LOCK) -r requirements-docs.txt
 	touch $@

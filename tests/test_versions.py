@@ -50,9 +50,10 @@ def test_a_lock_fits_the_ranges(lock):
       assert requirement.specifier.contains(pinned[requirement.name])
 
 
-def test_the_extra_for_development_has_what_the_tests_need():
-  needed = {canonicalize_name(requirement.name) for requirement in lines("requirements-dev.txt")}
-  assert needed == {canonicalize_name(Requirement(text).name) for text in EXTRAS["dev"]} - {"rlpr-jax"}
+@pytest.mark.parametrize("extra", ["dev", "docs"])
+def test_an_extra_for_development_has_what_its_file_pins(extra):
+  needed = {canonicalize_name(requirement.name) for requirement in lines(f"requirements-{extra}.txt")}
+  assert needed == {canonicalize_name(Requirement(text).name) for text in EXTRAS[extra]} - {"rlpr-jax"}
 
 
 def test_the_oldest_python():
