@@ -65,7 +65,7 @@ cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.pla
 	$(INSTALL) --no-deps --target .cache/cuda \
 	  $$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("cuda"))')
 
-# The variable: the theme does not print that its last release will be in 2027.
+# Without the variable the theme says at each build that it is maintained until May 2027.
 docs: $(VENV)/ready-docs  ## the documentation as a site, site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

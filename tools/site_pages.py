@@ -24,20 +24,20 @@ from rlpr_jax.fields import Field
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Pages from outside of docs/, by their names in the site.
 TOP_PAGES = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-# Modules in the reference, as what people import them for.
-MODULES = {
-  "config": "Making a config, and reading one.",
-  "rewards": "From probabilities of the reference answer to rewards. Pure functions.",
-  "grpo": "Advantages and the policy's loss. Pure functions.",
-  "filtering": "Which prompts are trained on. Pure functions.",
-  "splicing": "The reference answer in the place of the response's own.",
-  "types": "What travels through a step.",
-  "train": "A run from Python.",
-  "policy": "A run's model and tokenizer.",
-  "data.templates": "Prompts.",
-  "grading.graders": "Rules that grade an answer.",
-  "evaluation.config": "The config of an evaluation.",
-  "errors": "How programs end.",
+# Modules in the reference, and of which of their members: all that are public where none are named.
+MODULES: dict[str, tuple[str, ...]] = {
+  "config": (),
+  "rewards": (),
+  "grpo": (),
+  "filtering": (),
+  "splicing": (),
+  "types": (),
+  "train": ("train",),
+  "policy": (),
+  "data.templates": (),
+  "grading.graders": (),
+  "evaluation.config": (),
+  "errors": (),
 }
 # Fenced code, a code span, or the target of a link.
 _PIECES = re.compile(
@@ -234,8 +234,9 @@ def made_pages(host: str) -> dict[str, str]:
   pages = {page: (ROOT / source).read_text() for page, source in TOP_PAGES.items()}
   written = pages | {str(file.relative_to(ROOT / "docs")): file.read_text() for file in (ROOT / "docs").rglob("*.md")}
   pages["reference/fields.md"] = fields_page()
-  for module, what in MODULES.items():
-    pages[f"reference/{module}.md"] = f"# `{module}`\n\n{what}\n\n::: rlpr_jax.{module}\n"
+  for module, members in MODULES.items():
+    options = f"    options: {{members: [{', '.join(members)}]}}\n" if members else ""
+    pages[f"reference/{module}.md"] = f"# `{module}`\n\n::: rlpr_jax.{module}\n{options}"
   if not host:
     linked = {target for page, text in written.items() for link in links(text) if (target := target_of(link, page))}
     copied = {path for path in linked if page_of(path).startswith("source/")}
