@@ -152,7 +152,7 @@ FIELDS = {
     choices=("none", "partial"),
   ),
   "rollout.carry_tokens": Field(
-    2048,
+    3072,
     "of partial: new tokens of a response in a draw, at most; of other groups fewer, down to a 32nd, to end together",
     at_least=1,
     at_most=_SIZE,

@@ -184,11 +184,18 @@ class Unfinished(NamedTuple):
   logprobs: np.ndarray  # float32[K, G, T]
   steps: np.ndarray  # int32[K, G, T] training steps finished when the token was sampled
   finished: np.ndarray  # bool[K, G] those that have ended by EOS, and wait for others of their group
+  # As in `Rollouts`, of those that have ended; *M and E are those of the references.
+  scorable: np.ndarray  # bool[K, G]
+  overlong: np.ndarray  # bool[K, G]
+  reference_starts: np.ndarray  # int32[K, G]
+  reference_tokens: np.ndarray  # int32[K, G, *M, E]
+  reference_logps: np.ndarray  # float32[K, G, *M, E]
+  reference_mask: np.ndarray  # bool[K, G, *M, E]
 
   @classmethod
-  def empty(cls, samples: int, response_limit: int) -> "Unfinished":
-    """None of them."""
-    tokens = (0, samples, response_limit)
+  def empty(cls, samples: int, response_limit: int, suffix: tuple[int, ...] = (0,)) -> "Unfinished":
+    """None of them; `suffix`: [*M, E]."""
+    tokens, of_references = (0, samples, response_limit), (0, samples, *suffix)
     return cls(
       draws=np.zeros(0, np.uint32),
       rows=np.zeros(0, np.int32),
@@ -198,6 +205,12 @@ class Unfinished(NamedTuple):
       logprobs=np.zeros(tokens, np.float32),
       steps=np.zeros(tokens, np.int32),
       finished=np.zeros((0, samples), bool),
+      scorable=np.zeros((0, samples), bool),
+      overlong=np.zeros((0, samples), bool),
+      reference_starts=np.zeros((0, samples), np.int32),
+      reference_tokens=np.zeros(of_references, np.int32),
+      reference_logps=np.zeros(of_references, np.float32),
+      reference_mask=np.zeros(of_references, bool),
     )
 
   @property

@@ -258,13 +258,13 @@ def rooflines(
   decoding = queue_of(layout, lengths, sizes.slots)
   steps = decoding.steps
   read = tokens_read(layout, lengths, busy=decoding.occupancy(sizes.slots))
-  # A response that goes on is read with what there is of it.
-  again = decoding.read_again * (1 + config.rollout.carry_tokens / lengths.prompt)
+  # A response that goes on is read with its prompt and what there is of it.
+  again = decoding.texts_again + decoding.read_again / lengths.prompt
   filled = sizes.slot_bytes * read.decoding / shapes.capacity
   scored = sizes.slot_bytes * read.scoring / shapes.capacity * shapes.score_rows / sizes.slots
   parts = {
     "prefill": part("prefill", (prompts + again) / shapes.prefill_rows, weights),
-    "insert": part("insert", (responses + decoding.read_again) / shapes.insert_rows, 0.0),
+    "insert": part("insert", (responses + decoding.texts_again) / shapes.insert_rows, 0.0),
     "decode": part("decode", steps / shapes.steps, shapes.steps * (weights + filled)),
     "score": part("score", responses / shapes.score_rows, weights + scored),
     "update": part(

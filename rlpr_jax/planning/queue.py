@@ -23,7 +23,8 @@ class Queue(NamedTuple):
 
   steps: float  # of decoding
   tokens: float  # that are drawn
-  read_again: float  # texts that are read because a response goes on
+  read_again: float  # tokens of responses that are read because these go on
+  texts_again: float  # those responses
 
   def occupancy(self, slots: int) -> float:
     """Share of the slots with a response that went on, on average over the steps."""
@@ -54,7 +55,7 @@ def simulate(config: ConfigDict, groups: Sequence[Sequence[int]], slots: int, pr
   """
   tokens, each = config.rollout.decode_steps, config.rollout.prompts_per_draw
   if not draws:
-    return Queue(0.0, 0.0, 0.0)
+    return Queue(0.0, 0.0, 0.0, 0.0)
   if config.rollout.carry == "none":
     most = min(math.ceil(draws), DRAWS)  # the next draw begins in the slots that one leaves free
     shares = [_shares(groups[draw * each : (draw + 1) * each], processes) for draw in range(most)]
@@ -62,21 +63,23 @@ def simulate(config: ConfigDict, groups: Sequence[Sequence[int]], slots: int, pr
       [n for share in of_process for group in share for n in group] for of_process in zip(*shares, strict=True)
     ]
     calls = max(decode_calls(lengths, slots, tokens) for lengths in of_each)
-    return Queue(calls * tokens * draws / most, sum(map(sum, of_each)) * draws / (most * processes), 0.0)
+    return Queue(calls * tokens * draws / most, sum(map(sum, of_each)) * draws / (most * processes), 0.0, 0.0)
   waiting: list[_Begun] = []
-  calls, drawn, again = 0, 0, 0
+  calls, drawn, again, texts = 0, 0, 0, 0
   for draw in range(DRAWS):
     numbers = range(draw * each, (draw + 1) * each)
     every = mix(waiting, [_Begun(i, 0, list(groups[i]), [0] * len(groups[i])) for i in numbers])
     if draw >= _FIRST:
       in_order = [sorted(share, key=lambda group: -max(group.limits(config))) for share in _shares(every, processes)]
-      work = [[n for group in of_process for n in group.work(config)] for of_process in in_order]
+      work = [[n for group in of_process for n in group.work(config) if n] for of_process in in_order]
       calls += max(decode_calls(lengths, slots, tokens) for lengths in work)
       drawn += sum(sum(group.work(config)) for group in every)
-      again += sum(len(group.left) for group in waiting)
+      again += sum(done for group in waiting for left, done in zip(group.left, group.done, strict=True) if left)
+      texts += sum(left > 0 for group in waiting for left in group.left)
     waiting = [group for group in (group.after(config) for group in every) if any(group.left)]
   each_step = draws / (DRAWS - _FIRST)
-  return Queue(calls * tokens * each_step, drawn * each_step / processes, again * each_step / processes)
+  each_process = each_step / processes
+  return Queue(calls * tokens * each_step, drawn * each_process, again * each_process, texts * each_process)
 
 
 class _Begun(NamedTuple):
@@ -95,7 +98,7 @@ class _Begun(NamedTuple):
     return room if is_last else [min(tokens, n) for n in room]
 
   def work(self, config: ConfigDict) -> list[int]:
-    """Those that they get."""
+    """Those that they get; 0 where nothing is left."""
     return [min(left, limit) for left, limit in zip(self.left, self.limits(config), strict=True)]
 
   def after(self, config: ConfigDict) -> "_Begun":

@@ -39,7 +39,7 @@ class Beginning(NamedTuple):
 
   tokens: np.ndarray  # int32[N]
   logprobs: np.ndarray  # float32[N]
-  finished: bool = False  # it has ended, and is to be scored
+  finished: bool = False  # it has ended: nothing is left to do
   parts: int = 1  # in which it came, so that the next has random numbers of its own
 
 
@@ -179,6 +179,7 @@ class Scheduler:
       stop: strings that end a response. Its tokens then end with the one that completes the string, wherever in a token
         that is, and its text before the string.
       beginnings: what there is of each response already; none where they all begin now. Limits are of what is added.
+        Those that have ended are returned as they are, and not scored again.
     """
     group = Group(prompt, draw, sampling, tuple(stop), waiting=len(limits), extras=extras)
     most = self.shapes.max_response_length  # a slot has no room for more
@@ -191,8 +192,11 @@ class Scheduler:
       request.group = dataclasses.replace(group, waiting=1, beginning=beginning)
       request.sample += len(limits) * beginning.parts
       request.limit = min(request.limit, most - beginning.tokens.size)
+      if beginning.finished:
+        request.tokens, request.logprobs, request.finished = beginning.tokens, beginning.logprobs, True
+        request.text = self.response_text(group, beginning.tokens.tolist())
     if self.shapes.takes(prompt):
-      self.waiting += requests
+      self.waiting += [request for request in requests if not request.finished]
     return requests
 
   def cancel(self, requests: Collection[Request]) -> None:
@@ -380,7 +384,6 @@ class Scheduler:
         if beginning := request.group.beginning:
           request.tokens = np.concatenate([beginning.tokens, request.tokens])
           request.logprobs = np.concatenate([beginning.logprobs, request.logprobs])
-          request.finished |= beginning.finished
         del self.running[slot]
         if not self.splice:
           self.free.append(slot)

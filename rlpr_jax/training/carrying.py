@@ -1,9 +1,9 @@
 """Responses that go on in the next draw or step: which do, from where, and how old their tokens are (partial rollouts).
 
 In a draw a response gets so many new tokens (`budget`). What has not ended then waits, and goes on in the next draw
-beside the prompts of that, read again by its parameters. A group is scored and rewarded once all of its responses have
-ended, all by one policy. All this follows from counted tokens, never from a clock, from slots or from processes: a run
-that carries is the same run however often it is repeated or killed.
+beside the prompts of that, read again by its parameters. A response is scored when it ends, by the policy that ended
+it, and a group is rewarded once all of its responses have. All this follows from counted tokens, never from a clock,
+from slots or from processes: a run that carries is the same run however often it is repeated or killed.
 """
 
 import math
@@ -127,6 +127,26 @@ def limits(config: ConfigDict, unfinished: Unfinished, numbered: Draws) -> np.nd
   return np.where(is_last, left, np.minimum(left, budgets))
 
 
+_SCORED = "scorable", "overlong", "reference_starts", "reference_tokens", "reference_logps", "reference_mask"
+
+
+def with_scores(rollouts: Rollouts, unfinished: Unfinished, numbered: Draws) -> Rollouts:
+  """Rollouts with the scores of responses that had ended before.
+
+  Args:
+    numbered: the prompts of these rollouts.
+  """
+  which = places(unfinished, numbered)
+  begun, its = np.flatnonzero(which >= 0), which[which >= 0]
+  groups, samples = np.nonzero(unfinished.finished[its])
+  rows = begun[groups] * unfinished.finished.shape[1] + samples
+  found = {}
+  for name in _SCORED:
+    found[name] = getattr(rollouts, name).copy()
+    found[name][rows] = getattr(unfinished, name)[its[groups], samples]
+  return rollouts._replace(**found)
+
+
 def part(
   config: ConfigDict, unfinished: Unfinished, numbered: Draws, rollouts: Rollouts, step: int
 ) -> tuple[np.ndarray, Unfinished, np.ndarray]:
@@ -164,5 +184,6 @@ def part(
     logprobs=logprobs,
     steps=steps,
     finished=finished,
+    **{name: x.reshape(*shape, *x.shape[1:]) for name in _SCORED for x in [getattr(rollouts, name)]},
   )
   return ended, every.take(somebody & ~ended), step - steps

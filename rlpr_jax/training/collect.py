@@ -152,6 +152,8 @@ def draw(
     rollouts = session.run(my_numbered, options, processes.share(ahead))
   if processes.any_of(rollouts is None) or rollouts is None:
     raise StoppedError
+  if state.unfinished is not None:
+    rollouts = carrying.with_scores(rollouts, state.unfinished, my_numbered)
 
   # 2. Score the references by another policy than the one that sampled, if the config says so; measure r'.
   scorer_params, measured = params, None

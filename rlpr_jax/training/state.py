@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from ml_collections import ConfigDict
 
 from rlpr_jax import filtering, processes
+from rlpr_jax.config import max_references
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.models import Params
 from rlpr_jax.policy import initial_params
@@ -61,7 +62,9 @@ def none_unfinished(config: ConfigDict) -> Unfinished | None:
   """No groups that go on, where groups may; None where a draw ends with its last response."""
   if config.rollout.carry == "none":
     return None
-  return Unfinished.empty(config.samples_per_prompt, config.rollout.max_response_length)
+  references = max_references(config)
+  suffix = (config.data.max_reference_length,) if references is None else (references, config.data.max_reference_length)
+  return Unfinished.empty(config.samples_per_prompt, config.rollout.max_response_length, suffix)
 
 
 def first_state(run: Run, workdir: pathlib.Path, writer: metrics.MetricsWriter, stop: StopRequest) -> TrainState | None:

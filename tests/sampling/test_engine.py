@@ -260,7 +260,7 @@ def test_a_response_goes_on_by_other_parameters(make, policy, draws):
   out = go_on(16)
   assert_same(go_on(4), out)
   goes_on = ~first.finished
-  assert 8 < goes_on.sum() < goes_on.size  # some have ended, and are scored
+  assert 8 < goes_on.sum() < goes_on.size  # some have ended
   np.testing.assert_array_equal(out.lengths[~goes_on], first.lengths[~goes_on])
   assert out.finished[~goes_on].all()
   assert (out.finished | (out.lengths == RESPONSE)).all()
@@ -273,6 +273,10 @@ def test_a_response_goes_on_by_other_parameters(make, policy, draws):
   counts = out.lengths - first.lengths
   for row, logps in enumerate(score(newer, texts, counts)):
     np.testing.assert_allclose(out.logprobs[row, first.lengths[row] : out.lengths[row]], logps, atol=1e-4)
+  assert not out.scorable[~goes_on].any()  # what had ended is not scored again
+  assert [text for text, on in zip(out.texts, goes_on, strict=True) if not on] == [
+    text for text, on in zip(first.texts, goes_on, strict=True) if not on
+  ]
   rows = np.flatnonzero(out.scorable)
   assert len(rows) >= 4
   spliced = [

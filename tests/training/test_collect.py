@@ -62,7 +62,7 @@ def begun(policy, needed, **rollout):
   """A run of prompts of every kind, and its state before the first step."""
   c = config.default()
   c.prompts_per_step, c.max_draws, c.samples_per_prompt = needed, 2, SAMPLES
-  c.rollout.max_response_length = RESPONSE
+  c.rollout.max_response_length, c.data.max_reference_length = RESPONSE, 8
   c.rollout.update(rollout)
   c.rollout.prompts_per_draw, c.data.prompt_limit = 4, LIMIT
   c.reward.kind = "random"  # every group spreads, whatever was sampled
