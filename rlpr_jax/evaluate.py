@@ -118,6 +118,7 @@ def _open_judge(settings: ConfigDict) -> Client:
       attempts=settings.attempts,
       max_tokens=settings.max_tokens,
       price_in=settings.price_in,
+      response_format=settings.response_format,
       price_out=settings.price_out,
     )
   )

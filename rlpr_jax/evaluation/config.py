@@ -10,6 +10,7 @@ from rlpr_jax import rewards
 from rlpr_jax.errors import InputError
 from rlpr_jax.evaluation.benchmarks import BENCHMARKS
 from rlpr_jax.fields import Field, check_value
+from rlpr_jax.judging.client import RESPONSE_FORMATS
 
 # Least and most of a number; of the others at least 0, and what `fields.LARGEST` says.
 _BOUNDS: dict[str, tuple[float, float | None]] = {
@@ -55,6 +56,7 @@ def default() -> ConfigDict:
   c.judge.time_limit = 120.0  # seconds a request
   c.judge.attempts = 5  # of a request, with growing pauses
   c.judge.max_tokens = 1024  # of a verdict
+  c.judge.response_format = "json_schema"  # of a verdict, where the endpoint takes that: json_schema | text
   c.judge.price_in = 0.0  # dollars a million prompt tokens; 0 if unknown
   c.judge.price_out = 0.0
   return c
@@ -125,6 +127,9 @@ def validate(config: ConfigDict) -> None:
     raise InputError("config.benchmarks: empty, expected one or more")
   if config.judge.when not in ("wrong", "always"):
     raise InputError(f"config.judge.when: {config.judge.when!r}, expected wrong or always")
+  if config.judge.response_format not in RESPONSE_FORMATS:
+    expected = " or ".join(RESPONSE_FORMATS)
+    raise InputError(f"config.judge.response_format: {config.judge.response_format!r}, expected {expected}")
   if bool(config.judge.url) != bool(config.judge.model):
     raise InputError("config.judge: expected both url and model, or neither")
   for name, settings in config.models.items():

@@ -16,7 +16,7 @@ import random
 import re
 import time
 import urllib.parse
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from rlpr_jax.runs.storage import reason, write_atomically
 
 T = TypeVar("T")
 Message = dict[str, str]  # role, content
+RESPONSE_FORMATS = ("json_schema", "text")  # how a reply can be asked for, where there is a schema for it
 
 GIVE_UP_AFTER = 20  # conversations without an answer in a row, after which no more are asked
 _LONGEST_PAUSE = 60.0  # seconds between two attempts
@@ -37,6 +38,8 @@ _REFUSALS = (400, 413, 422)  # statuses of what an endpoint will not answer, how
 _PROBE: tuple[Message, ...] = ({"role": "user", "content": "Say yes."},)
 # Fields that mean the same by another name, or may be left out, and what an endpoint says that wants it so.
 _ADAPTABLE: dict[str, tuple[str | None, re.Pattern[str]]] = {
+  # First: a refused schema is quoted, and may have anything in it.
+  "response_format": (None, re.compile(r"(?i)response[ _]?format|json[ _]?schema")),
   "max_tokens": ("max_completion_tokens", re.compile(r"\bmax_completion_tokens\b")),
   "seed": (None, re.compile(r"\bseed\b")),
 }
@@ -71,6 +74,7 @@ class Endpoint:
   temperature: float | None = 0.0
   top_p: float | None = None
   max_tokens: int | None = 1024
+  response_format: str = "json_schema"  # of replies that there is a schema for, one of RESPONSE_FORMATS
   price_in: float = 0.0  # dollars a million prompt tokens, 0 if unknown
   price_out: float = 0.0  # of completion tokens
 
@@ -114,6 +118,9 @@ class Client:
     for field in ("concurrency", "attempts", "time_limit"):
       if getattr(endpoint, field) <= 0:
         raise InputError(f"endpoint {endpoint.base_url}: {field} {getattr(endpoint, field)}, expected more than 0")
+    if endpoint.response_format not in RESPONSE_FORMATS:
+      found, expected = endpoint.response_format, " or ".join(RESPONSE_FORMATS)
+      raise InputError(f"endpoint {endpoint.base_url}: response_format {found!r}, expected {expected}")
     with needs_extra("evaluate"):
       import openai  # noqa: F401
     self.endpoint = endpoint
@@ -121,6 +128,7 @@ class Client:
     self._key = read_key(endpoint.key_variable) if endpoint.key_variable else ""
     self._say = say
     self._adapted: dict[str, str | None] = {}  # fields under another name, or under none: left out
+    self._takes_format = False  # whether it has answered a request with a `response_format`
     self._answers: bool | None = None  # whether it answers anything, asked as it is; None: not known yet
     pause = endpoint.pause
     self._backoff = tenacity.wait_exponential_jitter(multiplier=pause, max=_LONGEST_PAUSE, jitter=pause)
@@ -140,12 +148,17 @@ class Client:
   async def __aexit__(self, *_: object) -> None:
     await self._openai.close()
 
-  async def chat(self, messages: Sequence[Message], seed: int | None = None) -> Reply:
+  async def chat(
+    self, messages: Sequence[Message], seed: int | None = None, response_format: Mapping[str, Any] | None = None
+  ) -> Reply:
     """Asks for a reply to a conversation.
 
     Rate limits, errors of the server, broken connections, unreadable replies and timeouts are tried again, after the
     time that the endpoint names or one that doubles; requests that the endpoint refuses are not. Of the first of these
     it is found out whether the endpoint refuses the conversation or all, as they are asked: by asking another one.
+
+    Args:
+      response_format: as the API has it; a reply need not have it, as there are endpoints that do not take or heed it.
 
     Raises:
       ClientError: no answer could be had.
@@ -161,7 +174,7 @@ class Client:
     )
     async with self._slots:  # held while waiting as well: an endpoint that limits rates is asked less
       try:
-        return await attempts(self._request, self.request(messages, seed))
+        return await attempts(self._request, self.request(messages, seed, response_format))
       except (openai.OpenAIError, TimeoutError, ValueError) as error:
         said, refused = self._in_one_line(error), _is_refusal(error)
         may_pass = _may_pass(error) and isinstance(error, openai.OpenAIError | TimeoutError)
@@ -181,8 +194,11 @@ class Client:
           self._answers = False if _is_refusal(error) else None
     return {True: "conversation", False: "settings", None: ""}[self._answers]
 
-  def request(self, messages: Sequence[Message], seed: int | None = None) -> dict[str, Any]:
+  def request(
+    self, messages: Sequence[Message], seed: int | None = None, response_format: Mapping[str, Any] | None = None
+  ) -> dict[str, Any]:
     """The request that `chat` sends: all that a reply depends on, but for where the model is."""
+    is_formatted = self.endpoint.response_format != "text" and "response_format" not in self._adapted
     given = {
       "model": self.endpoint.model,
       "messages": list(messages),
@@ -190,6 +206,7 @@ class Client:
       "temperature": self.endpoint.temperature,
       "top_p": self.endpoint.top_p,
       "max_tokens": self.endpoint.max_tokens,
+      "response_format": response_format if is_formatted else None,
     }
     return {name: value for name, value in given.items() if value is not None}
 
@@ -205,22 +222,34 @@ class Client:
     return reply
 
   async def _send(self, request: dict[str, Any]) -> Any:
-    """Sends a request, with fields adapted where the endpoint does not take them and says so."""
+    """Sends a request, with fields adapted where the endpoint does not take them and says so.
+
+    What is refused with a `response_format` is asked without it too, whatever is said: it is the field that most
+    endpoints know nothing of, or know and fail at.
+    """
     import openai
 
-    adapted = dict(self._adapted)
+    adapted, unformatted = dict(self._adapted), False
     while True:
       named = {adapted.get(name, name): value for name, value in request.items()}
+      if unformatted:
+        named.pop("response_format")
       self.usage.requests += 1
       try:
         async with asyncio.timeout(self.endpoint.time_limit):  # the package's own limit starts anew with every byte
           completion = await self._openai.chat.completions.create(**{name: x for name, x in named.items() if name})
       except openai.APIStatusError as error:
-        field = _adaptable(error, request.keys() - adapted.keys()) if _is_refusal(error) else None
-        if field is None:
+        field = _adaptable(error, named.keys() - adapted.keys()) if _is_refusal(error) else None
+        if field is not None:
+          adapted[field] = _ADAPTABLE[field][0]
+        elif _is_refusal(error) and "response_format" in named:
+          unformatted = True
+        else:
           raise
-        adapted[field] = _ADAPTABLE[field][0]
         continue
+      self._takes_format |= "response_format" in named
+      if unformatted and not self._takes_format:  # it was that, and not this conversation
+        adapted["response_format"] = None
       for field in adapted.keys() - self._adapted.keys():
         does = f"is sent as {adapted[field]}" if adapted[field] else "is left out"
         self._say(f"{self.endpoint.model} at {self.endpoint.base_url}: {field} {does}, as the endpoint wants it")
@@ -416,6 +445,7 @@ class ReplyFormat(NamedTuple, Generic[T]):
 
   parse: Callable[[str], T | None]  # of a reply's text; None if it is not understood
   reminder: str  # what to say to a model whose reply was not
+  response_format: Mapping[str, Any] | None = None  # as the API has it, of endpoints that take it
 
 
 async def ask_all(
@@ -429,9 +459,10 @@ async def ask_all(
   """Ask every conversation for something that `reply_format.parse` understands.
 
   The same conversation is asked once. A reply that is not understood, or was cut off, is asked for once more, with
-  another seed and the reminder at the end. Understood replies are kept in `cache` and asked for never again; all others
-  are asked again by another call. Where many conversations in a row come to nothing, the endpoint is taken for dead (or
-  its model for unfit) and the rest is not asked.
+  another seed, the reminder at the end and in plain text: what a format did to it, it would do again. Understood
+  replies are kept in `cache` and asked for never again; all others are asked again by another call. Where many
+  conversations in a row come to nothing, the endpoint is taken for dead (or its model for unfit) and the rest is not
+  asked.
 
   Args:
     conversations: messages {role, content} each, the last of them the user's.
@@ -447,12 +478,11 @@ async def ask_all(
   """
   names = [json.dumps(list(messages), sort_keys=True) for messages in conversations]
   requests = {
-    name: _both_requests(list(messages), reply_format.reminder)
-    for name, messages in zip(names, conversations, strict=True)
+    name: _both_requests(list(messages), reply_format) for name, messages in zip(names, conversations, strict=True)
   }
   answers: dict[str, T | Unanswered] = {}
   for name, pair in requests.items() if cache else ():
-    for request in pair:
+    for request in (pair[0], {"messages": pair[0]["messages"]}, pair[1]):  # the second: of an endpoint without formats
       reply = cache.get(client.request(**request))
       if reply and (understood := reply_format.parse(reply.texts[0])) is not None:
         answers[name] = understood
@@ -497,11 +527,11 @@ async def ask_all(
   return [answers.get(name, skipped) for name in names]
 
 
-def _both_requests(messages: list[Message], reminder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _both_requests(messages: list[Message], form: ReplyFormat[Any]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Arguments of `Client.chat` for the first and the second time."""
   end = messages[-1]
-  reminded = [*messages[:-1], {**end, "content": f"{end['content']}\n\n{reminder}"}]
-  return {"messages": messages}, {"messages": reminded, "seed": 1}
+  reminded = [*messages[:-1], {**end, "content": f"{end['content']}\n\n{form.reminder}"}]
+  return {"messages": messages, "response_format": form.response_format}, {"messages": reminded, "seed": 1}
 
 
 def _spent(usage: Usage) -> str:

@@ -1,11 +1,13 @@
 """A language model as judge: whether an answer says what the reference says, where no rule can tell."""
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlpr_jax.judging.client import GIVE_UP_AFTER, Cache, Client, Message, ReplyFormat, Unanswered, ask_all
 
@@ -41,6 +43,25 @@ Judgement: correct
 or
 Judgement: incorrect"""
 _REMINDER = "End with one line of its own: `Judgement: correct` or `Judgement: incorrect`."
+# The same for endpoints that can hold a reply to a schema: nothing that is not understood can come of it. The
+# comparison comes first, so that the verdict follows from it, and is bounded, so that it ends. It is not "strict", of
+# which OpenAI's subset of schemas is less sure to have bounds.
+_RESPONSE_FORMAT = {
+  "type": "json_schema",
+  "json_schema": {
+    "name": "verdict",
+    "schema": {
+      "type": "object",
+      "properties": {
+        "comparison": {"type": "string", "maxLength": _WHY_LIMIT},
+        "judgement": {"type": "string", "enum": ["correct", "incorrect"]},
+      },
+      "required": ["comparison", "judgement"],
+      "additionalProperties": False,
+    },
+  },
+}
+_RIGHT = {"correct": True, "incorrect": False}
 
 
 @dataclass(frozen=True)
@@ -68,6 +89,7 @@ async def judge(
 ) -> list[Verdict]:
   """Asks the judge about every item; the same item once, and one without an answer, which is wrong, not at all.
 
+  A verdict is asked for in a JSON schema, where the endpoint takes that and its `response_format` is not "text".
   Nothing that an endpoint does raises: an item that got no verdict is unjudged and says why. Another call asks those
   again, and takes the rest from `cache`.
 
@@ -86,7 +108,7 @@ async def judge(
   asked = [item for item in items if item.answer and item.answer.strip()]
   answers = await ask_all(
     [conversation(item) for item in asked],
-    ReplyFormat(parse_judgement, _REMINDER),
+    ReplyFormat(parse_judgement, _REMINDER, _RESPONSE_FORMAT),
     client,
     cache=cache,
     progress=progress,
@@ -139,24 +161,37 @@ def conversation(item: JudgeItem) -> list[Message]:
 
 # Within a line: over lines, a search goes through blank ones again from each.
 _LINE = re.compile(r"^[^\w\n]*judge?ment\b(.*)$", re.IGNORECASE | re.MULTILINE)
+_OBJECT = re.compile(r"(?:```(?:json)?\s*)?(\{.*\})(?:\s*```)?", re.DOTALL)
 _MARKUP = re.compile(r"\\(?:boxed|text|textbf|mathrm)\b|[^A-Za-z]")
 
 
 def parse_judgement(reply: str) -> Verdict | None:
   """Reads the verdict of the last line, `Judgement: correct` or `Judgement: incorrect`; None if it says anything else.
 
-  Case, markdown and `\\boxed{}` around the word do not matter; another word on the line does. What a model thought
-  before (`<think>...</think>`) is no verdict, nor is thinking that was cut off.
+  Or that of a reply that is a JSON object, as the schema has it. Case, markdown and `\\boxed{}` around the word do not
+  matter; another word on the line does. What a model thought before (`<think>...</think>`) is no verdict, nor is
+  thinking that was cut off.
 
   >>> parse_judgement("Both say 42.\\nJudgement: correct")
+  Verdict(right=True, why='Both say 42.')
+  >>> parse_judgement('{"comparison": "Both say 42.", "judgement": "correct"}')
   Verdict(right=True, why='Both say 42.')
   >>> parse_judgement("I cannot tell.") is None
   True
   """
   said = without_thoughts(reply)
+  for text in (reply, said):  # in a comparison there may be tags, which are no thoughts
+    if found := _OBJECT.fullmatch(text.strip()):
+      with contextlib.suppress(ValueError, RecursionError):
+        return _of_object(json.loads(found[1]))
   lines = list(_LINE.finditer(said))
-  right = {"correct": True, "incorrect": False}.get(_MARKUP.sub("", lines[-1][1]).lower()) if lines else None
+  right = _RIGHT.get(_MARKUP.sub("", lines[-1][1]).lower()) if lines else None
   return None if right is None else Verdict(right, " ".join(said[: lines[-1].start()].split())[:_WHY_LIMIT])
+
+
+def _of_object(found: dict[str, Any]) -> Verdict | None:
+  right = _RIGHT.get(str(found.get("judgement")).lower())
+  return None if right is None else Verdict(right, " ".join(str(found.get("comparison", "")).split())[:_WHY_LIMIT])
 
 
 def without_thoughts(reply: str) -> str:

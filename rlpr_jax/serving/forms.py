@@ -11,6 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from rlpr_jax.errors import InputError, needs_extra
 from rlpr_jax.sampling.adjustments import Form, everything
 
+# Between two tokens of JSON: as formatters write it. Of spaces without an end a model that began them may find none.
+_SPACE = r"( ?|\r?\n[ \t]{0,40})"
+
 
 class Forms:
   """Makes forms of a tokenizer's texts. Needs the extra `structured`, once the first is asked for."""
@@ -29,7 +32,7 @@ class Forms:
       import llguidance
     tokenizer = self._of_llguidance
     try:
-      grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+      grammar = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": _SPACE})
       first = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
     except ValueError as error:
       raise InputError(f"not a JSON schema that can be followed ({_in_one_line(error)})") from None

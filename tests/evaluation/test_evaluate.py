@@ -420,6 +420,7 @@ def test_numbers_that_cannot_be(file, field, default):
     with pytest.raises(InputError, match=rf"^config\.{field.removeprefix('.')}: \S+, expected [^\n]+$"):
       validate(settings)
 
+    ({"judge.response_format": "xml"}, "config.judge.response_format: 'xml', expected json_schema or text"),
 
 def test_settings_that_nobody_reads(file):
   settings = recipe(file, policy=ours("somewhere"))

@@ -160,6 +160,71 @@ def test_both_are_adapted_and_nothing_else():
   assert not told  # nothing came of it
 
 
+FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+
+
+def test_a_response_format_is_sent_where_it_is_wanted():
+  with serving(lambda *_: "ok") as server:
+    chat(Client(endpoint(server)), response_format=FORM)
+    chat(Client(endpoint(server, response_format="text")), response_format=FORM)
+    chat(Client(endpoint(server)))
+  assert [body.get("response_format") for body in server.bodies] == [FORM, None, None]
+
+
+# What is said of it by our server, Pydantic, Gemini's endpoint, DeepSeek's, and by one that says nothing of it at all.
+@pytest.mark.parametrize(
+  "said",
+  [
+    "response_format: llguidance: not installed",
+    '[{"type": "extra_forbidden", "loc": ["body", "response_format"], "msg": "Extra inputs are not permitted"}]',
+    'Invalid JSON payload received. Unknown name "responseFormat": Cannot find field.',
+    "This response_format type is unavailable now",
+    "bad request",
+  ],
+)
+def test_an_endpoint_that_refuses_response_format_is_asked_without(said):
+  told = []
+  with serving(lambda body, _: failing(400, message=said) if "response_format" in body else "ok") as server:
+    client = Client(endpoint(server), told.append)
+    assert [chat(client, response_format=FORM).texts for _ in range(3)] == [("ok",)] * 3
+    assert server.requests == 4
+    assert client.request(HELLO, response_format=FORM) == server.bodies[-1]  # by which a reply is kept
+  assert told == [f"m at {server.url}: response_format is left out, as the endpoint wants it"]
+
+
+def test_a_refused_conversation_is_no_reason_to_leave_out_the_response_format():
+  """Neither where it is refused in either form, nor where the endpoint has taken that of others."""
+
+  def reply(body, _):
+    said, formed = body["messages"][0]["content"], "response_format" in body
+    return failing(400, message="no") if said == "bad" or (said == "worse" and formed) else "ok"
+
+  told = []
+  with serving(reply) as server:
+    client = Client(endpoint(server), told.append)
+    for content, formed in (
+      ("bad", [True, False, False]),
+      ("fine", [True]),
+      ("worse", [True, False]),
+      ("fine", [True]),
+    ):
+      server.bodies.clear()
+      messages = [{"role": "user", "content": content}]
+      if content == "bad":
+        with pytest.raises(ClientError) as raised:
+          chat(client, messages, response_format=FORM)
+        assert raised.value.refused == "conversation"
+      else:
+        assert chat(client, messages, response_format=FORM).texts == ("ok",)
+      assert ["response_format" in body for body in server.bodies] == formed
+  assert not told
+
+
+def test_response_formats_that_cannot_be():
+  with pytest.raises(InputError, match="response_format 'xml', expected json_schema or text"):
+    Client(Endpoint("http://x/v1", "m", response_format="xml"))
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
 def test_a_reply_that_is_all_thought_is_read(name):
   with serving(lambda *_: {"choices": [{"message": {"content": None, name: "so it is 5"}}]}) as server:

@@ -1,9 +1,11 @@
 """judging/judge.py against a server on this machine that judges, and misbehaves."""
 
 import asyncio
+import json
 import re
 import time
 
+import jsonschema
 import pytest
 from starlette.responses import HTMLResponse, JSONResponse
 
@@ -91,6 +93,53 @@ def test_an_endpoint_that_does_all_that_is_bad(tmp_path):
     assert server.requests - asked == left
 
 
+def test_a_verdict_is_asked_for_in_a_schema():
+  """Which a reply follows, whatever the model is; another server than ours, that takes the words for it."""
+
+  def reply(body, _):
+    schema = body["response_format"]["json_schema"]["schema"]
+    found = {"comparison": "They agree.", "judgement": schema["properties"]["judgement"]["enum"][0]}
+    jsonschema.validate(found, schema)
+    with pytest.raises(jsonschema.ValidationError):
+      jsonschema.validate(found | {"comparison": "x" * 2000}, schema)  # it ends
+    return json.dumps(found)
+
+  with serving(reply) as server:
+    assert judge_all(items(2), client(server)) == [Verdict(True, "They agree.")] * 2
+    assert server.requests == 2
+
+
+def test_a_judge_that_takes_no_schema_is_asked_in_words(capsys, tmp_path):
+  def reply(body, _):
+    if "response_format" in body:
+      return JSONResponse({"error": {"message": "response_format: unknown field"}}, 422)
+    return grade(body)
+
+  with serving(reply) as server:
+    verdicts = judge_all(items(30), client(server, concurrency=4), Cache(tmp_path))
+    assert [verdict.right for verdict in verdicts] == [i % 2 == 0 for i in range(30)]
+    assert 30 < server.requests <= 30 + 4  # those that are asked before the first is refused
+    out = capsys.readouterr().out.splitlines()
+    assert sum("response_format is left out" in line for line in out) == 1
+    before = server.requests
+    # On disk by what was asked: found without asking, by one that does not know yet and one that would not ask for it.
+    for response_format in ("json_schema", "text"):
+      again = client(server, response_format=response_format)
+      assert judge_all(items(30), again, Cache(tmp_path)) == verdicts
+    assert server.requests == before
+
+
+def test_what_a_schema_led_to_is_asked_again_in_words():
+  """A reply that was cut off, as a model that writes on and on in the only text it may write."""
+
+  def reply(body, _):
+    return completion('{"comparison": "and and', finish_reason="length") if "response_format" in body else grade(body)
+
+  with serving(reply) as server:
+    assert [verdict.right for verdict in judge_all(items(2), client(server, concurrency=1))] == [True, False]
+    assert ["response_format" in body for body in server.bodies] == [True, False] * 2
+
+
 def test_words_for_a_verdict_leave_the_item_unjudged():
   with serving(lambda *_: "It is right, I think.") as server:
     verdicts = judge_all(items(3), client(server))
@@ -143,6 +192,15 @@ def test_the_key_is_in_no_verdict(monkeypatch, tmp_path):
     ("> **Judgement**: `correct`\n\nHave a nice day!", True),
     ("Judgement: incorrect\nOn reflection it agrees.\nJudgement: correct", True),
     ("Judgement:correct", True),
+    ('{"comparison": "Same.", "judgement": "correct"}', True),
+    ('<think>Hm.</think>\n{ "comparison": "Judgement: correct", "judgement": "incorrect" }\n', False),
+    ('```json\n{\n "comparison": "Other.",\n "judgement": "Incorrect"\n}\n```', False),
+    ('{"judgement": "correct"}', True),
+    ('{"comparison": "Judgement:\\nJudgement: correct", "judgement": "maybe"}', None),
+    ('{"comparison": "It wrote <think>, and </think> {", "judgement": "correct"}', True),
+    ('{"judgement": ["correct"]}', None),
+    ('{"comparison": "Same.", "judgement": "corr', None),
+    ("{6} is {6}.\nJudgement: \\boxed{correct}", True),
     ("<think>Judgement: incorrect?</think>\nJudgement: correct", True),
     ("thinking without a start</think>Judgement: correct", True),
     ("<think>\nJudgement: correct", None),

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -25,6 +26,8 @@ import rlpr_jax
 from rlpr_jax import huggingface
 from rlpr_jax.data.templates import render
 from rlpr_jax.errors import InputError
+from rlpr_jax.judging.client import Client, Endpoint
+from rlpr_jax.judging.judge import JudgeItem, judge_all
 from rlpr_jax.models import ModelConfig, definition, init_params
 from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
@@ -316,10 +319,38 @@ def test_responses_follow_a_json_schema(across_words):
     assert post(served, "/v1/completions", asked).json()["choices"][0] == plain
   finally:
     served.stop()
-  ended = [choice["text"] for choice in body["choices"] if choice["finish_reason"] == "stop"]
-  assert ended  # spaces between the words may go on up to the limit
-  for text in ended:
-    jsonschema.validate(json.loads(text), schema)
+  for choice in body["choices"]:
+    assert choice["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(choice["text"]), schema)
+
+
+def test_a_judge_that_would_write_anything_gives_verdicts(across_words, monkeypatch, tmp_path):
+  """Of a random policy: whatever it says is understood, and asked for once."""
+  pytest.importorskip("llguidance")
+  monkeypatch.setenv("JUDGE_KEY", KEY)
+  tokenizer, size = copy.deepcopy(across_words), len(across_words)
+  tokenizer.chat_template = "{{ messages[0]['content'] }}\n"
+  config = ModelConfig(size, embed_dim=16, mlp_dim=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
+  settings = DecodeSettings(SHAPES.steps, (across_words.eos_token_id,))
+  shapes = dataclasses.replace(SHAPES, prompt_limit=2048, max_response_length=1024)
+  engine = Engine(Device(definition(config), settings, shapes), tokenizer, "think", baseline_prefix="bare")
+  served, told = Served(engine, init_params(config, seed=0), body=2**20), []
+  try:
+
+    def verdicts(response_format):
+      endpoint = Endpoint(
+        f"{served.url}/v1", "tiny", "JUDGE_KEY", temperature=1.0, max_tokens=1024, response_format=response_format
+      )
+      client = Client(endpoint, told.append)
+      return judge_all([JudgeItem(f"{n} + 1?", str(n + 1), "2") for n in range(3)], client), client.usage.requests
+
+    formed, requests = verdicts("json_schema")
+    free, _ = verdicts("text")
+  finally:
+    served.stop()
+  assert all(verdict.right is not None for verdict in formed), formed
+  assert (requests, told) == (3, [])
+  assert all(verdict.right is None for verdict in free)
 
 
 def test_a_seed_is_that_of_each_prompt_of_a_list(served):
