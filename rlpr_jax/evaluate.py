@@ -57,15 +57,16 @@ def evaluate(settings: ConfigDict, workdir: pathlib.Path) -> None:
   entry.open_workdir(workdir)
   keep_programs(settings.compilation_cache)
   store = Store(workdir)
-  everything = []
+  everything, timeouts = [], mathverify.process.timeouts
   for name, asked in models.items():
     tasks = keys(asked, settings.seed, _tasks(loaded, settings.greedy))
     if to_ask := missing(asked, tasks, store):
       respond(asked, settings.seed, to_ask, store, progress=Progress(f"{name}, question"))
     everything += _grade(name, loaded, tasks, store)
+  timeouts = mathverify.process.timeouts - timeouts
   if judging:
     everything = _judge(everything, loaded, settings.judge, client=judging, workdir=workdir)
-  write = functools.partial(_write, everything, loaded, settings, asked=judging, workdir=workdir)
+  write = functools.partial(_write, everything, loaded, settings, asked=judging, timeouts=timeouts, workdir=workdir)
   storage.persist(write, workdir / "summary.json", seconds=60)
 
 
@@ -117,8 +118,8 @@ def _open_judge(settings: ConfigDict) -> Client:
       time_limit=settings.time_limit,
       attempts=settings.attempts,
       max_tokens=settings.max_tokens,
-      price_in=settings.price_in,
       response_format=settings.response_format,
+      price_in=settings.price_in,
       price_out=settings.price_out,
     )
   )
@@ -159,6 +160,7 @@ def _write(
   loaded: Sequence[Loaded],
   settings: ConfigDict,
   asked: Client | None,
+  timeouts: int,
   workdir: pathlib.Path,
 ) -> None:
   lines = [
@@ -170,7 +172,10 @@ def _write(
   all_figures = summary.summarize(everything, settings.resamples, settings.seed)
   all_figures["dropped"] = {benchmark.name: benchmark.dropped for benchmark in loaded}
   all_figures["judge"] = _usage(settings.judge, asked.usage) if asked else None
+  all_figures["timeouts"] = timeouts
   notes = [_note(settings.judge, asked.usage)] if asked else []
+  if timeouts:
+    notes.append(f"Mathematics: {timeouts} comparisons of answer and reference took too long; they are wrong by rule.")
   page = summary.to_markdown(all_figures, notes)
   storage.write_atomically(workdir / "samples.jsonl", "\n".join(lines) + "\n")
   storage.write_atomically(workdir / "config.json", json.dumps(settings.to_dict(), indent=2, sort_keys=True))
@@ -186,6 +191,8 @@ def _write(
         if figures["refused"]:
           said += f", {figures['refused']} of {figures['questions'] * figures['samples']} samples refused"
         print(said)
+  if timeouts:
+    print(f"{timeouts} comparisons of mathematical answers took too long: wrong by rule")
   print(f"summary: {workdir / 'summary.md'}")
 
 

@@ -97,6 +97,7 @@ class Evidence(NamedTuple):
   own: "OwnAnswers | None" = None  # of all rewards the two-sided length term alone looks at it
   responses: "ResponseLengths | None" = None
   exchanged: "ExchangedAnswers | None" = None  # where a reward asks for it
+  timeouts: Int[AnyArray, "P G"] | None = None  # of a verifier of mathematics: pairs that took it too long to compare
 
 
 class ResponseLengths(NamedTuple):

@@ -34,6 +34,7 @@ def rollout_metrics(config: ConfigDict, batches: Sequence[RolloutBatch]) -> dict
     "reward/not_finite_share": float(np.mean(np.concatenate([~np.isfinite(batch.rewards.total) for batch in batches]))),
     **answer_metrics(batches),
     **compare_rewards(batches, verifies=config.reward.verifier != "none"),
+    **timeout_metrics(batches),
     "rollout/occupancy": busy / max(slots, 1),
     "rollout/response_length": float(np.mean(everywhere("lengths"))),
     "rollout/truncated": float(np.mean(~everywhere("finished"))),
@@ -82,6 +83,15 @@ def answer_metrics(batches: Sequence[RolloutBatch]) -> dict[str, float]:
   if agreement is not None:
     values["answer/agreement"] = agreement
   return {name: float(value) for name, value in values.items()}
+
+
+def timeout_metrics(batches: Sequence[RolloutBatch]) -> dict[str, float]:
+  """`reward/timeouts`: pairs of answer and reference that took a verifier of mathematics too long, and count as wrong.
+
+  Without such a verifier {}.
+  """
+  counts = [batch.evidence.timeouts for batch in batches if batch.evidence.timeouts is not None]
+  return {"reward/timeouts": int(sum(count.sum() for count in counts))} if counts else {}
 
 
 def finite_mean(parts: Sequence[AnyArray]) -> float:

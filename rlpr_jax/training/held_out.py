@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rlpr_jax import processes, rewards
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import graders, mathverify
 from rlpr_jax.models import Params
 from rlpr_jax.runs import metrics
 from rlpr_jax.runs.inputs import digest_rows
@@ -30,7 +30,7 @@ from rlpr_jax.types import Prompt
 # no key is used twice.
 _EVALUATION_STREAM = 1
 # What is measured of each sample. Rows of other columns that an evaluation left behind are not read.
-_COLUMNS = ("accuracy", "exact", "format", "response_length")
+_COLUMNS = ("accuracy", "exact", "format", "response_length", "timeouts")
 
 
 def evaluate_run(run: Run, params: Params, step: int, workdir: pathlib.Path, stop: StopRequest) -> dict[str, float]:
@@ -78,7 +78,8 @@ def evaluate(
 
   Returns:
     `accuracy`; `exact`: share of answers that are a reference, but for case and runs of whitespace; `accuracy/SOURCE`
-    and `exact/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens).
+    and `exact/SOURCE` for each source; `format`: share of well-formed responses; `response_length` (tokens); where the
+    verifier may be one of mathematics, `timeouts`: pairs of answer and reference that took it too long, and are wrong.
 
   Raises:
     StoppedError: on every process, if `options.interrupted` was true on one.
@@ -92,10 +93,12 @@ def evaluate(
   def grade(requests: list[Request]) -> None:
     for request in requests:
       prompt, place = request.group.prompt, request.group.draw
+      before = mathverify.process.timeouts
       right = graders.is_right(verifier, request.text, prompt.references, prompt.question)
+      timeouts = mathverify.process.timeouts - before
       exact = graders.is_right("exact", request.text, prompt.references)
       well_formed = rewards.format_score(prompt.opening + request.text, engine.template)
-      found[place][request.sample] = right, exact, well_formed, len(request.tokens)
+      found[place][request.sample] = right, exact, well_formed, len(request.tokens), timeouts
       left[place] -= 1
       if kept and not left[place]:
         kept.add({place: found[place].ravel()}, seconds=1)
@@ -116,6 +119,9 @@ def evaluate(
   for prompt, of_prompt in zip(prompts, graded, strict=True):
     by_source[prompt.source].append(of_prompt)
   values = dict(zip(_COLUMNS, graded.mean(axis=(0, 1), dtype=np.float64).tolist(), strict=True))
+  del values["timeouts"]
+  if verifier in ("math", "inferred"):
+    values["timeouts"] = int(graded[..., _COLUMNS.index("timeouts")].sum())
   for source, of_source in sorted(by_source.items()):
     accuracy, exact = np.stack(of_source).mean(axis=(0, 1), dtype=np.float64)[:2].tolist()
     values |= {f"accuracy/{source}": accuracy, f"exact/{source}": exact}

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import rewards, splicing
 from rlpr_jax.errors import InputError
-from rlpr_jax.grading import graders
+from rlpr_jax.grading import graders, mathverify
 from rlpr_jax.types import (
   AnyArray,
   Evidence,
@@ -87,9 +87,15 @@ def gather_evidence(
   def excess(text: str, prompt: Prompt) -> float:
     return max(rewards.answer_length_penalty(answers[text], reference, 1.0) for reference in prompt.references)
 
-  def verified(text: str, prompt: Prompt) -> float:
-    return float(graders.verify_any(settings.verifier, text, prompt.references, prompt.question))
+  timeouts: list[int] = []
 
+  def verified(text: str, prompt: Prompt) -> float:
+    before = mathverify.process.timeouts
+    right = graders.verify_any(settings.verifier, text, prompt.references, prompt.question)
+    timeouts.append(mathverify.process.timeouts - before)
+    return float(right)
+
+  verdicts = np.zeros(shape, np.float32) if settings.verifier == "none" else each(verified)
   return Evidence(
     logps=logps.reshape(*shape, *logps.shape[1:]),
     mask=mask.reshape(*shape, *mask.shape[1:]),
@@ -102,7 +108,7 @@ def gather_evidence(
       )
     ),
     excess=each(excess),
-    verified=np.zeros(shape, np.float32) if settings.verifier == "none" else each(verified),
+    verified=verdicts,
     noise=np.array([np.random.default_rng([config.seed, n]).random(shape[1]) for n, _ in numbered], np.float32).reshape(
       shape
     ),  # a share may be empty
@@ -111,6 +117,7 @@ def gather_evidence(
     ),
     responses=ResponseLengths(lengths, np.asarray(overlong, np.float32)),
     exchanged=exchanged,
+    timeouts=np.array(timeouts, np.int32).reshape(shape) if settings.verifier == "math" else None,
   )
 
 

@@ -18,6 +18,7 @@ from rlpr_jax import train as training
 from rlpr_jax.errors import InputError, MachineError
 from rlpr_jax.evaluation import benchmarks, responses
 from rlpr_jax.evaluation.config import benchmark, default, model, validate
+from rlpr_jax.grading import mathverify
 from rlpr_jax.judging.judge import JudgeItem, conversation
 from tests.chat_server import completion, serving
 from tests.tiny_run import tiny
@@ -217,6 +218,35 @@ def test_a_judge_decides_where_the_rule_says_wrong(file, tmp_path):
     asked = {text for text in judged[before:] if "seventh prime" not in text}  # what was not understood is asked again
     assert asked == {conversation(JudgeItem("1+1", "2", "2"))[0]["content"]}
     assert re.search(r"by judge", (tmp_path / "out" / "summary.md").read_text())
+    assert any("response_format" in body for body in other.bodies)
+    before, settings.judge.response_format = other.requests, "text"
+    program.evaluate(settings, tmp_path / "other")
+    assert other.requests > before
+    assert not any("response_format" in body for body in other.bodies[before:])
+
+
+def test_comparisons_that_took_too_long_are_shown(file, tmp_path, monkeypatch, capsys):
+  def late(answer, reference):
+    mathverify.process.timeouts += 1
+    return False
+
+  monkeypatch.setattr(mathverify.process, "ask", late)
+  rows = [{"problem": "add", "answer": "\\sum_{k=1}^{7} k", "subject": "s", "level": 1, "unique_id": "1"}]
+  file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  said = "comparisons of answer and reference took too long"
+  with serving(lambda *_: "<answer> \\sum_{k=1}^{8} k </answer>") as server:
+    settings = recipe(file, 2, m=theirs(server.url))
+    del settings.benchmarks.mine
+    settings.benchmarks.math500 = benchmark(path=str(file), samples=2)
+    for count in (3, 3):  # two samples and a greedy one; of each run its own
+      program.evaluate(settings, tmp_path / "out")
+      assert read(tmp_path / "out")[1]["timeouts"] == count
+      assert f"{count} {said}; they are wrong by rule" in (tmp_path / "out" / "summary.md").read_text()
+      assert f"{count} comparisons of mathematical answers took too long" in capsys.readouterr().out
+    server.reply = lambda *_: "<answer> \\sum_{k=1}^{7} k </answer>"
+    program.evaluate(settings, tmp_path / "other")
+  assert read(tmp_path / "other")[1]["timeouts"] == 0
+  assert said not in (tmp_path / "other" / "summary.md").read_text()
 
 
 def test_an_endpoint_that_dies_is_asked_again_for_what_is_missing(file, tmp_path):
@@ -390,6 +420,7 @@ def test_settings_that_an_endpoint_refuses_end_the_evaluation_in_its_words(file,
     ({"benchmarks.mine.limit": -1}, "config.benchmarks.mine.limit: -1"),
     ({"judge.url": "http://x/v1"}, "config.judge: expected both"),
     ({"judge.when": "never"}, "config.judge.when: 'never'"),
+    ({"judge.response_format": "xml"}, "config.judge.response_format: 'xml', expected json_schema or text"),
     ({"resamples": 3}, "config.resamples: 3"),
   ],
 )  # fmt: skip
@@ -420,7 +451,6 @@ def test_numbers_that_cannot_be(file, field, default):
     with pytest.raises(InputError, match=rf"^config\.{field.removeprefix('.')}: \S+, expected [^\n]+$"):
       validate(settings)
 
-    ({"judge.response_format": "xml"}, "config.judge.response_format: 'xml', expected json_schema or text"),
 
 def test_settings_that_nobody_reads(file):
   settings = recipe(file, policy=ours("somewhere"))

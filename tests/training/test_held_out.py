@@ -137,6 +137,26 @@ def test_form_and_ability_are_told_apart():
     assert values["exact"] == values["exact/a"] == 1 / 4
 
 
+def late_on(monkeypatch, answer):
+  """Lets mathematics take too long where an answer has some text."""
+
+  def ask(pair, reference):
+    mathverify.process.timeouts += answer in pair
+    return False
+
+  monkeypatch.setattr(mathverify.process, "ask", ask)
+
+
+def test_comparisons_that_took_too_long_are_counted(monkeypatch):
+  late_on(monkeypatch, "99")
+  answers = ["\\sum_{k=1}^{99} k", "\\sum_{k=1}^{9} k", "3", "\\sum_{k=1}^{99} k^2"]
+  texts = [[f"<think></think><answer> {answer} </answer>" for answer in answers]] * 2
+  prompts = [prompt("\\sum_{k=1}^{7} k", "a")] * 2
+  for verifier, counts in (("math", {"timeouts": 4}), ("inferred", {"timeouts": 4}), ("exact", {})):
+    values = evaluate(Told(texts), {}, prompts, 4, jax.random.key(0), SampleOptions(), verifier=verifier)
+    assert {name: value for name, value in values.items() if "timeouts" in name} == counts, verifier
+
+
 def run_of(config, texts, prompts):
   """What `evaluate_run` takes of a run, with an engine that answers as it is told."""
   policy = SimpleNamespace(sampling_params=lambda params: params)

@@ -2,15 +2,18 @@
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from rlpr_jax import config as configs
-from rlpr_jax import custom_reward, rewards, validation
+from rlpr_jax import custom_reward, rewards, splicing, validation
 from rlpr_jax.errors import InputError
+from rlpr_jax.grading import graders, mathverify
 from rlpr_jax.grading.agreement import auc, group_auc, within_group_correlation
+from rlpr_jax.runs.records import timeout_metrics
 from rlpr_jax.training.reward import (
   RewardSettings,
   align,
@@ -97,6 +100,23 @@ def test_an_empty_answer_is_malformed(empty, expected):
   }  # fmt: skip
   found = gather_evidence(c, [(0, prompt)], Rollouts(**fields), np.zeros((1, E), np.float32))
   assert found.formats.tolist() == [expected]
+
+
+def test_comparisons_that_took_too_long_are_counted(evidence, monkeypatch):
+  """Of each response that of the verifier alone; without one of mathematics there is nothing to count."""
+
+  def late(answer, reference):
+    mathverify.process.timeouts += answer == "four"
+    return False
+
+  monkeypatch.setattr(mathverify.process, "timeouts", 5)
+  monkeypatch.setattr(graders, "verify_any", lambda kind, text, *_: late(splicing.extract_answer(text), ""))
+  found = evidence[0](config(reward__verifier="math"))
+  assert found.timeouts.tolist() == [[0, 1, 0, 0]] * P
+  assert evidence[0](config()).timeouts is None
+  batch = SimpleNamespace(evidence=found)
+  assert timeout_metrics([batch, batch]) == {"reward/timeouts": 2 * P}
+  assert timeout_metrics([SimpleNamespace(evidence=evidence[0](config()))]) == {}
 
 
 @pytest.mark.parametrize(
