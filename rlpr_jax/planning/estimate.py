@@ -227,12 +227,14 @@ def rooflines(
   chip: Chip,
   lengths: Lengths,
   sizes: Sizes,
+  decoding: queue.Queue,
   operations: Mapping[str, float],
   compiled: dict[str, Compiled],
 ) -> dict[str, Roofline]:
   """Estimate the seconds of each part of a training step.
 
   Args:
+    decoding: as of `queue_of`, with these slots.
     operations: as of `count_flops`, with these slots and rows, for texts of these lengths.
   """
   config = layout.config
@@ -255,7 +257,6 @@ def rooflines(
       overlap=overlap,
     )
 
-  decoding = queue_of(layout, lengths, sizes.slots)
   steps = decoding.steps
   read = tokens_read(layout, lengths, busy=decoding.occupancy(sizes.slots))
   # A response that goes on is read with its prompt and what there is of it.

@@ -1,5 +1,6 @@
 """Whether a config fits a slice, which slots and micro-batch would fit it best, and what a step would take."""
 
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -220,12 +221,20 @@ def fastest(
     return most_slots * own_shards, most_rows * num_shards
   operations, sizes = count(planner, lengths, slots, micro_batch_rows)
 
+  queue_of = functools.cache(lambda slots_then: estimate.queue_of(layout, lengths, slots_then))
+
   def seconds(slots_then: int, rows_then: int) -> float:
     more_slots, more_rows = slots_then / slots, rows_then / micro_batch_rows
     scaled = {"decode": operations["decode"] * more_slots, "update": operations["update"] * more_rows}
     then = sizes._replace(slots=slots_then, slot_bytes=sizes.slot_bytes * more_slots, micro_batch_rows=rows_then)
     parts = estimate.rooflines(
-      layout, chip=chip, lengths=lengths, sizes=then, operations=operations | scaled, compiled=compiled
+      layout,
+      chip=chip,
+      lengths=lengths,
+      sizes=then,
+      decoding=queue_of(slots_then),
+      operations=operations | scaled,
+      compiled=compiled,
     )
     return sum(part.seconds for part in parts.values())
 
@@ -267,13 +276,20 @@ def step_of(
   if chip is None:
     return None
   operations, sizes = count(planner, lengths, slots, micro_batch_rows)
+  decoding = estimate.queue_of(planner.layout, lengths, slots)
   parts = estimate.rooflines(
-    planner.layout, chip=chip, lengths=lengths, sizes=sizes, operations=operations, compiled=compiled
+    planner.layout,
+    chip=chip,
+    lengths=lengths,
+    sizes=sizes,
+    decoding=decoding,
+    operations=operations,
+    compiled=compiled,
   )
   seconds = sum(part.seconds for part in parts.values())
   return {
     "micro_batches": estimate.micro_batches(planner.layout, micro_batch_rows, lengths),
-    "occupancy": estimate.queue_of(planner.layout, lengths, slots).occupancy(slots),
+    "occupancy": decoding.occupancy(slots),
     "parts": {name: part._asdict() | {"seconds": part.seconds} for name, part in parts.items()},
     "seconds": seconds,
     "device_hours": seconds * planner.config.steps * planner.place.chips / 3600,

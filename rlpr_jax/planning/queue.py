@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from ml_collections import ConfigDict
 
-from rlpr_jax.training.carrying import budget, mix
+from rlpr_jax.training.carrying import mix, most_new
 
 Item = TypeVar("Item")
 DRAWS = 6  # that are simulated where groups go on
@@ -92,10 +92,8 @@ class _Begun(NamedTuple):
 
   def limits(self, config: ConfigDict) -> list[int]:
     """New tokens that responses may get in this draw."""
-    most, tokens = config.rollout.max_response_length, budget(self.number, config.rollout.carry_tokens)
-    is_last = self.parts >= config.rollout.max_staleness
-    room = [most - done if left else 0 for left, done in zip(self.left, self.done, strict=True)]
-    return room if is_last else [min(tokens, n) for n in room]
+    most, new = config.rollout.max_response_length, most_new(config, self.number, self.parts)
+    return [min(most - done, new) if left else 0 for left, done in zip(self.left, self.done, strict=True)]
 
   def work(self, config: ConfigDict) -> list[int]:
     """Those that they get; 0 where nothing is left."""

@@ -19,8 +19,7 @@ from rlpr_jax.types import Prompt, Rollouts, Unfinished
 
 Item = TypeVar("Item")
 NOBODY = Prompt(ids=np.zeros(0, np.int32), row=-1)  # is refused by all samplers
-
-
+_SCORED = "scorable", "overlong", "reference_starts", "reference_tokens", "reference_logps", "reference_mask"
 _GOLDEN = (math.sqrt(5) - 1) / 2  # whose multiples fill [0, 1) evenly, any stretch of them
 _LEAST = 1 / 32  # of the tokens of a draw
 
@@ -38,6 +37,18 @@ def budget(draw: int, tokens: int) -> int:
   [100, 39, 77, 15, 53, 91]
   """
   return max(math.ceil(tokens * (1 - draw * _GOLDEN % 1)), math.ceil(tokens * _LEAST))
+
+
+def most_new(config: ConfigDict, draw: int, parts: int) -> int:
+  """New tokens of a response in a draw, at most, wherever it stands; its own limit aside.
+
+  Args:
+    draw: the number of its group's prompt.
+    parts: draws that its group was in. In the last that it may be in, it runs to its end.
+  """
+  if parts >= config.rollout.max_staleness:
+    return int(config.rollout.max_response_length)
+  return budget(draw, config.rollout.carry_tokens)
 
 
 def most_groups(config: ConfigDict) -> int:
@@ -118,16 +129,13 @@ def limits(config: ConfigDict, unfinished: Unfinished, numbered: Draws) -> np.nd
   [[5, 0]]
   """
   most, which = config.rollout.max_response_length, places(unfinished, numbered)
-  budgets = np.array([budget(draw, config.rollout.carry_tokens) for draw, _ in numbered], np.int32)[:, None]
   left = np.full((len(numbered), config.samples_per_prompt), most, np.int32)
   begun, its = which >= 0, which[which >= 0]
   left[begun] = np.where(unfinished.finished[its], 0, most - unfinished.lengths[its])
-  is_last = np.zeros((len(numbered), 1), bool)
-  is_last[begun, 0] = unfinished.parts[its] >= config.rollout.max_staleness
-  return np.where(is_last, left, np.minimum(left, budgets))
-
-
-_SCORED = "scorable", "overlong", "reference_starts", "reference_tokens", "reference_logps", "reference_mask"
+  parts = np.zeros(len(numbered), np.int32)
+  parts[begun] = unfinished.parts[its]
+  new = [most_new(config, draw, int(n)) for (draw, _), n in zip(numbered, parts, strict=True)]
+  return np.minimum(left, np.array(new, np.int32)[:, None])
 
 
 def with_scores(rollouts: Rollouts, unfinished: Unfinished, numbered: Draws) -> Rollouts:
