@@ -4,7 +4,8 @@ r"""Measures the graders on real benchmark files: what they say of gold answers,
 
 DIR holds benchmark files, told by how their names begin (math500.jsonl, minerva_math.jsonl, theoremqa.json, ...). Every
 gold answer is graded in the dressings that policies give their answers; so is, as a wrong answer, the gold answer of
-another row that is graded by the same rules and is not the same answer. Prints a Markdown table and some failures.
+another row that is graded by the same rules and is not the same answer; so is a mathematical gold answer with one
+digit, sign, relation, unit, function, letter or item changed. Prints a Markdown table and some failures.
 """
 
 import pathlib
@@ -20,6 +21,7 @@ from rlpr_jax.evaluation.benchmarks import Question
 from rlpr_jax.grading import graders, multiple_choice, numbers
 from rlpr_jax.grading.question import GRADERS
 from rlpr_jax.grading.texts import plain
+from tools.changed_answers import changes
 
 DATA = flags.DEFINE_string("data", None, "Directory of benchmark files.", required=True)
 SEED = flags.DEFINE_integer("seed", 0, "Which other rows' answers are the wrong ones.")
@@ -109,6 +111,7 @@ def measure(name: str, path: pathlib.Path) -> tuple[str, list[str]]:
   by_grader = {kind: [q for q in questions if q.grader == kind] for kind in GRADERS}
   kinds, right, gold, missed = set(), 0, 0, []
   accepted, wrong, taken = 0, 0, []
+  changed, slipped = 0, []
   for question in questions:
     for kind, response in dressings(question, question.reference):
       kinds.add(kind)
@@ -121,13 +124,23 @@ def measure(name: str, path: pathlib.Path) -> tuple[str, list[str]]:
       wrong, accepted = wrong + 1, accepted + found.right
       if found.right:
         taken.append((kind, question, found))
+    for kind, answer in changes(question.reference, rng) if question.grader == "math" else ():
+      found = graders.grade(question, f"<answer> {answer} </answer>")
+      changed += 1
+      if found.right:
+        slipped.append((kind, question, found))
   left_out = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "none"
   row = (
     f"| {name} | {len(questions)} | {left_out} | {len(kinds)} | {gold} | {100 * right / gold:.2f}% | {wrong} | "
-    f"{100 * accepted / max(wrong, 1):.2f}% |"
+    f"{100 * accepted / max(wrong, 1):.2f}% | {changed} | {100 * len(slipped) / max(changed, 1):.2f}% |"
   )
   lines = []
-  for title, failures in (("gold called wrong", missed), ("other row's called right", taken)):
+  kinds_of_failure = (
+    ("gold called wrong", missed),
+    ("other row's called right", taken),
+    ("changed called right", slipped),
+  )
+  for title, failures in kinds_of_failure:
     for kind, question, found in random.Random(0).sample(failures, min(SHOWN.value, len(failures))):
       reference, answer = (repr(text)[:70] for text in (question.reference, found.answer))
       lines.append(f"- {name}, {title}, {kind}, {question.grader}: {reference} graded {answer} ({found.why})")
@@ -136,8 +149,11 @@ def measure(name: str, path: pathlib.Path) -> tuple[str, list[str]]:
 
 def main(_) -> None:
   with exit_with_one_line():
-    print("| benchmark | rows | left out | dressings | gold graded | gold right | others graded | others right |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+      "| benchmark | rows | left out | dressings | gold graded | gold right | others graded | others right | "
+      "changed graded | changed right |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     lines = []
     for path in sorted(pathlib.Path(DATA.value).iterdir()):
       name = next((name for name in benchmarks.BENCHMARKS if path.name.startswith(name)), None)

@@ -84,7 +84,7 @@ def _equal(answer: str, reference: str) -> str:
 def _is_decimal_comma(text: str, other: str) -> bool:
   """Whether 1,22 is meant as 1.22, which the other one is; 1,222 has thousands."""
   found = re.fullmatch(r"([-+]?)(?:0,\d+|\d+,(?:\d{1,2}|\d{4,}))", text)
-  return found is not None and re.fullmatch(r"[-+]?\d+\.\d+", other) is not None
+  return found is not None and re.fullmatch(r"[-+]?\d+\.\d+|[-+]?0,\d+", other) is not None
 
 
 def _is_plain_number(text: str) -> bool:
@@ -274,6 +274,8 @@ def _same_item(answer: str, reference: str, depth: int) -> bool:
   if ours is None and theirs is None:
     return _same_object(answer, reference, depth)
   if ours and theirs:
+    if _contradicts(ours, theirs):
+      return False
     return _same_relation(ours, theirs, depth) or (
       _subject(ours) == _subject(theirs) and _same_regions(answer, reference, depth)
     )
@@ -311,6 +313,44 @@ def _given(relation: Relation) -> list[str]:
     return [about[-1]]
   rough = _number_of(exact)
   return [exact, *(side for side in about if rough is None or _is_rounding(side, rough))]
+
+
+# Arithmetic alone, with neither names nor units nor a mixed number, of which every convention makes the same.
+_ARITHMETIC = re.compile(r"(?:[-+*/^(){}\s]|\d+(?:\.\d+)?|\\(?:[dt]?frac|sqrt|cdot|times|pi)(?![A-Za-z]))+")
+_MIXED = re.compile(r"\d\s*\\[dt]?frac|\d\s+\d")
+
+
+def _contradicts(ours: Relation, theirs: Relation) -> bool:
+  r"""Whether two chains have different numbers in the same place: x = 2 + 4 = 5 and x = 2 + 3 = 5.
+
+  A decimal may be the other number rounded, or cut off: the last sides of \sqrt{2} \approx 1.41 and 1.414.
+  """
+  if ours.signs != theirs.signs or not all(is_name(side) or _is_number(side) for side in (*ours.sides, *theirs.sides)):
+    return False  # 2x = 4 is x = 2
+  for pair in zip(ours.sides, theirs.sides, strict=True):
+    if not all(map(_is_number, pair)):
+      continue
+    left, right = map(_number_of, pair)
+    if left is None or right is None or _is_cut(pair[0], right) or _is_cut(pair[1], left):
+      continue
+    if abs(left - right) > 1e-9 * abs(right):
+      return True
+  return False
+
+
+def _is_number(text: str) -> bool:
+  return bool(_ARITHMETIC.fullmatch(text)) and not _MIXED.search(text)
+
+
+def _is_cut(text: str, value: float) -> bool:
+  """Whether a text is a decimal, or one times a power of ten, that is a value rounded or cut off."""
+  found = re.fullmatch(r"(-?)\s*(\d+)(?:\.(\d+))?(?:\s*\\(?:times|cdot)\s*10\^\{?(-?\d{1,3})\}?)?", text.strip())
+  if not found or not (found[3] or found[4]):
+    return False
+  unit = Fraction(10) ** (int(found[4] or 0) - len(found[3] or ""))
+  digits = int(found[1] + found[2] + (found[3] or ""))
+  scaled = Fraction(value) / unit
+  return digits in (round(scaled), int(scaled))
 
 
 def _number_of(text: str) -> float | None:
@@ -647,7 +687,31 @@ def _same_scalar(answer: str, reference: str, depth: int) -> bool:
   if shorter := _without_unit(answer, reference):
     return _same_scalar(*shorter, depth + 1)
   if any(_UNREAD.search(text) for text in (answer, reference)):
-    return mathverify.process.ask(answer, reference)
+    return not _run_over_others(answer, reference) and mathverify.process.ask(answer, reference)
+  return False
+
+
+_RANGE = re.compile(r"\\(lim|sum|prod)\s*_\s*(\{[^{}]*\}|\w)\s*((?:\^\s*(?:\{[^{}]*\}|\\?\w+))?)")
+_BOUND = re.compile(r"\{?\s*([A-Za-z])\s*(?:=|\\to|\\rightarrow)")
+
+
+def _run_over_others(answer: str, reference: str) -> bool:
+  r"""Whether limits, sums or products of terms that only have a name run over other places.
+
+  To math-verify \lim_{n \to 0} a_n is a_n.
+  """
+  texts = (answer, reference)
+  ranges = [sorted("".join("".join(parts).split()) for parts in _RANGE.findall(text)) for text in texts]
+  return ranges[0] != ranges[1] and any(map(_has_named_terms, texts))
+
+
+def _has_named_terms(text: str) -> bool:
+  rest = _RANGE.sub(" ", text)
+  for kind, place, _ in _RANGE.findall(text):
+    name = _BOUND.match(place)
+    used = name and re.findall(rf"(_\s*\{{?[^{{}}_]*?)?(?<![A-Za-z\\]){name[1]}(?![A-Za-z])", rest)
+    if used is not None and (any(used) or (kind == "lim" and not used)):
+      return True
   return False
 
 

@@ -18,7 +18,7 @@ class Extracted(NamedTuple):
   """The answer of a response and how it was found."""
 
   answer: str | None  # stripped; None where no path found one
-  path: str  # answer_tag, open_answer_tag, boxed, answer_is, letter, last_number or none
+  path: str  # answer_tag, open_answer_tag, boxed, answer_is, letter, last_mathematics, last_number or none
 
 
 _END_OF_THOUGHTS = "</think>"
@@ -89,6 +89,9 @@ _LETTER_LINE = re.compile(
 )
 _OPTION = re.compile(r"\b(?:[Oo]ption|[Cc]hoice)(?: is)?:? [*_(]{0,4}([A-Z])\b(?!')")
 # 3/4, -\frac{3}{4}, 1,000.5, 10\,000, 2e-3, 1.5 \times 10^{3}, 25\%
+# $(7, 6)$ at the end of a text; not the dollars of "It costs $5, not 6$".
+_LAST_MATHEMATICS = re.compile(r"(?<![\\$])\$([^$]{1,400})(?<!\\)\$[ \t]{0,9}\.?\s{0,9}\Z")
+_WORD = re.compile(r"(?<!\\)\b[A-Za-z]{2,}")
 _NUMBER = re.compile(
   r"(?:(?<![\w.)\]}])-[ ]?)?(?:\\[dt]?frac ?\{[^{}]{1,60}\} ?\{[^{}]{1,60}\}|"
   r"(?<![\w.])(?:\d{1,3}(?:(?:,|\\,|~|\{,\})\d{3})+|\d+|(?=\.\d))(?:\.\d+)?(?:[eE][-+]?\d+)?(?:/\d+)?(?!\d)"
@@ -110,8 +113,8 @@ def extract(text: str, grader: str, options: Mapping[str, str] | None = None) ->
 
   Returns:
     the content of the first `<answer>`, closed or not; else of the last `\\boxed`, of several in a row all; else what
-    "the answer is" is followed by; else the last lone letter, or the last number. Of multiple choice the first of these
-    that names an option, so that a box of working does not hide the letter.
+    "the answer is" is followed by; else the last lone letter, the mathematics on which the text ends, or the last
+    number. Of multiple choice the first that names an option, so that a box of working does not hide the letter.
 
   >>> extract("<think>6 * 7</think> <answer> 42 </answer>", "number")
   Extracted(answer='42', path='answer_tag')
@@ -151,6 +154,8 @@ def _extract_untagged(text: str, grader: str, options: dict[str, str]) -> Extrac
     named = [one for one in found if one.answer and label_of(one.answer, options)]
     found = [*named, *([lettered] if ends_with_it else []), *found, lettered]
   elif grader in ("math", "number"):
+    if grader == "math" and (last := _LAST_MATHEMATICS.search(text)) and not _WORD.search(last[1]):
+      found.append(Extracted(last[1].strip(), "last_mathematics"))
     meant = (one for one in _NUMBER.finditer(text) if not text.endswith("not ", 0, one.start()))
     number = next(iter(collections.deque(meant, maxlen=1)), None)
     found.append(Extracted(number[0].replace(" ", "") if number else None, "last_number"))

@@ -13,10 +13,11 @@ from rlpr_jax.grading.equivalence import equal
 from rlpr_jax.grading.question import Question
 from rlpr_jax.grading.spelling import normalized
 from tests.grading.equivalence_suites import DISAGREEMENTS, SUITES
+from tools.changed_answers import changes
 
 # Of how many verdicts ours must be the same; `DISAGREEMENTS` says why each other one is not.
 AGREEMENT = {
-  "Math-Verify": 0.94,
+  "Math-Verify": 0.947,
   "NeMo-Skills": 0.96,
   "MARIO": 0.90,
   "Qwen2.5-Math": 1.0,
@@ -53,6 +54,23 @@ def test_suites_of_others(suite):
 
 # What one side writes, and the other.
 SAME = [
+  # working before the last value, which a reference has in other words or not at all
+  ("x = 1 + 4 = 5", "x = 2 + 3 = 5"),
+  ("\\sqrt{2} \\approx 1.41", "\\sqrt{2} \\approx 1.414"),
+  ("2 + 3 = 5", "5"),
+  ("x = 2 + 3 = 5", "5"),
+  ("x = 1\\frac{1}{2} = 1.5", "1.5"),
+  ("x = 30 \\text{ cm} = 0.3 m", "0.3 m"),
+  ("\\frac{22}{7} \\approx 3.14", "\\frac{22}{7}"),
+  ("\\frac{2}{3} \\approx 0.66", "\\frac{2}{3}"),
+  ("E = 6.63 \\times 10^{-34} \\approx 6.6 \\times 10^{-34}", "6.63 \\times 10^{-34}"),
+  # a limit and a sum
+  ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"),
+  ("\\sum_{k=1}^{10} k", "55"),
+  ("\\sum_{k=1}^{5} 2", "10"),
+  # a comma
+  ("0,245", "0.245"),
+  ("+0,245", "0,245"),
   ("\\sqrt2 \\approx 1.414", "\\sqrt{2}"),
   ("\\sqrt2 \\approx 1.414", "1.414"),
   ("a_n = 2n+1", "a_{n}=2n+1"),
@@ -132,6 +150,16 @@ SAME = [
   ("\\lim_{x\\to 0} \\frac{\\sin x}{x}", "1"),
 ]
 OTHER = [
+  # working with another number
+  ("x = 2 + 4 = 5", "x = 2 + 3 = 5"),
+  ("f(2) = 4 - 2 = 3", "f(2) = 4 - 1 = 3"),
+  ("\\sqrt{2} \\approx 1.424", "\\sqrt{2} \\approx 1.414"),
+  ("\\sqrt{2} \\approx 1.415", "\\sqrt{2} \\approx 1.414"),
+  ("-0,245", "0,245"),
+  # of terms that only have a name
+  ("\\lim_{n \\to 0} a_n = 2", "\\lim_{n \\to \\infty} a_n = 2"),
+  ("\\lim_{k \\to \\infty} a_n", "\\lim_{n \\to \\infty} a_n"),
+  ("\\sum_{j=1}^{n} a_{k}", "\\sum_{k=1}^{n} a_{k}"),
   ("x^2+1=0", "x^2+3=0"),  # no real solution
   ("I = \\frac{V}{12}", "I = \\frac{V}{13}"),
   ("v_0 = 20", "v_1 = 20"),
@@ -232,31 +260,11 @@ REFERENCES = [
 ]
 
 
-def changes(reference, rng):
-  """The reference with one digit, sign, relation, unit, function or item changed."""
-  for found in re.finditer(r"\d", reference):
-    digit = rng.choice([d for d in "123456789" if d != found[0]])
-    yield reference[: found.start()] + digit + reference[found.end() :]
-  for found in re.finditer(r"(?<![A-Za-z^{_])[+-]", reference):
-    yield reference[: found.start()] + "+-"[found[0] == "+"] + reference[found.end() :]
-  for old, new in (
-    ("=", " \\neq "), (" < ", " > "), (" > ", " < "), ("\\leq", "\\geq"), ("\\le ", "\\ge "), ("\\neq", "="),
-    (" < ", "\\leq "), ("\\sin", "\\cos"), ("\\cup", "\\cap"), ("cm", "mm"), ("mph", "km"), ("hours", "days"),
-    ("m/s", "km/s"), ("[", "("), ("]", ")"), ("\\mathbf{i}", "\\mathbf{k}"), ("apples", "pears"),
-  ):  # fmt: skip
-    if reference.count(old) == 1 and not (old == "=" and "\\neq" in reference):
-      yield reference.replace(old, new)
-  if "," in reference:
-    if not reference.endswith((")", "]", "}")):
-      yield reference.rpartition(",")[0]
-    yield f"{reference}, 77"
-
-
 def test_changed_references():
   """Each reference is right as it stands; of all changes of one thing none is accepted."""
   rng = random.Random(0)
   assert [reference for reference in REFERENCES if not is_right(reference, reference)] == []
-  changed = [(text, reference) for reference in REFERENCES for text in changes(reference, rng)]
+  changed = [(text, reference) for reference in REFERENCES for _, text in changes(reference, rng)]
   assert len(changed) > 500
   assert [pair for pair in changed if is_right(*pair)] == []
 
