@@ -458,6 +458,9 @@ FIELDS = {
     may_change=True,
   ),
   "guards.max_not_finite": Field(0.1, "share of rewards that are not finite", at_least=0, may_change=True),
+  "guards.max_step_kl": Field(
+    0.1, "nats a token that a step moves the policy, as of a rate that is too high", at_least=0, may_change=True
+  ),
   "guards.min_entropy": Field(0.01, "nats a token", at_least=0, may_change=True),
   "guards.min_format": Field(0.2, "share of well-formed responses", at_least=0, may_change=True),
   "guards.min_gain": Field(

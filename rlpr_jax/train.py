@@ -34,7 +34,7 @@ from rlpr_jax.training import carrying, packing, settings
 from rlpr_jax.training.collect import collect
 from rlpr_jax.training.held_out import evaluate_run
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer, compute_logprobs
-from rlpr_jax.training.old_logprobs import resolve_old_logprobs
+from rlpr_jax.training.old_logprobs import resolve_old_logprobs, step_divergence
 from rlpr_jax.training.optimizer import rate_of_step
 from rlpr_jax.training.run import Run, digest_inputs, set_up
 from rlpr_jax.training.state import abstract_state, adopt_rows, compile_sampling, finish_step, first_state, join, split
@@ -236,6 +236,7 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
     state, loss = run.update(state, rows)
     losses.append(loss)
   losses = jax.device_get(losses)
+  divergence = step_divergence(batch.groups, training_scorer(run, state.params))
   padding = [rows.padding(run.packing.micro_batch_rows) for rows in minibatches]
   return Updated(
     state=finish_step(run, state, batch, stream),
@@ -243,6 +244,7 @@ def update_policy(run: Run, state: TrainState, batch: StepBatch, stream: PromptS
     losses=losses,
     metrics=gap
     | {"update/padding": float(np.mean(padding)) if padding else 0.0}
+    | ({} if divergence is None else {"update/step_kl": divergence})
     | update_metrics(batch, losses, time.perf_counter() - started),
   )
 

@@ -56,6 +56,7 @@ def metrics_row(step: int, steps: int, rng: np.random.Generator) -> dict:
     "update/loss": rng.normal(0, 0.02),
     "update/entropy": 0.5 - 0.3 * done,
     "update/grad_norm": 0.4 + rng.exponential(0.1),
+    "update/step_kl": 0.004 + rng.exponential(0.002),
     "update/clip_fraction": 0.01 + rng.exponential(0.003),
     "update/ratio_mean": 1 + rng.normal(0, 0.001),
     "update/ratio_worst": 1 + rng.exponential(0.1),

@@ -46,6 +46,7 @@ def test_whole_run_writes_finite_metrics_rollouts_and_report(whole_run):
   assert len({row["reward/total"] for row in steps[1:]}) > 1
   assert all(row["sampler_gap/worst"] < 1e-3 for row in steps[1:])
   assert not any(row["sampler_gap/recomputed"] for row in steps[1:])
+  assert all(0 < row["update/step_kl"] < 1 for row in steps[1:])
   assert (whole_run / "report.html").stat().st_size > 10_000
   rollouts = [json.loads(line) for line in (whole_run / "rollouts/step_000003.jsonl").read_text().splitlines()]
   assert len(rollouts) == 12  # the first draw: three prompts, four samples

@@ -57,6 +57,7 @@ THEMES: dict[str, tuple[Panel, ...]] = {
     Panel("Loss", "loss", {"update/loss": "clipped policy loss"}),
     Panel("Entropy", "nats a token", {"update/entropy": "mean"}),
     Panel("Gradient", "norm before clipping", {"update/grad_norm": "global norm"}),
+    Panel("Policy change", "KL, nats a token", {"update/step_kl": "from before the step to after it"}),
     Panel("Clipped", "share of tokens", {"update/clip_fraction": "outside the clip range"}),
     Panel("Probability ratio", "new / old", {"update/ratio_mean": "mean", "update/ratio_worst": "farthest from 1"}),
   ),

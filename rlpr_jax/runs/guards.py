@@ -41,6 +41,7 @@ def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> dict[tu
     ),
     ("rollout/truncated", 0, settings.max_truncated, "a share of {:.2f} of the responses cut at their limit"),
     ("update/entropy", settings.min_entropy, math.inf, "an entropy of {:.4f} nats a token"),
+    ("update/step_kl", 0, settings.max_step_kl, "steps that move the policy by {:.3f} nats a token"),
     ("filter/trained", 1, math.inf, "{:.0f} groups that could be trained on"),
     ("reward/not_finite_share", 0, settings.max_not_finite, "a share of {:.2f} of the rewards not finite"),
     ("answer/empty", 0, settings.max_empty_answers, "a share of {:.2f} of the answers empty"),

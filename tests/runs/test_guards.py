@@ -30,6 +30,7 @@ def test_no_alarm_while_all_is_well():
     ("rollout/response_length", 9.9, 10.1, "responses of 9.9 tokens, under 10 for 5 steps"),
     ("rollout/truncated", 0.51, 0.49, "share of 0.51 of the responses cut at their limit, over 0.5 for 5 steps"),
     ("update/entropy", 0.009, 0.011, "entropy of 0.0090 nats a token, under 0.01"),
+    ("update/step_kl", 0.2, 0.05, "steps that move the policy by 0.200 nats a token, over 0.1"),
     ("reward/not_finite_share", 0.2, 0.05, "share of 0.20 of the rewards not finite, over 0.1"),
     ("answer/empty", 0.3, 0.1, "share of 0.30 of the answers empty, over 0.2"),
     ("answer/length", 0.19, 0.21, "answers 0.19 times as long as their references, under 0.2"),

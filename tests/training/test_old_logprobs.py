@@ -7,7 +7,13 @@ import pytest
 from rlpr_jax.runs.metrics import compilations
 from rlpr_jax.sharding import Sharding
 from rlpr_jax.training.logprobs import LogprobProgram, TextScorer
-from rlpr_jax.training.old_logprobs import importance_weights, resolve_old_logprobs, sampler_gap, trainer_logprobs
+from rlpr_jax.training.old_logprobs import (
+  importance_weights,
+  resolve_old_logprobs,
+  sampler_gap,
+  step_divergence,
+  trainer_logprobs,
+)
 from tests.training.groups import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
 from tests.training.groups import trainer_logprobs as of_rows
 
@@ -109,6 +115,22 @@ def test_log_probabilities_that_are_not_finite_are_computed_anew(exact, trainer)
   groups, metrics = resolve_old_logprobs(broken, trainer, "auto", limit=0.01)
   assert metrics["recomputed"]
   np.testing.assert_allclose(groups.logprobs, exact.logprobs, atol=1e-5)
+
+
+def test_how_far_a_step_went(exact, trainer):
+  """By hand, in float64, on the tokens of one micro-batch; nothing new is compiled for it."""
+  trainer_logprobs(exact, trainer, everything=False)
+  before = compilations()
+  assert step_divergence(exact, trainer) == pytest.approx(0, abs=1e-8)
+  shift = np.random.default_rng(2).normal(0, 0.3, exact.logprobs.shape)
+  shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + shift).astype(np.float32))
+  looked_at = ~np.isnan(trainer_logprobs(exact, trainer, everything=False))
+  assert step_divergence(shifted, trainer) == pytest.approx(
+    np.mean(np.exp(-shift) - 1 + shift, where=looked_at), rel=1e-4
+  )
+  assert compilations() == before
+  assert step_divergence(exact.take(slice(0)), trainer) is None
+  assert step_divergence(exact._replace(logprobs=np.full_like(exact.logprobs, np.nan)), trainer) is None
 
 
 def test_nothing_was_sampled(exact, trainer):
