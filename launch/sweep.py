@@ -31,7 +31,7 @@ from ml_collections import ConfigDict
 
 from rlpr_jax import command_line, validation
 from rlpr_jax.errors import InputError, exit_with_one_line, user_code
-from rlpr_jax.runs import metrics
+from rlpr_jax.runs import ACCURACY, metrics
 from rlpr_jax.runs.children import Children
 from rlpr_jax.runs.storage import write_result
 
@@ -155,7 +155,7 @@ def wandb_sweep(given: flags.FlagValues, variants: list[str], overrides: list[st
   return {
     "name": pathlib.Path(given.sweep).stem,
     "method": "grid",
-    "metric": {"name": "held_out/accuracy", "goal": "maximize"},
+    "metric": {"name": ACCURACY, "goal": "maximize"},
     "parameters": {"variants": {"values": variants}, "seeds": {"values": [int(seed) for seed in given.seeds]}},
     "program": "launch/sweep.py",
     "command": ["${env}", "${interpreter}", "${program}", *own, *overrides, *trackers, "${args}"],
@@ -254,7 +254,7 @@ def is_finished(job: Job) -> bool:
 def last_accuracies(job: Job) -> tuple[float, float]:
   """Held-out accuracy before the first step and after the last."""
   rows = metrics.read(job.workdir / "metrics.jsonl")
-  accuracy = {row["step"]: row["held_out/accuracy"] for row in rows if "held_out/accuracy" in row}
+  accuracy = {row["step"]: row[ACCURACY] for row in rows if ACCURACY in row}
   return accuracy.get(0, float("nan")), accuracy.get(job.steps, float("nan"))
 
 
@@ -289,7 +289,7 @@ class Course(NamedTuple):
 
 def course(job: Job) -> Course:
   rows = metrics.read(job.workdir / "metrics.jsonl")
-  found = [(row["step"], row["held_out/accuracy"]) for row in rows if "held_out/accuracy" in row]
+  found = [(row["step"], row[ACCURACY]) for row in rows if ACCURACY in row]
   last = next((row for row in reversed(rows) if "answer/empty" in row), {})
   answers = {name: last.get(f"answer/{name}", float("nan")) for name in ("empty", "exact")}
   return Course([step for step, _ in found], [accuracy for _, accuracy in found], answers)

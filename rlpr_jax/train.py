@@ -22,7 +22,7 @@ from rlpr_jax import entry, processes
 from rlpr_jax.custom_reward import CustomReward
 from rlpr_jax.data.pipeline import PromptStream
 from rlpr_jax.errors import InputError, setting_names
-from rlpr_jax.runs import metrics, trackers, unfinished
+from rlpr_jax.runs import ACCURACY, metrics, trackers, unfinished
 from rlpr_jax.runs.checkpoints import Checkpoints
 from rlpr_jax.runs.exports import Exports
 from rlpr_jax.runs.guards import Watch
@@ -40,7 +40,6 @@ from rlpr_jax.training.run import Run, digest_inputs, set_up
 from rlpr_jax.training.state import abstract_state, adopt_rows, compile_sampling, finish_step, first_state, join, split
 from rlpr_jax.types import PackedRows, Params, StepBatch, TrainState
 
-ACCURACY = "held_out/accuracy"
 UNTRAINED = "filter/steps_without_training"  # so far
 
 

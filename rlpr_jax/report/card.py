@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from rlpr_jax import config as configs
 from rlpr_jax.report import charts
 from rlpr_jax.report.charts import Panel
-from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run
+from rlpr_jax.report.records import EXACT, Json, Run
+from rlpr_jax.runs import ACCURACY
 
 CURVE = "curve.png"
 PANELS = (

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from rlpr_jax.report import charts, diagnosis, gallery, panels, style
 from rlpr_jax.report.markup import Markup, join, tag
-from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, Series, read_run
+from rlpr_jax.report.records import EXACT, Json, Run, Series, read_run
+from rlpr_jax.runs import ACCURACY
 from rlpr_jax.runs.storage import write_result
 
 # The policy forbids scripts and requests even if something hostile were to get past the escaping.

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from rlpr_jax.report.records import ACCURACY, EXACT, Run, Series
+from rlpr_jax.report.records import EXACT, Run, Series
+from rlpr_jax.runs import ACCURACY
 
 POINTS = 400  # a curve is thinned to this many: more cannot be seen and makes the file large
 SMOOTH_FROM = 12  # shorter curves are shown as they are
@@ -78,7 +79,7 @@ THEMES: dict[str, tuple[Panel, ...]] = {
       "tokens a second",
       {"tokens_per_second/rollout": "rollout", "tokens_per_second/update": "update"},
     ),
-    Panel("Compilations", "programs", {"compilations": "so far"}, whole=True),
+    Panel("Compilations", "programs", {"compilations": "in the step"}, whole=True),
   ),
 }
 

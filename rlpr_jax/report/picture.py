@@ -15,7 +15,8 @@ from matplotlib.patches import FancyBboxPatch
 
 from rlpr_jax.report import charts, gallery, style
 from rlpr_jax.report.panels import Panel
-from rlpr_jax.report.records import ACCURACY, EXACT, Json, Run, number, read_run
+from rlpr_jax.report.records import EXACT, Json, Run, number, read_run
+from rlpr_jax.runs import ACCURACY
 from rlpr_jax.runs.storage import write_result
 
 # All lengths are points, 1/72 inch; at 100 dots an inch the picture is 1,200 wide. Written at twice that.

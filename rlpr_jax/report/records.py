@@ -12,8 +12,8 @@ import numpy as np
 
 from rlpr_jax import errors
 from rlpr_jax.report import style
+from rlpr_jax.runs import ACCURACY
 
-ACCURACY = "held_out/accuracy"
 EXACT = "held_out/exact"  # share of the answers with a reference's very text
 RECENT_FILES = 10  # rollout files read, newest first: a long run has more than a report can show
 

@@ -1,1 +1,1 @@
-"""Services of a long run, whatever it trains: checkpoints, metrics, guards, storage."""
+ACCURACY = "held_out/accuracy"  # the metric by which checkpoints and runs are compared

@@ -27,13 +27,13 @@ from typing import Any, NamedTuple, Protocol
 
 from rlpr_jax import config as configs
 from rlpr_jax.errors import InputError
+from rlpr_jax.runs import ACCURACY
 from rlpr_jax.runs.storage import reason, write_atomically
 
 Json = dict[str, Any]
 TENSORBOARD = "tensorboard"
 PACKAGES = {TENSORBOARD: "tensorboardX", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}  # by the names
 DIRECTORY = "trackers"  # in the run's: what was sent, logs of the trackers' processes, files of wandb
-ACCURACY = "held_out/accuracy"
 _LOOK = 1.0  # seconds between two looks at what the run has written
 _LONGEST_PAUSE = 300.0  # seconds between two tries of a tracker that fails
 _CELL = 1000  # characters of a text in TensorBoard, which keeps all of it in its files of events

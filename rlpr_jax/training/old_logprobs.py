@@ -18,7 +18,7 @@ def resolve_old_logprobs(
   trainer: TextScorer,
   source: str,
   limit: float,
-  clip: tuple[float, float] = (0.2, 0.27),
+  clip: tuple[float, float],
   cap: float = 0.0,
 ) -> tuple[Groups, dict[str, float]]:
   """Gives groups that the trainer's policy has just sampled the log-probabilities that an update is to start from.
@@ -71,10 +71,10 @@ def importance_weights(sampler: np.ndarray, trainer: np.ndarray, cap: float) -> 
   }
 
 
-def sampler_gap(sampler: np.ndarray, trainer: np.ndarray, clip: tuple[float, float] = (0.2, 0.27)) -> dict[str, float]:
+def sampler_gap(sampler: np.ndarray, trainer: np.ndarray, clip: tuple[float, float]) -> dict[str, float]:
   """Measures how far two sets of log-probabilities are apart, where the second is known; {} if it is nowhere.
 
-  >>> sampler_gap(np.log([0.5, 0.25, 0.9]), np.log([0.5, 0.5, np.nan]))["worst"]
+  >>> sampler_gap(np.log([0.5, 0.25, 0.9]), np.log([0.5, 0.5, np.nan]), clip=(0.2, 0.27))["worst"]
   1.0
   """
   known = ~np.isnan(trainer)

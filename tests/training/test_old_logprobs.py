@@ -17,6 +17,8 @@ from rlpr_jax.training.old_logprobs import (
 from tests.training.groups import PROMPT, RESPONSE, TEMPERATURE, make_groups, padded
 from tests.training.groups import trainer_logprobs as of_rows
 
+CLIP = 0.2, 0.27
+
 
 @pytest.fixture(scope="module")
 def trainer(policy):
@@ -62,7 +64,7 @@ def test_gap_against_float64():
   trainer[1, 1], trainer[0, 0, 3:] = np.nan, np.nan
   known = ~np.isnan(trainer)
   ratios = np.exp(trainer[known].astype(np.float64) - sampler[known].astype(np.float64))
-  found = sampler_gap(sampler, trainer)
+  found = sampler_gap(sampler, trainer, CLIP)
   assert found["mean"] == pytest.approx(np.mean(np.abs(ratios - 1)), rel=1e-9)
   assert found["worst"] == pytest.approx(np.max(np.abs(ratios - 1)), rel=1e-9)
   assert found["over_0.01"] == pytest.approx(np.mean(np.abs(ratios - 1) > 0.01))
@@ -76,7 +78,7 @@ def test_gap_against_float64():
 def test_who_the_ratios_start_from(exact, trainer, choice, shift, recomputed):
   """A sampler that finds every token too probable by exp(shift); the clip range ends at exp(-0.22) and exp(0.24)."""
   shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + np.float32(shift)))
-  groups, metrics = resolve_old_logprobs(shifted, trainer, choice, limit=0.01)
+  groups, metrics = resolve_old_logprobs(shifted, trainer, choice, limit=0.01, clip=CLIP)
   assert metrics["recomputed"] == recomputed
   assert metrics["mean"] == pytest.approx(abs(1 - np.exp(-shift)), abs=1e-5)
   assert metrics["outside"] == (abs(shift) > 0.25)
@@ -92,14 +94,14 @@ def test_tokens_count_as_often_as_the_trainer_would_have_drawn_them(exact, train
   rng = np.random.default_rng(1)
   shift = rng.normal(0, 0.6, exact.logprobs.shape)
   shifted = exact._replace(logprobs=np.where(beyond(exact), 0, exact.logprobs + shift).astype(np.float32))
-  groups, metrics = resolve_old_logprobs(shifted, trainer, "auto", limit=0.01, cap=1.5)
+  groups, metrics = resolve_old_logprobs(shifted, trainer, "auto", limit=0.01, clip=CLIP, cap=1.5)
   expected = np.where(beyond(exact), 1, np.minimum(np.exp(-shift), 1.5))
   np.testing.assert_allclose(groups.importance, expected, atol=1e-4)
   np.testing.assert_allclose(groups.logprobs, exact.logprobs, atol=1e-5)  # ratios start from the trainer
   assert metrics["importance"] == pytest.approx(expected[~beyond(exact)].mean(), abs=1e-4)
   assert metrics["truncated"] == pytest.approx(np.mean(shift[~beyond(exact)] < -np.log(1.5)))
   assert 0 < metrics["truncated"] < 1
-  untouched, metrics = resolve_old_logprobs(shifted, trainer, "sampler", limit=0.01, cap=1.5)
+  untouched, metrics = resolve_old_logprobs(shifted, trainer, "sampler", limit=0.01, clip=CLIP, cap=1.5)
   assert untouched.importance is None
   assert "importance" not in metrics
 
@@ -112,7 +114,7 @@ def test_importance_weights_of_nothing():
 
 def test_log_probabilities_that_are_not_finite_are_computed_anew(exact, trainer):
   broken = exact._replace(logprobs=np.where(beyond(exact), 0, np.nan).astype(np.float32))
-  groups, metrics = resolve_old_logprobs(broken, trainer, "auto", limit=0.01)
+  groups, metrics = resolve_old_logprobs(broken, trainer, "auto", limit=0.01, clip=CLIP)
   assert metrics["recomputed"]
   np.testing.assert_allclose(groups.logprobs, exact.logprobs, atol=1e-5)
 
@@ -134,7 +136,7 @@ def test_how_far_a_step_went(exact, trainer):
 
 
 def test_nothing_was_sampled(exact, trainer):
-  groups, metrics = resolve_old_logprobs(exact.take(slice(0)), trainer, "auto", 0.01)
+  groups, metrics = resolve_old_logprobs(exact.take(slice(0)), trainer, "auto", 0.01, clip=CLIP)
   assert groups.num_groups == 0
   assert metrics == {}
   assert jax.tree.structure(groups) == jax.tree.structure(exact)
