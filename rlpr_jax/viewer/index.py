@@ -196,7 +196,8 @@ class Index:
 
   def read(self, places: Iterable[int]) -> dict[int, Json]:
     """Reads the rollouts at some places of the table; what is gone meanwhile is left out."""
-    table, found = self.table(), {}
+    table = self.table()
+    found: dict[int, Json] = {}
     by_file: dict[int, list[int]] = {}
     for place in places:
       by_file.setdefault(int(table.file[place]), []).append(int(place))

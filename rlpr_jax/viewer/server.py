@@ -5,6 +5,7 @@ import http.server
 import importlib.resources
 import pathlib
 import re
+import socket
 import socketserver
 import sys
 import threading
@@ -289,7 +290,7 @@ class Server(socketserver.ThreadingTCPServer):
   def address(self) -> str:
     return f"http://127.0.0.1:{self.server_address[1]}/"
 
-  def handle_error(self, request: object, client_address: object) -> None:
+  def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: object) -> None:
     """A browser that goes away is no news; all else is, with its trace."""
     if not isinstance(sys.exception(), ConnectionError | TimeoutError):
       super().handle_error(request, client_address)
