@@ -11,6 +11,7 @@ ORDER = (
   ("types",),
   ("rewards", "command_line", "custom_reward"),
   ("splicing", "models"),
+  ("reference_reward",),
   ("huggingface",),
   ("data",),
   ("sampling", "grading", "policy"),

@@ -41,30 +41,93 @@ def test_the_mathematics_work_outside_the_trainer():
 @pytest.mark.slow
 def test_the_reward_in_trl_is_that_of_our_own_trainer(tmp_path, monkeypatch):
   """Of the responses of a run of ours, scored again as TRL would have them scored."""
+  config, workdir = tiny(), tmp_path / "run"
+  config.steps, config.log.rollouts = 1, 10**6
+  training_program.train(config, workdir)
+  export.export(workdir, tmp_path / "model", 0, "float32", adapter=False)
+  found = [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
+  reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
+  prompts, answers = asked(found, tokenizer)
+  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
+  expected = [row["reward_total"] - row["reward_repetition"] for row in found]
+  assert np.std(expected) > 0.01
+  np.testing.assert_allclose(reward(prompts, completion_ids=ids, answer=answers), expected, atol=1e-4)
+
+
+def in_trl(directory, monkeypatch):
+  """The reward function of examples/in_trl.py for a model, and its tokenizer; TRL itself is not needed."""
   torch = pytest.importorskip("torch")
   trl = types.ModuleType("trl")
   trl.GRPOConfig = trl.GRPOTrainer = None
   monkeypatch.setitem(sys.modules, "trl", trl)
   example = runpy.run_path(str(EXAMPLES / "in_trl.py"))
+  tokenizer = AutoTokenizer.from_pretrained(directory)
+  model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+  return example["reward_function"](model, tokenizer), tokenizer
+
+
+def asked(found, tokenizer):
+  """Prompts and references of rollouts, as other trainers give them."""
+  chats = [[{"role": "user", "content": row["question"]}] for row in found]
+  prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+  return prompts, [row["reference"] for row in found]
+
+
+@pytest.mark.slow
+def test_tunix_trains_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
+  """Of the responses of a run of ours, scored by tunix's model and by torch's; then two steps of tunix's own.
+
+  tunix computes any Qwen3 with a theta of its own, so that the model is another one than the run's.
+  """
+  where = ROOT / ".cache/tunix"
+  if not (where / "tunix").is_dir():
+    pytest.skip("no tunix: pip install --target=.cache/tunix google-tunix==0.1.7")
   config, workdir = tiny(), tmp_path / "run"
   config.steps, config.log.rollouts = 1, 10**6
   training_program.train(config, workdir)
   export.export(workdir, tmp_path / "model", 0, "float32", adapter=False)
-  tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-  model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+  settings = json.loads((tmp_path / "model/config.json").read_text())
+  (tmp_path / "model/config.json").write_text(json.dumps(settings | {"rope_theta": 1e6}))
   found = [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
-  reward = example["reference_reward"](model, tokenizer)
+  reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
+  prompts, answers = asked(found, tokenizer)
   ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
-  chats = [[{"role": "user", "content": row["question"]}] for row in found]
-  scores = reward(
-    [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats],
-    [tokenizer.decode(one, skip_special_tokens=True) for one in ids],
-    ids,
-    [row["reference"] for row in found],
-  )
-  expected = [row["reward_total"] - row["reward_repetition"] for row in found]
+  expected = reward(prompts, completion_ids=ids, answer=answers)
   assert np.std(expected) > 0.01
+  rows = [{"question": example.messages[0]["content"], "answer": example.reference} for example in QUESTIONS]
+  (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  (tmp_path / "asked.json").write_text(json.dumps([prompts, [row["response"] for row in found], answers]))
+  done = subprocess.run(
+    [
+      sys.executable, "-c", IN_TUNIX, str(EXAMPLES), str(tmp_path / "asked.json"), f"--model={tmp_path / 'model'}",
+      f"--questions={tmp_path / 'questions.jsonl'}", "--steps=2", "--prompts=2", "--samples=4", "--prompt_length=64",
+      "--length=32",
+    ],
+    capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": f"{ROOT}:{where}"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr[-2000:]
+  scores, steps = json.loads(done.stdout.splitlines()[-1])
   np.testing.assert_allclose(scores, expected, atol=1e-4)
+  assert steps == 2
+
+
+# Scores what it is asked before the first step, by the model as it was read, and then trains.
+IN_TUNIX = """
+import json, pathlib, runpy, sys
+directory, asked, *arguments = sys.argv[1:]
+example = runpy.run_path(str(pathlib.Path(directory) / "in_tunix.py"))
+scores, own = [], example["reward_function"]
+
+def reward_function(*arguments):
+  reward = own(*arguments)
+  prompts, completions, answer = json.loads(pathlib.Path(asked).read_text())
+  scores.extend(reward(prompts, completions, answer))
+  return reward
+
+example["main"].__globals__["reward_function"] = reward_function
+learner = example["main"](arguments)
+print(json.dumps([scores, learner.rl_cluster.global_steps]))
+"""
 
 
 @pytest.mark.slow
