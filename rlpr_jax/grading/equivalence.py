@@ -325,7 +325,10 @@ def _contradicts(ours: Relation, theirs: Relation) -> bool:
 
   A decimal may be the other number rounded, or cut off: the last sides of \sqrt{2} \approx 1.41 and 1.414.
   """
-  if ours.signs != theirs.signs or not all(is_name(side) or _is_number(side) for side in (*ours.sides, *theirs.sides)):
+  if ours.signs != theirs.signs:
+    return False
+  said = [side for relation in (ours, theirs) for side in relation.sides[: 1 if len(ours.sides) > 2 else None]]
+  if not all(is_name(side) or _is_number(side) for side in said):
     return False  # 2x = 4 is x = 2
   for pair in zip(ours.sides, theirs.sides, strict=True):
     if not all(map(_is_number, pair)):
@@ -664,8 +667,12 @@ _COMMAND = re.compile(r"\\[A-Za-z]+")
 _UNREAD = re.compile(r"\\(?:i*int|oint|sum|prod|lim|frac\s*\{\s*(?:d|\\partial))(?![A-Za-z])|\\partial(?![A-Za-z])")
 
 
+_AT_ZERO = re.compile(r"(?<![A-Za-z\\])([A-Za-z])\s*\(\s*0\s*\)")  # I(0), a value of I and not I times 0
+
+
 def _same_scalar(answer: str, reference: str, depth: int) -> bool:
   """Whether two numbers, with or without units, or two expressions are equal."""
+  answer, reference = (_AT_ZERO.sub(r"\1_{0}", text) for text in (answer, reference))
   ours, theirs = numbers.parse(answer), numbers.parse(reference)
   if ours and theirs and (ours.unit or theirs.unit or ours.percent or theirs.percent):
     units = [number.unit for number in (ours, theirs) if number.unit]
@@ -692,17 +699,21 @@ def _same_scalar(answer: str, reference: str, depth: int) -> bool:
 
 
 _RANGE = re.compile(r"\\(lim|sum|prod)\s*_\s*(\{[^{}]*\}|\w)\s*((?:\^\s*(?:\{[^{}]*\}|\\?\w+))?)")
+_DIFFERENTIAL = re.compile(r"\\d?frac\s*\{\s*d([^{}]*)\}\s*\{\s*d([^{}]*)\}")
 _BOUND = re.compile(r"\{?\s*([A-Za-z])\s*(?:=|\\to|\\rightarrow)")
 
 
 def _run_over_others(answer: str, reference: str) -> bool:
-  r"""Whether limits, sums or products of terms that only have a name run over other places.
+  r"""Whether limits, sums or products of terms that only have a name run over other places, or derivatives are others.
 
-  To math-verify \lim_{n \to 0} a_n is a_n.
+  To math-verify \lim_{n \to 0} a_n is a_n, and \frac{d v}{d t} is 0.
   """
   texts = (answer, reference)
   ranges = [sorted("".join("".join(parts).split()) for parts in _RANGE.findall(text)) for text in texts]
-  return ranges[0] != ranges[1] and any(map(_has_named_terms, texts))
+  if ranges[0] != ranges[1] and any(map(_has_named_terms, texts)):
+    return True
+  derivatives = [sorted("/".join(parts).replace(" ", "") for parts in _DIFFERENTIAL.findall(text)) for text in texts]
+  return all(derivatives) and derivatives[0] != derivatives[1]
 
 
 def _has_named_terms(text: str) -> bool:

@@ -64,6 +64,9 @@ SAME = [
   ("\\frac{22}{7} \\approx 3.14", "\\frac{22}{7}"),
   ("\\frac{2}{3} \\approx 0.66", "\\frac{2}{3}"),
   ("E = 6.63 \\times 10^{-34} \\approx 6.6 \\times 10^{-34}", "6.63 \\times 10^{-34}"),
+  ("I(0) \\cdot e^{-t/(RC)}", "I(0) e^{-\\frac{t}{R C}}"),
+  ("b v + m \\frac{d v}{d t} = f", "m \\frac{d v}{d t} + b v = f"),
+  ("\\frac{d}{dx} x^2", "2x"),
   # a limit and a sum
   ("\\lim_{x \\to 0} \\frac{\\sin x}{x}", "1"),
   ("\\sum_{k=1}^{10} k", "55"),
@@ -156,6 +159,14 @@ OTHER = [
   ("\\sqrt{2} \\approx 1.424", "\\sqrt{2} \\approx 1.414"),
   ("\\sqrt{2} \\approx 1.415", "\\sqrt{2} \\approx 1.414"),
   ("-0,245", "0,245"),
+  (
+    "t_y = \\frac{a}{b} t_x = \\frac{-9.6}{0.4} \\cdot 0.15 = -0.225",
+    "t_y = \\frac{a}{b} t_x = \\frac{-0.6}{0.4} \\cdot 0.15 = -0.225",
+  ),
+  # functions that only have a name
+  ("c(0)", "I(0)"),
+  ("I(0) e^{-\\frac{t}{R b}}", "I(0) e^{-\\frac{t}{R C}}"),
+  ("m \\frac{d v}{d w} + b v = f", "m \\frac{d v}{d t} + b v = f"),
   # of terms that only have a name
   ("\\lim_{n \\to 0} a_n = 2", "\\lim_{n \\to \\infty} a_n = 2"),
   ("\\lim_{k \\to \\infty} a_n", "\\lim_{n \\to \\infty} a_n"),
