@@ -236,11 +236,11 @@ def _relation(text: str) -> Relation | None:
 
 # f(2), P(A|B), f^{-1}(x), but not f(x + 1)
 _CALL_OF_NAMES = re.compile(
-  r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}|\\[A-Za-z]+))?'*(?:\^\{?[-\w\\]+\}?)?'*\(([^()+*/^=-]|\\[A-Za-z]+|-(?=\d))*\)"
+  r"\\?[A-Za-z]+(?:_(?:\w|\{[^{}]*\}|\\[A-Za-z]+))?'*(?:\^\{?[-\w\\]+\}?)?'*\((?:[^()+*/^=-]|-(?=\d))*+\)"
 )
 # Area of the base, ABC, \angle ABC, \Delta p
 _WORDS = re.compile(
-  r"(?:\\?[A-Za-z]{2,}[ .]?)+(?:\([^()]*\))?|[A-Z]{1,4}'*|"
+  r"(?:\\?[A-Za-z]{2,}+[ .]?)++(?:\([^()]*\))?|[A-Z]{1,4}'*|"
   r"\\(?:angle|triangle|Delta|delta|overline|overrightarrow|vec|nabla|mathbf|hat) ?\{?[A-Za-z]{1,4}\}?'?(?:_\{?\w+\}?)?"
 )
 _DERIVATIVE = re.compile(
@@ -316,7 +316,7 @@ def _given(relation: Relation) -> list[str]:
 
 
 # Arithmetic alone, with neither names nor units nor a mixed number, of which every convention makes the same.
-_ARITHMETIC = re.compile(r"(?:[-+*/^(){}\s]|\d+(?:\.\d+)?|\\(?:[dt]?frac|sqrt|cdot|times|pi)(?![A-Za-z]))+")
+_ARITHMETIC = re.compile(r"(?:[-+*/^(){}\s\d.]|\\(?:[dt]?frac|sqrt|cdot|times|pi)(?![A-Za-z]))++")
 _MIXED = re.compile(r"\d\s*\\[dt]?frac|\d\s+\d")
 
 
