@@ -9,12 +9,14 @@ from flax import nnx
 from rlpr_jax.reference_reward import ReferenceReward
 
 PROMPT = "<q>6*7<a>"
+# What stands before the reference once it is put in; None where there is no place for it.
 RESPONSES = {
-  "<think>6*7=42</think> <answer>41</answer>": "<think>6*7=42</think> <answer> 42 </answer>",
-  "<think>6</think> <answer>4": "<think>6</think> <answer> 42 </answer>",  # cut
-  "<think>7</think> <answer></answer>": "<think>7</think> <answer> 42 </answer>",
-  "41 it is": None,  # has no place for the reference
+  "<think>6*7=42</think> <answer>41</answer>": "<think>6*7=42</think> <answer> ",
+  "<think>6</think> <answer>4": "<think>6</think> <answer> ",  # cut
+  "<think>7</think> <answer></answer>": "<think>7</think> <answer> ",
+  "41 it is": None,
 }
+REFERENCES = "42", "7", "13", "9", "e", "tue"
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +53,16 @@ def test_by_hand(policy, token_logps):
   reward = ReferenceReward(tokenizer, log_probabilities)
   eos = [tokenizer.eos_token_id]
   responses = [ids(text) + (eos if text.endswith("</answer>") else []) for text in RESPONSES]
-  found = reward([ids(PROMPT)] * len(RESPONSES), responses, ["42"] * len(RESPONSES))
-  baseline = probability(" ", "42")
-  expected = []
-  for text, spliced in RESPONSES.items():
-    r = probability(spliced.partition("42 <")[0], "42") if spliced else 0.0
-    expected.append(0.9 * np.clip(r - baseline, 0, 1) + 0.1 * (text.endswith("</answer>")))
-  np.testing.assert_allclose(found, expected, atol=1e-5)
-  assert calls == [1, 3]  # r' once, and what can be scored
+  gains = []
+  for reference in REFERENCES:
+    found = reward([ids(PROMPT)] * len(RESPONSES), responses, [reference] * len(RESPONSES))
+    r = np.array([probability(before, reference) if before else 0.0 for before in RESPONSES.values()])
+    gains += list(np.clip(r - probability(" ", reference), 0, 1))
+    well_formed = [text.endswith("</answer>") for text in RESPONSES]
+    np.testing.assert_allclose(found, 0.9 * np.array(gains[-len(r) :]) + 0.1 * np.array(well_formed), atol=1e-5)
+  assert np.sum(np.array(gains) > 1e-3) > 2  # not all are cut at 0
+  assert calls == [1, 3] * len(REFERENCES)  # r' once, and what can be scored
   reward([ids(PROMPT)], responses[:1], ["42"])
-  assert calls == [1, 3, 1]  # r' is known
+  assert calls[-1:] == [1]  # r' is known
+  assert len(calls) == 2 * len(REFERENCES) + 1
   assert reward([ids(PROMPT)], responses[3:], ["42"]).tolist() == [0.0]
