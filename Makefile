@@ -14,8 +14,8 @@ LOCK := $(if $(filter $(OLDEST),$(VERSION)),requirements.txt,requirements-newest
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-.PHONY: quickstart seeds test test-newest test-newest-quick test-slow quick assets smollm2 libtpu cuda-compiler docs \
-  lint clean
+.PHONY: quickstart seeds test test-newest test-newest-quick test-slow quick assets smollm2 libtpu cuda-compiler peers \
+  docs lint clean
 
 quickstart: $(VENV)/ready  ## a tiny policy learns to reason, in minutes
 	$(BIN)/python -m rlpr_jax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
@@ -44,7 +44,7 @@ quick: $(VENV)/ready-dev
 	$(BIN)/python -m rlpr_jax train --workdir=runs/quick --config.steps=2 --config.warm_start.steps=20 \
 	  --config.evaluation.prompts=40
 
-test-slow: assets $(VENV)/ready-docs  ## the slow tests alone
+test-slow: assets peers $(VENV)/ready-docs $(VENV)/ready-slow  ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
 assets: $(VENV)/ready-dev  ## a real model and real tokenizers for the tests; what cannot be had is skipped there
@@ -64,6 +64,15 @@ cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.pla
 	rm -rf .cache/cuda
 	$(INSTALL) --no-deps --target .cache/cuda \
 	  $$($(BIN)/python -c 'from rlpr_jax.planning import compiler; print(*compiler.requirements("cuda"))')
+
+# Aside as well, and without the torch, jax and numpy that they would bring.
+peers: $(VENV)/ready  ## TRL, tunix and verl under .cache, for the tests of examples/ and for benchmarks/
+	$(INSTALL) --no-deps --upgrade --target .cache/trl trl==1.16.0 accelerate==1.15.0
+	$(INSTALL) --no-deps --upgrade --target .cache/tunix google-tunix==0.1.7 antlr4-python3-runtime==4.9.3 clu etils \
+	  google-metrax hf_transfer kagglehub kagglesdk llvmlite numba omegaconf perfetto pylatexenc python-dotenv qwix \
+	  sentencepiece tenacity wrapt
+	$(INSTALL) --no-deps --upgrade --target .cache/verl verl==0.9.1 accelerate==1.15.0 antlr4-python3-runtime==4.9.3 \
+	  codetiming hydra-core omegaconf pylatexenc pyvers ray tensordict==0.10.0 torchdata
 
 # Without the variable the theme says at each build that it is maintained until May 2027.
 docs: $(VENV)/ready-docs  ## the documentation as a site, site/index.html
@@ -96,6 +105,11 @@ $(VENV)/ready-dev: requirements-dev.txt $(VENV)/ready
 	torch=$$(sed -n 's/^\(torch==[0-9.]*\).*/\1/p' requirements-dev.txt); \
 	  test $(LOCK) != requirements.txt || $(INSTALL) "$$torch+cpu" 2>/dev/null || true
 	$(INSTALL) -r requirements-dev.txt
+	touch $@
+
+# Notebooks, and a browser's driver: the browser itself is the system's own.
+$(VENV)/ready-slow: requirements-slow.txt $(VENV)/ready-dev
+	$(INSTALL) -c $(LOCK) -r requirements-slow.txt
 	touch $@
 
 $(VENV)/ready-docs: requirements-docs.txt $(VENV)/ready

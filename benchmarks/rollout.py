@@ -1,7 +1,7 @@
 """Rollouts of SmolLM2-135M-Instruct in float32 on the CPU: the slot engine beside other ways to sample the same tokens.
 
     make smollm2
-    .venv/bin/python -m pip install --target=.cache/tunix google-tunix==0.1.7  # for the last row, which is optional
+    make peers  # for the last row, which is optional
     PYTHONPATH=. .venv/bin/python -m benchmarks.rollout --tunix=.cache/tunix --json=rollout.json
 
 Every contender samples a response of the same length to the same prompts, at temperature 1 from the whole vocabulary;

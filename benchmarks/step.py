@@ -1,7 +1,7 @@
 """Whole training steps of SmolLM2-135M-Instruct on the CPU: RLPR by rlpr_jax beside GRPO by TRL, on the same questions.
 
     make smollm2
-    .venv/bin/python -m pip install --no-deps --target=.cache/trl trl==1.16.0 accelerate==1.15.0
+    make peers
     PYTHONPATH=. .venv/bin/python -m benchmarks.step --trl=.cache/trl --groups=8 --samples=4
 
 Both sample --samples responses to each of --groups prompts at temperature 1, up to --limit tokens, and take one AdamW

@@ -1,6 +1,6 @@
 """RLPR's reward for other people's trainers: they say how probable tokens are, and this does the rest.
 
-`examples/in_trl.py` and `examples/in_tunix.py` call it.
+`examples/in_trl.py`, `examples/in_tunix.py` and `examples/in_verl.py` call it.
 """
 
 from collections.abc import Callable, Sequence

@@ -41,17 +41,22 @@ def test_the_mathematics_work_outside_the_trainer():
 @pytest.mark.slow
 def test_the_reward_in_trl_is_that_of_our_own_trainer(tmp_path, monkeypatch):
   """Of the responses of a run of ours, scored again as TRL would have them scored."""
-  config, workdir = tiny(), tmp_path / "run"
-  config.steps, config.log.rollouts = 1, 10**6
-  training_program.train(config, workdir)
-  export.export(workdir, tmp_path / "model", 0, "float32", adapter=False)
-  found = [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
+  found = trained_and_exported(tmp_path)
   reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
   prompts, answers = asked(found, tokenizer)
   ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
   expected = [row["reward_total"] - row["reward_repetition"] for row in found]
   assert np.std(expected) > 0.01
   np.testing.assert_allclose(reward(prompts, completion_ids=ids, answer=answers), expected, atol=1e-4)
+
+
+def trained_and_exported(directory):
+  """The rollouts of one step of ours; the policy that wrote them is `model` of the directory."""
+  config, workdir = tiny(), directory / "run"
+  config.steps, config.log.rollouts = 1, 10**6
+  training_program.train(config, workdir)
+  export.export(workdir, directory / "model", 0, "float32", adapter=False)
+  return [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
 
 
 def in_trl(directory, monkeypatch):
@@ -81,14 +86,10 @@ def test_tunix_trains_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
   """
   where = ROOT / ".cache/tunix"
   if not (where / "tunix").is_dir():
-    pytest.skip("no tunix: pip install --target=.cache/tunix google-tunix==0.1.7")
-  config, workdir = tiny(), tmp_path / "run"
-  config.steps, config.log.rollouts = 1, 10**6
-  training_program.train(config, workdir)
-  export.export(workdir, tmp_path / "model", 0, "float32", adapter=False)
+    pytest.skip("no tunix: run make peers")
+  found = trained_and_exported(tmp_path)
   settings = json.loads((tmp_path / "model/config.json").read_text())
   (tmp_path / "model/config.json").write_text(json.dumps(settings | {"rope_theta": 1e6}))
-  found = [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
   reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
   prompts, answers = asked(found, tokenizer)
   ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
@@ -131,11 +132,99 @@ print(json.dumps([scores, learner.rl_cluster.global_steps]))
 
 
 @pytest.mark.slow
+def test_verl_rewards_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
+  """Of the responses of a run of ours, by verl's own worker of rewards, which asks our server, and by torch."""
+  where = ROOT / ".cache/verl"
+  if not (where / "verl").is_dir():
+    pytest.skip("no verl: run make peers")
+  found = trained_and_exported(tmp_path)
+  reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
+  prompts, answers = asked(found, tokenizer)
+  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
+  expected = reward(prompts, completion_ids=ids, answer=answers)
+  assert np.std(expected) > 0.01
+  read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
+  (tmp_path / "asked.json").write_text(json.dumps([read, ids, answers]))
+  serving = [
+    sys.executable, "-m", "rlpr_jax.serve", f"--model={tmp_path / 'model'}", "--port=0", "--prompt_limit=128",
+    "--response_limit=8", "--slots=8",
+  ]  # fmt: skip
+  with subprocess.Popen(serving, stdout=subprocess.PIPE, text=True) as server:
+    try:
+      url = next(line for line in server.stdout if line.startswith("serving ")).split()[-1]
+      address = url.removeprefix("http://").removesuffix("/v1")
+      arguments = [str(EXAMPLES / "in_verl.py"), str(tmp_path / "model"), address, str(tmp_path / "asked.json")]
+      environment = os.environ | {"PYTHONPATH": f"{ROOT}:{where}"}
+      done = subprocess.run(
+        [sys.executable, "-c", IN_VERL, *arguments], capture_output=True, text=True, check=False, env=environment
+      )
+    finally:
+      server.terminate()
+  assert done.returncode == 0, done.stderr[-2000:]
+  scores, nowhere = json.loads(done.stdout.splitlines()[-1])
+  np.testing.assert_allclose(scores, expected, atol=1e-4)
+  assert nowhere.startswith("no server: expected reward.reward_model.enable or ")
+
+
+# verl's own config, worker and batch: prompts are padded in front, responses behind.
+IN_VERL = """
+import asyncio, json, pathlib, sys
+import hydra, numpy as np, torch, verl
+from verl import DataProto
+from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+example, model, address, asked = sys.argv[1:]
+prompts, responses, answers = json.loads(pathlib.Path(asked).read_text())
+settings = [
+  f"actor_rollout_ref.model.path={model}",
+  "reward.reward_manager.source=importlib",
+  "reward.reward_manager.name=ReferenceRewardManager",
+  f"reward.reward_manager.module.path={example}",
+  f"reward.custom_reward_function.path={example}",
+  "reward.custom_reward_function.name=log_probabilities",
+]
+named = f"+reward.custom_reward_function.reward_kwargs.address='{address}'"
+with hydra.initialize_config_dir(str(pathlib.Path(verl.__file__).parent / "trainer/config"), version_base=None):
+  config, own = (hydra.compose("ppo_trainer", settings + more) for more in ([], [named]))
+
+def padded(rows, front):
+  width = max(map(len, rows)) + 3
+  fill = [[0] * (width - len(row)) for row in rows]
+  pairs = [(p, [1] * len(r)) for p, r in zip(fill, rows)]
+  lines = [(p + r, p + o) if front else (r + p, o + p) for (p, o), r in zip(pairs, rows)]
+  return (torch.tensor([line[part] for line in lines]) for part in (0, 1))
+
+before, seen = padded(prompts, front=True)
+after, written = padded(responses, front=False)
+data = DataProto.from_dict(
+  {"prompts": before, "responses": after, "attention_mask": torch.cat([seen, written], dim=1)},
+  non_tensors={
+    "data_source": np.array(["own"] * len(answers), object),
+    "reward_model": np.array([{"style": "rule", "ground_truth": answer} for answer in answers], object),
+  },
+)
+
+async def scores(config, address):
+  found = await RewardLoopWorker(config, address).compute_score_batch(data)
+  return [row["reward_score"] for row in found]
+
+def run(config, address):
+  return asyncio.get_event_loop().run_until_complete(scores(config, address))
+
+asyncio.set_event_loop(asyncio.new_event_loop())
+served = run(config, address)
+assert run(own, "127.0.0.1:1") == served
+try:
+  run(config, None)
+except ValueError as error:
+  print(json.dumps([served, str(error)]))
+"""
+
+
+@pytest.mark.slow
 def test_trl_trains_by_it(tmp_path):
-  """TRL and accelerate stand where benchmarks/step.py wants them."""
   where = ROOT / ".cache/trl"
   if not (where / "trl").is_dir():
-    pytest.skip("no TRL: see benchmarks/step.py")
+    pytest.skip("no TRL: run make peers")
   config = tiny()
   config.steps = 1
   training_program.train(config, tmp_path / "run")

@@ -43,7 +43,7 @@ def test_recipes_and_settings_of_notebooks_are_valid(name):
 def test_a_notebook_runs_from_the_first_cell_to_the_last(tmp_path, monkeypatch):
   pytest.importorskip("nbclient")
   pytest.importorskip("ipykernel")
-  monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / '.cache/notebooks'}")
+  monkeypatch.setenv("PYTHONPATH", str(ROOT))
   monkeypatch.setenv("PATH", "/usr/bin:/bin")
   done = notebooks.run(notebooks.tiny(notebooks.build("one_gpu")), str(tmp_path))
   printed = "".join(output.get("text", "") for cell in done["cells"] for output in cell.get("outputs", []))

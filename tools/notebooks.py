@@ -1,7 +1,7 @@
 """Writes examples/notebooks, and runs them on this machine's CPU with a tiny policy to show what their cells print.
 
-    .venv/bin/python -m pip install --target=.cache/notebooks nbclient ipykernel
-    PYTHONPATH=.:.cache/notebooks .venv/bin/python tools/notebooks.py
+    .venv/bin/python -m pip install -c requirements.txt -r requirements-slow.txt
+    PYTHONPATH=. .venv/bin/python tools/notebooks.py
 
 The notebooks differ in where they run alone. When they are run here, cells tagged "settings" and "questions" are
 those of TINY, and what is tagged "install" or "push" is left out; everything else is run as it stands.
