@@ -184,7 +184,7 @@ def make_jobs(
     shared = False
     for name, overrides in sweep.items():
       changes = {**overrides, "seed": seed}
-      variant = ConfigDict(config)
+      variant = config.copy_and_resolve_references()
       try:
         variant.update_from_flattened_dict({**overrides, "seed": int(seed)})
         validation.validate(variant)

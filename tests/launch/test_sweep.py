@@ -13,6 +13,7 @@ import time
 
 import pytest
 
+from rlpr_jax import command_line
 from rlpr_jax.runs.children import Children
 from tests.tiny_run import RECIPE
 
@@ -62,6 +63,16 @@ def test_a_dry_run_prints_a_command_a_run(files):
   assert f"--workdir={files / 'runs' / 'random-3'}" in parts
   assert {"--config.steps=1", "--config.reward.kind=random", "--config.seed=3"} <= set(parts)
   assert "--config.seed=4" in shlex.split(lines[5])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/sweeps").glob("*.py")), ids=lambda file: file.stem)
+def test_sweeps_of_ours_can_run_and_no_variant_has_anothers_changes(tmp_path, file):
+  module, recipe = runpy.run_path(str(ROOT / "launch/sweep.py")), command_line.load_recipe("quickstart")
+  before = recipe.to_json()
+  variants = module["load_sweep"](str(file))
+  starts, jobs = module["make_jobs"](variants, recipe, [], ["0"], tmp_path)
+  assert (len(starts), [job.name for job in jobs]) == (1, list(variants))
+  assert recipe.to_json() == before
 
 
 def test_some_variants(files):
