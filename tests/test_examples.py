@@ -240,6 +240,7 @@ def test_trl_trains_by_it(tmp_path):
   assert len(re.findall(r"'rewards/reward/mean'", done.stdout)) == 2
 
 
+@pytest.mark.slow
 def test_the_whole_method_in_one_file():
   path = EXAMPLES / "minimal_rlpr.py"
   assert len(path.read_text().splitlines()) <= 300

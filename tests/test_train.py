@@ -108,6 +108,7 @@ CARRIES = {
 }
 
 
+@pytest.mark.slow
 def test_a_run_that_carries_responses_goes_on_from_every_step(tmp_path):
   """Groups that have not ended are in the checkpoint, with whose policy each of their tokens is."""
   config = tiny()

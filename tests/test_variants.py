@@ -287,6 +287,7 @@ def test_baselines_are_of_the_policy_and_the_prefix_that_are_named(train, fields
   np.testing.assert_allclose(np.nanmean(np.exp(saved), axis=1), one * first + other * second, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_baseline_by_an_average_of_the_policys_weights(train):
   fields = {"steps": 3, "reward.baseline_policy": "averaged_weights", "reward.baseline_rate": 0.25}
   variant = train(EACH_STEP | fields)
@@ -510,6 +511,7 @@ def test_the_reward_is_climbed_through_the_reference(train, fields, weigh):
     assert variant.metrics[step]["update/loss"] == pytest.approx(policy_loss(variant, step), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_responses_that_were_cut_are_left_out_of_the_loss(train):
   """The others and their groups stay as they were: what is left out has an advantage, and no token in the loss."""
   limit = {"rollout.max_response_length": LONGEST - 3}
@@ -525,6 +527,7 @@ def test_responses_that_were_cut_are_left_out_of_the_loss(train):
     assert of.metrics[1]["update/loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_ratios_of_whole_sequences_are_those_of_their_tokens_in_the_mean(train):
   fields = {"training.epochs_per_step": 2, "training.clip_low": 1.0, "training.clip_high": 1e6}
   tokens, sequences = train(fields), train(fields | {"training.ratio": "sequence"})
@@ -552,6 +555,7 @@ def test_jepo_climbs_the_bound_of_the_group(train):
     assert variant.metrics[step]["update/loss"] == pytest.approx(policy_loss(variant, step), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_truncated_loss_caps_the_weight_of_every_token(train, plain):
   """Where all ratios are 1 a cap of a half halves the gradient of the clipped loss."""
   variant = train({"training.loss": "truncated", "training.ratio_cap": 0.5})
@@ -573,7 +577,7 @@ def test_dual_clip_is_another_clip_in_the_second_pass(train):
 ADAPTERS = {"lora.rank": 2, "lora.base_dtype": "float32", "lora.targets": "query,value"}
 
 
-@pytest.mark.parametrize("fields", [{}, ADAPTERS], ids=["whole", "lora"])
+@pytest.mark.parametrize("fields", [{}, pytest.param(ADAPTERS, marks=pytest.mark.slow)], ids=["whole", "lora"])
 def test_kl_is_measured_from_the_initial_policy(train, plain, fields):
   variant = train(EACH_STEP | {"training.kl_coefficient": 3.0} | fields)
   assert variant.metrics[1]["update/kl"] == pytest.approx(0, abs=1e-9)
@@ -634,7 +638,9 @@ def test_ratios_start_from_the_log_probabilities_that_are_named(train, monkeypat
     assert row["update/ratio_mean"] == pytest.approx(1 if recomputed else 1 / 1.4, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon", "sgd"])
+@pytest.mark.parametrize(
+  "name", ["muon", pytest.param("adafactor", marks=pytest.mark.slow), pytest.param("sgd", marks=pytest.mark.slow)]
+)
 def test_another_optimizer_takes_other_steps_from_the_same_gradients(train, plain, name):
   variant = train({"training.optimizer": name})
   first, others = plain.metrics[1], variant.metrics[1]

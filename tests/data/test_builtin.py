@@ -645,7 +645,7 @@ def test_words_of_sentences_are_tokens(tokenizer):
 def test_sentences_fit_and_hold_known_tokens():
   tokenizer = builtin.tokenizer("sentences")
   longest = Counter()
-  for example, response in builtin.demonstrations(3000, 0, "sentences"):
+  for example, response in builtin.demonstrations(1000, 0, "sentences"):
     prompt = render(tokenizer, build_messages(example, "think", instruction=""))
     ids = tokenizer.encode(response, add_special_tokens=False)
     text = example.messages[0]["content"]

@@ -19,6 +19,7 @@ from rlpr_jax.training.update import Update
 from tests.tiny_run import RECIPE, ROOT, final_state, rows, start, timeless, tiny
 
 
+@pytest.mark.slow
 def test_updates_that_are_not_finite_are_left_out_and_end_the_run(tmp_path, monkeypatch):
   """From the second step on, every gradient is NaN: the run stops with the batch on disk and the state before it."""
   config, honest, calls = tiny(), Update.__call__, []

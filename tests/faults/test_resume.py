@@ -114,6 +114,7 @@ def test_a_directory_in_the_place_of_a_file_and_the_other_way_round(whole, tmp_p
 # --- Files that are gone ---
 
 
+@pytest.mark.slow
 def test_metrics_without_checkpoints_are_not_wiped(whole, tmp_path):
   workdir = copied(whole, tmp_path)
   shutil.rmtree(workdir / "checkpoints")
@@ -216,8 +217,8 @@ def interrupt_at(monkeypatch, owner, name, call):
   ("owner", "name", "call", "left"),
   [
     (Update, "__call__", 2, 1),  # of three supervised steps the second is finished
-    (Engine, "baseline", 3, 4),  # of seven parts of the baselines three are
-    (Engine, "sample", 1, 1),  # in the first evaluation
+    pytest.param(Engine, "baseline", 3, 4, marks=pytest.mark.slow),  # of seven parts of the baselines three are
+    pytest.param(Engine, "sample", 1, 1, marks=pytest.mark.slow),  # in the first evaluation
   ],
 )
 def test_stops_before_step_1_lose_nothing(whole, tmp_path, monkeypatch, capsys, owner, name, call, left):
@@ -234,6 +235,7 @@ def test_stops_before_step_1_lose_nothing(whole, tmp_path, monkeypatch, capsys, 
   assert not (tmp_path / "unfinished").exists()
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_although_its_accuracy_came_late(tmp_path, monkeypatch):
   """The evaluation after step 2, the best, is cut short; the next start makes up for it."""
   accuracies, cut = {0: 0.1, 2: 0.9, 4: 0.3, 6: 0.2}, []

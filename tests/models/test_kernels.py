@@ -61,9 +61,9 @@ def test_splash_without_windows(interpreted):
   ("length", "heads", "kv_heads", "head_dim", "softcap", "window"),
   [
     (200, 4, 2, 64, None, None),
-    (640, 7, 1, 128, 20.0, 24),  # windows shorter than a block, and than most branches
+    pytest.param(640, 7, 1, 128, 20.0, 24, marks=pytest.mark.slow),  # windows shorter than most branches, and a block
     (640, 2, 2, 64, 5.0, 200),  # reaches from a branch into its stem, over others
-    (1300, 2, 1, 64, None, 300),  # places in units of two
+    pytest.param(1300, 2, 1, 64, None, 300, marks=pytest.mark.slow),  # places in units of two
   ],
 )
 def test_splash_with_branches(interpreted, length, heads, kv_heads, head_dim, softcap, window):

@@ -195,6 +195,7 @@ def make_plan(config, model, place, search, cache):
   return planner.plan(planner.Planner(config, model, place, cache, lambda _: None), LENGTHS, search)
 
 
+@pytest.mark.slow
 def test_what_is_one_too_large_is_refused_and_what_is_proposed_fits(tmp_path, policy):
   """With room for two rows at a time, or three, and not for four, which are asked for."""
   config, model = tiny_config(tmp_path), policy.config

@@ -36,6 +36,7 @@ def config_of(tmp_path, steps):
   return c
 
 
+@pytest.mark.slow
 def test_rows_edited_in_place_are_refused_and_when_accepted_keep_their_own_baselines(tmp_path):
   write(tmp_path / "rows.jsonl", ROWS)
   train.train(config_of(tmp_path, 1), tmp_path / "run")
@@ -57,6 +58,7 @@ def test_rows_edited_in_place_are_refused_and_when_accepted_keep_their_own_basel
   assert final_state(tmp_path / "run", config_of(tmp_path, 3)).baselines.shape[0] == 9
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_changes_were_accepted_and_before_it_saved(tmp_path, monkeypatch):
   """Its checkpoint still knows the old rows, although the new ones were accepted."""
   write(tmp_path / "rows.jsonl", ROWS)

@@ -179,7 +179,7 @@ def test_rollouts_are_of_every_kind(rollouts):
     {"slots": 4},  # fewer than a prompt has samples
     pytest.param({"slots": 64, "steps": 16}, marks=pytest.mark.slow),
     pytest.param({"slots": 128, "score_rows": 16, "insert_rows": 3}, marks=pytest.mark.slow),  # more than responses
-    {"steps": 1, "prefill_rows": 3, "score_rows": 2, "insert_rows": 5},
+    pytest.param({"steps": 1, "prefill_rows": 3, "score_rows": 2, "insert_rows": 5}, marks=pytest.mark.slow),
     {"slots": 7, "prefill_rows": 1, "prompt_limit": 90, "suffix_length": SUFFIX},
   ],
 )

@@ -324,6 +324,7 @@ def test_responses_follow_a_json_schema(across_words):
     jsonschema.validate(json.loads(choice["text"]), schema)
 
 
+@pytest.mark.slow
 def test_a_judge_that_would_write_anything_gives_verdicts(across_words, monkeypatch, tmp_path):
   """Of a random policy: whatever it says is understood, and asked for once."""
   pytest.importorskip("llguidance")
@@ -659,6 +660,7 @@ def test_the_program_serves_and_finishes_what_runs_when_told_to_stop(policy, tmp
     process.kill()
 
 
+@pytest.mark.slow
 def test_slots_that_do_not_fit_are_called_as_the_flag(policy, tmp_path):
   huggingface.save_pretrained(tmp_path, policy.config, policy.params, policy.tokenizer)
   process = start(tmp_path, "--slots=1000000", "--response_limit=1000000", "--compilation_cache=")

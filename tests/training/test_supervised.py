@@ -184,7 +184,7 @@ def test_weights_of_demonstrations(tmp_path):
   assert [tokenizer.decode(prompt) for prompt, _ in found] == [f"<q>{i}+{i}<a>" for i in (0, 1, 2, 3, 2, 3)]
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("muon", 1e38), ("adam", 1e38)])
+@pytest.mark.parametrize(("kind", "rate"), [pytest.param("muon", 1e38, marks=pytest.mark.slow), ("adam", 1e38)])
 def test_a_rate_that_is_too_high_leaves_no_parameters_that_are_not_finite(tmp_path, monkeypatch, kind, rate):
   monkeypatch.setitem(fields.LARGEST, float, 1e38)  # or the highest ones would be refused
   c = config(write(tmp_path / "rows.jsonl", ROWS))

@@ -641,7 +641,7 @@ def test_answers_change_nothing_where_none_has_a_place(policy, groups):
   assert metrics["answer_loss"] == 0
 
 
-@pytest.mark.parametrize("micro_batch_rows", [6, 2])
+@pytest.mark.parametrize("micro_batch_rows", [pytest.param(6, marks=pytest.mark.slow), 2])
 def test_kl_is_measured_from_the_reference(policy, groups, micro_batch_rows):
   """No gradient from the policy to itself; from another policy that of exp(d) - d - 1, by differences in float64."""
   settings = dataclasses.replace(
