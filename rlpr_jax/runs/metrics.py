@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import rich.progress
 
 from rlpr_jax import processes
 from rlpr_jax.data.sources import DroppedRow
@@ -200,15 +201,16 @@ def read_history(path: pathlib.Path) -> History:
 
 
 class Progress:
-  """One line that says how far a long piece of work is and how long the rest will take.
+  """Says how far a long piece of work is and how long the rest will take: a bar on a terminal, else lines.
 
-  On a terminal the line is rewritten in place; elsewhere a new one is printed every 15 seconds.
+  A line is printed every 15 seconds, and at the end.
   """
 
   def __init__(self, label: str):
     self._label = label
     self._start = time.monotonic()
     self._printed = self._start
+    self._bar: rich.progress.Progress | None = None
 
   def __call__(self, done: int, total: int, detail: str = "") -> None:
     now = time.monotonic()
@@ -220,8 +222,23 @@ class Progress:
     rest = (
       f"in {duration(elapsed)}" if finished else f"{duration(elapsed * (total - done) / done)} left" if done else ""
     )
-    line = f"{self._label} {done}/{total}  {detail}  {rest}".rstrip()
-    print(f"\r\033[K{line}" if terminal else line, end="\n" if finished or not terminal else "", flush=True)
+    text = f"{done}/{total}  {detail}  {rest}".rstrip()
+    if terminal:
+      self._draw(done, total, text)
+    else:
+      print(f"{self._label} {text}", flush=True)
+
+  def _draw(self, done: int, total: int, text: str) -> None:
+    if self._bar is None:
+      words = [rich.progress.TextColumn(f"{{task.{name}}}", markup=False) for name in ("description", "fields[text]")]
+      self._bar = rich.progress.Progress(words[0], rich.progress.BarColumn(), words[1], auto_refresh=False)
+      self._bar.add_task(self._label, text="")
+      self._bar.start()
+      self._bar.console.show_cursor(True)  # it stays where the work is given up
+    (task,) = self._bar.task_ids
+    self._bar.update(task, completed=done, total=total, text=text, refresh=True)
+    if done == total:
+      self._bar.stop()
 
 
 @contextlib.contextmanager
