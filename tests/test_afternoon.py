@@ -16,12 +16,12 @@ import urllib.request
 
 import pytest
 
-from tests.test_guides import ROOT, page
-
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs/afternoon.md"
 MODEL = ROOT / ".cache/smollm2-135m-instruct"
 pytestmark = [
   pytest.mark.slow,
-  pytest.mark.skipif(not (ROOT / "docs").exists(), reason="a source distribution has no docs"),
+  pytest.mark.skipif(not PAGE.exists(), reason="a source distribution has no docs"),
   pytest.mark.skipif(not (MODEL / "config.json").exists(), reason="no SmolLM2: make smollm2"),
 ]
 THINGS = ("apples", "marbles", "stamps", "books", "shells", "pencils", "coins", "cards")
@@ -50,14 +50,14 @@ def afternoon(tmp_path_factory) -> pathlib.Path:
 
 def typed(start: str) -> list[str]:
   """The command of the page that begins so, with fewer steps."""
-  lines = page("afternoon").replace("\\\n", " ")
+  lines = PAGE.read_text().replace("\\\n", " ")
   (command,) = re.findall(rf"^    ({re.escape(start)}.*?)(?:\s+#.*)?$", lines, re.MULTILINE)
   parts = (part.partition("=") for part in shlex.split(command))
   return [f"{name}{equals}{FEWER.get(name, value)}" for name, equals, value in parts]
 
 
 def test_an_afternoon(afternoon):
-  split, recipe = re.findall(r"^```python\n(.*?)^```", page("afternoon"), re.MULTILINE | re.DOTALL)
+  split, recipe = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
   subprocess.run([sys.executable, "-m", "venv", "own"], cwd=afternoon, check=True)
   binaries = afternoon / "own/bin"
   environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "XLA_FLAGS"))}
