@@ -67,12 +67,14 @@ cuda-compiler: $(VENV)/ready  ## the GPU compiler under .cache, for rlpr_jax.pla
 
 # Aside as well, and without the torch, jax and numpy that they would bring.
 peers: $(VENV)/ready  ## TRL, tunix and verl under .cache, for the tests of examples/ and for benchmarks/
-	$(INSTALL) --no-deps --upgrade --target .cache/trl trl==1.16.0 accelerate==1.15.0
-	$(INSTALL) --no-deps --upgrade --target .cache/tunix google-tunix==0.1.7 antlr4-python3-runtime==4.9.3 clu etils \
+	rm -rf .cache/trl .cache/tunix .cache/verl
+	$(INSTALL) --no-deps --target .cache/trl trl==1.16.0 accelerate==1.15.0
+	$(INSTALL) --no-deps --target .cache/tunix google-tunix==0.1.7 antlr4-python3-runtime==4.9.3 clu etils \
 	  google-metrax hf_transfer kagglehub kagglesdk llvmlite numba omegaconf perfetto pylatexenc python-dotenv qwix \
 	  sentencepiece tenacity wrapt
-	$(INSTALL) --no-deps --upgrade --target .cache/verl verl==0.9.1 accelerate==1.15.0 antlr4-python3-runtime==4.9.3 \
-	  codetiming hydra-core omegaconf pylatexenc pyvers ray tensordict==0.10.0 torchdata
+	$(INSTALL) --no-deps --target .cache/verl verl==0.9.1 accelerate==1.15.0 aiohappyeyeballs aiohttp \
+	  aiosignal antlr4-python3-runtime==4.9.3 attrs codetiming frozenlist hydra-core multidict omegaconf orjson propcache \
+	  pylatexenc pyvers ray tensordict==0.10.0 torchdata yarl
 
 # Without the variable the theme says at each build that it is maintained until May 2027.
 docs: $(VENV)/ready-docs  ## the documentation as a site, site/index.html

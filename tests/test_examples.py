@@ -8,6 +8,7 @@ import runpy
 import subprocess
 import sys
 import types
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -42,12 +43,9 @@ def test_the_mathematics_work_outside_the_trainer():
 def test_the_reward_in_trl_is_that_of_our_own_trainer(tmp_path, monkeypatch):
   """Of the responses of a run of ours, scored again as TRL would have them scored."""
   found = trained_and_exported(tmp_path)
-  reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
-  prompts, answers = asked(found, tokenizer)
-  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
   expected = [row["reward_total"] - row["reward_repetition"] for row in found]
   assert np.std(expected) > 0.01
-  np.testing.assert_allclose(reward(prompts, completion_ids=ids, answer=answers), expected, atol=1e-4)
+  np.testing.assert_allclose(in_trl(tmp_path / "model", found, monkeypatch).rewards, expected, atol=1e-4)
 
 
 def trained_and_exported(directory):
@@ -59,23 +57,28 @@ def trained_and_exported(directory):
   return [json.loads(line) for line in (workdir / "rollouts/step_000001.jsonl").read_text().splitlines()]
 
 
-def in_trl(directory, monkeypatch):
-  """The reward function of examples/in_trl.py for a model, and its tokenizer; TRL itself is not needed."""
+class InTRL(NamedTuple):
+  """What examples/in_trl.py gives rollouts, and what it is asked."""
+
+  prompts: list[str]
+  answers: list[str]
+  rewards: list[float]
+
+
+def in_trl(directory, found, monkeypatch) -> InTRL:
+  """By a model of Hugging Face; TRL itself is not needed."""
   torch = pytest.importorskip("torch")
   trl = types.ModuleType("trl")
   trl.GRPOConfig = trl.GRPOTrainer = None
   monkeypatch.setitem(sys.modules, "trl", trl)
   example = runpy.run_path(str(EXAMPLES / "in_trl.py"))
   tokenizer = AutoTokenizer.from_pretrained(directory)
-  model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-  return example["reward_function"](model, tokenizer), tokenizer
-
-
-def asked(found, tokenizer):
-  """Prompts and references of rollouts, as other trainers give them."""
+  reward = example["reward_function"](AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32), tokenizer)
   chats = [[{"role": "user", "content": row["question"]}] for row in found]
   prompts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-  return prompts, [row["reference"] for row in found]
+  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
+  answers = [row["reference"] for row in found]
+  return InTRL(prompts, answers, reward(prompts, completion_ids=ids, answer=answers))
 
 
 @pytest.mark.slow
@@ -90,14 +93,13 @@ def test_tunix_trains_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
   found = trained_and_exported(tmp_path)
   settings = json.loads((tmp_path / "model/config.json").read_text())
   (tmp_path / "model/config.json").write_text(json.dumps(settings | {"rope_theta": 1e6}))
-  reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
-  prompts, answers = asked(found, tokenizer)
-  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
-  expected = reward(prompts, completion_ids=ids, answer=answers)
-  assert np.std(expected) > 0.01
+  expected = in_trl(tmp_path / "model", found, monkeypatch)
+  assert np.std(expected.rewards) > 0.01
   rows = [{"question": example.messages[0]["content"], "answer": example.reference} for example in QUESTIONS]
   (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-  (tmp_path / "asked.json").write_text(json.dumps([prompts, [row["response"] for row in found], answers]))
+  (tmp_path / "asked.json").write_text(
+    json.dumps([expected.prompts, [row["response"] for row in found], expected.answers])
+  )
   done = subprocess.run(
     [
       sys.executable, "-c", IN_TUNIX, str(EXAMPLES), str(tmp_path / "asked.json"), f"--model={tmp_path / 'model'}",
@@ -108,7 +110,7 @@ def test_tunix_trains_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
   scores, steps = json.loads(done.stdout.splitlines()[-1])
-  np.testing.assert_allclose(scores, expected, atol=1e-4)
+  np.testing.assert_allclose(scores, expected.rewards, atol=1e-4)
   assert steps == 2
 
 
@@ -138,13 +140,14 @@ def test_verl_rewards_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
   if not (where / "verl").is_dir():
     pytest.skip("no verl: run make peers")
   found = trained_and_exported(tmp_path)
-  reward, tokenizer = in_trl(tmp_path / "model", monkeypatch)
-  prompts, answers = asked(found, tokenizer)
-  ids = [tokenizer(row["response"], add_special_tokens=False)["input_ids"] for row in found]
-  expected = reward(prompts, completion_ids=ids, answer=answers)
-  assert np.std(expected) > 0.01
-  read = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prompts]
-  (tmp_path / "asked.json").write_text(json.dumps([read, ids, answers]))
+  expected = in_trl(tmp_path / "model", found, monkeypatch)
+  assert np.std(expected.rewards) > 0.01
+  tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+  prompts, responses = (
+    tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for texts in (expected.prompts, [row["response"] for row in found])
+  )
+  (tmp_path / "asked.json").write_text(json.dumps([prompts, responses, expected.answers]))
   serving = [
     sys.executable, "-m", "rlpr_jax.serve", f"--model={tmp_path / 'model'}", "--port=0", "--prompt_limit=128",
     "--response_limit=8", "--slots=8",
@@ -162,7 +165,7 @@ def test_verl_rewards_by_it_and_it_is_that_of_trl(tmp_path, monkeypatch):
       server.terminate()
   assert done.returncode == 0, done.stderr[-2000:]
   scores, nowhere = json.loads(done.stdout.splitlines()[-1])
-  np.testing.assert_allclose(scores, expected, atol=1e-4)
+  np.testing.assert_allclose(scores, expected.rewards, atol=1e-4)
   assert nowhere.startswith("no server: expected reward.reward_model.enable or ")
 
 
@@ -186,15 +189,13 @@ named = f"+reward.custom_reward_function.reward_kwargs.address='{address}'"
 with hydra.initialize_config_dir(str(pathlib.Path(verl.__file__).parent / "trainer/config"), version_base=None):
   config, own = (hydra.compose("ppo_trainer", settings + more) for more in ([], [named]))
 
-def padded(rows, front):
-  width = max(map(len, rows)) + 3
-  fill = [[0] * (width - len(row)) for row in rows]
-  pairs = [(p, [1] * len(r)) for p, r in zip(fill, rows)]
-  lines = [(p + r, p + o) if front else (r + p, o + p) for (p, o), r in zip(pairs, rows)]
-  return (torch.tensor([line[part] for line in lines]) for part in (0, 1))
+def padded(rows, side):
+  tokens, ones = [torch.tensor(row) for row in rows], [torch.ones(len(row), dtype=int) for row in rows]
+  pad = torch.nn.utils.rnn.pad_sequence
+  return (pad(rows, batch_first=True, padding_side=side) for rows in (tokens, ones))
 
-before, seen = padded(prompts, front=True)
-after, written = padded(responses, front=False)
+before, seen = padded(prompts, "left")
+after, written = padded(responses, "right")
 data = DataProto.from_dict(
   {"prompts": before, "responses": after, "attention_mask": torch.cat([seen, written], dim=1)},
   non_tensors={

@@ -313,6 +313,7 @@ def test_exports_while_a_run_goes_on(base, hub, tmp_path, capsys, monkeypatch):
       jax.tree.leaves(params), jax.tree.leaves(policy_of(tmp_path / "run", 2)[1]), strict=True
     ):
       np.testing.assert_array_equal(found, expected)
+  capsys.readouterr()  # loading from the hub has shown its own progress
   hub.faults = {"/commit/": 403}
   config.steps = 4
   training_program.train(config, tmp_path / "run")  # goes on, and is done
