@@ -91,7 +91,10 @@ def is_same(one: Question, other: Question) -> bool:
   percent = ["%" in text for text in texts]
   scales = (1, 0.01, 100) if percent[0] != percent[1] else (1,)
   pairs = list(zip(*map(sorted, lists), strict=True))
-  return any(all(numbers.equal(scale * v, item, one.rtol, one.atol) for item, v in pairs) for scale in scales)
+  return any(
+    all(numbers.equal(graders.rounded(scale * v, one), item, one.rtol, one.atol) for item, v in pairs)
+    for scale in scales
+  )
 
 
 def wrong_responses(question: Question, others: list[Question], rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -292,15 +292,15 @@ def _same_number(ours: numbers.Number, theirs: numbers.Number, question: Questio
   """Whether two are equal, within a question's tolerances where one is given."""
   if question is None:
     return numbers.same(ours, theirs)
-  return numbers.same(ours._replace(value=_rounded(ours.value, question)), theirs, question.rtol, question.atol)
+  return numbers.same(ours._replace(value=rounded(ours.value, question)), theirs, question.rtol, question.atol)
 
 
 def _is_near(value: float, reference: float, question: Question) -> bool:
-  return numbers.equal(_rounded(value, question), reference, question.rtol, question.atol)
+  return numbers.equal(rounded(value, question), reference, question.rtol, question.atol)
 
 
-def _rounded(value: float, question: Question) -> float:
-  """As the question's grader takes an answer."""
+def rounded(value: float, question: Question) -> float:
+  """A number as the question's grader takes it: to the nearest integer where its reference is one (TheoremQA)."""
   return round(value) if question.rounded and isfinite(value) else value
 
 

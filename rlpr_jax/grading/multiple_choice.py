@@ -114,10 +114,10 @@ def label_of(text: str, options: dict[str, str]) -> str | None:
   True
   """
   text = _romanised(unwrap(text.translate(_WIDE)))
-  if found := _LETTER.fullmatch(text):
-    return found[1].upper()
   bare_options = {label: bare(option) for label, option in options.items()}
   same = [label for label, option in bare_options.items() if option == bare(text)]
+  if (found := _LETTER.fullmatch(text)) and (found[1].upper() in options or not same):
+    return found[1].upper()
   if same:
     return same[0] if len(same) == 1 else None
   bracketed = _BRACKETED.fullmatch(text)
@@ -139,7 +139,8 @@ def _leads(head: re.Match[str], options: dict[str, str]) -> bool | None:
   """Whether the letter that a text begins with is the option that it names; None where it is no letter of an option."""
   label, close, rest = head["letter"].upper(), head["close"], head.string[head.end() :]
   option = options.get(label, "")
-  says = bool(option) and _says(_after_label(rest), option)
+  # The option's own text may stand in brackets.
+  says = bool(option) and any(_says(text, option) for text in (_after_label(rest), rest.strip()))
   bracketed = close.strip(" .:,;!*_$\"'”") != "" or head["open"].strip(" *_$\"'“") != ""
   if head["glued"] and not (bracketed or says):  # e.g. this, C.elegans
     return None

@@ -36,6 +36,9 @@ RIGHT = [
   (ask("multiple_choice", "D", CITIES), "A bigger,  better dog."),
   (ask("multiple_choice", "E", CITIES), "x^2 metres"),
   (ask("multiple_choice", "H", CITIES), "H. 1"),
+  (ask("multiple_choice", "B", ("G", "S")), "S"),  # no option's letter, but an option's text
+  (ask("multiple_choice", "B", ("[a / b]", "[b] / [a]", "c")), "B. [b] / [a]"),
+  (ask("multiple_choice", "B", ("[b - a]", "[a - b]")), "The answer is B. [a - b]"),  # in brackets itself
   *(
     (FLOAT, text) for text in ("2.5", "2.5 m", "$2.50$", "\\frac{5}{2}", "5/2", "2.45", "2.6", "about 2.5 cm.", "x=2.5")
   ),
