@@ -37,6 +37,7 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.optimizer import clipped_optimizer, init_opt_state
 from rlpr_jax.training.update import Trainable, UpdateProgram, UpdateSettings, loss, optimizer_step
 from tests.models import cases
+from tests.sampling.drawing import draw_all
 
 ROWS, LENGTH = 8, 28  # longer than every window of the cases
 PROMPTS, WIDTH, NEW, SUFFIX = 4, 10, 5, 3
@@ -101,7 +102,7 @@ def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
   """What ten samples in eight slots are, and the slots in the end."""
   settings = DecodeSettings(STEPS, eos_ids=tuple(range(0, cases.VOCAB, 8)))
   hidden, cache = prefill(model, params, PROMPT_TOKENS, PROMPT_LENGTHS)
-  slots = empty_slots(model, params, SLOTS, WIDTH + NEW + STEPS, NEW)
+  slots = empty_slots(model, params, SLOTS, WIDTH + NEW + STEPS)
   samples, source = len(PLACES), np.arange(len(PLACES)) // 2 % PROMPTS
   source[-1] = 1
   keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(5), samples)))
@@ -118,12 +119,10 @@ def sample(model, params, temperature) -> tuple[dict[str, np.ndarray], Slots]:
       sampling=stack([SamplingParams(temperature)] * SLOTS),
     )
     slots = insert(model, params, slots, Prefilled(hidden, cache, PROMPT_LENGTHS), entries)
-    while slots.active.any():
-      slots = decode(model, params, slots, settings, SLOTS, kv_length=WIDTH + NEW)
+    slots, drawn = draw_all(model, params, slots, settings, WIDTH + NEW, NEW)
     for name, values in out.items():
-      values[chosen] = np.asarray(getattr(slots, name))[PLACES[chosen]]
-  beyond = np.arange(NEW) >= out["counts"][:, None]
-  return {name: x if x.ndim == 1 else np.where(beyond, 0, x) for name, x in out.items()}, slots
+      values[chosen] = getattr(drawn, name)[PLACES[chosen]]
+  return out, slots
 
 
 def score_slots(model, params, slots, num_shards) -> np.ndarray:
@@ -247,7 +246,7 @@ def decoding_collectives(config, shape) -> dict:
   """What devices send each other in one call of decoding, by kind: how often."""
   where = sharding.create(sharding.create_mesh(*shape))
   model, params = models.definition(config, models.Runtime(sharding=where)), cases.random_params(config)
-  slots = empty_slots(model, place(params, config, where), SLOTS, WIDTH + NEW + STEPS, NEW)
+  slots = empty_slots(model, place(params, config, where), SLOTS, WIDTH + NEW + STEPS)
   lowered = decode.lower(model, params, slots, DecodeSettings(STEPS, eos_ids=(0,)), SLOTS, kv_length=WIDTH + NEW)
   found = hlo.traffic(lowered.compile().as_text(), trips=(STEPS, config.num_layers), far=lambda group: False)
   return {kind: traffic.runs for kind, traffic in found.items()}

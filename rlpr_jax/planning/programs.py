@@ -145,9 +145,7 @@ def rollout_programs(layout: Layout, slots: int, extent: Extent | None = None) -
   shapes = dataclasses.replace(rollout_shapes(config, layout.processes, policy.sampling), slots=slots)
   extent = extent or Extent(shapes.prompt_limit, shapes.suffix_length)
   abstract = functools.partial(_place_rows, where)
-  empty = functools.partial(
-    decode.empty_slots, model, slots=slots, capacity=shapes.capacity, limit=shapes.max_response_length
-  )
+  empty = functools.partial(decode.empty_slots, model, slots=slots, capacity=shapes.capacity)
   rows = abstract(jax.eval_shape(empty, params))
   prompts = _ids(shapes.prefill_rows, extent.prompt), _ids(shapes.prefill_rows)
   hidden, read = abstract(jax.eval_shape(functools.partial(decode.prefill, model), params, *prompts))

@@ -188,8 +188,8 @@ def draw_adjusted(
   tokens, _ = sample_token(adjusted, keys, sampling)
   told = jnp.where(rows.raw[:, None], logits, at_temperature(adjusted, sampling)[0])
   logps = jax.nn.log_softmax(told, axis=-1)
-  size = min(MOST_TOP, logits.shape[-1])
-  none = TopTokens(jnp.zeros((tokens.size, size), jnp.int32), jnp.zeros((tokens.size, size), jnp.float32))
+  none = no_top(tokens.shape, logits.shape[-1])
+  size = none.ids.shape[-1]
   # Sorting is dear: only where a row asks for it.
   top = jax.lax.cond(jnp.any(rows.top > 0), lambda logps: top_tokens(logps, size), lambda _: none, logps)
   chosen = tokens[:, None]
@@ -199,6 +199,16 @@ def draw_adjusted(
     ended=jnp.take_along_axis(rows.ends, chosen, axis=-1)[:, 0],
     top=top,
   )
+
+
+def no_top(shape: tuple[int, ...], vocabulary: int) -> TopTokens:
+  """Room for the most probable tokens of places of this shape, as many as can be told; zeros.
+
+  >>> no_top((4,), vocabulary=9).ids.shape
+  (4, 9)
+  """
+  shape = *shape, min(MOST_TOP, vocabulary)
+  return TopTokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
 
 
 def top_tokens(logps: Float[Array, "*B V"], size: int) -> TopTokens:

@@ -1,9 +1,9 @@
 """The jitted half of a rollout: prefill, decoding in slots, scoring from the cache. Arrays in, arrays out.
 
-    prompts -> prefill -> insert into free slots -> decode a few steps -> collect finished rows -> score from the cache
-                         ^______________________________________________________________________________|
+    prompts -> prefill -> insert into free slots -> decode a few steps -> those that ended: score from the cache
+                         ^______________________________________________________________________|
 
-Shapes: P prompts read together, S slots, C tokens of room in a slot, T response tokens, R rows decoded or scored
+Shapes: P prompts read together, S slots, C tokens of room in a slot, N tokens drawn in a call, R rows decoded or scored
 together, E tokens of the suffixes after a row, A of them scored.
 """
 
@@ -21,12 +21,12 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
 from rlpr_jax.models import UNSEEN, CacheView, Decoder, KVCache, ModelGraph, Params, Text
 from rlpr_jax.models.cache_rows import append_tokens, copy_rows, fill_rows
 from rlpr_jax.sampling.adjustments import (
-  MOST_TOP,
   RowAdjustments,
   TokenScores,
   TopTokens,
   draw_adjusted,
   everything,
+  no_top,
   rank_tokens,
 )
 from rlpr_jax.sampling.params import RowParams, SamplingParams, sample_token, stack
@@ -71,16 +71,22 @@ class Entries(NamedTuple):
   adjustments: RowAdjustments | None = None  # where the slots have some
 
 
-class ResponseTokens(NamedTuple):
-  """Tokens of rows, as fields of `Slots`: N of each, drawn in one call of the program or in all."""
+class NewTokens(NamedTuple):
+  """What one call of `decode` drew, and all that the host needs of it."""
 
-  tokens: Int[Array, "R N"]
-  logprobs: Float[Array, "R N"]
-  top: TopTokens | None
+  tokens: Int[Array, "R N"]  # the first `counts` of each row are of its response, EOS included
+  logprobs: Float[Array, "R N"]  # at the sampling temperature
+  counts: Int[Array, "R"]
+  finished: Bool[Array, "R"]  # the last of them is an EOS
+  active: Bool[Array, "R"]  # the response goes on
+  top: TopTokens | None = None  # [R, N, K], where slots have adjustments
 
 
 class Slots(NamedTuple):
-  """Running rows, and rows that finished and were not replaced yet. A slot's text is its prompt and its response."""
+  """Running rows, and rows that ended and were not replaced yet.
+
+  A slot's text is its prompt and its response; the tokens themselves are the host's.
+  """
 
   cache: KVCache  # of the text; rows are slots, of C tokens
   lengths: Int[Array, "S"]  # tokens of text in the cache
@@ -88,19 +94,18 @@ class Slots(NamedTuple):
   keys: UInt32[Array, "S 2"]  # of each row's random numbers
   limits: Int[Array, "S"]  # most response tokens
   sampling: RowParams  # how each row's tokens are drawn
-  tokens: Int[Array, "S T"]  # response, EOS included where it was sampled
-  logprobs: Float[Array, "S T"]  # of the response's tokens, at the sampling temperature
   counts: Int[Array, "S"]  # response tokens so far
-  finished: Bool[Array, "S"]  # by EOS
   active: Bool[Array, "S"]  # still running
-  # Where a response asks for more than sampling, as servers' do; else these do not exist.
+  # Where a response asks for more than sampling, as servers' do; else this does not exist.
   adjustments: RowAdjustments | None = None
-  top: TopTokens | None = None  # [S, T, K], of the response's places
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))
-def empty_slots(model: ModelGraph, params: Params, slots: int, capacity: int, limit: int) -> Slots:
-  """Makes slots with nothing in them; `capacity` is C, `limit` T.
+_Carry = tuple[jax.Array, KVCache, NewTokens, Slots]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "capacity"))
+def empty_slots(model: ModelGraph, params: Params, slots: int, capacity: int) -> Slots:
+  """Makes slots with nothing in them; `capacity` is C.
 
   Raises:
     SettingError: `Runtime.decode_attention` asks for a kernel that cannot read them.
@@ -116,10 +121,7 @@ def empty_slots(model: ModelGraph, params: Params, slots: int, capacity: int, li
     keys=jnp.zeros((slots, 2), jnp.uint32),
     limits=jnp.zeros(slots, jnp.int32),
     sampling=jax.tree.map(jnp.asarray, stack([SamplingParams()] * slots)),
-    tokens=jnp.zeros((slots, limit), jnp.int32),
-    logprobs=jnp.zeros((slots, limit), jnp.float32),
     counts=jnp.zeros(slots, jnp.int32),
-    finished=jnp.zeros(slots, bool),
     active=jnp.zeros(slots, bool),
   )
   return _place_slots(decoder, new)
@@ -142,7 +144,7 @@ def _without_cache(slots: Slots) -> Slots:
 def with_adjustments(model: ModelGraph, params: Params, slots: Slots, settings: DecodeSettings) -> Slots:
   """Gives slots room for what responses may ask of their tokens; those that run ask for nothing."""
   decoder = nnx.merge(model, params)
-  (rows, length), size = slots.tokens.shape, decoder.config.vocab_size
+  rows, size = slots.counts.size, decoder.config.vocab_size
   zeros, table = jnp.zeros(rows, jnp.float32), jnp.zeros((rows, size), bool)
   neutral = RowAdjustments(
     presence=zeros,
@@ -157,9 +159,7 @@ def with_adjustments(model: ModelGraph, params: Params, slots: Slots, settings: 
     ends=table.at[:, jnp.array(settings.eos_ids, jnp.int32)].set(True),
     allowed=jnp.asarray(everything(rows, size)),
   )
-  shape = (rows, length, min(MOST_TOP, size))
-  top = TopTokens(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-  return _place_slots(decoder, slots._replace(adjustments=neutral, top=top))
+  return _place_slots(decoder, slots._replace(adjustments=neutral))
 
 
 @functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("slots",))
@@ -242,7 +242,6 @@ def insert(model: ModelGraph, params: Params, slots: Slots, prompts: Prefilled, 
     sampling=jax.tree.map(at, slots.sampling, entries.sampling),
     adjustments=jax.tree.map(at, slots.adjustments, entries.adjustments),
     counts=at(slots.counts, 0),
-    finished=at(slots.finished, False),
     active=at(slots.active, entries.limits > 0),
   )
   return _place_slots(decoder, new)
@@ -264,19 +263,22 @@ def move(model: ModelGraph, params: Params, slots: Slots, source: Int[Array, "M"
 @functools.partial(jax.jit, static_argnames=("model", "settings", "rows", "kv_length"), donate_argnames=("slots",))
 def decode(
   model: ModelGraph, params: Params, slots: Slots, settings: DecodeSettings, rows: int, kv_length: int
-) -> Slots:
+) -> tuple[Slots, NewTokens]:
   """Draws up to `settings.steps` more tokens of every active row; ends early when none is active any more.
 
   Not where a mesh splits the rows: no device knows then whether a row of another still runs, and after each token all
   would wait for the answer. There a call is `settings.steps` tokens, whatever ends meanwhile.
 
   Each token's key is its row's key folded with its place, so a row does not depend on its neighbours or its slot.
-  Meanwhile new keys and values stand in a small cache of their own, and what was drawn in a small table, so that the
-  large ones are read only, and are written once at the end.
+  Meanwhile new keys and values stand in a small cache of their own, so that the large one is read only, and is written
+  once at the end.
 
   Args:
     rows: R, how many slots are decoded; the first of them, or on a mesh the first of each part. The others stay.
     kv_length: how much of each slot plain XLA reads; at least the longest text of an active row.
+
+  Returns:
+    the slots; and what was drawn in those that were decoded, in their order.
   """
   decoder = nnx.merge(model, params)
   num_shards, steps = decoder.runtime.sharding.num_shards("batch"), settings.steps
@@ -286,7 +288,7 @@ def decode(
   eos_ids = jnp.array(settings.eos_ids)
   offsets = jnp.arange(steps)
 
-  def step(carry: tuple[jax.Array, KVCache, ResponseTokens, Slots]) -> tuple[jax.Array, KVCache, ResponseTokens, Slots]:
+  def step(carry: _Carry) -> _Carry:
     j, recent, drawn, state = carry
     # 1. Draw from what the step before left, with a key of the token's place alone, so that chunks change nothing.
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(state.keys), state.counts)
@@ -296,10 +298,18 @@ def decode(
       ended, top = jnp.isin(tokens, eos_ids), None
     else:
       tokens, logps, ended, top = draw_adjusted(logits, keys, state.sampling, state.adjustments, state.counts)
-    drawn = jax.tree.map(lambda old, new: old.at[:, j].set(new), drawn, ResponseTokens(tokens, logps, top))
-    # 2. See who finished. Rows that had before are computed too, for shapes are fixed; what they draw goes nowhere.
+    # 2. See who ended. Rows that had before are computed too, for shapes are fixed; what they draw does not count.
     counts = state.counts + state.active
-    finished = state.finished | (state.active & ended)
+    is_last = state.active & ended
+    active = state.active & ~ended & (counts < state.limits)
+    drawn = NewTokens(
+      tokens=drawn.tokens.at[:, j].set(tokens),
+      logprobs=drawn.logprobs.at[:, j].set(logps),
+      counts=drawn.counts + state.active,
+      finished=drawn.finished | is_last,
+      active=active,
+      top=jax.tree.map(lambda old, new: old.at[:, j].set(new), drawn.top, top),
+    )
     # 3. Read the tokens. Their keys and values go to the small cache; the large one is only read.
     newest = CacheView(recent, jnp.where(offsets < j, begin[:, None] + offsets, UNSEEN))
     text = Text(cache, jnp.where(state.active, begin, 0), kv_length)
@@ -309,46 +319,36 @@ def decode(
       added,
       value_axis=decoder.value_axis,
     )
-    # 4. Keep what is new of the active rows; the others stay as they finished, to be collected and scored.
+    # 4. Keep what is new of the active rows; the others stay as they ended, to be scored.
     state = state._replace(
       hidden=jnp.where(state.active[:, None], hidden[:, 0], state.hidden),
       counts=counts,
-      finished=finished,
-      active=state.active & ~finished & (counts < state.limits),
+      active=active,
     )
     if state.adjustments is not None:
       state = state._replace(adjustments=state.adjustments.after(tokens, state.active))
     return j + 1, recent, drawn, state
 
-  def is_running(carry: tuple[jax.Array, KVCache, ResponseTokens, Slots]) -> jax.Array:
+  def is_running(carry: _Carry) -> jax.Array:
     j, *_, state = carry
     return j < steps if num_shards > 1 else (j < steps) & jnp.any(state.active)
 
-  table = ResponseTokens(state.tokens, state.logprobs, state.top)
-  nothing = jax.tree.map(lambda x: jnp.zeros((rows, steps, *x.shape[2:]), x.dtype), table)
+  nothing = NewTokens(
+    tokens=jnp.zeros((rows, steps), jnp.int32),
+    logprobs=jnp.zeros((rows, steps), jnp.float32),
+    counts=jnp.zeros(rows, jnp.int32),
+    finished=jnp.zeros(rows, bool),
+    active=state.active,
+    top=None if state.adjustments is None else no_top((rows, steps), decoder.config.vocab_size),
+  )
   start = (jnp.zeros((), jnp.int32), decoder.empty_cache(rows, steps), nothing, state)
   _, recent, drawn, new = jax.lax.while_loop(is_running, step, start)
-  table = jax.tree.map(functools.partial(_write, begin=state.counts, end=new.counts), table, drawn)
-  new = new._replace(**table._asdict(), lengths=begin + new.counts - state.counts)
+  new = new._replace(lengths=begin + drawn.counts)
   # All of the small cache goes behind each row's text; beyond the row's end it is garbage that nothing reads.
   append = functools.partial(append_tokens, begin, decoder.runtime.sharding)
   cache = cache.map(append, recent, value_axis=decoder.value_axis)
   all_rows = jax.tree.map(lambda old, new: _with_first(old, new, num_shards), all_rows, new)
-  return _place_slots(decoder, all_rows._replace(cache=cache))
-
-
-def _write(
-  x: Shaped[Array, "R T *K"], new: Shaped[Array, "R N *K"], begin: Int[Array, "R"], end: Int[Array, "R"]
-) -> Shaped[Array, "R T *K"]:
-  """Writes the first of the new ones into each row, from `begin` to before `end`.
-
-  Place by place: a scatter over rows that are split would have every device know of all of them.
-  """
-  offsets = jnp.arange(x.shape[1]) - begin[:, None]
-  is_new = (offsets >= 0) & (offsets < (end - begin)[:, None])
-  wide = (slice(None), slice(None), *[None] * (x.ndim - 2))
-  kth = jnp.clip(offsets, 0, new.shape[1] - 1)[wide]
-  return jnp.where(is_new[wide], jnp.take_along_axis(new, kth, axis=1), x)
+  return _place_slots(decoder, all_rows._replace(cache=cache)), drawn
 
 
 def _first(x: Shaped[Array, "S *B"], rows: int, num_shards: int) -> Shaped[Array, "R *B"]:
@@ -407,15 +407,3 @@ def score(
 def halt(slots: Slots, which: Bool[Array, "S"]) -> Slots:
   """Ends some rows where they are."""
   return slots._replace(active=slots.active & ~which)
-
-
-@jax.jit
-def collect(slots: Slots, rows: Int[Array, "R"]) -> tuple[Int[Array, "R T"], Float[Array, "R T"]]:
-  """Takes the tokens of some slots, and their log-probabilities."""
-  return slots.tokens[rows], slots.logprobs[rows]
-
-
-@jax.jit
-def collect_top(top: TopTokens, rows: Int[Array, "R"]) -> TopTokens:
-  """Takes the most probable tokens of the places of some slots."""
-  return TopTokens(top.ids[rows], top.logprobs[rows])

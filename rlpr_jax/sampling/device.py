@@ -15,7 +15,7 @@ from rlpr_jax.errors import SettingError
 from rlpr_jax.models import KVCache, ModelGraph, Params
 from rlpr_jax.sampling import adjustments, decode
 from rlpr_jax.sampling.adjustments import Adjustments, TokenScores
-from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Slots, Suffixes
+from rlpr_jax.sampling.decode import DecodeSettings, Entries, NewTokens, Prefilled, Slots, Suffixes
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.shapes import Shapes, bucket, pad_prompts
 from rlpr_jax.types import Prompt
@@ -98,7 +98,7 @@ class Device:
 
   def empty_slots(self, params: Params) -> Slots:
     shapes = self.shapes
-    return decode.empty_slots(self.model, params, shapes.slots, shapes.capacity, shapes.max_response_length)
+    return decode.empty_slots(self.model, params, shapes.slots, shapes.capacity)
 
   def prefill(self, params: Params, prompts: Sequence[Prompt], width: int) -> Prefilled:
     """Reads at most P prompts of at most `width` tokens."""
@@ -179,8 +179,10 @@ class Device:
       bits[slot] = row
     return decode.restrict(self.model, params, slots, bits)
 
-  def decode(self, params: Params, slots: Slots, rows: int, kv_length: int, one: bool = False) -> Slots:
-    """Draws a few more tokens in the first `rows` slots; `one`: a single one."""
+  def decode(
+    self, params: Params, slots: Slots, rows: int, kv_length: int, one: bool = False
+  ) -> tuple[Slots, NewTokens]:
+    """Draws a few more tokens in the first `rows` slots, of each part of the mesh as many; `one`: a single one."""
     settings = dataclasses.replace(self.settings, steps=1) if one else self.settings
     return decode.decode(self.model, params, slots, settings, rows, kv_length)
 
@@ -227,10 +229,9 @@ class Device:
         slots = self.insert(params, slots, self.prefill(params, [], width), jax.random.key(0), [])
       jax.block_until_ready(slots)
     with self._memory(params, "slots"):
-      decode.collect(slots, np.zeros(shapes.score_rows, np.int32))
       slots = decode.halt(slots, np.zeros(shapes.slots, bool))
       for rows, kv_length in itertools.product(shapes.decode_rows, shapes.kv_lengths):
-        slots = jax.block_until_ready(self.decode(params, slots, rows, kv_length))
+        slots, _ = jax.block_until_ready(self.decode(params, slots, rows, kv_length))
       for rows in shapes.decode_rows[:-1]:
         slots = self.move(params, slots, [], rows)
     with self._memory(params, "score_rows"):

@@ -172,7 +172,6 @@ class Session:
 
   def tokens_ahead(self) -> int:
     """Tokens that were sampled of the batch that has begun."""
-    self.scheduler.read_running()
     return sum(request.tokens.size for request in self.begun)
 
   def _add(self, draws: Draws, options: SampleOptions) -> list[Request]:

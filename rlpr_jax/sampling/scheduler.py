@@ -18,6 +18,7 @@ import numpy as np
 from rlpr_jax.models import Params
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.adjustments import Adjustments, Form, TokenScores, TopTokens
+from rlpr_jax.sampling.decode import NewTokens
 from rlpr_jax.sampling.device import Device, Entry, Suffix
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.shapes import bucket
@@ -86,7 +87,6 @@ class Request:
   group: Group
   sample: int  # among the group's
   limit: int  # most tokens
-  text_length: int = 0  # tokens of prompt and response in its slot
   searched: int = 0  # tokens of the response that were searched for stop strings
   form: Form | None = None  # that the response follows
   followed: int = 0  # tokens of the response that it has taken
@@ -98,6 +98,28 @@ class Request:
   # Each of the prompt's that was asked for, None where it has no room; [] if the response has no place for them.
   references: list[Reference | None] = dataclasses.field(default_factory=list)
   overlong: bool = False  # there is a place for the references, but not room for all
+
+  @property
+  def text_length(self) -> int:
+    """Tokens of prompt and response so far."""
+    return len(self.group.prompt.ids) + self.tokens.size
+
+  def add(self, new: NewTokens, row: int) -> int:
+    """Takes what was drawn in a row; returns how many tokens it is."""
+    count = int(new.counts[row])
+    self.tokens = np.concatenate([self.tokens, new.tokens[row, :count]])
+    self.logprobs = np.concatenate([self.logprobs, new.logprobs[row, :count]])
+    self.finished = bool(new.finished[row])
+    asked = self.group.extras.adjustments
+    if asked and asked.top and new.top:
+      top = TopTokens(new.top.ids[row, :count], new.top.logprobs[row, :count])
+      self.top = top if self.top is None else TopTokens(*map(np.concatenate, zip(self.top, top, strict=True)))
+    return count
+
+  def cut(self, length: int) -> None:
+    """Ends the response after its first tokens, the last of which completes a stop string."""
+    self.tokens, self.logprobs, self.finished = self.tokens[:length], self.logprobs[:length], True
+    self.top = self.top and TopTokens(self.top.ids[:length], self.top.logprobs[:length])
 
 
 class Clock(NamedTuple):
@@ -192,8 +214,8 @@ class Scheduler:
       request.group = dataclasses.replace(group, waiting=1, beginning=beginning)
       request.sample += len(limits) * beginning.parts
       request.limit = min(request.limit, most - beginning.tokens.size)
+      request.tokens, request.logprobs, request.finished = beginning.tokens, beginning.logprobs, beginning.finished
       if beginning.finished:
-        request.tokens, request.logprobs, request.finished = beginning.tokens, beginning.logprobs, True
         request.text = self.response_text(group, beginning.tokens.tolist())
     if self.shapes.takes(prompt):
       self.waiting += [request for request in requests if not request.finished]
@@ -227,11 +249,11 @@ class Scheduler:
       kv_length = bucket(self.shapes.kv_lengths, longest)
       rows = self.compact()
       has_forms = self.follow_forms()
-      self.slots = self.device.decode(self.params, self.slots, rows, kv_length, one=has_forms)
+      self.slots, new = self.device.decode(self.params, self.slots, rows, kv_length, one=has_forms)
       # 4. While the device is busy, read the texts of the round before: so scoring lags two rounds behind.
       done = self.read_finished()
       # 5. Wait for the device, and see who finished.
-      self.gather()
+      self.gather(jax.device_get(new))
     return done
 
   def score_references(self) -> None:
@@ -267,7 +289,7 @@ class Scheduler:
       group.waiting -= 1
       if not group.waiting:
         group.place = None
-      self.running[slot], request.text_length = request, len(group.text.ids)
+      self.running[slot] = request
     self.make_room_for_adjustments()
     size = self.shapes.insert_rows
     for prompts, new in entries.values():
@@ -302,20 +324,19 @@ class Scheduler:
     if wanted and self.slots.adjustments is None:
       self.slots = self.device.with_adjustments(self.params, self.slots)
     elif not wanted and self.slots.adjustments is not None:
-      self.slots = self.slots._replace(adjustments=None, top=None)
+      self.slots = self.slots._replace(adjustments=None)
 
   def follow_forms(self) -> bool:
     """Lets in each slot only what its response's form allows next; whether there is any."""
     with_form = {slot: request.form for slot, request in self.running.items() if request.form}
     if not with_form:
       return False
-    state = self.read("tokens", "counts")
     allowed = {}
     for slot, form in with_form.items():
-      request, count = self.running[slot], int(state["counts"][slot])
-      for token in state["tokens"][slot, request.followed : count]:
+      request = self.running[slot]
+      for token in request.tokens[request.followed :]:
         form.take(int(token))
-      request.followed = count
+      request.followed = request.tokens.size
       allowed[slot] = form.allowed()
     self.slots = self.device.restrict(self.params, self.slots, allowed)
     return True
@@ -358,55 +379,37 @@ class Scheduler:
         self.free.append(slot)
     return [request for _, request in finished]
 
-  def gather(self) -> None:
-    """Waits for the device, and takes the rows that have finished."""
-    state = {name: np.array(x) for name, x in self.read("active", "lengths", "counts", "finished").items()}
-    lengths = [int(state["lengths"][slot]) for slot in self.running]
-    drawn = [new - request.text_length for new, request in zip(lengths, self.running.values(), strict=True)]
-    self.busy_steps, self.steps = self.busy_steps + sum(drawn), self.steps + max(drawn, default=0)
-    for length, request in zip(lengths, self.running.values(), strict=True):
-      request.text_length = length
-    if any(request.group.stop for request in self.running.values()):
-      self.find_stops(state)
-    ended = [(slot, request) for slot, request in self.running.items() if not state["active"][slot]]
-    size = self.shapes.score_rows
-    for first in range(0, len(ended), size):
-      part = ended[first : first + size]
-      rows = np.zeros(size, np.int32)
-      rows[: len(part)] = [slot for slot, _ in part]
-      tokens, logprobs = jax.device_get(decode.collect(self.slots, rows))
-      top = self.slots.top and jax.device_get(decode.collect_top(self.slots.top, rows))
-      for i, (slot, request) in enumerate(part):
-        count = state["counts"][slot]
-        request.top = first_of(top, i, int(count))
-        request.tokens, request.logprobs = tokens[i, :count].copy(), logprobs[i, :count].copy()
-        request.finished = bool(state["finished"][slot])
-        if beginning := request.group.beginning:
-          request.tokens = np.concatenate([beginning.tokens, request.tokens])
-          request.logprobs = np.concatenate([beginning.logprobs, request.logprobs])
-        del self.running[slot]
-        if not self.splice:
-          self.free.append(slot)
-    self.finished = ended
-
-  def find_stops(self, state: dict[str, np.ndarray]) -> None:
-    """Ends the rows in whose text a stop string has come up, at the token that completes it; changes the arrays."""
-    tokens, counts = self.read("tokens")["tokens"], state["counts"]
+  def gather(self, new: NewTokens) -> None:
+    """Hands requests what was drawn for them, and takes the rows that have ended; `new`: numpy."""
+    rows, ended, drawn = new.counts.size // self.shapes.num_shards, [], []
     halted = np.zeros(self.shapes.slots, bool)
     for slot, request in self.running.items():
-      stop = request.group.stop
-      margin = max((len(text.encode()) for text in stop), default=0)  # a token is a byte at least
-      least, last = request.group.min_tokens, int(counts[slot])
-      first, request.searched = max(request.searched, least), last
-      if self.has_stop(request.group, tokens[slot, max(least, first - margin) : last]):
-        ends = (x for x in range(first + 1, last + 1) if self.has_stop(request.group, tokens[slot, least:x]))
-        end = next(ends, None)
-        if end is not None:
-          halted[slot], counts[slot] = True, end
-    state["finished"] |= halted
-    state["active"] &= ~halted
+      row = slot // self.slots_each * rows + slot % self.slots_each  # the first of each part were decoded
+      drawn.append(request.add(new, row))
+      halted[slot] = new.active[row] & self.cut_at_stop(request)
+      if halted[slot] or not new.active[row]:
+        ended.append((slot, request))
+    self.busy_steps, self.steps = self.busy_steps + sum(drawn), self.steps + max(drawn, default=0)
+    for slot, _ in ended:
+      del self.running[slot]
+      if not self.splice:
+        self.free.append(slot)
     if halted.any():
       self.slots = decode.halt(self.slots, halted)
+    self.finished = ended
+
+  def cut_at_stop(self, request: Request) -> bool:
+    """Ends a response in whose text a stop string has come up, at the token that completes it; whether one has."""
+    margin = max((len(text.encode()) for text in request.group.stop), default=0)  # a token is a byte at least
+    least, last = request.group.min_tokens, request.tokens.size
+    first, request.searched = max(request.searched, least), last
+    if not self.has_stop(request.group, request.tokens[max(least, first - margin) : last]):
+      return False
+    ends = (x for x in range(first + 1, last + 1) if self.has_stop(request.group, request.tokens[least:x]))
+    end = next(ends, None)
+    if end is not None:
+      request.cut(end)
+    return end is not None
 
   def has_stop(self, group: Group, tokens: np.ndarray) -> bool:
     return bool(group.stop) and first_stop(self.shown(group, tokens), group.stop) is not None
@@ -429,31 +432,11 @@ class Scheduler:
     end = first_stop(text[start:], group.stop)
     return text if end is None else text[: start + end]
 
-  def read_running(self) -> list[Request]:
-    """Reads what the requests in slots have come to by now; returns them."""
-    state = self.read("counts", "tokens", "logprobs")
-    top = jax.device_get(self.slots.top)
-    for slot, request in self.running.items():
-      count = state["counts"][slot]
-      request.top = first_of(top, slot, int(count))
-      request.tokens = state["tokens"][slot, :count].copy()
-      request.logprobs = state["logprobs"][slot, :count].copy()
-    return list(self.running.values())
-
-  def read(self, *names: str) -> dict[str, np.ndarray]:
-    """Copies arrays of the slots from the device."""
-    return jax.device_get({name: getattr(self.slots, name) for name in names})
-
   @contextlib.contextmanager
   def timed(self, name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     self.seconds[name] += time.perf_counter() - start
-
-
-def first_of(top: TopTokens | None, row: int, count: int) -> TopTokens | None:
-  """The most probable tokens of the first places of a row."""
-  return top and TopTokens(top.ids[row, :count].copy(), top.logprobs[row, :count].copy())
 
 
 def first_stop(text: str, stop: Sequence[str]) -> int | None:

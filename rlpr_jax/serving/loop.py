@@ -157,7 +157,7 @@ class Loop:
 
   def _tell(self, done: Sequence[Request]) -> None:
     if any(job.stream for job in self.jobs.values()):
-      for request in self._scheduler.read_running():
+      for request in self._scheduler.running.values():
         job = self.jobs.get(request)
         if job and job.stream:
           job.tell(Written.of(request, ended=False))

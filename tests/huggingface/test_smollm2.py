@@ -11,7 +11,7 @@ import transformers
 from flax import nnx
 
 from rlpr_jax import huggingface, models, types
-from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, Slots, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, empty_slots, insert, prefill
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams, stack
@@ -20,6 +20,7 @@ from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import Prompt
 from tests.models import cases
+from tests.sampling.drawing import Responses, draw_all
 
 DIRECTORY = pathlib.Path(__file__).parents[2] / ".cache" / "smollm2-135m-instruct"
 pytestmark = pytest.mark.skipif(
@@ -94,11 +95,11 @@ def compute_logits(model, params, tokens):
   return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
 
 
-def sample(model, params, prompts, samples, settings: DecodeSettings, sampling: SamplingParams, key) -> Slots:
-  """Slots with responses of NEW tokens at most to each prompt, in order."""
+def sample(model, params, prompts, samples, settings: DecodeSettings, sampling: SamplingParams, key) -> Responses:
+  """Responses of NEW tokens at most to each prompt, in order."""
   tokens, lengths = prompts
   rows = len(tokens) * samples
-  slots = empty_slots(model, params, rows, WIDTH + NEW + settings.steps, NEW)
+  slots = empty_slots(model, params, rows, WIDTH + NEW + settings.steps)
   hidden, cache = prefill(model, params, tokens, lengths)
   entries = Entries(
     source=np.repeat(np.arange(len(tokens)), samples),
@@ -108,9 +109,7 @@ def sample(model, params, prompts, samples, settings: DecodeSettings, sampling: 
     sampling=stack([sampling] * rows),
   )
   slots = insert(model, params, slots, Prefilled(hidden, cache, lengths), entries)
-  while slots.active.any():
-    slots = decode(model, params, slots, settings, slots.counts.size, WIDTH + NEW)
-  return jax.device_get(slots)
+  return draw_all(model, params, slots, settings, WIDTH + NEW, NEW)[1]
 
 
 def test_logits_are_those_of_transformers(loaded, theirs, torch, prompts):

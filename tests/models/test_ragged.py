@@ -194,7 +194,7 @@ def test_a_cache_that_no_kernel_reads(policy):
 
   def make_slots(choice):
     model = models.definition(policy.config, Runtime(decode_attention=choice))
-    return decode.empty_slots(model, policy.params, slots=2, capacity=40, limit=8)
+    return decode.empty_slots(model, policy.params, slots=2, capacity=40)
 
   make_slots(Reader("tpu", interpret=True))
   with pytest.raises(SettingError, match="decode_attention: ragged cannot read slots of 40 tokens, expected"):

@@ -6,7 +6,7 @@ import pytest
 
 from rlpr_jax.config import default
 from rlpr_jax.planning.queue import DRAWS, decode_calls, simulate
-from rlpr_jax.sampling.decode import DecodeSettings, Prefilled, Slots
+from rlpr_jax.sampling.decode import DecodeSettings, NewTokens, Prefilled, Slots
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.sampling.scheduler import Beginning, Scheduler
@@ -30,10 +30,10 @@ class CountingDevice(Device):
 
   def empty_slots(self, params):
     slots = self.shapes.slots
-    zeros, tokens = np.zeros(slots, np.int32), np.zeros((slots, self.shapes.max_response_length), np.int32)
+    zeros = np.zeros(slots, np.int32)
     return Slots(
       cache=None, lengths=zeros, hidden=zeros, keys=zeros, limits=zeros, sampling=stack([SamplingParams()] * slots),
-      tokens=tokens, logprobs=tokens.astype(np.float32), counts=zeros, finished=zeros > 0, active=zeros > 0,
+      counts=zeros, active=zeros > 0,
     )  # fmt: skip
 
   def prefill(self, params, prompts, width):
@@ -62,12 +62,10 @@ class CountingDevice(Device):
     drawn = np.where(slots.active, np.minimum(self.shapes.steps, np.minimum(self.ends, slots.limits) - slots.counts), 0)
     counts = slots.counts + drawn
     finished = slots.active & (counts >= self.ends)
-    return slots._replace(
-      counts=counts,
-      lengths=slots.lengths + drawn,
-      finished=slots.finished | finished,
-      active=slots.active & ~finished & (counts < slots.limits),
-    )
+    active = slots.active & ~finished & (counts < slots.limits)
+    tokens = np.zeros((rows, self.shapes.steps), np.int32)
+    new = NewTokens(tokens, tokens.astype(np.float32), drawn[:rows], finished[:rows], active[:rows])
+    return slots._replace(counts=counts, lengths=slots.lengths + drawn, active=active), new
 
   def score(self, params, cache, suffixes, most, kv_length):
     return [np.zeros(sum(suffix.mask), np.float32) for suffix in suffixes]

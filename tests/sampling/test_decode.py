@@ -15,6 +15,7 @@ from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training.logprobs import row_logprobs
 from rlpr_jax.types import PackedRows
 from tests.models.cases import by_token
+from tests.sampling.drawing import Responses, draw_all
 
 VOCAB, LIMIT, SLOTS = 64, 12, 10
 # Ten rows: of four prompts, two or three samples each. One limit is 0, some are short.
@@ -46,7 +47,7 @@ def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16
   """Slots with row `order[i]` of the ten in slot i; None leaves a slot empty."""
   count = len(order)
   if slots is None:
-    slots = decode.empty_slots(policy.model, policy.params, count, TEXT + steps, LIMIT)
+    slots = decode.empty_slots(policy.model, policy.params, count, TEXT + steps)
   prompts = make_prompts() if prompts is None else prompts
   hidden, cache = decode.prefill(policy.model, policy.params, prompts, LENGTHS)
   rows = np.array([0 if row is None else row for row in order])
@@ -57,24 +58,18 @@ def fill(policy, keys, order=range(SLOTS), limits=LIMITS, prompts=None, steps=16
   return decode.insert(policy.model, policy.params, slots, Prefilled(hidden, cache, LENGTHS), entries)
 
 
-def run(policy, slots, eos_ids=ENDS, steps=16, kv_length=TEXT):
-  """Chunks until no row is active."""
+def run(policy, slots, eos_ids=ENDS, steps=16, kv_length=TEXT, before=None):
+  """Chunks until no row is active: the slots then, and what was drawn."""
   settings = DecodeSettings(steps, eos_ids)
-  chunks = 0
-  while np.any(slots.active):
-    slots = decode.decode(policy.model, policy.params, slots, settings, slots.counts.size, kv_length)
-    chunks += 1
-    assert chunks <= LIMIT
-  return slots
+  return draw_all(policy.model, policy.params, slots, settings, kv_length, LIMIT, before)
 
 
-def read(slots):
-  """What slots hold, of each row no more than there is: lengths, counts, finished, tokens, log-probabilities."""
-  slots = jax.device_get(slots._replace(cache=None))
-  there = np.arange(LIMIT) < slots.counts[:, None]
+def read(slots, drawn):
+  """Of each row lengths, counts, finished, tokens, log-probabilities; -1 and 0 beyond its end."""
+  there = np.arange(LIMIT) < drawn.counts[:, None]
   return {
-    "lengths": slots.lengths, "counts": slots.counts, "finished": slots.finished,
-    "tokens": np.where(there, slots.tokens, -1), "logprobs": np.where(there, slots.logprobs, 0),
+    "lengths": np.asarray(slots.lengths), "counts": drawn.counts, "finished": drawn.finished,
+    "tokens": np.where(there, drawn.tokens, -1), "logprobs": np.where(there, drawn.logprobs, 0),
   }  # fmt: skip
 
 
@@ -126,7 +121,7 @@ def expected(policy, keys):
 
 @pytest.fixture(scope="module")
 def ended(policy, keys):
-  """The ten rows in slots, all ended. Calls that donate must copy."""
+  """The ten rows in slots, all ended, and what was drawn. Calls that donate must copy."""
   return run(policy, fill(policy, keys))
 
 
@@ -150,13 +145,13 @@ def test_rows_end_at_eos_or_at_their_limit(expected):
 
 @pytest.mark.parametrize("steps", [1, 5, 16])
 def test_chunks_are_one_token_after_another(policy, keys, expected, steps):
-  assert_same(read(run(policy, fill(policy, keys, steps=steps), steps=steps)), expected)
+  assert_same(read(*run(policy, fill(policy, keys, steps=steps), steps=steps)), expected)
 
 
 @pytest.mark.parametrize("sampling", [SamplingParams(0.5), SamplingParams(0.0)])
 @pytest.mark.parametrize("eos_ids", [ENDLESS, ENDS])
 def test_other_temperatures_and_greedy(policy, keys, sampling, eos_ids):
-  found = read(run(policy, fill(policy, keys, steps=5, sampling=sampling), eos_ids, steps=5))
+  found = read(*run(policy, fill(policy, keys, steps=5, sampling=sampling), eos_ids, steps=5))
   assert_same(found, one_after_another(policy, keys, sampling, eos_ids))
   if eos_ids == ENDLESS:
     np.testing.assert_array_equal(found["counts"], LIMITS)
@@ -165,7 +160,7 @@ def test_other_temperatures_and_greedy(policy, keys, sampling, eos_ids):
 
 def test_truncation_reaches_the_tokens_and_not_their_log_probabilities(policy, keys):
   sampling = SamplingParams(1.0, top_k=3)
-  found = read(run(policy, fill(policy, keys, steps=5, sampling=sampling), ENDLESS, steps=5))
+  found = read(*run(policy, fill(policy, keys, steps=5, sampling=sampling), ENDLESS, steps=5))
   texts = np.zeros((SLOTS, TEXT), np.int32)
   for row in range(SLOTS):
     texts[row, : found["lengths"][row]] = text_of(row, found["tokens"], found["counts"][row])
@@ -181,7 +176,7 @@ def test_truncation_reaches_the_tokens_and_not_their_log_probabilities(policy, k
 
 def test_neighbours_and_slots_change_nothing(policy, keys, expected):
   order = [8, None, 2, 5, 0, None, 3, 9, 1, 6]
-  found = read(run(policy, fill(policy, keys, order)))
+  found = read(*run(policy, fill(policy, keys, order)))
   there = [slot for slot, row in enumerate(order) if row is not None]
   assert_same({name: x[there] for name, x in found.items()}, expected, [order[slot] for slot in there])
   for slot in (1, 5):  # and what is not there does nothing
@@ -191,30 +186,35 @@ def test_neighbours_and_slots_change_nothing(policy, keys, expected):
 
 def test_a_samples_number_and_the_prompts_number_decide(policy, keys, expected):
   """The same prompt under another key comes out otherwise."""
-  rolled = read(run(policy, fill(policy, np.roll(keys, 1, axis=0))))
+  rolled = read(*run(policy, fill(policy, np.roll(keys, 1, axis=0))))
   assert np.mean(rolled["tokens"][:, 0] == expected["tokens"][:, 0]) < 0.5
   assert len({tuple(row) for row in expected["tokens"][:5]}) == 5
 
 
 def test_prompt_padding_changes_nothing(policy, keys, expected):
   wide = fill(policy, keys, prompts=make_prompts(width=13, filler=9))
-  assert_same(read(run(policy, wide)), expected)
+  assert_same(read(*run(policy, wide)), expected)
 
 
 @pytest.mark.parametrize("kv_length", [16, TEXT, 36])
 def test_reach_changes_nothing_where_it_is_enough(policy, keys, expected, kv_length):
   """16 is less than the longest text comes to; when the last chunk begins, no active row may be longer."""
-  found = fill(policy, keys, steps=16)
+  slots, before = fill(policy, keys, steps=16), None
   if kv_length < TEXT:
-    found = decode.decode(policy.model, policy.params, found, DecodeSettings(8, ENDS), SLOTS, WIDTH)
-    assert WIDTH < np.asarray(found.lengths)[np.asarray(found.active)].max() <= kv_length
-  assert_same(read(run(policy, found, kv_length=kv_length)), expected)
+    slots, new = decode.decode(policy.model, policy.params, slots, DecodeSettings(8, ENDS), SLOTS, WIDTH)
+    assert WIDTH < np.asarray(slots.lengths)[np.asarray(slots.active)].max() <= kv_length
+    tokens, logprobs = (np.pad(x, ((0, 0), (0, LIMIT - 8))) for x in (new.tokens, new.logprobs))
+    before = Responses(tokens, logprobs, new.counts, new.finished)
+  assert_same(read(*run(policy, slots, kv_length=kv_length, before=before)), expected)
 
 
 def test_ended_rows_stay_as_they_are(policy, ended):
-  before = jax.device_get(ended)
+  before = jax.device_get(ended[0])
   assert not before.active.any()
-  after = jax.device_get(decode.decode(policy.model, policy.params, copy(ended), DecodeSettings(16, ENDS), SLOTS, TEXT))
+  again = decode.decode(policy.model, policy.params, copy(ended[0]), DecodeSettings(16, ENDS), SLOTS, TEXT)
+  after, new = jax.device_get(again)
+  for x in (new.counts, new.finished, new.active):
+    np.testing.assert_array_equal(x, np.zeros(SLOTS))
   for name in set(before._fields) - {"cache"}:
     np.testing.assert_array_equal(getattr(after, name), getattr(before, name), name)
   for row, length in enumerate(before.lengths):
@@ -224,13 +224,14 @@ def test_ended_rows_stay_as_they_are(policy, ended):
 def test_ended_rows_stay_as_they_are_while_others_go_on(policy, keys):
   """Bit for bit, also the row whose text is as long as a text can be."""
   steps = 4
-  first = run(policy, fill(policy, keys, [0, 7, 5, 2], steps=steps), eos_ids=ENDLESS, steps=steps)
+  first, drawn = run(policy, fill(policy, keys, [0, 7, 5, 2], steps=steps), eos_ids=ENDLESS, steps=steps)
   slots = fill(policy, keys, [None, None, None, 8], steps=steps, slots=copy(first))
-  first, last = jax.device_get((first, run(policy, slots, eos_ids=ENDLESS, steps=steps)))
+  last, then = run(policy, slots, eos_ids=ENDLESS, steps=steps)
+  first, last = jax.device_get((first, last))
   assert first.lengths[0] == TEXT == first.cache.values.shape[3] - steps
-  assert last.tokens[3].tolist() != first.tokens[3].tolist()
+  assert then.tokens[3].tolist() != drawn.tokens[3].tolist()
   for slot in (0, 1, 2):
-    for name in set(first._fields) - {"cache", "adjustments", "top"}:
+    for name in set(first._fields) - {"cache", "adjustments"}:
       np.testing.assert_array_equal(getattr(last, name)[slot], getattr(first, name)[slot], name)
     for old, new in zip(by_token(first.cache), by_token(last.cache), strict=True):
       np.testing.assert_array_equal(new[:, slot, : first.lengths[slot]], old[:, slot, : first.lengths[slot]])
@@ -239,10 +240,10 @@ def test_ended_rows_stay_as_they_are_while_others_go_on(policy, keys):
 @pytest.mark.parametrize("steps", [1, 5, 16])
 def test_the_cache_holds_the_text(policy, keys, steps):
   """Keys and values of prompt and response, EOS included, as one pass over the text gives them."""
-  slots = jax.device_get(run(policy, fill(policy, keys, steps=steps), steps=steps))
+  slots, drawn = jax.device_get(run(policy, fill(policy, keys, steps=steps), steps=steps))
   texts = np.zeros((SLOTS, TEXT), np.int32)
   for row in range(SLOTS):
-    texts[row, : slots.lengths[row]] = text_of(row, slots.tokens, slots.counts[row])
+    texts[row, : slots.lengths[row]] = text_of(row, drawn.tokens, drawn.counts[row])
   hidden, cache = decode.prefill(policy.model, policy.params, texts, slots.lengths)
   for found, expected in zip(by_token(slots.cache), by_token(cache), strict=True):
     for row, length in enumerate(slots.lengths):
@@ -253,9 +254,9 @@ def test_the_cache_holds_the_text(policy, keys, steps):
 def test_decoding_stops_when_the_last_row_ends(policy, keys):
   """A step writes keys of some token behind every text; where none was taken, the fresh slots are still zero."""
   settings = DecodeSettings(16, tuple(range(VOCAB)))  # everything ends
-  slots = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, SLOTS, TEXT))
-  assert (slots.counts == 1).all()
-  assert slots.finished.all()
+  slots, new = jax.device_get(decode.decode(policy.model, policy.params, fill(policy, keys), settings, SLOTS, TEXT))
+  assert (new.counts == 1).all()
+  assert new.finished.all()
   written = np.abs(slots.cache.values).sum(axis=(0, 2, 4)) > 0  # [S, C]
   for row, length in enumerate(slots.lengths):
     assert written[row, :length].all()
@@ -264,9 +265,9 @@ def test_decoding_stops_when_the_last_row_ends(policy, keys):
 
 def test_insert_leaves_the_other_slots_alone(policy, keys, ended, expected):
   """Bit for bit; and what is inserted where another row was decodes as in a fresh slot."""
-  before = jax.device_get(ended)
+  before = jax.device_get(ended[0])
   order = [None, 2, None, None, 8, None, None, 0, None, None]
-  slots = fill(policy, keys, order, slots=copy(ended))
+  slots = fill(policy, keys, order, slots=copy(ended[0]))
   after = jax.device_get(slots)
   others = [slot for slot, row in enumerate(order) if row is None]
   for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
@@ -274,14 +275,14 @@ def test_insert_leaves_the_other_slots_alone(policy, keys, ended, expected):
     np.testing.assert_array_equal(np.take(new, others, axis), np.take(old, others, axis))
   assert np.flatnonzero(after.active).tolist() == [1, 4, 7]
   assert (after.counts[[1, 4, 7]] == 0).all()
-  found = read(run(policy, slots))
+  found = read(*run(policy, slots, before=ended[1]))
   rows = [row if row is not None else slot for slot, row in enumerate(order)]
   assert_same(found, expected, rows)
 
 
 def test_a_limit_of_nothing_is_no_row(policy, keys):
   limits = np.where(np.arange(SLOTS) == 4, 0, LIMITS)
-  found = read(run(policy, fill(policy, keys, limits=limits)))
+  found = read(*run(policy, fill(policy, keys, limits=limits)))
   assert found["counts"][4] == 0
   assert (found["counts"][np.arange(SLOTS) != 4] > 0).all()
 
@@ -293,14 +294,12 @@ def poison(slots):
     cache=KVCache(
       jnp.where(room[None, :, None, None], 1e4, slots.cache.keys),
       jnp.where(room[None, :, None, :, None], 1e4, slots.cache.values),
-    ),
-    tokens=jnp.full_like(slots.tokens, 7),
-    logprobs=jnp.full_like(slots.logprobs, 1e4),
+    )
   )
 
 
 def test_garbage_behind_the_text_never_shows(policy, keys, expected):
-  assert_same(read(run(policy, poison(fill(policy, keys)))), expected)
+  assert_same(read(*run(policy, poison(fill(policy, keys)))), expected)
 
 
 def make_suffixes(of_rows, texts, kept, groups, width, picks):
@@ -354,10 +353,10 @@ def whole_pass(policy, texts, temperature):
 @pytest.mark.parametrize("poisoned", [False, True])
 def test_suffixes_are_scored_as_in_a_whole_pass(policy, ended, temperature, poisoned):
   """After any part of any row's text, in any order, one row twice, one to three suffixes a row."""
-  slots = poison(copy(ended)) if poisoned else ended
+  slots = poison(copy(ended[0])) if poisoned else ended[0]
   rng = np.random.default_rng(0)
   rows = np.array([3, 9, 0, 3, 6, 1, 8], np.int32)
-  lengths, tokens, counts = (np.asarray(x) for x in (slots.lengths, ended.tokens, slots.counts))
+  lengths, tokens, counts = np.asarray(slots.lengths), ended[1].tokens, ended[1].counts
   texts = [text_of(row, tokens, counts[row]) for row in rows]
   kept = rng.integers(LENGTHS[SOURCE[rows]], lengths[rows] + 1)  # from the bare prompt to the whole text
   kept[0], kept[1] = LENGTHS[SOURCE[rows[0]]], lengths[rows[1]]
@@ -378,12 +377,12 @@ def test_suffixes_are_scored_as_in_a_whole_pass(policy, ended, temperature, pois
 
 
 def test_padding_of_the_suffixes_changes_nothing(policy, ended):
-  text = text_of(2, np.asarray(ended.tokens), 1)
+  text = text_of(2, ended[1].tokens, 1)
   scores = []
   for width, filler in ((5, 0), (11, 0), (11, 63)):
     suffixes, _ = make_suffixes([2], [text], [len(text)], [[[5, 6, 7, 8, 9]]], width, picks=5)
     suffixes.tokens[:, 5:] = filler
-    scores.append(np.asarray(decode.score(policy.model, policy.params, ended.cache, suffixes, 1.0, TEXT)))
+    scores.append(np.asarray(decode.score(policy.model, policy.params, ended[0].cache, suffixes, 1.0, TEXT)))
     assert np.isfinite(scores[-1]).all()
   np.testing.assert_allclose(scores[1:], [scores[0]] * 2, atol=1e-6)
 
@@ -394,7 +393,7 @@ def test_tokens_of_a_row_are_drawn_independently(policy):
   flat = jax.tree.map(np.zeros_like, policy.params)  # uniform over the vocabulary
   keys = np.asarray(row_keys(jax.random.key(3), *np.divmod(np.arange(count, dtype=np.uint32), count // 2)))
   hidden, cache = decode.prefill(policy.model, flat, np.zeros((1, 1), np.int32), np.ones(1, np.int32))
-  slots = decode.empty_slots(policy.model, flat, count, 5, 2)
+  slots = decode.empty_slots(policy.model, flat, count, 5)
   for rows in np.split(np.arange(count, dtype=np.int32), count // 32):
     entries = Entries(
       source=np.zeros(32, np.int32),
@@ -404,9 +403,9 @@ def test_tokens_of_a_row_are_drawn_independently(policy):
       sampling=stack([WHOLE] * 32),
     )
     slots = decode.insert(policy.model, flat, slots, Prefilled(hidden, cache, np.ones(1, np.int32)), entries)
-  slots = decode.decode(policy.model, flat, slots, DecodeSettings(2, ENDLESS), count, 3)
-  np.testing.assert_allclose(slots.logprobs, -np.log(VOCAB), rtol=1e-6)
-  first, second = np.asarray(slots.tokens).T
+  _, new = decode.decode(policy.model, flat, slots, DecodeSettings(2, ENDLESS), count, 3)
+  np.testing.assert_allclose(new.logprobs, -np.log(VOCAB), rtol=1e-6)
+  first, second = np.asarray(new.tokens).T
   for one, other in ((first, second), (first[: count // 2], first[count // 2 :]), (first[1:], first[:-1])):
     assert abs(np.mean(one == other) - 1 / VOCAB) < 5 * np.sqrt(1 / VOCAB / len(one))
 
@@ -419,19 +418,12 @@ def test_prefill_returns_the_last_hidden_state_of_each_prompt(policy):
   assert np.ptp(expected, axis=0).max() > 0.1  # the prompts do differ
 
 
-def test_collect_takes_the_rows_it_is_told(ended):
-  rows = np.array([4, 0, 9, 4], np.int32)
-  tokens, logprobs = decode.collect(ended, rows)
-  np.testing.assert_array_equal(tokens, np.asarray(ended.tokens)[rows])
-  np.testing.assert_array_equal(logprobs, np.asarray(ended.logprobs)[rows])
-
-
 @pytest.mark.parametrize("program", ["decode", "insert", "move"])
 def test_the_cache_is_written_where_it_is(policy, program):
   """Donated and never copied: the program's own memory does not grow with the cache."""
 
   def temporary(rows: int) -> tuple[int, int]:
-    make = functools.partial(decode.empty_slots, policy.model, slots=rows, capacity=1024, limit=LIMIT)
+    make = functools.partial(decode.empty_slots, policy.model, slots=rows, capacity=1024)
     slots = jax.eval_shape(make, policy.params)
     few = np.zeros(4, np.int32)
     hidden, cache = jax.eval_shape(

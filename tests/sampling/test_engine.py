@@ -303,7 +303,7 @@ def test_an_int8_cache_is_nearly_the_same(make, policy, draws, rollouts):
   runtime, engine = Runtime("float32", "xla", int8_cache=True), make(slots=16)
   device = dataclasses.replace(engine.device, model=definition(policy.config, runtime))
   engine = dataclasses.replace(engine, device=device)
-  cache = decode.empty_slots(device.model, policy.params, 16, 8, 8).cache
+  cache = decode.empty_slots(device.model, policy.params, 16, 8).cache
   assert {x.dtype for x in jax.tree.leaves(cache)} == {np.dtype(np.int8), np.dtype(np.float32)}
   found = engine.rollout(policy.params, draws, KEY, SAMPLES)
   # Up to the first token that differs the two saw the same text, and so did the first one's log-probability.
@@ -736,6 +736,23 @@ def test_every_prompt_is_read_once_for_all_its_samples(make, policy, draws, monk
   widths = [tokens.shape[1] for tokens, _ in calls]
   assert set(widths) <= set(SHAPES.prompt_buckets)
   assert {tokens.shape[0] for tokens, _ in calls} == {SHAPES.prefill_rows}
+
+
+@pytest.mark.parametrize("stop", [(), ("ab", "c")])
+def test_a_round_waits_for_the_device_once(make, policy, draws, monkeypatch, stop):
+  """And copies what was drawn in it, not what the slots hold, stop strings or not."""
+  engine, copied, inner = make(), [], jax.device_get
+  monkeypatch.setattr(jax, "device_get", lambda x: copied.append(sum(y.size for y in jax.tree.leaves(x))) or inner(x))
+  scheduler = engine.scheduler(policy.params, KEY)
+  rounds = 0
+  for draw, prompt in draws:
+    scheduler.add(prompt, draw, [RESPONSE] * SAMPLES, SamplingParams(), stop)
+  while scheduler.busy:
+    scheduler.round()
+    rounds += 1
+  assert len(copied) == rounds > 4
+  shapes = engine.device.shapes
+  assert max(copied) == shapes.slots * (2 * shapes.steps + 3)  # tokens and log-probabilities; counts and two flags
 
 
 def test_nothing_compiles_after_the_first_compilation(make, policy):

@@ -15,7 +15,7 @@ from flax import nnx
 from rlpr_jax import grpo, types
 from rlpr_jax.models.masks import alignment
 from rlpr_jax.runs.metrics import compilations
-from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, decode, empty_slots, insert, prefill
+from rlpr_jax.sampling.decode import DecodeSettings, Entries, Prefilled, empty_slots, insert, prefill
 from rlpr_jax.sampling.params import SamplingParams, stack
 from rlpr_jax.training import packing
 from rlpr_jax.training.logprobs import LogprobProgram, compute_logprobs, row_logprobs
@@ -30,6 +30,7 @@ from rlpr_jax.training.update import (
   optimizer_step,
 )
 from rlpr_jax.types import AnswerCredit, Groups, PackedRows
+from tests.sampling.drawing import draw_all
 from tests.training.groups import PROMPT, RESPONSE, SAMPLES, TEMPERATURE, make_groups, padded, trainer_logprobs
 
 SETTINGS = UpdateSettings(TEMPERATURE, clip_low=0.2, clip_high=0.27, entropy_coefficient=0.1, micro_batch_rows=0)
@@ -227,7 +228,7 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
   prompts = rng.integers(0, 64, (3, PROMPT)).astype(np.int32)
   lengths = np.array([2, 6, 4], np.int32)
   settings = DecodeSettings(steps=3, eos_ids=tuple(range(0, 64, 8)))
-  slots = empty_slots(policy.model, policy.params, 6, PROMPT + RESPONSE + settings.steps, RESPONSE)
+  slots = empty_slots(policy.model, policy.params, 6, PROMPT + RESPONSE + settings.steps)
   hidden, cache = prefill(policy.model, policy.params, prompts, lengths)
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), 6))
   entries = Entries(
@@ -238,10 +239,8 @@ def test_first_update_on_samples_of_the_policy_has_ratio_one(policy):
     sampling=stack([SamplingParams(TEMPERATURE)] * 6),
   )
   slots = insert(policy.model, policy.params, slots, Prefilled(hidden, cache, lengths), entries)
-  while slots.active.any():
-    slots = decode(policy.model, policy.params, slots, settings, 6, PROMPT + RESPONSE)
-  samples = jax.device_get((slots.tokens, slots.counts, slots.logprobs))
-  by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in samples]
+  _, drawn = draw_all(policy.model, policy.params, slots, settings, PROMPT + RESPONSE, RESPONSE)
+  by_prompt = [field.reshape(3, 2, *field.shape[1:]) for field in (drawn.tokens, drawn.counts, drawn.logprobs)]
   advantages = rng.normal(size=(3, 2)).astype(np.float32)
   groups = Groups(prompts, lengths, *by_prompt, advantages)
   gradient, metrics = gradients(policy, padded(groups, 3, "token_mean"))

@@ -113,8 +113,9 @@ def prepare(config: ModelConfig, params: Params, sizes: Shapes, text: int):
   state = [filled_slots(model, params, sizes.slots, sizes.capacity, sizes.max_response_length, jnp.int32(text))]
 
   def call() -> jax.Array:
-    state.append(decode.decode(model, params, state.pop(), settings, sizes.slots, kv_length))
-    return state[0].counts + 0  # the slots themselves are donated to the next call
+    slots, new = decode.decode(model, params, state.pop(), settings, sizes.slots, kv_length)
+    state.append(slots)
+    return new.counts  # the slots themselves are donated to the next call
 
   return call, kv_length
 
@@ -129,7 +130,7 @@ def filled_slots(model: nnx.GraphDef, params: Params, slots: int, capacity: int,
 
   The rows' caches are copies of one: random numbers for all would need more memory than the cache.
   """
-  empty = decode.empty_slots(model, params, slots, capacity, limit)
+  empty = decode.empty_slots(model, params, slots, capacity)
 
   def fill(x: jax.Array) -> jax.Array:
     row = jax.random.normal(jax.random.key(x.ndim), (x.shape[0], 1, *x.shape[2:]), x.dtype)
