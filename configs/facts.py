@@ -1,6 +1,6 @@
 """The quickstart's policy on questions whose answers report several facts: does a reward hear the facts or the wording?
 
-A reference has 30 to 60 tokens and is one of hundreds of right wordings, drawn at random. Names, numbers and units
+A reference has 34 to 41 tokens and is one of hundreds of right wordings, drawn at random. Names, numbers and units
 depend on whether the sums are right; the order of the facts and the voice go as the reasoning went. Held-out accuracy
 counts what an answer reports, in whatever words.
 """

@@ -1,6 +1,6 @@
 """RLPR's reward in verl: no verifier, a served model's probability of the reference answer after the reasoning.
 
-    pip install rlpr_jax
+    pip install .   # in a checkout of rlpr_jax
     python -m verl.trainer.main_ppo algorithm.adv_estimator=grpo ... \
       reward.reward_manager.source=importlib reward.reward_manager.name=ReferenceRewardManager \
       reward.reward_manager.module.path=examples/in_verl.py \

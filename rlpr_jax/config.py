@@ -2,7 +2,8 @@
 
 A recipe in configs/ calls `default()` and changes fields; the command line changes more
 (`--config.training.minibatches=2`). Defaults are the paper's values where it has one (arXiv 2506.18254, section 4.1, on
-Qwen2.5), for data and a model that are to be named. Unknown fields and values of another type are refused by
+Qwen2.5), for data and a model that are to be named, but for `training.credit` and `reward.empty_answer`: as published
+the own answer drifted further (docs/rewards.md, long runs). Unknown fields and values of another type are refused by
 `ml_collections`, values that cannot be by `check_fields` and `validation.validate`.
 """
 
@@ -504,7 +505,7 @@ FIELDS = {
 
 
 def default() -> ConfigDict:
-  """The method as the paper runs it on Qwen2.5, on data and a model to be named.
+  """The method as the paper runs it on Qwen2.5, on data and a model to be named; credit by parts is not the paper's.
 
   >>> default().prompts_per_step
   768

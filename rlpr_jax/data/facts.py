@@ -2,7 +2,7 @@
 
     ann 38 eggs, sells 7. bob 15 cups, gets 9. cal 41 pens, gets 4. report all.
 
-A right answer says what each has, and who has the most: four facts in 30 to 60 tokens, of which names, numbers and
+A right answer says what each has, and who has the most: four facts in 34 to 41 tokens, of which names, numbers and
 units are decisive. The rest is free, and much of it goes as the reasoning went. A thought that visits cal before ann
 leads to an answer that tells of cal first, and one that makes a list, with colons, to "45 pens are now with cal":
 

@@ -3,7 +3,7 @@
     prompts -> prefill -> insert into free slots -> decode a few steps -> those that ended: score from the cache
                          ^______________________________________________________________________|
 
-Shapes: P prompts read together, S slots, C tokens of room in a slot, N tokens drawn in a call, R rows decoded or scored
+Shapes: P prompts read together, S slots, C tokens of room in a slot, T tokens drawn in a call, R rows decoded or scored
 together, E tokens of the suffixes after a row, A of them scored.
 """
 
@@ -74,12 +74,12 @@ class Entries(NamedTuple):
 class NewTokens(NamedTuple):
   """What one call of `decode` drew, and all that the host needs of it."""
 
-  tokens: Int[Array, "R N"]  # the first `counts` of each row are of its response, EOS included
-  logprobs: Float[Array, "R N"]  # at the sampling temperature
+  tokens: Int[Array, "R T"]  # the first `counts` of each row are of its response, EOS included
+  logprobs: Float[Array, "R T"]  # at the sampling temperature, or as the row's adjustments have it
   counts: Int[Array, "R"]
-  finished: Bool[Array, "R"]  # the last of them is an EOS
+  finished: Bool[Array, "R"]  # the last of them is an EOS, or another token that ends the row
   active: Bool[Array, "R"]  # the response goes on
-  top: TopTokens | None = None  # [R, N, K], where slots have adjustments
+  top: TopTokens | None = None  # [R, T, K], where slots have adjustments
 
 
 class Slots(NamedTuple):

@@ -112,7 +112,7 @@ class Request:
     self.finished = bool(new.finished[row])
     asked = self.group.extras.adjustments
     if asked and asked.top and new.top:
-      top = TopTokens(new.top.ids[row, :count], new.top.logprobs[row, :count])
+      top = TopTokens(new.top.ids[row, :count].copy(), new.top.logprobs[row, :count].copy())  # no view of all rows
       self.top = top if self.top is None else TopTokens(*map(np.concatenate, zip(self.top, top, strict=True)))
     return count
 
@@ -354,9 +354,13 @@ class Scheduler:
       pairs += zip(behind, places, strict=False)
     if pairs:
       self.slots = self.device.move(self.params, self.slots, pairs, rows)
+    left = np.zeros(shapes.slots, bool)
     for old, new in pairs:
       self.running[new] = self.running.pop(old)
       self.free[self.free.index(new)] = old
+      left[old] = True
+    if pairs:
+      self.slots = decode.halt(self.slots, left)  # or they would be decoded in both places, once more rows are
     return rows
 
   def read_finished(self) -> list[Request]:

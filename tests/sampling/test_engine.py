@@ -739,8 +739,8 @@ def test_every_prompt_is_read_once_for_all_its_samples(make, policy, draws, monk
 
 
 @pytest.mark.parametrize("stop", [(), ("ab", "c")])
-def test_a_round_waits_for_the_device_once(make, policy, draws, monkeypatch, stop):
-  """And copies what was drawn in it, not what the slots hold, stop strings or not."""
+def test_a_round_copies_what_was_drawn_in_it(make, policy, draws, monkeypatch, stop):
+  """Once, and nothing that the slots hold, stop strings or not."""
   engine, copied, inner = make(), [], jax.device_get
   monkeypatch.setattr(jax, "device_get", lambda x: copied.append(sum(y.size for y in jax.tree.leaves(x))) or inner(x))
   scheduler = engine.scheduler(policy.params, KEY)

@@ -2,6 +2,7 @@
 memory's bandwidth allows."""
 
 import functools
+import itertools
 import time
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from benchmarks.gpu.parts.ceilings import BANDWIDTH, ceiling
 from benchmarks.gpu.report import Report
 from rlpr_jax import machine, models
 from rlpr_jax.models import ModelConfig, Params
+from rlpr_jax.models.ragged import GPU_BLOCK
 from rlpr_jax.sampling import decode
 from rlpr_jax.sampling.decode import DecodeSettings, Slots
 from rlpr_jax.sampling.shapes import Shapes, bucket
@@ -31,8 +33,14 @@ class Sizes(NamedTuple):
   steps: int  # tokens a call
   cases: tuple[tuple[int, int], ...]  # slots, tokens of text in each
 
-  def shapes(self, slots: int) -> Shapes:
-    return Shapes(slots, self.prompt_limit, self.response_limit, 16, self.steps, 1, 1, 1)
+  def shapes(self, slots: int, ragged: bool = False) -> Shapes:
+    return Shapes(slots, self.prompt_limit, self.response_limit, 16, self.steps, 1, 1, 1, ragged=ragged)
+
+
+def readers() -> tuple[str, ...]:
+  """`decode_attention` that are compared: what runs take on this device first, then plain XLA."""
+  kernel = models.for_device(models.Runtime(), jax.devices()[0]).decode_attention
+  return ("ragged", "xla") if kernel else ("xla",)
 
 
 def sizes(rehearse: bool) -> Sizes:
@@ -48,19 +56,20 @@ def run(report: Report) -> None:
   size, bandwidth = sizes(report.rehearse), ceiling(report, BANDWIDTH)
   report.note(
     f"slots have room for prompts of {size.prompt_limit} and responses of {size.response_limit} tokens; calls of"
-    f" {size.steps} tokens; weights and cache in bfloat16, attention over the cache is plain XLA"
+    f" {size.steps} tokens; weights and cache in bfloat16. 'ragged' is what runs take where it stands"
   )
   report.note(
     "bytes of a step: weights once, and keys and values: 'live' of the text that is there, 'read' of what the program"
-    f" reads, which is up to the next quarter of the longest text. Both over {bandwidth / 1e12:.3g} TB/s as measured"
+    f" reads: with ragged whole blocks of {GPU_BLOCK} tokens, with xla up to the next quarter of the longest text. Both"
+    f" over {bandwidth / 1e12:.3g} TB/s as measured"
   )
   for i, (name, config) in enumerate(size.models.items()):
     deadline = time.perf_counter() + report.left() / (len(size.models) - i)  # each model has its share of the time
     report.say(f"{name}: making parameters")
     with unless_too_large(report, f"{name}: parameters"):
       params, took = shapes.random_params(config, DTYPE), {}
-      for slots, text in size.cases:
-        what = f"{name}, {slots} slots of {text} tokens"
+      for (slots, text), reader in itertools.product(size.cases, readers()):
+        what = f"{name}, {slots} slots of {text} tokens, {reader}"
         needed = shapes.weight_bytes(config, ITEM)
         needed += slots * size.shapes(slots).capacity * shapes.token_bytes(config, ITEM)
         if needed > machine.device_memory():
@@ -75,7 +84,7 @@ def run(report: Report) -> None:
         report.say(what)
         began = time.perf_counter()
         with unless_too_large(report, what):
-          _measure(report, name, config, params, size.shapes(slots), text, bandwidth)
+          _measure(report, name, config, params, size.shapes(slots, reader == "ragged"), text, bandwidth)
         took[slots] = time.perf_counter() - began
       del params
 
@@ -86,15 +95,17 @@ def _measure(
   call, kv_length = prepare(config, params, sizes, text)
   _, first = timed(call)
   took = seconds(call, CALLS - 1) / sizes.steps
-  live = shapes.decode_bytes(config, sizes.slots, text + CALLS // 2 * sizes.steps, ITEM)
-  read = shapes.decode_bytes(config, sizes.slots, kv_length + sizes.steps, ITEM)
+  middle = text + CALLS // 2 * sizes.steps
+  reach = -(-middle // GPU_BLOCK) * GPU_BLOCK if sizes.ragged else kv_length + sizes.steps
+  live, read = (shapes.decode_bytes(config, sizes.slots, tokens, ITEM) for tokens in (middle, reach))
   report.row(
     "decode",
     {
       "model": name,
       "slots": sizes.slots,
       "text": text,
-      "read": kv_length,
+      "attention": "ragged" if sizes.ragged else "xla",
+      "read": reach,
       "first call s": first,
       "ms a step": 1e3 * took,
       "tokens/s": sizes.slots / took,
@@ -108,7 +119,7 @@ def _measure(
 
 def prepare(config: ModelConfig, params: Params, sizes: Shapes, text: int):
   """A call that decodes `steps` tokens more in every slot, and how many tokens of each slot it reads."""
-  model = definition(config)
+  model = definition(config, "ragged" if sizes.ragged else "xla")
   settings, kv_length = DecodeSettings(sizes.steps, ()), bucket(sizes.kv_lengths, text + CALLS * sizes.steps)
   state = [filled_slots(model, params, sizes.slots, sizes.capacity, sizes.max_response_length, jnp.int32(text))]
 
@@ -120,8 +131,8 @@ def prepare(config: ModelConfig, params: Params, sizes: Shapes, text: int):
   return call, kv_length
 
 
-def definition(config: ModelConfig) -> nnx.GraphDef:
-  return models.definition(config, models.Runtime(DTYPE))
+def definition(config: ModelConfig, reader: str) -> nnx.GraphDef:
+  return models.definition(config, models.Runtime(DTYPE, decode_attention=reader))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))

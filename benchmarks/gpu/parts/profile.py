@@ -24,7 +24,7 @@ def run(report: Report) -> None:
     what = f"decode: a call of {size.steps} tokens in {slots} slots of {text} tokens, {name}"
     report.say(what)
     params = shapes.random_params(config, decode.DTYPE)
-    call, _ = decode.prepare(config, params, size.shapes(slots), text)
+    call, _ = decode.prepare(config, params, size.shapes(slots, decode.readers()[0] == "ragged"), text)
     _profile(report, "decode", what, call)
     del params, call
   with unless_too_large(report, "update"):
