@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,10 @@ from rlpr_jax.sampling.engine import Engine
 from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.scheduler import Extras, Request
 from rlpr_jax.types import Prompt
+
+
+# Seconds: an idle engine waits so long for the next request that is on its way, and so long for all of them.
+_APART, _GATHERED = 0.02, 0.1
 
 
 class Written(NamedTuple):
@@ -136,6 +141,10 @@ class Loop:
       with self._changed:
         while not (self._new or self._cancelled or scheduler.busy or self._closing):
           self._changed.wait()
+        if not scheduler.busy:  # what comes together shall begin together, or the first ones decode with idle slots
+          most = time.monotonic() + _GATHERED
+          while not self._closing and time.monotonic() < most and self._changed.wait(_APART):
+            pass
         self._taken, cancelled = list(self._new), self._cancelled
         self._new.clear()
         self._cancelled = []

@@ -33,11 +33,11 @@ from rlpr_jax.sampling.decode import DecodeSettings
 from rlpr_jax.sampling.device import Device
 from rlpr_jax.sampling.engine import Engine, SampleOptions
 from rlpr_jax.sampling.params import SamplingParams
-from rlpr_jax.sampling.scheduler import Scheduler
+from rlpr_jax.sampling.scheduler import Extras, Scheduler
 from rlpr_jax.sampling.shapes import Shapes
 from rlpr_jax.serve import listen
 from rlpr_jax.serving.app import Limits, create_app
-from rlpr_jax.serving.loop import Loop
+from rlpr_jax.serving.loop import Job, Loop
 from rlpr_jax.types import Prompt
 
 KEY, LIMIT = "sk-of-the-tests", 120
@@ -605,6 +605,27 @@ def test_a_full_queue_and_a_time_limit(engine, policy):
     (found,) = asyncio.run(ask(served, 1))
     assert found.status_code == 408
     assert served.idle()
+
+
+def test_requests_that_come_together_begin_together(engine, policy, monkeypatch):
+  """An idle engine waits a moment for the others: none of them decodes with idle slots first."""
+  begun, inner, told = [], Scheduler.round, []
+
+  def round_(scheduler):
+    begun.append(len(scheduler.waiting))
+    return inner(scheduler)
+
+  monkeypatch.setattr(Scheduler, "round", round_)
+  monkeypatch.setattr("rlpr_jax.serving.loop._APART", 1.0)  # however busy the machine is
+  monkeypatch.setattr("rlpr_jax.serving.loop._GATHERED", 60.0)
+  loop = Loop(engine, policy.params, most_waiting=64)
+  for seed in range(5):
+    prompt = Prompt(ids=np.arange(1, 4 + seed, dtype=np.int32))
+    loop.submit(Job(prompt, [4], SamplingParams(), Extras(), (), seed, stream=False, tell=told.append))
+    time.sleep(0.01)
+  assert wait(lambda: len(told) == 5)
+  loop.close()
+  assert begun[0] == 5
 
 
 def test_an_engine_that_fails_leaves_nobody_waiting(engine, policy, monkeypatch):
