@@ -17,7 +17,6 @@ from rlpr_jax.sampling.params import SamplingParams
 from rlpr_jax.sampling.scheduler import Extras, Request
 from rlpr_jax.types import Prompt
 
-
 # Seconds: an idle engine waits so long for the next request that is on its way, and so long for all of them.
 _APART, _GATHERED = 0.02, 0.1
 
