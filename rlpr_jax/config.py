@@ -467,6 +467,12 @@ FIELDS = {
   "guards.min_gain": Field(
     0.0, "of r over r': what reasoning adds to the reference answer's probability", may_change=True
   ),
+  "guards.max_accuracy_lost": Field(
+    0.1,
+    "how far held-out accuracy may fall under its best so far, as of answers that drift",
+    at_least=0,
+    may_change=True,
+  ),
   # What is written (docs/running.md).
   "log.trackers": Field(
     ("tensorboard",),

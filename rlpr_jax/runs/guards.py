@@ -11,11 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from rlpr_jax import processes
+from rlpr_jax.runs import ACCURACY
 from rlpr_jax.runs.storage import persist, write_atomically
 
 
 def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> dict[tuple[str, str], str]:
-  """Finds what was wrong in each of the last `patience` steps: the signs of a policy that collapses.
+  """Finds what was wrong in each of the last `patience` steps, and a held-out accuracy far under the run's best.
+
+  These are the signs of a policy that collapses; of one whose answers alone drift, the last may be the only one.
 
   Args:
     rows: metrics of the run's steps so far, in order.
@@ -67,6 +70,13 @@ def alarms(rows: Sequence[Mapping[str, float]], settings: ConfigDict) -> dict[tu
       raised[name, "under"] = f"{text.format(values[-1])}, under {least:.4g} for {settings.patience} steps"
     if len(values) == len(recent) and all(value > most for value in values):
       raised[name, "over"] = f"{text.format(values[-1])}, over {most:.4g} for {settings.patience} steps"
+  accuracies = [row[ACCURACY] for row in rows if ACCURACY in row]
+  best = max(accuracies, default=0.0)
+  least = best - settings.max_accuracy_lost
+  if accuracies and accuracies[-1] < least:
+    raised[ACCURACY, "under"] = (
+      f"a held-out accuracy of {accuracies[-1]:.3f}, under {least:.3f} after a best of {best:.3f}"
+    )
   return raised
 
 

@@ -52,6 +52,20 @@ def test_each_sign_of_collapse_after_five_steps_of_it(name, bad, fine, said):
   assert not guards.alarms([*well, *[unknown] * 5], SETTINGS)  # a step that did not measure it
 
 
+@pytest.mark.parametrize(("accuracies", "says"), [
+  ((0.3, 0.66, 0.55), "a held-out accuracy of 0.550, under 0.560 after a best of 0.660"),
+  ((0.3, 0.66, 0.55, 0.6), None),  # it came back
+  ((0.3, 0.66, 0.57), None),
+  ((0.3,), None),
+])  # fmt: skip
+def test_held_out_accuracy_far_under_its_best(accuracies, says):
+  """With no other sign: as where own answers drift and the reward does not see it."""
+  well = [{**row, "held_out/accuracy": x} for row, x in zip(rows(len(accuracies))[1:], accuracies, strict=True)]
+  found = guards.alarms([*rows(10), *well, *rows(3)[1:]], SETTINGS)
+  assert list(found) == ([("held_out/accuracy", "under")] if says else [])
+  assert list(found.values()) == ([says] if says else [])
+
+
 def minibatch(tokens):
   rows = types.PackedRows.empty(3, 8)
   rows.tokens[0, :2], rows.segment_ids[0, :2] = tokens, 1
