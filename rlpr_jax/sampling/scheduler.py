@@ -352,15 +352,15 @@ class Scheduler:
       behind = [slot for slot in self.running if slot // each == shard and slot % each >= front]
       places = sorted(slot for slot in self.free if slot // each == shard and slot % each < front)
       pairs += zip(behind, places, strict=False)
-    if pairs:
-      self.slots = self.device.move(self.params, self.slots, pairs, rows)
+    if not pairs:
+      return rows
     left = np.zeros(shapes.slots, bool)
     for old, new in pairs:
       self.running[new] = self.running.pop(old)
       self.free[self.free.index(new)] = old
       left[old] = True
-    if pairs:
-      self.slots = decode.halt(self.slots, left)  # or they would be decoded in both places, once more rows are
+    # A copy stays behind, which would be decoded too once more rows are.
+    self.slots = decode.halt(self.device.move(self.params, self.slots, pairs, rows), left)
     return rows
 
   def read_finished(self) -> list[Request]:
