@@ -33,14 +33,18 @@ class Sizes(NamedTuple):
   steps: int  # tokens a call
   cases: tuple[tuple[int, int], ...]  # slots, tokens of text in each
 
-  def shapes(self, slots: int, ragged: bool = False) -> Shapes:
+  def shapes(self, slots: int, ragged: bool) -> Shapes:
     return Shapes(slots, self.prompt_limit, self.response_limit, 16, self.steps, 1, 1, 1, ragged=ragged)
 
 
-def readers() -> tuple[str, ...]:
-  """`decode_attention` that are compared: what runs take on this device first, then plain XLA."""
-  kernel = models.for_device(models.Runtime(), jax.devices()[0]).decode_attention
-  return ("ragged", "xla") if kernel else ("xla",)
+def with_kernel() -> tuple[bool, ...]:
+  """Whether a kernel reads the slots: as it is in runs on this device, and then without one."""
+  return (True, False) if models.for_device(models.Runtime(), jax.devices()[0]).decode_attention else (False,)
+
+
+def reader(sizes: Shapes) -> str:
+  """`config.model.decode_attention` of slots of these shapes."""
+  return "ragged" if sizes.ragged else "xla"
 
 
 def sizes(rehearse: bool) -> Sizes:
@@ -68,10 +72,11 @@ def run(report: Report) -> None:
     report.say(f"{name}: making parameters")
     with unless_too_large(report, f"{name}: parameters"):
       params, took = shapes.random_params(config, DTYPE), {}
-      for (slots, text), reader in itertools.product(size.cases, readers()):
-        what = f"{name}, {slots} slots of {text} tokens, {reader}"
+      for (slots, text), ragged in itertools.product(size.cases, with_kernel()):
+        of_slots = size.shapes(slots, ragged)
+        what = f"{name}, {slots} slots of {text} tokens, {reader(of_slots)}"
         needed = shapes.weight_bytes(config, ITEM)
-        needed += slots * size.shapes(slots).capacity * shapes.token_bytes(config, ITEM)
+        needed += slots * of_slots.capacity * shapes.token_bytes(config, ITEM)
         if needed > machine.device_memory():
           room = f"{needed / GIB:.0f} GiB of weights and slots, of {machine.device_memory() / GIB:.0f}"
           report.note(f"{what}: left out, does not fit: {room}")
@@ -84,7 +89,7 @@ def run(report: Report) -> None:
         report.say(what)
         began = time.perf_counter()
         with unless_too_large(report, what):
-          _measure(report, name, config, params, size.shapes(slots, reader == "ragged"), text, bandwidth)
+          _measure(report, name, config, params, of_slots, text, bandwidth)
         took[slots] = time.perf_counter() - began
       del params
 
@@ -104,7 +109,7 @@ def _measure(
       "model": name,
       "slots": sizes.slots,
       "text": text,
-      "attention": "ragged" if sizes.ragged else "xla",
+      "attention": reader(sizes),
       "read": reach,
       "first call s": first,
       "ms a step": 1e3 * took,
@@ -119,7 +124,7 @@ def _measure(
 
 def prepare(config: ModelConfig, params: Params, sizes: Shapes, text: int):
   """A call that decodes `steps` tokens more in every slot, and how many tokens of each slot it reads."""
-  model = definition(config, "ragged" if sizes.ragged else "xla")
+  model = models.definition(config, models.Runtime(DTYPE, decode_attention=reader(sizes)))
   settings, kv_length = DecodeSettings(sizes.steps, ()), bucket(sizes.kv_lengths, text + CALLS * sizes.steps)
   state = [filled_slots(model, params, sizes.slots, sizes.capacity, sizes.max_response_length, jnp.int32(text))]
 
@@ -129,10 +134,6 @@ def prepare(config: ModelConfig, params: Params, sizes: Shapes, text: int):
     return new.counts  # the slots themselves are donated to the next call
 
   return call, kv_length
-
-
-def definition(config: ModelConfig, reader: str) -> nnx.GraphDef:
-  return models.definition(config, models.Runtime(DTYPE, decode_attention=reader))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "capacity", "limit"))
