@@ -24,13 +24,13 @@ def run(report: Report) -> None:
     what = f"decode: a call of {size.steps} tokens in {slots} slots of {text} tokens, {name}"
     report.say(what)
     params = shapes.random_params(config, decode.DTYPE)
-    call, _ = decode.prepare(config, params, size.shapes(slots, decode.readers()[0] == "ragged"), text)
+    call, _ = decode.prepare(config, params, size.shapes(slots, decode.with_kernel()[0]), text)
     _profile(report, "decode", what, call)
     del params, call
   with unless_too_large(report, "update"):
     report.say("update")
     prepared = update.prepare(update.sizes(report.rehearse), "auto")
-    what = f"update: one step on {sum(prepared.lengths)} tokens, attention {prepared.attention}"
+    what = f"update: one step on {(prepared.rows.segment_ids > 0).sum()} tokens, attention {prepared.attention}"
     _profile(report, "update", what, prepared.step)
 
 
